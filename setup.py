@@ -1,0 +1,35 @@
+"""All settings live in settings.ini; edit there, not here."""
+import shlex
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+parser = ConfigParser(delimiters=["="])
+parser.read(here / "settings.ini", encoding="utf-8")
+cfg = parser["DEFAULT"]
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    keywords=cfg["keywords"],
+    url=cfg["git_url"],
+    license="Apache-2.0",
+    packages=find_packages(include=["lmnotes", "lmnotes.*"]),
+    include_package_data=True,
+    python_requires=">=" + cfg["min_python"],
+    install_requires=shlex.split(cfg["requirements"]),
+    extras_require={o: shlex.split(cfg[f"{o}_requirements"]) for o in ("lab", "dev")},
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    entry_points={
+        "console_scripts": shlex.split(cfg["console_scripts"]),
+        "papermill.engine": shlex.split(cfg["papermill_engines"]),
+        "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
+    },
+    zip_safe=False,
+)
