@@ -28,7 +28,7 @@ class LMConfig:
     vocab_size: int = 256  # Ids are in `range(vocab_size)`
     ctx_len: int = 64  # Longest window the model is trained on
 
-# %% ../nbs/20_lm.ipynb #4bb04a78
+# %% ../nbs/20_lm.ipynb #aa2bfc23
 class LM(nn.Module):
     "A language model, as the rest of the library sees it"
 
@@ -50,7 +50,7 @@ class LM(nn.Module):
         logits = self(batch.x).flatten(0, 1).float()
         nll = F.cross_entropy(logits, batch.y.flatten(), ignore_index=IGNORE, reduction="sum")
         n = (batch.y != IGNORE).sum()
-        return dict(loss=nll / n, nll=nll.detach(), n=n)
+        return dict(loss=nll / n.clamp(min=1), nll=nll.detach(), n=n)
 
     def step(self, x, state=None):  # (B,k) new ids, and what the last call returned
         "(B,V) logits after `x`, and a state that only this model understands"

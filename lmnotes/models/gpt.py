@@ -36,7 +36,7 @@ class GPTConfig(LMConfig):
     zero_init: bool = True  # Projections back into the stream, and an untied head, start at zero
     softcap: float = 15.0  # Bound on the logits; 0: none
 
-# %% ../../nbs/models/20_gpt.ipynb #27008bde
+# %% ../../nbs/models/20_gpt.ipynb #c8faec50
 def _norm(c):
     return nn.LayerNorm(c.d_model, bias=c.bias) if c.norm == "layer" else RMSNorm()
 
@@ -49,7 +49,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     "Causal self-attention, (B,T,D) -> (B,T,D)"
 
-    def __init__(self, c):
+    def __init__(self, c, first=False):
         super().__init__()
         if c.d_model % c.n_heads:
             raise ValueError(f"d_model={c.d_model} is not a multiple of n_heads={c.n_heads}")
@@ -58,13 +58,12 @@ class Attention(nn.Module):
         self.c = c
         self.qkv = nn.Linear(c.d_model, 3 * c.d_model, bias=c.bias)
         self.out = nn.Linear(c.d_model, c.d_model, bias=c.bias)
-        if c.mix:
-            self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5]))
+        self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if c.mix and not first else None
 
     def forward(self, x, first_v, table, cache):
         c, (B, T, D) = self.c, x.shape
         q, k, v = self.qkv(x).view(B, T, 3, c.n_heads, D // c.n_heads).permute(2, 0, 3, 1, 4)
-        if c.mix and first_v is not None:
+        if self.value_mix is not None:
             v = self.value_mix[0] * v + self.value_mix[1] * first_v
         first_v = v if first_v is None else first_v
         q, k = self._place(q, table), self._place(k, table)
@@ -83,14 +82,14 @@ class Attention(nn.Module):
         "Normalised vectors have length √d; 1.2 sharpens what the normalisation blunts"
         return (1.2 if self.c.qk_norm else 1.0) * (self.c.d_model // self.c.n_heads) ** -0.5
 
-# %% ../../nbs/models/20_gpt.ipynb #77256f93
+# %% ../../nbs/models/20_gpt.ipynb #9c117239
 class Block(nn.Module):
     "Attention, then feed-forward, each normalised before and added to the stream"
 
-    def __init__(self, c):
+    def __init__(self, c, first=False):
         super().__init__()
         self.norm1, self.norm2 = _norm(c), _norm(c)
-        self.attn = Attention(c)
+        self.attn = Attention(c, first)
         self.ffn = FeedForward(c.d_model, c.d_ff or 4 * c.d_model, c.act, c.bias, c.dropout)
         self.stream_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if c.mix else None
 
@@ -124,7 +123,7 @@ class Cache:
         self.k[:, :, slots], self.v[:, :, slots] = k[:, :, -len(slots) :], v[:, :, -len(slots) :]
         return k, v
 
-# %% ../../nbs/models/20_gpt.ipynb #ccc499cd
+# %% ../../nbs/models/20_gpt.ipynb #e736ba00
 _classic = dict(norm="layer", pos="learned", act="gelu", tie=True, qk_norm=False, mix=False, zero_init=False, softcap=0.0)
 
 @arch("gpt")
@@ -149,7 +148,7 @@ class GPT(LM):
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         if cfg.pos == "learned":
             self.positions = nn.Embedding(cfg.ctx_len, cfg.d_model)
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.blocks = nn.ModuleList(Block(cfg, first=i == 0) for i in range(cfg.n_layers))
         self.norm = _norm(cfg)
         self.head = None if cfg.tie else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
         self._init_weights()
