@@ -1,4 +1,5 @@
 """All settings live in settings.ini; edit there, not here."""
+
 import shlex
 from configparser import ConfigParser
 from pathlib import Path

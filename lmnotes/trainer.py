@@ -25,7 +25,7 @@ from .core import *
 from .lm import *
 from .optim import *
 
-# %% ../nbs/31_trainer.ipynb #2782fbd2
+# %% ../nbs/31_trainer.ipynb #14079008
 @dataclass
 class TrainConfig(OptimConfig):
     "What decides the course of training, beside the model and the data"
@@ -33,7 +33,7 @@ class TrainConfig(OptimConfig):
     accum: int = 1  # Pieces that each batch is cut into, to save memory; the result is the same
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16: in which products are computed
     compile: bool = False  # torch.compile the training step
-    seed: int = 0
+    seed: int = 0  # Of first weights, batches and dropout
     log_every: int = 0  # Steps between log lines; 0: forty lines in the run
 
 # %% ../nbs/31_trainer.ipynb #9ee7a460
@@ -227,7 +227,7 @@ def _explain_memory(e, trainer):
         f"or make batch_size, ctx_len or the model smaller. ({str(e).splitlines()[0]})"
     )
 
-# %% ../nbs/31_trainer.ipynb #20fd6f08
+# %% ../nbs/31_trainer.ipynb #1065dcba
 class Metrics:
     "Append-only records of a run"
 
@@ -245,10 +245,10 @@ class Metrics:
         lines = self.path.read_bytes().split(b"\n")[:-1]
         return [json.loads(line) for line in lines if line]
 
-    def keep_until(self, step):
-        "Drop what was recorded after `step`"
+    def keep(self, last):
+        "Drop what was recorded after the step that `last` gives for its split, such as dict(train=100, val=50)"
         if self.path.exists():
-            kept = [r for r in self.read() if r["step"] <= step]
+            kept = [r for r in self.read() if r["step"] <= last.get(r["split"], 0)]
             write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in kept))
 
     def sync(self):
@@ -260,7 +260,7 @@ def _rounded(v):
     "Seven digits are what float32 has; not a number is null in JSON"
     return (float(f"{v:.7g}") if math.isfinite(v) else None) if isinstance(v, float) else v
 
-# %% ../nbs/31_trainer.ipynb #dd0c49dc
+# %% ../nbs/31_trainer.ipynb #aec7581b
 LN2 = math.log(2)
 
 def duration(seconds):
@@ -284,7 +284,7 @@ class Log(Hook):
         if self.start is None:
             self.start = time.perf_counter(), t.counters["tokens"], t.step
             self.shown = self.start[:2]
-        every = t.cfg.log_every or max(1, t.cfg.steps // 40)
+        every = t.cfg.log_every or math.ceil(t.cfg.steps / 40)
         if not self.due(t, every):
             return
         self.had_turn(t)

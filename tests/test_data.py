@@ -1,0 +1,392 @@
+"""Readers, tokenizers and token files against damage, real data and a local HTTP server"""
+
+import hashlib
+import http.server
+import io
+import json
+import random
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from lmnotes import corpus as corpus_module
+from lmnotes.core import DataError, TokenizerError, data_root
+from lmnotes.corpus import get_corpus, parts, read_jsonl, read_pieces, split_documents, to_bytes, to_text
+from lmnotes.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, get_tokenizer, load_tokenizer
+from lmnotes.tokens import TokenWriter, open_tokens, prepare
+
+TEXT = "One  two\n\n  three's café 中文 👩‍🚀\r\n" * 30
+
+
+def mutate(data, rng):
+    "`data` cut, or with bytes changed, removed, or repeated"
+    data = bytearray(data)
+    at = rng.randrange(len(data))
+    kind = rng.randrange(4)
+    if kind == 0:
+        return bytes(data[:at])
+    if kind == 1:
+        data[at] = rng.randrange(256)
+    if kind == 2:
+        del data[at : at + rng.randrange(1, 20)]
+    if kind == 3:
+        data[at:at] = data[at : at + rng.randrange(1, 20)]
+    return bytes(data)
+
+
+def values(obj, path=()):
+    "Paths of all values in a JSON object (only the first few of a long list or dict)"
+    yield path
+    items = obj.items() if isinstance(obj, dict) else enumerate(obj) if isinstance(obj, list) else ()
+    for key, value in list(items)[:6]:
+        yield from values(value, (*path, key))
+
+
+def replace(obj, path, value):
+    "`obj` with the value at `path` replaced"
+    obj = json.loads(json.dumps(obj))
+    if not path:
+        return value
+    inside = obj
+    for key in path[:-1]:
+        inside = inside[key]
+    inside[path[-1]] = value
+    return obj
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return BPETokenizer.train([TEXT], 300)
+
+
+def test_mutated_jsonl_is_read_or_refused_by_line():
+    good = "".join(json.dumps(dict(text=f"line {i} é", id=i), ensure_ascii=False) + "\n" for i in range(5)).encode()
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(500):
+        try:
+            for _, text in read_jsonl(io.BytesIO(mutate(good, rng)), "x.jsonl"):
+                text.encode()
+        except DataError as e:
+            refused += 1
+            assert str(e).startswith("x.jsonl:"), e
+            assert 1 <= int(str(e).split(":")[1]) <= 6, e
+    assert refused > 100
+
+
+def test_mutated_text_is_read_or_refused_with_its_place():
+    good = TEXT.encode()
+    rng = random.Random(1)
+    for _ in range(300):
+        data = mutate(good, rng)
+        try:
+            text = "".join(read_pieces(io.BytesIO(data), "x.txt", size=64))
+            assert text.encode() == data
+        except DataError as e:
+            with pytest.raises(UnicodeDecodeError) as wrong:
+                data.decode()
+            line = data.count(b"\n", 0, wrong.value.start) + 1
+            assert str(e).startswith(f"x.txt:{line}: byte {wrong.value.start} "), e
+
+
+def test_streams_of_any_bytes_come_back_whatever_the_piece_size():
+    rng = random.Random(2)
+    for size in (1, 7, 100):
+        data = bytes(rng.choice(b"\n a\xc3\xa9\xff\x00") for _ in range(500))
+        assert to_bytes("".join(read_pieces(io.BytesIO(data), "x", strict=False, size=size))) == data
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "merges.txt"])
+def test_mutated_tokenizer_files_give_a_tokenizer_or_a_tokenizer_error(tmp_path, bpe, name):
+    bpe.save(tmp_path)
+    good = (tmp_path / name).read_bytes()
+    path = tmp_path / ("tokenizer.json" if name == "tokenizer.json" else "vocab.json")
+    rng = random.Random(3)
+    refused = 0
+    for _ in range(200):
+        (tmp_path / name).write_bytes(mutate(good, rng))
+        try:
+            tok = load_tokenizer(path)
+            assert tok.decode(tok.encode(TEXT)) == TEXT
+        except TokenizerError as e:
+            refused += 1
+            assert str(tmp_path) in str(e)
+    assert refused > 50
+
+
+@pytest.mark.parametrize("kind", ["bpe", "chars", "bytes", "tisslm"])
+def test_restructured_tokenizer_json_gives_a_tokenizer_or_a_tokenizer_error(tmp_path, bpe, kind):
+    if kind == "tisslm":
+        good, path = {str(i): [i] for i in range(256)} | {"256": [97, 98]}, tmp_path / "t_vocab.json"
+        (tmp_path / "t_merges.txt").write_text("97 98 256\n")
+        path.write_text(json.dumps(good))
+    else:
+        tok = dict(bpe=bpe, chars=CharTokenizer.train([TEXT]), bytes=ByteTokenizer())[kind]
+        tok.save(tmp_path)
+        path = tmp_path / "tokenizer.json"
+        good = json.loads(path.read_bytes())
+    load_tokenizer(path)
+    for place in values(good):
+        for value in (None, True, -1, 1.5, 10**12, "x", "Ġ Ġ", [], [[]], [1, 2], {}, {"a": 1}):
+            path.write_text(json.dumps(replace(good, place, value)))
+            try:
+                tok = load_tokenizer(path)
+                tok.encode(TEXT)
+            except TokenizerError as e:
+                assert str(tmp_path) in str(e), e
+
+
+def test_saved_bpe_is_read_the_same_by_transformers(tmp_path, bpe):
+    from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
+
+    bpe.save(tmp_path)
+    for other in (
+        GPT2Tokenizer.from_pretrained(str(tmp_path)),
+        GPT2Tokenizer(vocab=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt")),
+        PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")),
+    ):
+        assert other(TEXT)["input_ids"] == bpe.encode(TEXT).tolist()
+        assert other.decode(bpe.encode(TEXT).tolist(), clean_up_tokenization_spaces=False) == TEXT
+
+
+@pytest.mark.parametrize("suffix", ["bin", "bin.json", "docs.npy", "npy", "pt"])
+def test_mutated_token_files_give_tokens_or_a_data_error(tmp_path, suffix, capsys):
+    ids = np.arange(200) % 50
+    with TokenWriter(tmp_path / "a.bin", 50) as out:
+        out.add(ids[:120], "a", 120)
+        out.add(ids[120:], "b", 80)
+    np.save(tmp_path / "a.npy", ids)
+    torch.save(torch.tensor(ids), tmp_path / "a.pt")
+    damaged = tmp_path / f"a.{suffix}"
+    opened = damaged if suffix in ("npy", "pt") else tmp_path / "a.bin"
+    good = damaged.read_bytes()
+    rng = random.Random(4)
+    for _ in range(150):
+        damaged.unlink()
+        damaged.write_bytes(mutate(good, rng))
+        try:
+            tokens = open_tokens(opened, vocab_size=50, ctx_len=8)
+            assert tokens.ids.ndim == 1 and 0 <= tokens.ids.min() <= tokens.ids.max() < 50
+        except DataError as e:
+            assert str(tmp_path) in str(e)
+
+
+def test_tokens_never_run_code(tmp_path):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    (tmp_path / "a.pt").write_bytes(pickle.dumps(Evil()))
+    torch.save(Evil(), tmp_path / "b.pt")
+    np.save(tmp_path / "a.npy", np.array([Evil()], dtype=object), allow_pickle=True)
+    (tmp_path / "b.npy").write_bytes(pickle.dumps(Evil()))
+    for name in ("a.pt", "b.pt", "a.npy", "b.npy"):
+        with pytest.raises(DataError, match=name):
+            open_tokens(tmp_path / name)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_other_arrays_are_refused(tmp_path):
+    for n, array in enumerate((torch.ones(3), torch.ones(3, dtype=torch.bfloat16), torch.ones(3, dtype=torch.bool))):
+        torch.save(array, tmp_path / f"{n}.pt")
+        with pytest.raises(DataError, match="integer"):
+            open_tokens(tmp_path / f"{n}.pt")
+    for n, array in enumerate((np.ones(3), np.ones(3, bool), np.int64(3), np.empty(0, int))):
+        np.save(tmp_path / f"{n}.npy", array)
+        with pytest.raises(DataError):
+            open_tokens(tmp_path / f"{n}.npy")
+    np.savez(tmp_path / "z.npz", a=np.ones(3))
+    (tmp_path / "z.npz").rename(tmp_path / "z.npy")
+    with pytest.raises(DataError, match="z.npy"):
+        open_tokens(tmp_path / "z.npy")
+
+
+def test_vocabularies_past_uint16(tmp_path):
+    with TokenWriter(tmp_path / "a.bin", 70_000) as out:
+        out.add([0, 65_536, 69_999])
+    assert open_tokens(tmp_path / "a.bin").ids.tolist() == [0, 65_536, 69_999]
+    assert (tmp_path / "a.bin").stat().st_size == 12
+
+
+SPECS = "bytes", "chars", "bpe:300"
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("layout", ["text", "folder", "jsonl", "domains"])
+def test_every_tokenizer_with_every_layout(tmp_path, spec, layout):
+    texts = [f"{i}: {TEXT}" for i in range(60)]
+    data = tmp_path / "data"
+    data.mkdir()
+    if layout == "text":
+        (data / "a.txt").write_text("".join(texts), newline="")
+    if layout == "folder":
+        for i, text in enumerate(texts):
+            (data / f"{i:02}.txt").write_text(text, newline="")
+    lines = [json.dumps(dict(text=text)) + "\n" for text in texts]
+    if layout == "jsonl":
+        (data / "a.jsonl").write_text("".join(lines))
+    if layout == "domains":
+        for domain in "xy":
+            (data / domain).mkdir()
+            (data / domain / "a.jsonl").write_text("".join(lines[:30] if domain == "x" else lines[30:]))
+    corpus = get_corpus(data / "a.jsonl" if layout == "jsonl" else data)
+    tok = get_tokenizer(spec, lambda: (d.text for d in split_documents(corpus)))
+    made = prepare(corpus, tok, tmp_path / "out", verbose=False)
+    assert list(made) == ["train", "val"]
+    for part, tokens in made.items():
+        end = "" if layout == "text" else "\0"
+        expected = [d.text + end for d in split_documents(corpus, part=part)]
+        assert tok.decode(tokens.ids) == "".join(expected)
+        assert tokens.n_bytes == len("".join(expected).encode()) == tok.byte_lengths[tokens.ids].sum()
+        if layout != "text":
+            assert [tok.decode(ids) for ids in np.split(tokens.ids, tokens.doc_starts)[1:]] == expected
+    assert set(made["train"].domains) == set(corpus.domains)
+
+
+def test_hash_split_is_stable_and_keeps_copies_together(tmp_path):
+    for domain in "ab":
+        (tmp_path / domain).mkdir()
+        lines = [json.dumps(dict(text=f"story {i}")) for i in range(300)]
+        (tmp_path / domain / "x.jsonl").write_text("\n".join(lines))
+    val = [d for d in split_documents(get_corpus(tmp_path), "hash", "val")]
+    assert [d.text for d in val if d.domain == "a"] == [d.text for d in val if d.domain == "b"]
+    assert 20 < len(val) < 120
+    train = {d.text for d in split_documents(get_corpus(tmp_path, domains="b"), "hash", "train")}
+    assert not train & {d.text for d in val}
+
+
+def test_randperm42_is_the_guides_split(tmp_path):
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(dict(text=str(i))) for i in range(100)))
+    corpus = get_corpus(tmp_path / "x.jsonl")
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(42)).tolist()
+    assert [int(d.text) for d in split_documents(corpus, "randperm42", "train")] == sorted(order[:90])
+    assert [int(d.text) for d in split_documents(corpus, "randperm42", "val")] == sorted(order[90:])
+
+
+def test_prepare_again_after_the_text_was_edited_in_place(tmp_path, capsys):
+    path = tmp_path / "a.txt"
+    path.write_text("abcdefghij" * 10)
+    first = prepare(get_corpus(path), ByteTokenizer(), tmp_path / "out")
+    path.write_text("abcdefghiX" * 10)
+    second = prepare(get_corpus(path), ByteTokenizer(), tmp_path / "out")
+    assert first["train"].fingerprint != second["train"].fingerprint
+    assert "prepared before" not in capsys.readouterr().out
+    expected = second["val"].ids.tolist()
+    (tmp_path / "out" / "val.bin").write_bytes(b"ab")
+    third = prepare(get_corpus(path), ByteTokenizer(), tmp_path / "out")
+    assert third["val"].ids.tolist() == expected
+    assert "it is written anew" in capsys.readouterr().out
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    "Serves one file, breaking off once in the middle, and continues where it is asked to"
+
+    def do_GET(self):
+        asked = self.headers.get("Range")
+        start = int(asked[6:-1]) if asked else 0
+        body = self.server.data[start:]
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: self.server.breaks or None])
+        self.server.breaks = 0
+
+    def log_message(self, *args):
+        pass
+
+
+def test_enwik8_from_a_server_that_breaks_off(tmp_path, monkeypatch):
+    content = ("<page>café 中文\n" * 5000).encode()[:60_001]
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("../evil", "outside")
+        archive.writestr("enwik8", content)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.data, server.breaks = buffer.getvalue(), 30_000
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    item = corpus_module.DOWNLOADS["enwik8"][0]._replace(
+        url=f"http://127.0.0.1:{server.server_address[1]}/enwik8.zip",
+        size=len(server.data),
+        sha256=hashlib.sha256(server.data).hexdigest(),
+    )
+    monkeypatch.setitem(corpus_module.DOWNLOADS, "enwik8", [item])
+    monkeypatch.setattr(corpus_module, "ENWIK8_SIZE", len(content))
+    with pytest.raises(DataError, match="30,000 of"):
+        get_corpus("enwik8", tmp_path / "data")
+    corpus = get_corpus("enwik8", tmp_path / "data")
+    server.shutdown()
+    server.server_close()
+    assert sorted(p.name for p in (tmp_path / "data").rglob("*")) == ["enwik8", "enwik8.zip"]
+    assert parts(corpus) == ("train", "val", "test")
+    cuts = [0, 54_000, 57_000, 60_001]
+    for spec in SPECS:
+        tok = get_tokenizer(spec, lambda: (d.text for d in split_documents(corpus)))
+        made = prepare(corpus, tok, tmp_path / spec[:3], verbose=False)
+        for part, start, stop in zip(made, cuts, cuts[1:]):
+            assert spec == "chars" or tok.decode_bytes(made[part].ids) == content[start:stop]
+            assert made[part].n_bytes == stop - start
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "enwik8").write_bytes(content)
+    assert get_corpus("enwik8", tmp_path / "raw").fingerprint == corpus.fingerprint
+    (tmp_path / "raw" / "enwik8").write_bytes(content[:-1])
+    with pytest.raises(DataError, match="has 60,000 bytes, needs 60,001"):
+        get_corpus("enwik8", tmp_path / "raw")
+
+
+def test_wikitext_comes_in_its_own_parts(tmp_path):
+    with zipfile.ZipFile(tmp_path / "wikitext-2.zip", "w") as archive:
+        for part in ("train", "valid", "test"):
+            archive.writestr(f"wikitext-2-raw/wiki.{part}.raw", f"= {part} =\n")
+    with pytest.raises(DataError, match="needs 4,721,645"):
+        get_corpus("wikitext-2", tmp_path)
+
+
+def test_stories_are_cut_at_their_end_marks(tmp_path):
+    (tmp_path / "tinystories").mkdir()
+    for part in ("train", "valid"):
+        text = f"\n{part} one.\nMore.\n<|endoftext|>\n{part} two.\n<|endoftext|>\n"
+        (tmp_path / "tinystories" / f"TinyStories-{part}.txt").write_text(text)
+    corpus = get_corpus("tinystories", tmp_path)
+    assert [d.text for d in split_documents(corpus)] == ["train one.\nMore.", "train two."]
+    assert [d.text for d in split_documents(corpus, part="val")] == ["valid one.\nMore.", "valid two."]
+
+
+def test_offline_says_what_to_put_where(tmp_path, monkeypatch):
+    item = corpus_module.DOWNLOADS["tinyshakespeare"][0]._replace(url="http://127.0.0.1:9/input.txt")
+    monkeypatch.setitem(corpus_module.DOWNLOADS, "tinyshakespeare", [item])
+    with pytest.raises(DataError, match="put it at") as e:
+        get_corpus("tinyshakespeare", tmp_path)
+    assert str(tmp_path / "tinyshakespeare" / "input.txt") in str(e.value)
+
+
+def need(path):
+    "Skip a test whose real data is not here"
+    if not path.exists():
+        pytest.skip(f"{path} is not there; LMNOTES_DATA can name the folder that holds it")
+    return path
+
+
+def test_real_tinyshakespeare(tmp_path):
+    path = need(data_root() / "tinyshakespeare" / "input.txt")
+    corpus = get_corpus("tinyshakespeare")
+    assert corpus.fingerprint == get_corpus(path).fingerprint
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == corpus_module.DOWNLOADS["tinyshakespeare"][0].sha256
+    chars = get_tokenizer("chars", lambda: (d.text for d in split_documents(corpus)))
+    made = prepare(corpus, chars, tmp_path / "chars")
+    assert chars.vocab_size == 65 + 2
+    assert (len(made["train"]), len(made["val"])) == (1_003_854, 111_540)
+
+
+def test_real_gpt2_equals_transformers():
+    folder = need(data_root() / "gpt2" / "vocab.json").parent
+    from transformers import GPT2TokenizerFast
+
+    ours, theirs = get_tokenizer("gpt2"), GPT2TokenizerFast.from_pretrained(str(folder))
+    text = TEXT + "\n".join(d.text for d in list(get_corpus("pydocs").documents())[:5])
+    assert ours.encode(text).tolist() == theirs(text)["input_ids"]
+    assert ours.decode(ours.encode(to_text(b"\xff" + text.encode()))) == to_text(b"\xff" + text.encode())

@@ -1,0 +1,79 @@
+"""A wheel built from this folder holds the whole library and works away from it."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    "Built from a copy, so that no build folder is left here or found here"
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "lmnotes", source / "lmnotes", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(target), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = target.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def settings():
+    parser = ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]
+
+
+def test_metadata(wheel, settings):
+    assert wheel.name == f"lmnotes-{settings['version']}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        info = f"lmnotes-{settings['version']}.dist-info"
+        metadata = archive.read(f"{info}/METADATA").decode()
+        entries = archive.read(f"{info}/entry_points.txt").decode()
+        assert any(name.startswith(info) and name.endswith("LICENSE") for name in archive.namelist())
+    assert f"Version: {settings['version']}" in metadata
+    assert f"Requires-Python: >={settings['min_python']}" in metadata
+    assert "Requires-Dist: torch>=" in metadata
+    assert "fastcore" not in "".join(
+        line for line in metadata.splitlines() if "Requires-Dist" in line and "extra" not in line
+    )
+    assert "lmnotes = lmnotes.cli:main" in entries
+    assert "lmnotes = lmnotes.engine:GracefulEngine" in entries
+
+
+def test_every_module_is_inside(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        inside = {name for name in archive.namelist() if name.startswith("lmnotes/")}
+    assert inside == {path.relative_to(ROOT).as_posix() for path in (ROOT / "lmnotes").rglob("*.py")}
+
+
+def test_it_works_elsewhere(wheel, tmp_path, settings):
+    "Installed in a folder of its own, ahead of everything else, and run from another"
+    target, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]
+    subprocess.run(command, check=True, capture_output=True)
+    code = f"""
+import importlib, pkgutil, sys
+sys.path.insert(0, {str(target)!r})
+import lmnotes
+assert lmnotes.__file__.startswith({str(target)!r}), lmnotes.__file__
+assert lmnotes.__version__ == {settings["version"]!r}
+names = [m.name for m in pkgutil.walk_packages(lmnotes.__path__, "lmnotes.") if not m.name.endswith("__main__")]
+for name in names:
+    importlib.import_module(name)
+from lmnotes.lm import new_lm
+print(new_lm("gpt", vocab_size=11, ctx_len=8, d_model=32, n_layers=1, n_heads=2).cfg.vocab_size, len(names))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=elsewhere, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == "11"

@@ -1,0 +1,236 @@
+"""Papermill as its users meet it: the command without an output path, and stopping it from outside."""
+
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from lmnotes.engine import ONE_VALUE, TWO_VALUES
+
+ROOT = Path(__file__).parent.parent
+PAPERMILL = str(Path(sys.executable).parent / "papermill")
+
+PARAMETERS = """
+run = ""
+resume = False
+mode = "quick"
+"""
+
+TRAIN = """
+import os, pathlib, signal, time
+heard = []
+if mode == "listens":
+    signal.signal(signal.SIGINT, lambda *args: heard.append("SIGINT"))
+if mode == "ignores":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+pathlib.Path("kernel.pid").write_text(str(os.getpid()))
+end = time.time() + 60
+while mode != "quick" and not heard and time.time() < end:
+    try:
+        time.sleep(0.02)
+    except KeyboardInterrupt:
+        if pathlib.Path("interrupted").exists():
+            raise
+        pathlib.Path("interrupted").touch()
+"""
+
+REPORT = """
+import json
+print(json.dumps(dict(heard=heard, resume=resume, run=os.environ.get("LMNOTES_RUN"))))
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    "A small project with two runs; the second is the last"
+    monkeypatch.delenv("LMNOTES_OUT_DIR", raising=False)
+    monkeypatch.delenv("LMNOTES_RUN", raising=False)
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    cells = [
+        nbformat.v4.new_code_cell(PARAMETERS, metadata=dict(tags=["parameters"])),
+        nbformat.v4.new_code_cell(TRAIN),
+        nbformat.v4.new_code_cell(REPORT),
+    ]
+    kernel = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
+    (tmp_path / "nbs").mkdir()
+    for path in ("nbs/train.ipynb", "elsewhere.ipynb"):
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / path)
+    for name, hour in (("one", 10), ("two", 11)):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        record = dict(updated=f"2026-01-01T{hour}:00:00+00:00")
+        (tmp_path / "checkpoints" / name / "run.json").write_text(json.dumps(record))
+    return tmp_path
+
+
+def papermill(project, *words, **options):
+    "Start papermill in the project's folder, or in another"
+    options = dict(cwd=project, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) | options
+    return subprocess.Popen([PAPERMILL, *words], **options)
+
+
+def finish(process, seconds=120):
+    "Exit code and what was said"
+    out, err = process.communicate(timeout=seconds)
+    return process.returncode, (out or b"").decode(), (err or b"").decode()
+
+
+def until(condition, seconds=60):
+    "Wait for something to be true"
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "what was waited for did not happen"
+        time.sleep(0.02)
+
+
+def report(notebook):
+    "What the last cell printed"
+    nb = nbformat.read(notebook, 4)
+    nbformat.validate(nb)
+    return json.loads(nb.cells[-1].outputs[0].text)
+
+
+def on_a_terminal(project, *words):
+    "Run papermill with a terminal as its input and output"
+    ours, theirs = pty.openpty()
+    process = papermill(project, *words, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    said = bytearray()
+
+    def read():
+        try:
+            while chunk := os.read(ours, 4096):
+                said.extend(chunk)
+        except OSError:  # the other end was closed
+            pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    process.wait(timeout=120)
+    reader.join()
+    os.close(ours)
+    return process.returncode, said.decode()
+
+
+def redirected(project, *words):
+    "Run papermill with its output in a file, as in a batch job"
+    with open(project / "log", "wb") as log:
+        code, _, _ = finish(papermill(project, *words, stdout=log, stderr=log))
+    return code, (project / "log").read_text()
+
+
+def piped(project, *words):
+    "Run papermill with a pipe as its input, as in a container"
+    code, out, err = finish(papermill(project, *words, stdin=subprocess.PIPE))
+    return code, out + err
+
+
+@pytest.mark.parametrize("way", [on_a_terminal, redirected, piped])
+def test_resume_without_an_output_path(project, way):
+    source = (project / "nbs/train.ipynb").read_bytes()
+    code, said = way(project, "nbs/train.ipynb", "-p", "resume", "True")
+    assert code == 0, said
+    assert "lmnotes: the executed notebook goes to checkpoints/two/train.ipynb" in said
+    assert report(project / "checkpoints/two/train.ipynb") == dict(heard=[], resume=True, run="two")
+    assert (project / "nbs/train.ipynb").read_bytes() == source
+
+
+def test_the_run_noted_as_last_wins(project):
+    (project / "checkpoints/.last").write_text("one\n")
+    code, out, err = finish(papermill(project, "train.ipynb", "-p", "resume", "True", cwd=project / "nbs"))
+    assert code == 0, err
+    assert report(project / "checkpoints/one/train.ipynb")["run"] == "one"
+
+
+def test_a_new_run_has_the_name_given(project):
+    code, out, err = finish(papermill(project, "nbs/train.ipynb", "-p", "run", "mine"))
+    assert code == 0, err
+    assert report(project / "checkpoints/mine/train.ipynb") == dict(heard=[], resume=False, run="mine")
+
+
+def test_an_output_path_that_is_given_is_kept(project):
+    (project / "checkpoints/first").mkdir()
+    code, out, err = finish(papermill(project, "nbs/train.ipynb", "checkpoints/first/train.ipynb"))
+    assert code == 0, err
+    assert report(project / "checkpoints/first/train.ipynb")["run"] == "first"
+    code, out, err = finish(papermill(project, "nbs/train.ipynb", "copy.ipynb"))
+    assert code == 0, err
+    assert report(project / "copy.ipynb")["run"] is None
+    assert sorted(path.name for path in (project / "checkpoints").iterdir()) == ["first", "one", "two"]
+
+
+def test_nothing_to_resume(project):
+    shutil.rmtree(project / "checkpoints")
+    code, out, err = finish(papermill(project, "nbs/train.ipynb", "-p", "resume", "True"))
+    assert code == 1
+    assert "there is no run in" in err
+
+
+def test_other_notebooks_are_left_alone(project):
+    code, out, err = finish(papermill(project, "elsewhere.ipynb"))
+    assert code == 0, err
+    assert json.loads(out)["metadata"]["papermill"]["output_path"] == "-"
+    code, said = on_a_terminal(project, "elsewhere.ipynb")
+    assert code == 2
+    assert "Missing argument 'OUTPUT_PATH'" in said
+
+
+def training(project, mode):
+    "Papermill with the training cell running"
+    process = papermill(project, "nbs/train.ipynb", "-p", "run", "mine", "-p", "mode", mode, "--no-progress-bar")
+    noted = project / "kernel.pid"
+    until(lambda: (noted.is_file() and noted.read_text()) or process.poll() is not None)
+    assert process.poll() is None, finish(process)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_notebook_finish(project, number):
+    process = training(project, "listens")
+    process.send_signal(number)
+    code, out, err = finish(process)
+    assert code == 0, err
+    assert f"lmnotes: {number.name}, the kernel is asked to finish" in err
+    assert report(project / "checkpoints/mine/train.ipynb")["heard"] == ["SIGINT"]
+
+
+def test_a_second_signal_interrupts_the_cell(project):
+    process = training(project, "deaf")
+    process.send_signal(signal.SIGTERM)
+    until(lambda: (project / "interrupted").exists())
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    code, out, err = finish(process)
+    assert code == 1
+    nb = nbformat.read(project / "checkpoints/mine/train.ipynb", 4)
+    assert any(output.get("ename") == "KeyboardInterrupt" for cell in nb.cells for output in cell.get("outputs", []))
+
+
+def test_a_third_signal_kills(project):
+    process = training(project, "ignores")
+    kernel = int((project / "kernel.pid").read_text())
+    heard = b""
+    for words in (b"asked to finish", b"is interrupted", b"is killed"):
+        process.send_signal(signal.SIGINT)
+        while words not in heard:
+            heard += os.read(process.stderr.fileno(), 4096)
+    code, out, err = finish(process)
+    assert code == 138
+    with pytest.raises(ProcessLookupError):
+        os.kill(kernel, 0)
+
+
+def test_the_options_are_papermills():
+    from papermill.cli import papermill as command
+
+    options = [option for option in command.params if not getattr(option, "is_flag", True)]
+    assert {name for option in options if option.nargs == 2 for name in option.opts} == TWO_VALUES
+    assert {name for option in options if option.nargs == 1 for name in option.opts} == ONE_VALUE

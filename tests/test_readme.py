@@ -1,0 +1,66 @@
+"""What the README shows is run as it stands there, in a project that has nothing but its notebooks."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^(?:mkdir|papermill) .*", README, re.M)
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+
+pytestmark = pytest.mark.skipif(not (ROOT / "nbs/train.ipynb").exists(), reason="nbs/train.ipynb is not written yet")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copy(ROOT / "settings.ini", folder)
+    (folder / "nbs").mkdir()
+    shutil.copy(ROOT / "nbs/train.ipynb", folder / "nbs")
+    return folder
+
+
+def run(command, project):
+    "Run a command line with this environment's programs first, as after `. .venv/bin/activate`"
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
+    environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
+    done = subprocess.run(command, cwd=project, env=environ, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def shown(notebook):
+    "Everything that a notebook's cells show, as one text, and the kinds of its outputs"
+    outputs = [output for cell in nbformat.read(notebook, 4).cells for output in cell.get("outputs", [])]
+    text = "".join(output.get("text", "") + str(output.get("data", {}).get("text/plain", "")) for output in outputs)
+    return text, {kind for output in outputs for kind in output.get("data", {})}
+
+
+def test_the_first_run(project):
+    "The report has a curve and no error"
+    for command in COMMANDS[:2]:
+        run(["bash", "-c", command], project)
+    text, kinds = shown(project / "checkpoints/first/train.ipynb")
+    assert "image/png" in kinds
+    assert text
+    assert (project / "checkpoints/first/run.json").is_file()
+
+
+def test_the_last_run_is_resumed(project):
+    done = run(["bash", "-c", "papermill nbs/train.ipynb -p resume True"], project)
+    assert "papermill nbs/train.ipynb -p resume True" in COMMANDS
+    assert "checkpoints/first/train.ipynb" in done.stderr
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_the_script(project, example):
+    assert len(example.strip().splitlines()) < 10
+    run([sys.executable, "-c", example], project)
+    assert (project / "checkpoints/mine/run.json").is_file()
