@@ -16,7 +16,6 @@ help:
 	@echo "make clean        remove what make made, .venv too; data/ and checkpoints/ stay"
 
 train: .venv/.installed
-	mkdir -p checkpoints/first
 	.venv/bin/papermill nbs/train.ipynb checkpoints/first/train.ipynb
 
 test: .venv/.installed-dev

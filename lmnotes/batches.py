@@ -19,6 +19,7 @@ from .core import *
 # %% ../nbs/13_batches.ipynb #738dc910
 IGNORE = -100
 
+
 class Batch(NamedTuple):
     "What a model is trained on"
 
@@ -51,6 +52,7 @@ def windows_at(
     "The windows of `ids` that begin at `starts`"
     w = torch.from_numpy(sliding_window_view(ids, ctx_len + 1)[starts].astype(np.int64))
     return Batch(w[:, :-1], w[:, 1:])
+
 
 def check_length(ids, ctx_len, what="the token stream"):
     "Raise unless one window fits"
@@ -208,6 +210,7 @@ class CoveringWindows:
 # %% ../nbs/13_batches.ipynb #e845d1b2
 SAMPLERS = "auto", "random", "epochs", "domains", "documents"
 
+
 def get_batches(
     tokens,  # Has `ids`, `domains` and `doc_starts` (notebook `12_tokens`)
     batch_size,  # Rows in the global batch
@@ -227,6 +230,8 @@ def get_batches(
         return BalancedWindows(tokens.ids, tokens.domains, batch_size, ctx_len, seed)
     if sampler == "documents":
         if tokens.doc_starts is None:
-            raise DataError(f"{tokens.path} has no document starts, which sampler='documents' needs; prepare it with lmnotes")
+            raise DataError(
+                f"{tokens.path} has no document starts, which sampler='documents' needs; prepare it with lmnotes"
+            )
         return PackedDocuments(tokens.ids, tokens.doc_starts, batch_size, ctx_len, seed)
     raise ValueError(f"sampler={sampler!r} is not one of {', '.join(SAMPLERS)}")

@@ -35,13 +35,18 @@ def check_plain(obj, where="state"):
         for i, v in enumerate(obj):
             check_plain(v, f"{where}[{i}]")
     elif type(obj) not in (int, float, str, bool, type(None), torch.Tensor):
-        raise CheckpointError(f"{where} is a {type(obj).__name__}, which a checkpoint cannot hold; store plain values or tensors")
+        raise CheckpointError(
+            f"{where} is a {type(obj).__name__}, which a checkpoint cannot hold; store plain values or tensors"
+        )
+
 
 def check_finite(tensors, what):
     "Raise, naming the tensor, if one holds NaN or infinity"
     for name, t in tensors.items():
         if t.is_floating_point() and not t.isfinite().all():
-            raise CheckpointError(f"{what}: {name} holds NaN or infinity; it is not saved, the last good checkpoint stays")
+            raise CheckpointError(
+                f"{what}: {name} holds NaN or infinity; it is not saved, the last good checkpoint stays"
+            )
 
 # %% ../nbs/32_checkpoint.ipynb #1bb72957
 def weights_of(lm):
@@ -54,6 +59,7 @@ def weights_of(lm):
             out[name] = t.detach().cpu().contiguous()
     return out
 
+
 def load_weights(
     lm,
     tensors,  # {name: tensor}
@@ -62,7 +68,9 @@ def load_weights(
     "Load all of `tensors` into all of `lm`, or raise naming what does not fit"
     need, have = weights_of(lm), set(tensors)
     if missing := sorted(set(need) - have):
-        raise CheckpointError(f"{where}: {len(missing)} tensors that the model needs are not there: {', '.join(missing[:5])}")
+        raise CheckpointError(
+            f"{where}: {len(missing)} tensors that the model needs are not there: {', '.join(missing[:5])}"
+        )
     if extra := sorted(have - set(lm.state_dict())):
         raise CheckpointError(f"{where}: {len(extra)} tensors that the model does not have: {', '.join(extra[:5])}")
     for name, t in need.items():
@@ -71,7 +79,7 @@ def load_weights(
     lm.load_state_dict(tensors, strict=False)  # Only the second names of tied weights are left out
     return lm
 
-# %% ../nbs/32_checkpoint.ipynb #190dd215
+# %% ../nbs/32_checkpoint.ipynb #3cbe229a
 def _write(path, data):
     "Write and flush one file; its size and hash"
     with open(path, "wb") as f:
@@ -79,6 +87,7 @@ def _write(path, data):
         f.flush()
         os.fsync(f.fileno())
     return dict(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
 
 def _serialize(lm, state, about):
     "{file name: bytes} of a checkpoint"
@@ -90,18 +99,38 @@ def _serialize(lm, state, about):
     torch.save(state, buffer)
     return {
         "config.json": json.dumps(about, indent=1).encode(),
-        "model.safetensors": save(weights, dict(format="pt", arch=lm.arch)),
+        "model.safetensors": save(weights, dict(format="pt")),  # One key: several would be written in an order of chance
         "state.pt": buffer.getbuffer(),
     }
+
 
 def check_space(folder, size):
     "Raise unless `size` bytes fit"
     free = shutil.disk_usage(folder).free
     if free < 1.1 * size + 2**16:
-        raise CheckpointError(f"disk full: {folder} needs {size / 1e6:.1f} MB for a checkpoint and has {free / 1e6:.1f} MB free")
+        raise CheckpointError(
+            f"disk full: {folder} needs {size / 1e6:.1f} MB for a checkpoint and has {free / 1e6:.1f} MB free"
+        )
+
 
 def step_name(step):
     return f"step_{step:08d}"
+
+
+def _is_there(folder, files):
+    "Is this checkpoint there, with this content? A damaged one is put aside"
+    if not folder.exists():
+        return False
+    try:
+        known = read_json(verify(folder) / "manifest.json")["files"]
+    except CheckpointError as e:
+        aside = folder.with_name(f"damaged_{folder.name}")
+        print(f"{e}; it is put aside as {aside.name} and written again")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+        return False
+    return all(known[name]["sha256"] == hashlib.sha256(data).hexdigest() for name, data in files.items())
+
 
 def save_checkpoint(
     run,  # Run folder
@@ -110,53 +139,59 @@ def save_checkpoint(
     state=None,  # What `Trainer.state_dict` gives
     **about,  # More for config.json
 ):  # The step folder
-    "Write `run/step_NNNNNNNN`; one that is there and whole is left as it is"
+    "Write `run/step_NNNNNNNN`; one that is there with the same content is left as it is"
     run, name = Path(run), step_name(step)
-    if (run / name).exists():
-        try:
-            return verify(run / name)
-        except CheckpointError as e:
-            print(f"{e}; it is put aside as damaged_{name} and written again")
-            os.replace(run / name, run / f"damaged_{name}")
     about = dict(format=1, arch=lm.arch, config=asdict(lm.cfg), step=step, versions=versions(), **about)
     files = _serialize(lm, state or {}, about)
+    if _is_there(run / name, files):
+        return run / name
     check_space(run, sum(len(d) for d in files.values()))
-    tmp = run / f".{name}.{os.getpid()}.tmp"
+    tmp, old = run / f".{name}.{os.getpid()}.tmp", run / f".{name}.old.tmp"
     try:
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir()
         manifest = {f: _write(tmp / f, data) for f, data in files.items()}
         _write(tmp / "manifest.json", json.dumps(dict(step=step, files=manifest), indent=1).encode())
         fsync_path(tmp)
+        if (run / name).exists():
+            os.replace(run / name, old)
         os.replace(tmp, run / name)
         fsync_path(run)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as e:
+        if old.exists() and not (run / name).exists():
+            os.replace(old, run / name)
         shutil.rmtree(tmp, ignore_errors=True)
         why = "disk full" if e.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) else str(e)
         raise CheckpointError(f"{run / name} could not be written: {why}; earlier checkpoints are untouched") from None
     return run / name
 
-# %% ../nbs/32_checkpoint.ipynb #a165c2e1
+# %% ../nbs/32_checkpoint.ipynb #a20ba08f
 def verify(folder):
     "The step folder, if every file is what the manifest says; else `CheckpointError` naming the file"
     folder = Path(folder)
     manifest = read_json(folder / "manifest.json", CheckpointError)
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or not {"config.json", "model.safetensors", "state.pt"} <= set(files):
-        raise CheckpointError(f"{folder / 'manifest.json'}: it does not list the files of a checkpoint")
-    for name, known in files.items():
+    try:
+        files = {name: (known["size"], known["sha256"]) for name, known in manifest["files"].items()}
+    except (KeyError, TypeError, AttributeError):
+        files = {}
+    if not {"config.json", "model.safetensors", "state.pt"} <= set(files):
+        raise CheckpointError(f"{folder / 'manifest.json'}: damaged, it does not list the files of a checkpoint")
+    for name, (size, sha256) in files.items():
         path = folder / Path(name).name
         if not path.is_file():
             raise CheckpointError(f"{path}: it is in the manifest, but not there")
-        if path.stat().st_size != known["size"]:
-            raise CheckpointError(f"{path}: damaged, {path.stat().st_size:,} bytes where {known['size']:,} were written")
-        if sha256_file(path) != known["sha256"]:
+        if path.stat().st_size != size:
+            raise CheckpointError(f"{path}: damaged, {path.stat().st_size} bytes where {size} were written")
+        if sha256_file(path) != sha256:
             raise CheckpointError(f"{path}: damaged, its content is not what was written (SHA-256 differs)")
     return folder
+
 
 def checkpoints(run):
     "Step folders of a run, oldest first, unverified"
     return sorted(p for p in Path(run).glob("step_*") if p.is_dir() and p.name[5:].isdigit())
+
 
 def latest(run):
     "The newest whole checkpoint of a run; damaged ones are named and passed over"
@@ -166,6 +201,7 @@ def latest(run):
         except CheckpointError as e:
             print(f"warning: {e}; falling back to the checkpoint before it")
     raise CheckpointError(f"{run}: there is no whole checkpoint in this folder")
+
 
 def find_checkpoint(
     path,  # A run folder, or a step folder
@@ -182,15 +218,19 @@ def find_checkpoint(
     if which not in POINTERS:
         raise ValueError(f"which={which!r} is not one of {', '.join(POINTERS)}")
     if not (path / which).exists():
-        raise CheckpointError(f"{path}: this run has no {which!r} checkpoint; it has {[p.name for p in checkpoints(path)]}")
+        raise CheckpointError(
+            f"{path}: this run has no {which!r} checkpoint; it has {[p.name for p in checkpoints(path)]}"
+        )
     return verify(path / Path((path / which).read_text().strip()).name)
 
 # %% ../nbs/32_checkpoint.ipynb #d4c7d869
 POINTERS = "best", "last", "interrupted", "final"
 
+
 def point(run, which, folder):
     "Make the one-line file `run/which` name a step folder"
     write_atomic(Path(run) / which, folder.name + "\n")
+
 
 def read_weights(folder):
     "{name: tensor} of a verified step folder"
@@ -198,9 +238,11 @@ def read_weights(folder):
 
     return load_file(Path(folder) / "model.safetensors")
 
+
 def read_state(folder):
     "What `Trainer.state_dict` gave, from a verified step folder"
     return torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
+
 
 def load_lm(
     path,  # A run folder, or a step folder
@@ -227,6 +269,7 @@ def prune(
             (folder / "manifest.json").unlink(missing_ok=True)  # From here on it is not a checkpoint
             shutil.rmtree(folder)
 
+
 def sweep(run):
     "Remove what an interrupted save left behind; only for the owner of the run folder"
     for tmp in Path(run).glob(".*.tmp"):
@@ -245,7 +288,14 @@ class Save(Hook):
         also=(),  # Names of checkpoints that are never deleted
         **about,  # More for config.json
     ):
-        self.run, self.every, self.keep, self.metrics, self.also, self.about = Path(run), every, keep, metrics, also, about
+        self.run, self.every, self.keep, self.metrics, self.also, self.about = (
+            Path(run),
+            every,
+            keep,
+            metrics,
+            also,
+            about,
+        )
 
     def after_step(self, t):
         every = self.every or min(1000, max(1, t.cfg.steps // 10))
@@ -303,7 +353,9 @@ def check_same(
         if old == new or name in free:
             continue
         if name in identity:
-            raise CheckpointError(f"this run has {name}={old!r}, not {new!r}, and that cannot change; start another run instead")
+            raise CheckpointError(
+                f"this run has {name}={old!r}, not {new!r}, and that cannot change; start another run instead"
+            )
         if name not in allowed:
             raise CheckpointError(
                 f"this run has {name}={old!r}, not {new!r}; leave it out to go on exactly, "
@@ -329,11 +381,13 @@ class SaveWeights(Hook):
             if t.rank == 0:
                 save_weights(t.lm, self.folder / self.pattern.format(step=t.step))
 
+
 def save_weights(lm, path):
     "Write a plain state dict, loadable with `torch.load(weights_only=True)`, whole or not at all"
     buffer = io.BytesIO()
     torch.save({k: v.detach().cpu() for k, v in lm.state_dict().items()}, buffer)
     write_atomic(path, buffer.getvalue())
+
 
 def init_from(lm, path):
     "Load the weights of a run, a step folder, or a `.pt` / `.safetensors` file into `lm`"
@@ -344,17 +398,25 @@ def init_from(lm, path):
         raise CheckpointError(f"{path}: there is no such file")
     return load_weights(lm, _read_foreign(path), path)
 
+
 def _read_foreign(path):
     "{name: tensor} of a weights file of unknown origin"
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        tensors = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except Exception as e:
-        raise CheckpointError(f"{path}: not a readable weights file ({type(e).__name__}: {str(e).splitlines()[0]})") from None
+        raise CheckpointError(
+            f"{path}: not a readable weights file ({type(e).__name__}: {str(e).splitlines()[0]})"
+        ) from None
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise CheckpointError(f"{path}: it does not hold a state dict, that is, names and tensors only")
     return tensors
+
 
 def freeze(lm, patterns):
     "Stop training the parameters whose names match one of the patterns, such as 'embed* blocks.0.*'; how many there are"
@@ -362,7 +424,9 @@ def freeze(lm, patterns):
     for pattern in patterns.split():
         matched = fnmatch.filter([n for n, _ in lm.named_parameters()], pattern)
         if not matched:
-            raise ValueError(f"freeze={pattern!r} matches no parameter; they are called {[n for n, _ in lm.named_parameters()][:5]}")
+            raise ValueError(
+                f"freeze={pattern!r} matches no parameter; they are called {[n for n, _ in lm.named_parameters()][:5]}"
+            )
         frozen |= set(matched)
     for name, p in lm.named_parameters():
         p.requires_grad_(name not in frozen)

@@ -8,7 +8,6 @@ __all__ = ['COMMANDS', 'Train', 'Prepare', 'Generate', 'Evaluate', 'main', 'comm
 # %% ../nbs/51_cli.ipynb #b2888eba
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from .core import *
 from .evaluation import *
@@ -18,6 +17,7 @@ from .runs import *
 @dataclass
 class Train(RunConfig):
     "Train a model, or go on with a run"
+
 
 @dataclass
 class Prepare:
@@ -29,6 +29,7 @@ class Prepare:
     data_dir: str = ""  # Where named corpora are; empty: $LMNOTES_DATA, else data/
     domains: str = ""  # Domains to keep, separated by spaces; empty: all
     split: str = "auto"  # auto | hash | first90 | randperm42 | enwik8
+
 
 @dataclass
 class Generate:
@@ -45,6 +46,7 @@ class Generate:
     repetition_penalty: float = 1.0
     seed: int = 0
     stop: str = ""  # The text ends before this
+
 
 @dataclass
 class Evaluate:
@@ -64,23 +66,29 @@ def _train(args, argv):
         return 3
     return 128 + {"SIGINT": 2, "SIGTERM": 15}.get(r.info.get("signal"), 2) if r.status == "interrupted" else 0
 
+
 def _named(argv, known):
     "The parameters that a command line mentions"
     names = {word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     return [n for n in known if n in names or f"no_{n}" in names]
 
+
 def _prepare(args, argv):
     prepare_data(**vars(args))
     return 0
+
 
 def _generate(args, argv):
     r = load(args.run, args.which)
     print(args.prompt, end="")
     names = "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"
-    for piece in r.stream(args.prompt, args.n, stop_strings=[args.stop] if args.stop else [], **{n: vars(args)[n] for n in names}):
+    for piece in r.stream(
+        args.prompt, args.n, stop_strings=[args.stop] if args.stop else [], **{n: vars(args)[n] for n in names}
+    ):
         print(piece, end="", flush=True)
     print()
     return 0
+
 
 def _evaluate(args, argv):
     r = load(args.run, args.which)
@@ -90,13 +98,17 @@ def _evaluate(args, argv):
     return 0
 
 # %% ../nbs/51_cli.ipynb #1020ed2b
-COMMANDS = dict(train=(Train, _train), prepare=(Prepare, _prepare), generate=(Generate, _generate), evaluate=(Evaluate, _evaluate))
+COMMANDS = dict(
+    train=(Train, _train), prepare=(Prepare, _prepare), generate=(Generate, _generate), evaluate=(Evaluate, _evaluate)
+)
+
 
 def main(
     argv=None,  # Default: the command line
 ):
     "Run a command, and leave with its exit code"
     sys.exit(command(sys.argv[1:] if argv is None else argv))
+
 
 def command(argv):
     "Run a command; its exit code"

@@ -29,17 +29,22 @@ import torch
 class DataError(ValueError):
     "Text or token files that cannot be used as they are"
 
+
 class TokenizerError(ValueError):
     "A tokenizer that is damaged, missing, or not the one that belongs to the data or model"
+
 
 class CheckpointError(ValueError):
     "A checkpoint that is damaged, missing, or belongs to another run"
 
+
 class RunLocked(RuntimeError):
     "Another process is writing to this run folder"
 
+
 class Diverged(RuntimeError):
     "Loss or gradient was not finite for too many steps in a row"
+
 
 class OutOfMemory(RuntimeError):
     "The device ran out of memory; the message names the parameters to change"
@@ -65,6 +70,7 @@ def root(
             return folder
     return start
 
+
 def data_root(
     data_dir="",  # Folder given by the user; empty: `$LMNOTES_DATA`, else `data/` in the project
 ):  # An absolute path, which need not exist
@@ -77,6 +83,7 @@ def seed_int(
 ):  # An integer below 2**63
     "Mix `key` into one well-spread integer (NumPy's `SeedSequence`)"
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
 
 def seed_step(*key):
     "Reseed torch's generators, on the CPU and every accelerator, from the integers in `key`"
@@ -112,6 +119,7 @@ def _matmul_ms(device, dtypes, n=512, repeats=5):
             best[d] = min(best[d], 1e3 * (time.perf_counter() - t))
     return best
 
+
 @lru_cache
 def _auto_dtype(device):
     "(dtype name, reason) for a device"
@@ -128,6 +136,7 @@ def _auto_dtype(device):
 # %% ../nbs/00_core.ipynb #0cca339a
 DTYPES = "float32", "bfloat16", "float16"
 
+
 def pick_dtype(
     device,  # A device from `pick_device`
     dtype="auto",  # `auto` or one of `DTYPES`
@@ -141,11 +150,13 @@ def pick_dtype(
         raise ValueError(f"dtype='float16' needs a CUDA device, not {device!r}; use bfloat16 or float32")
     return dtype, "as asked"
 
+
 def device_name(device):
     "What the device is called, for the one line that says which was chosen"
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
 
 def describe_device(device, dtype, why):
     "One line: device, dtype and the reason for it"
@@ -159,6 +170,7 @@ def fsync_path(path):
         os.fsync(fd)
     finally:
         os.close(fd)
+
 
 def write_atomic(
     path,
@@ -180,9 +192,11 @@ def write_atomic(
     if durable:
         fsync_path(path.parent)
 
+
 def write_json(path, obj, durable=True):
     "Write `obj` as indented JSON, whole or not at all"
     write_atomic(path, json.dumps(obj, indent=1, ensure_ascii=False) + "\n", durable)
+
 
 def read_json(
     path,
@@ -196,6 +210,7 @@ def read_json(
     except (ValueError, RecursionError) as e:
         raise error(f"{path}: not valid JSON ({e})") from None
 
+
 def sha256_file(path):
     "SHA-256 of a file's content, in hex"
     h = hashlib.sha256()
@@ -203,6 +218,7 @@ def sha256_file(path):
         while chunk := f.read(1 << 20):
             h.update(chunk)
     return h.hexdigest()
+
 
 def sha256_json(obj):
     "SHA-256 of an object's JSON, keys sorted, in hex"
@@ -212,6 +228,7 @@ def sha256_json(obj):
 def now():
     "The time in UTC, as ISO 8601 to the second; information only, nothing is ordered by it"
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
 
 class RunLock:
     "Context manager: own `folder`, or raise `RunLocked` naming the process, host and start time of its owner"
@@ -240,12 +257,12 @@ class RunLock:
         (self.folder / ".owner.json").unlink(missing_ok=True)
         self.lock.release()
 
-# %% ../nbs/00_core.ipynb #c3f6fbc4
+# %% ../nbs/00_core.ipynb #dbeb032b
 class StopSignals:
     "Context manager that is true once SIGINT or SIGTERM has arrived; the previous handlers come back at the end"
 
     def __init__(self):
-        self.signum, self.old = 0, {}
+        self.signum, self.at, self.old = 0, 0.0, {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -257,9 +274,10 @@ class StopSignals:
             signal.signal(s, handler)
 
     def _on(self, signum, frame):
-        if self.signum:
+        again, self.at = time.monotonic() - self.at > 1, time.monotonic()
+        if self.signum and again:
             raise KeyboardInterrupt
-        self.signum = signum
+        self.signum = self.signum or signum
 
     def __bool__(self):
         return self.signum != 0
@@ -273,4 +291,6 @@ def versions():
     "Versions of what decides the bits of a run"
     import lmnotes
 
-    return dict(lmnotes=lmnotes.__version__, torch=torch.__version__, numpy=np.__version__, python=platform.python_version())
+    return dict(
+        lmnotes=lmnotes.__version__, torch=torch.__version__, numpy=np.__version__, python=platform.python_version()
+    )

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['TWO_VALUES', 'ONE_VALUE', 'PLAIN_NAME', 'project_of', 'read_command', 'given_parameters', 'last_run', 'new_run',
-           'trains', 'checkpoints_of', 'output_path', 'completed', 'signals_to', 'run_of', 'environment',
-           'kernel_class', 'GracefulEngine', 'is_papermill']
+           'trains', 'checkpoints_of', 'output_path', 'check_parameters', 'completed', 'signals_to', 'run_of',
+           'environment', 'kernel_class', 'GracefulEngine', 'is_papermill']
 
-# %% ../nbs/52_engine.ipynb #53881cff
+# %% ../nbs/52_engine.ipynb #dc7701f2
 import base64
+import difflib
 import json
 import os
 import re
@@ -157,7 +158,22 @@ def output_path(
     (checkpoints / run).mkdir(parents=True, exist_ok=True)
     return checkpoints / run / Path(notebook).name
 
-# %% ../nbs/52_engine.ipynb #cd615c44
+# %% ../nbs/52_engine.ipynb #b6ec85d1
+def check_parameters(
+    notebook,  # Path of a notebook in the project
+    parameters,  # dict of those given
+):
+    "Raise `ValueError`, with the nearest name, for a parameter that the notebook does not have; papermill would only warn"
+    cells = json.loads(Path(notebook).read_bytes())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    known = [name for source in sources for name in re.findall(r"^(\w+) *[:=]", source, re.M)]
+    for name in parameters:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+            raise ValueError(f"{name!r} is not a parameter of {Path(notebook).name}; {hint}")
+
+# %% ../nbs/52_engine.ipynb #5f876b5d
 def completed(
     argv,  # A papermill command line, program name first
 ):  # (the command line to use instead, a sentence for the user or '')
@@ -167,9 +183,12 @@ def completed(
     project = project_of(argv[paths[0]]) if paths else None
     if project is None or names & {"-h", "--help", "--help-notebook", "--version"}:
         return argv, ""
-    added, words = [], ""
+    added, words, parameters = [], "", given_parameters(options)
+    check_parameters(argv[paths[0]], parameters)
+    if len(paths) > 1 and argv[paths[1]] != "-":
+        Path(argv[paths[1]]).parent.mkdir(parents=True, exist_ok=True)
     if len(paths) == 1:
-        target = output_path(argv[paths[0]], project, given_parameters(options))
+        target = output_path(argv[paths[0]], project, parameters)
         words = f"lmnotes: the executed notebook goes to {os.path.relpath(target)}"
         added = [str(target)]
     engine = [] if "--engine" in names else ["--engine", "lmnotes"]

@@ -102,10 +102,11 @@ class Table:
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.names))]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in cells)
 
+
 def _shown(value):
     return f"{value:,}" if type(value) is int else f"{value:.4g}" if isinstance(value, float) else str(value)
 
-# %% ../nbs/41_evaluation.ipynb #5b9d4a38
+# %% ../nbs/41_evaluation.ipynb #5b69964e
 class Evaluate(Hook):
     "Validation on the way and at the end, and early stopping"
 
@@ -135,7 +136,7 @@ class Evaluate(Hook):
             over = self.patience and waits >= self.patience
             if over and not result["full"] and self._evaluate(t, self.batches) is None:
                 return
-            c.update(dict(best=result["loss"], best_step=t.step) if better else {}, waits=waits)
+            c.update(dict(best=result["loss"], best_step=t.step) if better else {}, waits=waits, last=self.result)
             self.had_turn(t)
         if self.patience and c["waits"] >= self.patience:
             t.stop = t.stop or "early_stop"

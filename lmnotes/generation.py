@@ -19,16 +19,19 @@ def top_k(logits, k):
     kth = logits.topk(min(k, logits.shape[-1]), -1).values[..., -1:]
     return logits.masked_fill(logits < kth, -torch.inf)
 
+
 def top_p(logits, p):
     "Keep the likeliest until their probability reaches `p`; at least one"
     values, order = logits.sort(-1, descending=True)
     before = values.softmax(-1).cumsum(-1) - values.softmax(-1)
     return logits.masked_fill((before >= p).gather(-1, order.argsort(-1)), -torch.inf)
 
+
 def min_p(logits, p):
     "Keep those at least `p` times as likely as the likeliest"
     probability = logits.softmax(-1)
     return logits.masked_fill(probability < p * probability.amax(-1, keepdim=True), -torch.inf)
+
 
 def penalize(logits, seen, penalty):
     "Divide positive logits of `seen` ids by `penalty`, multiply negative ones by it"
@@ -110,6 +113,7 @@ def generate_ids(
             out[i] = new[: new.index(stop_id)] if stop_id in new else new
     return out
 
+
 def _chunks(lm, prompts, n, stop_id, stop, rows, sampling):
     "Chunks (B,k) of new ids, until every row is done"
     if not len(prompts[0]):
@@ -132,6 +136,7 @@ def _chunks(lm, prompts, n, stop_id, stop, rows, sampling):
 def _hold(text, stops):
     "How much of the end of `text` could be the beginning of a stop string"
     return max((k for s in stops for k in range(1, len(s)) if text.endswith(s[:k])), default=0)
+
 
 def stream(
     lm,
@@ -161,12 +166,14 @@ def stream(
             text = text[ready:]
     yield text + decoder.decode(b"", final=True)
 
+
 def prompt_ids(tokenizer, prompt):
     "Ids of a prompt; for an empty one, what a document begins after"
     ids = list(tokenizer.encode(prompt))
     if ids:
         return ids
     return [tokenizer.eot_id] if tokenizer.eot_id is not None else list(tokenizer.encode("\n"))
+
 
 def generate(
     lm,

@@ -5,23 +5,50 @@
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'rms_norm', 'check_rope', 'rope_table', 'rope', 'causal_mask', 'attention', 'FeedForward', 'soft_cap']
 
-# %% ../nbs/21_layers.ipynb #1ebf9309
+# %% ../nbs/21_layers.ipynb #7c9b2bf9
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
-# %% ../nbs/21_layers.ipynb #da6decd0
+# %% ../nbs/21_layers.ipynb #ae24d516
+class _RMSNorm(Function):
+    "RMSNorm with its gradient written out"
+
+    @staticmethod
+    def forward(ctx, x):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square() / x.shape[-1]
+        r = (mean_square + torch.finfo(x.dtype).eps).rsqrt()
+        y = (x * r).to(x.dtype)
+        ctx.save_for_backward(y, r)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        y, r = ctx.saved_tensors
+        along = (g * y).mean(-1, keepdim=True, dtype=r.dtype)
+        return (torch.addcmul(g.to(r.dtype), y.to(r.dtype), along, value=-1) * r).to(y.dtype)
+
+
 def rms_norm(x):
     "`x` (…,D) divided by its root mean square over D"
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _RMSNorm.apply(x)
     return F.rms_norm(x, (x.shape[-1],))
 
 # %% ../nbs/21_layers.ipynb #09d9ca67
 def check_rope(d):
     "Raise unless a head of width `d` can be turned"
     if d % 2:
-        raise ValueError(f"RoPE turns pairs of channels, and a head {d} wide has an odd one; choose an even d_model / n_heads")
+        raise ValueError(
+            f"RoPE turns pairs of channels, and a head {d} wide has an odd one; choose an even d_model / n_heads"
+        )
+
 
 def rope_table(
     positions,  # (T,) positions
@@ -33,6 +60,7 @@ def rope_table(
     frequency = base ** (-torch.arange(0, d // 2, device=positions.device) / (d // 2))
     angle = positions[:, None] * frequency
     return angle.cos(), angle.sin()
+
 
 def rope(
     x,  # (…,T,d)
@@ -51,9 +79,11 @@ def causal_mask(T, S, window, device):
     j = torch.arange(S, device=device)[None]
     return (j <= i) & (j > i - (window or S))
 
+
 @lru_cache(maxsize=8)
 def _causal_bias(T, S, window, device, dtype):
     return torch.zeros(T, S, dtype=dtype, device=device).masked_fill(~causal_mask(T, S, window, device), -torch.inf)
+
 
 def _attend_products(q, k, v, window, dropout):
     "Attention as three matrix products; queries are scaled already"
@@ -85,6 +115,7 @@ def attention(
 
 # %% ../nbs/21_layers.ipynb #8ea21b93
 ACTIVATIONS = dict(relu2=lambda x: F.relu(x).square(), gelu=F.gelu, relu=F.relu)
+
 
 class FeedForward(nn.Module):
     "Expand, apply the activation, project back; `swiglu` has a third matrix and two thirds of the width"

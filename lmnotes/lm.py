@@ -15,7 +15,7 @@ from importlib import import_module
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from .batches import *
 from .core import *
@@ -75,6 +75,7 @@ def n_params(lm, trainable=False):
 # %% ../nbs/20_lm.ipynb #06e42ea7
 _ARCHS = {}
 
+
 def arch(name):
     "Decorator: make a class known by `name`"
 
@@ -84,6 +85,7 @@ def arch(name):
 
     return register
 
+
 def archs():
     "Names of all architectures there are"
     import lmnotes.models
@@ -91,6 +93,7 @@ def archs():
     for module in pkgutil.iter_modules(lmnotes.models.__path__):
         import_module(f"lmnotes.models.{module.name}")
     return sorted(_ARCHS)
+
 
 def get_arch(name):
     "The class called `name`"
@@ -115,6 +118,7 @@ def lm_config(
             raise ValueError(f"{key!r} is not a configuration value of arch={name!r}; {nearest(key, known)}")
     return cls.Config(**values)
 
+
 def new_lm(name, preset="", **config):
     "A new model with random weights"
     cfg = lm_config(name, preset, **config)
@@ -131,7 +135,9 @@ def parse_model_args(
     for item in text.split():
         key, eq, value = item.partition("=")
         if not eq or key not in types:
-            raise ValueError(f"model_args has {item!r}, which is not name=value of arch={name!r}; {nearest(key, types)}")
+            raise ValueError(
+                f"model_args has {item!r}, which is not name=value of arch={name!r}; {nearest(key, types)}"
+            )
         try:
             values[key] = dict(true=True, false=False)[value.lower()] if types[key] is bool else types[key](value)
         except (KeyError, ValueError):
@@ -158,11 +164,13 @@ def _loss(m, batch, seed=2):
     torch.manual_seed(seed)  # Dropout and noise are the same in every call
     return m.loss(batch)
 
+
 @torch.no_grad()
 def law_config(m, batch):
     "The configuration survives JSON"
     c = m.cfg
     assert type(c)(**json.loads(json.dumps(asdict(c)))) == c, "the configuration does not survive JSON"
+
 
 @torch.no_grad()
 def law_state(m, batch):
@@ -172,13 +180,16 @@ def law_state(m, batch):
     other.load_state_dict(m.state_dict())
     assert torch.equal(_loss(m, batch)["loss"], _loss(other, batch)["loss"]), "a copy by state_dict has another loss"
 
+
 @torch.no_grad()
 def law_initial(m, batch):
     "An untrained model's loss is ln V, within 2%"
     out, know_nothing = _loss(m, batch), torch.tensor(m.cfg.vocab_size).log().item()
     if "nll" in out:
         first = (out["nll"] / out["n"]).item()
-        assert abs(first - know_nothing) < 0.02 * know_nothing, f"the first loss is {first:.4f}; ln V is {know_nothing:.4f}"
+        assert abs(first - know_nothing) < 0.02 * know_nothing, (
+            f"the first loss is {first:.4f}; ln V is {know_nothing:.4f}"
+        )
 
 # %% ../nbs/20_lm.ipynb #a7751093
 def _train(m, batch_at, steps, lr):
@@ -193,11 +204,13 @@ def _train(m, batch_at, steps, lr):
         losses.append((out["nll"] / out["n"] if "nll" in out else out["loss"]).item())
     return losses
 
+
 def law_fits(m, batch, steps, lr):
     "One batch can be fitted"
     losses = _train(m, lambda i: batch, steps, lr)
     assert losses[-1] < 0.9 * losses[0], f"cannot fit one batch: {losses[0]:.3f} -> {losses[-1]:.3f}"
     return losses[0], losses[-1]
+
 
 def law_noise(m, batch, steps, lr):
     "Fresh noise cannot be fitted"
@@ -218,6 +231,7 @@ def _logits(m, x):
     torch.manual_seed(4)
     return m(x)
 
+
 @torch.no_grad()
 def law_no_leak(m, batch):
     "No prediction depends on a later id; every one depends on each earlier id within reach"
@@ -231,7 +245,9 @@ def law_no_leak(m, batch):
             other[:, t] = (other[:, t] + 1) % m.cfg.vocab_size
             moved = (_logits(m, other) - base).abs().amax((0, 2))
             where = f"in {'train' if mode else 'eval'} mode, changing position {t} of {T}"
-            assert moved[:t].max() < 1e-5 if t else True, f"{where} moves an earlier prediction: the past sees the future"
+            assert moved[:t].max() < 1e-5 if t else True, (
+                f"{where} moves an earlier prediction: the past sees the future"
+            )
             # The last bit of a float32 sum is no evidence that a position matters
             dead = [i for i in range(t, min(T, t + reach)) if moved[i] == 0]
             assert mode or not dead, f"{where} does not move the prediction at {dead[:1]}, which it should"
@@ -251,6 +267,7 @@ def law_step(m, batch):
             far = (logits - full[:, at - 1]).abs().max().item()
             assert far < 1e-4, f"step and forward differ by {far:.1e} at position {at - 1} (chunks of {sizes[0]}, {k})"
 
+
 @torch.no_grad()
 def law_padding(m, batch):
     "Padding changes nothing"
@@ -265,11 +282,14 @@ def law_padding(m, batch):
     assert a["n"] == (y != IGNORE).sum(), f"counts {a['n']} targets where {(y != IGNORE).sum()} are not padding"
     assert (a["nll"] - b["nll"]).abs() < 1e-4 * a["nll"].abs(), "the content of padding changes the loss"
 
+
 def law_generate(m, batch):
     "Generated ids are legal, also past `ctx_len`"
     n = m.cfg.ctx_len + 3
     new = torch.cat(list(m.generate(batch.x[:2, :3], n, lambda logits: logits.argmax(-1))), 1)
-    assert new.shape[0] == 2 and new.shape[1] >= n, f"generate gave {tuple(new.shape)} where at least (2, {n}) was asked for"
+    assert new.shape[0] == 2 and new.shape[1] >= n, (
+        f"generate gave {tuple(new.shape)} where at least (2, {n}) was asked for"
+    )
     assert 0 <= new.min() and new.max() < m.cfg.vocab_size, f"generate gave the id {new.max()}"
 
 # %% ../nbs/20_lm.ipynb #10d7b051

@@ -40,6 +40,7 @@ SCHEDULES = dict(
 )
 DEFAULT_LR = dict(muon=0.02, adamw=0.002)
 
+
 def check_optim(cfg):
     "Raise unless the settings make sense"
     for field, known in dict(optimizer=DEFAULT_LR, schedule=SCHEDULES).items():
@@ -48,9 +49,11 @@ def check_optim(cfg):
     if not 0 <= cfg.cooldown <= 1:
         raise ValueError(f"cooldown={cfg.cooldown} is a fraction of the run, from 0 to 1")
 
+
 def peak_lr(cfg):
     "The peak learning rate: the one given, or the optimizer's own"
     return cfg.lr or DEFAULT_LR[cfg.optimizer]
+
 
 def lr_at(
     step,  # From 0
@@ -123,6 +126,7 @@ def _group(named, weight_decay, lr_scale=1.0):
         params=[p for _, p in named], param_names=[n for n, _ in named], weight_decay=weight_decay, lr_scale=lr_scale
     )
 
+
 def make_optimizers(lm, cfg):
     "The optimizers of a run, in a fixed order"
     check_optim(cfg)
@@ -137,6 +141,7 @@ def make_optimizers(lm, cfg):
     others = [_group(kinds["head"], cfg.weight_decay, 0.5), _group(kinds["rest"], 0.0, 0.5)]
     made = [torch.optim.AdamW([g for g in others if g["params"]], **adamw, eps=1e-10)]
     return made + ([Muon([_group(kinds["hidden"], cfg.weight_decay)], lr)] if kinds["hidden"] else [])
+
 
 def set_lr(optimizers, lr):
     "Give every group its share of `lr`"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IDENTITY', 'FREE', 'TOKEN_FILES', 'DataConfig', 'RunConfig', 'resolve', 'changed', 'RunData', 'get_data',
-           'runs_folder', 'last_run', 'Record', 'Run', 'load', 'in_notebook', 'plot_metrics', 'Curve', 'run', 'launch',
-           'prepare_data', 'summary']
+           'learn_tokenizer', 'runs_folder', 'last_run', 'Record', 'Run', 'load', 'in_notebook', 'plot_metrics',
+           'Curve', 'run', 'launch', 'prepare_data', 'summary']
 
 # %% ../nbs/50_runs.ipynb #5531e4e5
 import math
@@ -52,6 +52,7 @@ class DataConfig:
     sampler: str = "auto"  # auto | random | epochs | domains | documents
     epochs: float = 0.0  # Above 0: length of the run in passes over the data; sets steps
 
+
 @dataclass
 class RunConfig(TrainConfig, DataConfig):
     "All parameters of a run"
@@ -72,6 +73,7 @@ class RunConfig(TrainConfig, DataConfig):
     dry_run: bool = False  # Ten steps, a checkpoint written and read back, an estimate
     out_dir: str = ""  # Folder of runs; empty: checkpoints/
 
+
 IDENTITY = "arch", "preset", "model_args", "tokenizer", "ctx_len", "init_from", "freeze"
 FREE = set(
     "run resume allow_change dry_run out_dir data_dir device procs keep save_every sample_every prompt log_every".split()
@@ -88,6 +90,7 @@ def _typed(name, value, kind):
         return kind(float(value)) if kind is int else kind(value)
     except (KeyError, ValueError, TypeError):
         raise ValueError(f"{name}={value!r} is not a {kind.__name__}") from None
+
 
 def resolve(
     given,  # What the caller passes
@@ -106,6 +109,7 @@ def resolve(
             values[name], origins[name] = _typed(name, value, types[name]), origin
     return RunConfig(**values), origins
 
+
 def changed(
     values,  # {name: value}, such as a notebook's `globals()`
 ):  # {name: value} of the parameters that are not at their default
@@ -113,8 +117,9 @@ def changed(
     default = asdict(RunConfig())
     return {n: values[n] for n in default if n in values and values[n] != default[n]}
 
-# %% ../nbs/50_runs.ipynb #a6d86285
+# %% ../nbs/50_runs.ipynb #163c55f5
 TOKEN_FILES = ".bin", ".npy", ".pt"
+
 
 @dataclass
 class RunData:
@@ -131,12 +136,14 @@ class RunData:
         starts = self.tokens["train"].doc_starts
         return starts is None or len(starts) < 2
 
+
 def _locate(cfg):
     "The path of `data`, if it is one"
     for path in (Path(cfg.data).expanduser(), data_root(cfg.data_dir) / cfg.data, root() / cfg.data):
         if path.exists():
             return path
     return Path(cfg.data)
+
 
 def get_data(cfg, tokenizer=None, say=print):
     "The data that a configuration names; with a given tokenizer, none is learned"
@@ -153,12 +160,21 @@ def get_data(cfg, tokenizer=None, say=print):
         whole = open_tokens(path, tokenizer=tokenizer, ctx_len=cfg.ctx_len)
         return RunData(_first90(whole), tokenizer, whole.fingerprint, str(path))
     corpus = get_corpus(cfg.data, cfg.data_dir, cfg.domains, cfg.recursive)
-    if tokenizer is None:
-        texts = lambda: (d.text for d in split_documents(corpus, cfg.split, "train"))
-        tokenizer = get_tokenizer(cfg.tokenizer, texts, cfg.data_dir)
-    tokens = prepare(corpus, tokenizer, tokens_dir(corpus, tokenizer, cfg.split), cfg.split, verbose=say is print)
-    fingerprint = sha256_json([corpus.fingerprint, cfg.split])
+    tokenizer = tokenizer or learn_tokenizer(corpus, cfg.tokenizer, cfg.split, cfg.data_dir)
+    folder = tokens_dir(corpus, tokenizer, cfg.split)
+    tokens = prepare(corpus, tokenizer, folder, cfg.split, verbose=say is print)
+    fingerprint = sha256_json([corpus.fingerprint, resolve_split(corpus, cfg.split)])
     return RunData(tokens, tokenizer, fingerprint, corpus.name)
+
+
+def learn_tokenizer(corpus, spec, split, data_dir=""):
+    "The tokenizer that `spec` names, learned on the training part of a corpus if it is of that kind"
+
+    def texts():
+        return (d.text for d in split_documents(corpus, split, "train"))
+
+    return get_tokenizer(spec, texts, data_dir)
+
 
 def _given(cfg):
     "The tokenizer of a token file, which cannot be learned from it"
@@ -169,16 +185,18 @@ def _given(cfg):
         )
     return get_tokenizer(cfg.tokenizer, None, cfg.data_dir)
 
+
 def _first90(whole):
     "The first 90% of a token file to train on, the rest to validate"
     cut = len(whole) * 9 // 10
-    part = lambda ids: Tokens(ids, whole.vocab_size, whole.path, whole.tokenizer)
-    return dict(train=part(whole.ids[:cut]), val=part(whole.ids[cut:]))
+    ids = dict(train=whole.ids[:cut], val=whole.ids[cut:])
+    return {part: Tokens(ids[part], whole.vocab_size, whole.path, whole.tokenizer) for part in ids}
 
 # %% ../nbs/50_runs.ipynb #fae1ee37
 def runs_folder(cfg):
     "Where runs are"
     return Path(cfg.out_dir).expanduser().resolve() if cfg.out_dir else root() / "checkpoints"
+
 
 def last_run(folder):
     "The name of the run that was last worked on"
@@ -188,8 +206,11 @@ def last_run(folder):
         return name
     times = {p.parent.name: read_json(p).get("updated", "") for p in Path(folder).glob("*/run.json")}
     if not times:
-        raise CheckpointError(f"{folder}: there is no run to resume; start one without resume, or name its folder with run= or out_dir=")
+        raise CheckpointError(
+            f"{folder}: there is no run to resume; start one without resume, or name its folder with run= or out_dir="
+        )
     return max(times, key=times.get)
+
 
 def _put_aside(folder):
     "Move what an earlier run of the same name left to a folder of its own; the executed notebook stays"
@@ -202,6 +223,7 @@ def _put_aside(folder):
     for p in old:
         os.replace(p, aside / p.name)
     print(f"{folder.name} was there already; the earlier run is now {aside}")
+
 
 class Record:
     "`run.json`, rewritten whole at each change"
@@ -252,7 +274,9 @@ class Run:
             raise ValueError(f"part={part!r} is not one of {', '.join(tokens)}")
         lengths, device = self.tokenizer.byte_lengths, str(next(self.lm.parameters()).device)
         dtype = getattr(torch, self.info["dtype"])
-        how = dict(autocast=lambda: torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32), seed=cfg.seed)
+        how = dict(
+            autocast=lambda: torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32), seed=cfg.seed
+        )
         if by_domain:
             return evaluate_domains(self.lm, tokens[part], cfg.batch_size, cfg.ctx_len, lengths, **how)
         return evaluate(self.lm, CoveringWindows(tokens[part].ids, cfg.batch_size, cfg.ctx_len), lengths, **how)
@@ -276,6 +300,7 @@ def load(
     info = dict(info, step=read_json(step_folder / "config.json")["step"])
     return Run(folder, load_lm(step_folder, device=pick_device(device)), tokenizer, info)
 
+
 def _same_tokenizer(tokenizer, info, folder):
     if tokenizer.fingerprint != info["tokenizer"]["fingerprint"]:
         raise TokenizerError(
@@ -288,6 +313,7 @@ def in_notebook():
     "Is a Jupyter kernel showing what we display?"
     shell = sys.modules.get("IPython")
     return bool(shell and shell.get_ipython() and "IPKernelApp" in shell.get_ipython().config)
+
 
 def plot_metrics(
     records,  # From metrics.jsonl
@@ -308,6 +334,7 @@ def plot_metrics(
     if ax.lines:
         ax.legend()
     return fig
+
 
 class Curve(Hook):
     "Redraws one figure while the run goes on"
@@ -344,18 +371,22 @@ def _check(cfg, world):
         )
     check_optim(cfg)
 
+
 def _new_model(cfg, tokenizer):
     "The model with its first weights"
     seed_step(cfg.seed)
     args = parse_model_args(cfg.arch, cfg.model_args)
     lm = new_lm(cfg.arch, cfg.preset, **{"vocab_size": tokenizer.vocab_size, "ctx_len": cfg.ctx_len, **args})
     if lm.cfg.vocab_size < tokenizer.vocab_size:
-        raise ValueError(f"vocab_size={lm.cfg.vocab_size} in model_args is less than the tokenizer's {tokenizer.vocab_size}")
+        raise ValueError(
+            f"vocab_size={lm.cfg.vocab_size} in model_args is less than the tokenizer's {tokenizer.vocab_size}"
+        )
     if cfg.init_from:
         init_from(lm, cfg.init_from)
     if cfg.freeze:
         freeze(lm, cfg.freeze)
     return lm
+
 
 def _hooks(cfg, folder, data, live, also=()):
     "What looks on during a run, in order"
@@ -365,7 +396,9 @@ def _hooks(cfg, folder, data, live, also=()):
     val_batches = CoveringWindows(val.ids, cfg.batch_size, cfg.ctx_len)
     hooks = [
         Log(metrics, train.n_bytes / len(train) if train.n_bytes else 0.0),
-        Evaluate(val_batches, cfg.eval_every or max(1, cfg.steps // 10), cfg.eval_batches, cfg.patience, lengths, metrics),
+        Evaluate(
+            val_batches, cfg.eval_every or max(1, cfg.steps // 10), cfg.eval_batches, cfg.patience, lengths, metrics
+        ),
         Sample(tok, cfg.prompt or ("\n" if data.one_text else ""), cfg.sample_every, samples=samples, temperature=0.8),
         Save(folder, cfg.save_every, cfg.keep, metrics, also, tokenizer=tok.fingerprint),
     ]
@@ -395,10 +428,12 @@ def run(
                 if not (folder / "run.json").exists():  # It never began
                     shutil.rmtree(folder)
 
+
 def _run_name(cfg):
     if cfg.run or not cfg.resume:
         return cfg.run or time.strftime("%Y%m%d-%H%M%S")
     return last_run(runs_folder(cfg))
+
 
 def _agree_on(value):
     "What rank 0 says"
@@ -407,6 +442,7 @@ def _agree_on(value):
         dist.broadcast_object_list(values)
     return values[0]
 
+
 def _first_rank_first(make):
     "Call `make` on rank 0, then on the others, so that files are written once and then found"
     result = make() if process_rank()[0] == 0 else None
@@ -414,7 +450,7 @@ def _first_rank_first(make):
         dist.barrier()
     return make() if process_rank()[0] else result
 
-# %% ../nbs/50_runs.ipynb #1e1cf423
+# %% ../nbs/50_runs.ipynb #a2087493
 def _run(cfg, origins, folder, device, signals, hooks):
     "Begin or resume the run in `folder`, which this process owns"
     rank, world = process_rank()
@@ -454,7 +490,8 @@ def _run(cfg, origins, folder, device, signals, hooks):
     record = Record(folder, **(info or dict(started=now())))
     if rank == 0:
         _begin(record, folder, cfg, origins, data, lm, trainer, device_line)
-    return _train(record, folder, data, trainer, made[1])
+    return _train(record, folder, data, trainer)
+
 
 def _begin(record, folder, cfg, origins, data, lm, trainer, device_line):
     "Write what is known before the first step"
@@ -482,8 +519,8 @@ def _begin(record, folder, cfg, origins, data, lm, trainer, device_line):
         tokenizer=dict(name=tok.name, vocab_size=tok.vocab_size, fingerprint=tok.fingerprint),
     )
 
-# %% ../nbs/50_runs.ipynb #7dc56524
-def _train(record, folder, data, trainer, evaluation):
+# %% ../nbs/50_runs.ipynb #6bf5a779
+def _train(record, folder, data, trainer):
     "Fit, and write down how it ended"
     c = trainer.counters
     try:
@@ -493,13 +530,19 @@ def _train(record, folder, data, trainer, evaluation):
         if trainer.rank == 0:
             record.update(status="failed", step=trainer.step, error=f"{type(e).__name__}: {e}")
         raise
-    result = dict(record.values.get("result", {}), best=c["best"] if math.isfinite(c["best"]) else None, best_step=c["best_step"])
-    if evaluation.result:
-        result["last"] = evaluation.result
+    result = dict(best=c["best"] if math.isfinite(c["best"]) else None, best_step=c["best_step"])
+    if "last" in c:
+        result["last"] = c["last"]
     if trainer.rank == 0:
         record.update(status=status, step=trainer.step, result=result, tokens=c["tokens"], signal=trainer.signals.name)
         print(f"{folder.name}: {_ending(status, trainer, folder)}")
-    return Run(folder, trainer.lm.eval(), data.tokenizer, record.values if trainer.rank == 0 else _rank_info(trainer, data, status))
+    return Run(
+        folder,
+        trainer.lm.eval(),
+        data.tokenizer,
+        record.values if trainer.rank == 0 else _rank_info(trainer, data, status),
+    )
+
 
 def _ending(status, trainer, folder):
     "One line on how it ended and what to do next"
@@ -511,10 +554,15 @@ def _ending(status, trainer, folder):
         diverged=f"diverged {at}; the last good checkpoint is kept. Lower lr, raise warmup, or use dtype=float32",
     ).get(status, f"{status} {at}")
 
+
 def _rank_info(trainer, data, status):
     "What a rank without a record knows"
     return dict(
-        config=asdict(trainer.cfg), status=status, step=trainer.step, dtype=trainer.cfg.dtype, data=dict(one_text=data.one_text)
+        config=asdict(trainer.cfg),
+        status=status,
+        step=trainer.step,
+        dtype=trainer.cfg.dtype,
+        data=dict(one_text=data.one_text),
     )
 
 # %% ../nbs/50_runs.ipynb #57146ed0
@@ -529,6 +577,7 @@ def _open_for_resume(folder):
         return info, None
     return info, latest(folder)
 
+
 def _merge(info, cfg, origins):
     "The saved configuration with the changes that are allowed"
     saved = info["config"]
@@ -540,7 +589,9 @@ def _merge(info, cfg, origins):
         given.pop("steps", None)
     for name, (old, new) in changes.items():
         print(f"from here on {name}={new!r}, until now {old!r}")
-    origins = {n: ("resume" if n in given and given[n] != saved.get(n) else info["origins"].get(n, "default")) for n in origins}
+    origins = {
+        n: ("resume" if n in given and given[n] != saved.get(n) else info["origins"].get(n, "default")) for n in origins
+    }
     return RunConfig(**{**saved, **given, "allow_change": cfg.allow_change, "resume": True}), origins
 
 # %% ../nbs/50_runs.ipynb #889bfc63
@@ -551,6 +602,7 @@ def _peak_memory(device):
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
 
 def _dry_run(cfg, origins, folder, device, signals, steps=10):
     "Try a run out and leave nothing behind"
@@ -608,13 +660,14 @@ def launch(cfg, origins):
         raise RuntimeError(f"the {cfg.procs} processes ended with exit code {process.returncode} before the run began")
     return load(folder)
 
+
 def _flag(name, value):
     name = "--" + name.replace("_", "-")
     if isinstance(value, bool):
         return [name] if value else [name.replace("--", "--no-", 1)]
     return [name, str(value)]
 
-# %% ../nbs/50_runs.ipynb #7a7db48a
+# %% ../nbs/50_runs.ipynb #fa662316
 def prepare_data(
     out,  # Folder for train.bin, val.bin and tokenizer/
     data="pydocs",  # As for `RunConfig`, and so the rest
@@ -625,7 +678,7 @@ def prepare_data(
 ):  # {part: Tokens}
     "Tokenize a corpus into a folder"
     corpus = get_corpus(data, data_dir, domains)
-    tok = get_tokenizer(tokenizer, lambda: (d.text for d in split_documents(corpus, split, "train")), data_dir)
+    tok = learn_tokenizer(corpus, tokenizer, split, data_dir)
     tokens = prepare(corpus, tok, out, split)
     tok.save(Path(out) / "tokenizer")
     return tokens

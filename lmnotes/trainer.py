@@ -47,6 +47,7 @@ class Objective(nn.Module):
     def forward(self, x, y):
         return self.lm.loss(Batch(x, y))
 
+
 def process_rank():
     "(rank, world size) of this process; (0, 1) outside torchrun"
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -77,6 +78,7 @@ class Hook:
 
 # %% ../nbs/31_trainer.ipynb #573040f3
 MAX_BAD = 5
+
 
 class Trainer:
     "Runs the loop; everything that it needs to go on is in `state_dict`"
@@ -164,7 +166,9 @@ class Trainer:
             return
         c["bad"] += 1
         if self.rank == 0:
-            print(f"step {self.step}: loss {loss:.4g} or its gradient is not finite; update refused ({c['bad']} of {MAX_BAD})")
+            print(
+                f"step {self.step}: loss {loss:.4g} or its gradient is not finite; update refused ({c['bad']} of {MAX_BAD})"
+            )
         if c["bad"] >= MAX_BAD:
             self.stop = "diverged"
 
@@ -215,9 +219,12 @@ def _names(nested):
     names = [n for opt in nested for group in opt for n in group]
     return f"{len(names)} parameters ({', '.join(names[:3])}, ...)"
 
+
 def _explain_memory(e, trainer):
     "An out-of-memory error with the numbers to change; any other as it is"
-    if not (isinstance(e, torch.OutOfMemoryError) or "not enough memory" in str(e) or "can't allocate memory" in str(e)):
+    if not (
+        isinstance(e, torch.OutOfMemoryError) or "not enough memory" in str(e) or "can't allocate memory" in str(e)
+    ):
         return e
     batch, c = trainer.batches[trainer.step], trainer.cfg
     rows = -(-len(batch.x) // (c.accum * trainer.world))
@@ -256,6 +263,7 @@ class Metrics:
         if self.path.exists():
             fsync_path(self.path)
 
+
 def _rounded(v):
     "Seven digits are what float32 has; not a number is null in JSON"
     return (float(f"{v:.7g}") if math.isfinite(v) else None) if isinstance(v, float) else v
@@ -263,10 +271,12 @@ def _rounded(v):
 # %% ../nbs/31_trainer.ipynb #aec7581b
 LN2 = math.log(2)
 
+
 def duration(seconds):
     "Such as 1h02m, 3m20s or 45s"
     s = int(seconds)
     return f"{s // 3600}h{s % 3600 // 60:02}m" if s >= 3600 else f"{s // 60}m{s % 60:02}s" if s >= 60 else f"{s}s"
+
 
 class Log(Hook):
     "Prints a line and records it, every `cfg.log_every` steps"

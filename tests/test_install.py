@@ -71,6 +71,8 @@ assert lmnotes.__version__ == {settings["version"]!r}
 names = [m.name for m in pkgutil.walk_packages(lmnotes.__path__, "lmnotes.") if not m.name.endswith("__main__")]
 for name in names:
     importlib.import_module(name)
+from lmnotes.cli import main  # the entry points exist
+from lmnotes.engine import GracefulEngine
 from lmnotes.lm import new_lm
 print(new_lm("gpt", vocab_size=11, ctx_len=8, d_model=32, n_layers=1, n_heads=2).cfg.vocab_size, len(names))
 """

@@ -160,7 +160,9 @@ def make_lines(target, folder):
     for name in ("Makefile", "settings.ini", "setup.py", "constraints.txt"):
         shutil.copy(ROOT / name, folder)
     environ = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
-    done = subprocess.run(["make", "-n", target], cwd=folder, env=environ, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "-n", target, "PYTHON=python3"], cwd=folder, env=environ, capture_output=True, text=True, check=True
+    )
     lines = [line.replace(".venv/bin/", "") for line in done.stdout.splitlines()]
     return [line for line in lines if not line.startswith(("echo", "touch"))]
 

@@ -36,15 +36,17 @@ class GPTConfig(LMConfig):
     zero_init: bool = True  # Projections back into the stream, and an untied head, start at zero
     softcap: float = 15.0  # Bound on the logits; 0: none
 
-# %% ../../nbs/models/20_gpt.ipynb #c8faec50
+# %% ../../nbs/models/20_gpt.ipynb #59ffbc60
 def _norm(c):
     return nn.LayerNorm(c.d_model, bias=c.bias) if c.norm == "layer" else RMSNorm()
+
 
 class RMSNorm(nn.Module):
     "`rms_norm` as a module; it has no parameters"
 
     def forward(self, x):
         return rms_norm(x)
+
 
 class Attention(nn.Module):
     "Causal self-attention, (B,T,D) -> (B,T,D)"
@@ -62,11 +64,11 @@ class Attention(nn.Module):
 
     def forward(self, x, first_v, table, cache):
         c, (B, T, D) = self.c, x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, c.n_heads, D // c.n_heads).permute(2, 0, 3, 1, 4)
+        qk, (v,) = self.qkv(x).view(B, T, 3, c.n_heads, D // c.n_heads).permute(2, 0, 3, 1, 4).split((2, 1))
         if self.value_mix is not None:
             v = self.value_mix[0] * v + self.value_mix[1] * first_v
         first_v = v if first_v is None else first_v
-        q, k = self._place(q, table), self._place(k, table)
+        q, k = self._place(qk, table)
         k, v_seen = cache(k, v)
         y = attention(q, k, v_seen, c.ctx_len, self._scale(), c.dropout if self.training else 0.0)
         y = self.out(y.transpose(1, 2).reshape(B, T, D))
@@ -124,7 +126,10 @@ class Cache:
         return k, v
 
 # %% ../../nbs/models/20_gpt.ipynb #e736ba00
-_classic = dict(norm="layer", pos="learned", act="gelu", tie=True, qk_norm=False, mix=False, zero_init=False, softcap=0.0)
+_classic = dict(
+    norm="layer", pos="learned", act="gelu", tie=True, qk_norm=False, mix=False, zero_init=False, softcap=0.0
+)
+
 
 @arch("gpt")
 class GPT(LM):

@@ -1,0 +1,62 @@
+"""Time to loss: the default preset against nanoGPT's CPU recipe (0.8 M parameters, 2,000 steps of 12 x 64 characters).
+
+Both train on the same number of tokens, in turns of 50 steps, and are judged on the whole validation split. Only the
+training steps are timed: CPU seconds of this process, on one thread. The peer computes in float32, as its recipe says;
+lmnotes in the dtype it chooses here.
+"""
+
+from common import Clock, corpus, finish, options, parts  # isort: skip
+import torch
+from nanogpt import CPU_BATCH, CPU_RECIPE, CPU_STEPS, Loop, NanoGPT, full_loss
+
+from lmnotes.evaluation import evaluate
+from lmnotes.lm import n_params
+from lmnotes.trainer import Trainer
+
+
+def main():
+    args = options(__doc__, steps=(CPU_STEPS, "length of both runs"), every=(50, "steps between evaluations"), seed=(0, "of both"))
+    steps, every = (20, 10) if args.quick else (args.steps, args.every)
+    size = dict(ctx_len=CPU_RECIPE["block_size"], batch_size=CPU_BATCH)
+    cfg, data = corpus(args.quick, steps=steps, seed=args.seed, **size)
+    lm, batches, val = parts(cfg, data)
+    ours = Trainer(lm, batches, cfg)
+
+    torch.manual_seed(args.seed)
+    peer = Loop(NanoGPT(data.tokenizer.vocab_size, **CPU_RECIPE), data.tokens["train"].ids, CPU_BATCH, steps)
+    judged = val.limit(2 if args.quick else 0)
+
+    clocks, curve, draws = dict(peer=Clock(), ours=Clock()), [], torch.get_rng_state()
+    for step in range(every, steps + 1, every):
+        torch.set_rng_state(draws)  # The trainer reseeds torch at each step; the peer's draws go on from their own
+        with clocks["peer"]:
+            peer.run(step)
+        draws = torch.get_rng_state()
+        with clocks["ours"]:
+            ours.fit(step)
+        loss = evaluate(lm, judged, autocast=ours.autocast)["loss"]
+        curve.append((step, clocks["ours"].cpu, loss))
+        if len(curve) % 8 == 0:
+            print(f"step {step}: lmnotes {loss:.4f} after {clocks['ours'].cpu:.1f} CPU s, peer at {clocks['peer'].cpu:.1f} CPU s", flush=True)
+
+    target = full_loss(peer.model, judged)
+    reached = next((point for point in curve if point[2] <= target), None)
+    rows = [
+        dict(model="nanoGPT", parameters=n_params(peer.model), steps=steps, CPU_s=clocks["peer"].cpu, wall_s=clocks["peer"].wall, loss=target),
+        dict(model="lmnotes", parameters=n_params(lm), steps=steps, CPU_s=clocks["ours"].cpu, wall_s=clocks["ours"].wall, loss=curve[-1][2]),
+    ]
+    if reached:
+        rows.append(dict(model="lmnotes, at the peer's loss", parameters=n_params(lm), steps=reached[0], CPU_s=reached[1], loss=reached[2]))
+    ratio = clocks["peer"].cpu / reached[1] if reached else 0.0
+    finish(
+        args,
+        rows,
+        [
+            ("the peer's final loss in at most 1/5 of its CPU seconds", f"1/{ratio:.2f}", ratio >= 5),
+            ("loss at most 1.60 on the same tokens", f"{curve[-1][2]:.4f}", curve[-1][2] <= 1.60),
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

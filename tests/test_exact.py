@@ -1,0 +1,133 @@
+"""A run that was stopped, anywhere and often, leaves behind what a run leaves behind that never was."""
+
+import itertools
+import shutil
+
+import pytest
+from helpers import TINY, call, differences, left_behind, log, train
+
+from lmnotes import trainer
+from lmnotes.batches import EpochWindows, get_batches
+from lmnotes.runs import RunConfig, get_data
+from lmnotes.trainer import Trainer
+
+SAMPLERS = "random", "epochs", "domains", "documents"
+TOKENIZERS = "bytes", "bpe:300"
+CASES = {
+    # Each tokenizer and each sampler meets both optimizers.
+    f"{tokenizer} {sampler}": dict(tokenizer=tokenizer, sampler=sampler, optimizer=("muon", "adamw")[(t + s) % 2])
+    for (t, tokenizer), (s, sampler) in itertools.product(enumerate(TOKENIZERS), enumerate(SAMPLERS))
+}
+CASES["early stop"] = dict(optimizer="adamw", lr=0.1, patience=2, eval_every=4)
+
+
+def begin(place, case, *stops, run="r"):
+    "A new run, to its first stop or to its end"
+    assert call(place, train, *stops, **case | dict(run=run)) == (130 if stops else 0), log(place)
+    return place / "runs" / run
+
+
+def go_on(place, *stops, run="r", **params):
+    "A run resumed in a new process, to its next stop or to its end"
+    assert call(place, train, *stops, **params, run=run, out_dir="runs", resume=True) == (130 if stops else 0), log(
+        place
+    )
+    return place / "runs" / run
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_stopped_at_every_step(place, name):
+    "One run is stopped after every step; what it was after each stop also goes on to the end without another"
+    case = TINY | CASES[name]
+    whole = left_behind(begin(place, case))
+    chain = begin(place, case, 1, run="chain")
+    for step in range(1, whole["step"]):
+        assert (chain / "interrupted").read_text() == f"step_{step:08d}\n"
+        shutil.copytree(chain, place / "runs/copy")
+        again = left_behind(go_on(place, run="copy"))
+        assert not differences(whole, again), (
+            f"after stops up to step {step}, these differ: {differences(whole, again)}"
+        )
+        shutil.rmtree(place / "runs/copy")
+        go_on(place, *([step + 1] if step + 1 < whole["step"] else []), run="chain")
+    assert not differences(whole, left_behind(chain))
+
+
+def test_the_cases_are_what_they_say(place, monkeypatch):
+    "Two epochs end within the run, in the middle of a batch; early stopping stops it"
+    monkeypatch.chdir(place)
+    for name, case in CASES.items():
+        cfg = RunConfig(**TINY | case)
+        tokens = get_data(cfg, say=None).tokens["train"]
+        per_epoch = get_batches(tokens, cfg.batch_size, cfg.ctx_len, sampler=cfg.sampler).per_epoch
+        if cfg.sampler in ("epochs", "documents"):
+            assert 2 * per_epoch < 40 and per_epoch % 1, name
+        assert len(tokens.domains) == 2
+    whole = left_behind(begin(place, TINY | CASES["early stop"]))
+    assert whole["status"] == "early_stop" and 20 < whole["step"] < 40
+
+
+@pytest.mark.parametrize("step", [1, 10, 15, 23, 39])
+def test_stopped_once(place, step):
+    "At a first step, with a checkpoint and an evaluation, with a sample, between, and before the last"
+    whole = left_behind(begin(place, TINY))
+    begin(place, TINY, step, run="once")
+    assert not differences(whole, left_behind(go_on(place, run="once")))
+
+
+def test_stopped_after_the_last_step(place):
+    whole = left_behind(begin(place, TINY))
+    stopped = begin(place, TINY, 40, run="stopped")
+    assert (stopped / "interrupted").exists()
+    assert not differences(whole, left_behind(go_on(place, run="stopped")))
+
+
+def _forget(key):
+    "Go on without a part of the saved state"
+
+    def load_state_dict(t, state):
+        t.step = state["step"]
+        if key != "optimizers":
+            for opt, saved in zip(t.optimizers, state["optimizers"]):
+                opt.load_state_dict(saved)
+        if key != "counters":
+            t.counters.update(state["counters"])
+
+    Trainer.load_state_dict = load_state_dict
+
+
+def _one_later(cls, name):
+    "Make what depends on the step depend on the next one"
+    as_it_is = getattr(cls, name)
+    setattr(
+        cls, name, lambda first, *rest: as_it_is(*((first, rest[0] + 1) if cls is EpochWindows else (first + 1, *rest)))
+    )
+
+
+ABLATIONS = {
+    "nothing": lambda: _forget(""),
+    "optimizers": lambda: _forget("optimizers"),
+    "counters": lambda: _forget("counters"),
+    "batches": lambda: _one_later(EpochWindows, "__getitem__"),
+    "learning rate": lambda: _one_later(trainer, "lr_at"),
+    "dropout": lambda: setattr(trainer, "seed_step", lambda *key: None),
+    "metrics": lambda: setattr(trainer.Metrics, "keep", lambda metrics, last: metrics.path.unlink(missing_ok=True)),
+}
+
+
+def train_without(what, **params):
+    "Run with a part of the exactness taken away"
+    ABLATIONS[what]()
+    return train(**params)
+
+
+@pytest.mark.parametrize("what", ABLATIONS)
+def test_the_comparison_is_sharp(place, what):
+    "What a resume could forget is seen in the comparison"
+    case = TINY | dict(sampler="epochs")
+    whole = left_behind(begin(place, case))
+    begin(place, case, 13, run="again")
+    assert call(place, train_without, what, run="again", out_dir="runs", resume=True) == 0, log(place)
+    seen = differences(whole, left_behind(place / "runs/again"))
+    expected = dict(nothing=[], counters=["metrics"], metrics=["metrics"]).get(what, ["final weights", "metrics"])
+    assert set(expected) <= set(seen) and bool(seen) == (what != "nothing"), seen
