@@ -1,0 +1,52 @@
+"""What JupyterLab's stop button does: the kernel and its whole process group get SIGINT while a training cell runs."""
+
+import time
+
+from jupyter_client.manager import start_new_kernel
+
+TRAIN = """
+from lmnotes import runs
+r = runs.run(
+    run="stopped", out_dir={folder!r}, steps=100_000, log_every=10, eval_every=50_000, save_every=50_000,
+    tokenizer="bytes", model_args="d_model=16 n_layers=1 n_heads=2", ctx_len=16, batch_size=4,
+)
+"""
+AGAIN = "r = runs.run(resume=True, out_dir={folder!r}, allow_change='steps', steps=r.step + 3)"
+USE = "print(r.status, r.step > 10, len(r.generate('The ', 8)), (r.folder / 'interrupted').read_text().strip())"
+
+
+def run_cell(client, code, seen=lambda text: None, seconds=120):
+    "Run a cell to its end; what it printed. `seen` is called with all that was printed so far"
+    request, text, end = client.execute(code), "", time.monotonic() + seconds
+    while time.monotonic() < end:
+        message = client.get_iopub_msg(timeout=seconds)
+        if message["parent_header"].get("msg_id") != request:
+            continue
+        kind, content = message["msg_type"], message["content"]
+        assert kind != "error", "\n".join(content["traceback"])
+        text += content.get("text", "") if kind == "stream" else ""
+        seen(text)
+        if kind == "status" and content["execution_state"] == "idle":
+            return text
+    raise TimeoutError(f"the cell is still running: {text[-300:]}")
+
+
+def test_the_stop_button_leaves_a_checkpoint_a_model_and_a_next_cell(tmp_path):
+    manager, client = start_new_kernel()
+    pressed = []
+
+    def press_when_training(text):
+        if "step 20/" in text and not pressed:
+            pressed.append(manager.interrupt_kernel())
+
+    try:
+        text = run_cell(client, TRAIN.format(folder=str(tmp_path)), press_when_training)
+        assert pressed and "interrupted at step" in text
+        status, further, length, name = run_cell(client, USE).split()
+        assert (status, further) == ("interrupted", "True") and int(length) > 0
+        assert (tmp_path / "stopped" / name / "manifest.json").is_file()
+        again = run_cell(client, AGAIN.format(folder=str(tmp_path)))
+        assert "done at step" in again
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
