@@ -3,6 +3,7 @@
 Import this before torch: it decides how many threads there are.
 """
 
+# ruff: noqa: E402
 import argparse
 import os
 import statistics
@@ -34,7 +35,10 @@ def options(
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default {default})")
     args = parser.parse_args()
     about = " ".join(f"{name} {version}" for name, version in versions().items())
-    print(f"{description.splitlines()[0]}\n{about}, {torch.get_num_threads()} of {os.cpu_count()} threads, {load()}", flush=True)
+    print(
+        f"{description.splitlines()[0]}\n{about}, {torch.get_num_threads()} of {os.cpu_count()} threads, {load()}",
+        flush=True,
+    )
     return args
 
 
@@ -84,12 +88,13 @@ def least(clocks):
 
 def figures(
     clocks,  # Of one function
-    scale=1e3,  # 1e3: milliseconds
+    unit="ms",  # s | ms | µs
+    calls=1,  # In each timing
 ):  # Cells of a table
-    "Least and median CPU time, and least wall time"
+    "Least and median CPU time, and least wall time, of a call"
+    scale = {"s": 1, "ms": 1e3, "µs": 1e6}[unit] / calls
     cpu = [scale * clock.cpu for clock in clocks]
     wall = min(scale * clock.wall for clock in clocks)
-    unit = {1: "s", 1e3: "ms", 1e6: "µs"}[scale]
     return {f"least CPU {unit}": min(cpu), f"median CPU {unit}": statistics.median(cpu), f"least wall {unit}": wall}
 
 
@@ -98,11 +103,15 @@ def corpus(
     **config,  # Fields of `RunConfig`
 ):  # (RunConfig, RunData)
     "tinyshakespeare by characters, 90% to train on; where it cannot be had, the embedded corpus, and that is said"
-    cfg = RunConfig(**{"tokenizer": "chars", "data": "pydocs" if quick else "tinyshakespeare", "split": "first90", **config})
+    cfg = RunConfig(
+        **{"tokenizer": "chars", "data": "pydocs" if quick else "tinyshakespeare", "split": "first90", **config}
+    )
     try:
         data = get_data(cfg, say=None)
     except DataError as error:
-        print(f"{error}\nThe embedded corpus takes its place. The bars were set on tinyshakespeare: read ratios, not losses.")
+        print(
+            f"{error}\nThe embedded corpus takes its place. The bars were set on tinyshakespeare: read ratios, not losses."
+        )
         cfg.data = "pydocs"
         data = get_data(cfg, say=None)
     sizes = ", ".join(f"{part} {len(tokens):,}" for part, tokens in data.tokens.items())
@@ -117,7 +126,8 @@ def parts(
 ):  # (a new model, training batches, batches that cover the validation split)
     "What a `Trainer` needs, as `lmnotes.run` makes it"
     torch.manual_seed(cfg.seed)
-    lm = new_lm(cfg.arch, cfg.preset, vocab_size=data.tokenizer.vocab_size, ctx_len=cfg.ctx_len, **model)
+    size = dict(vocab_size=data.tokenizer.vocab_size, ctx_len=cfg.ctx_len)
+    lm = new_lm(cfg.arch, cfg.preset, **size, **{"dropout": 0.0, **model})
     batches = get_batches(data.tokens["train"], cfg.batch_size, cfg.ctx_len, cfg.seed, cfg.sampler)
     return lm, batches, CoveringWindows(data.tokens["val"].ids, 64, cfg.ctx_len)
 

@@ -3,7 +3,7 @@
 The gate compares models under the same optimizer, AdamW: lmnotes' trainer as it is, nanoGPT's loop in float32 as shipped,
 and transformers' GPT-2 of the same shape in bfloat16. transformers' `Trainer` needs accelerate, which lmnotes does not
 install; its loop is written out here (autocast, `loss.backward()`, clipping to 1, fused AdamW, a schedule), without its
-callbacks and data loader, which would only slow it down. Muon, lmnotes' default, spends a fixed time per step more and
+callbacks and data loader, which would only slow it down. None has dropout. Muon, lmnotes' default, spends a fixed time per step more and
 is shown beside them; what it gains is in time_to_loss.py.
 """
 
@@ -54,8 +54,8 @@ def main():
     cfg, data = corpus(args.quick, **size, optimizer="adamw")
     vocab_size, ids = data.tokenizer.vocab_size, data.tokens["train"].ids
 
-    lm, adamw = lmnotes_step(data, cfg, **shape)
-    _, muon = lmnotes_step(data, corpus(args.quick, **size)[0], **shape)
+    lm, adamw = lmnotes_step(data, cfg, **shape, dropout=0.0)
+    _, muon = lmnotes_step(data, corpus(args.quick, **size)[0], **shape, dropout=0.0)
     peer = NanoGPT(vocab_size, 256, n_layers, n_heads, d_model)
     hf, hf_step = transformers_step(parts(cfg, data)[1], vocab_size, 256, **shape)
 
@@ -69,7 +69,13 @@ def main():
     speed = {name: best[peer_name] / seconds for name, seconds in best.items()}
     tokens = {name: round(8 * 256 / seconds) for name, seconds in best.items()}
     rows = [
-        {"training": name, "parameters": n_params(sizes[name]), **figures(of), "tok/CPU s": tokens[name], "x nanoGPT": speed[name]}
+        {
+            "training": name,
+            "parameters": n_params(sizes[name]),
+            **figures(of),
+            "tok/CPU s": tokens[name],
+            "x nanoGPT": speed[name],
+        }
         for name, of in clocks.items()
     ]
     over_hf = best[hf_name] / best[ours]

@@ -79,7 +79,7 @@ def load_weights(
     lm.load_state_dict(tensors, strict=False)  # Only the second names of tied weights are left out
     return lm
 
-# %% ../nbs/32_checkpoint.ipynb #3cbe229a
+# %% ../nbs/32_checkpoint.ipynb #9146ac9e
 def _write(path, data):
     "Write and flush one file; its size and hash"
     with open(path, "wb") as f:
@@ -99,7 +99,7 @@ def _serialize(lm, state, about):
     torch.save(state, buffer)
     return {
         "config.json": json.dumps(about, indent=1).encode(),
-        "model.safetensors": save(weights, dict(format="pt")),  # One key: several would be written in an order of chance
+        "model.safetensors": save(weights, dict(format="pt")),  # Several keys would come in an order of chance
         "state.pt": buffer.getbuffer(),
     }
 

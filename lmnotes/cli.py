@@ -13,7 +13,7 @@ from .core import *
 from .evaluation import *
 from .runs import *
 
-# %% ../nbs/51_cli.ipynb #c7e32f0c
+# %% ../nbs/51_cli.ipynb #7f9217a0
 @dataclass
 class Train(RunConfig):
     "Train a model, or go on with a run"
@@ -25,7 +25,7 @@ class Prepare:
 
     out: str  # Folder to write
     data: str = "pydocs"  # Corpus name, text file, folder or .jsonl
-    tokenizer: str = "bpe:1024"  # bytes | chars | bpe:SIZE | bpe | gpt2 | path of a saved one
+    tokenizer: str = "bpe:2048"  # bytes | chars | bpe:SIZE | bpe | gpt2 | path of a saved one
     data_dir: str = ""  # Where named corpora are; empty: $LMNOTES_DATA, else data/
     domains: str = ""  # Domains to keep, separated by spaces; empty: all
     split: str = "auto"  # auto | hash | first90 | randperm42 | enwik8

@@ -15,12 +15,12 @@ from torch import nn
 
 from .core import *
 
-# %% ../nbs/30_optim.ipynb #809ded0c
+# %% ../nbs/30_optim.ipynb #ba122147
 @dataclass
 class OptimConfig:
     "How parameters move"
 
-    steps: int = 300  # Optimizer steps in the whole run, resumed or not
+    steps: int = 500  # Optimizer steps in the whole run, resumed or not
     optimizer: str = "muon"  # muon | adamw
     lr: float = 0.0  # Peak learning rate; 0: the optimizer's own (muon 0.02, adamw 0.002)
     min_lr: float = 0.0  # Learning rate at the end

@@ -32,7 +32,7 @@ from .tokenizer import *
 from .tokens import *
 from .trainer import *
 
-# %% ../nbs/50_runs.ipynb #64658451
+# %% ../nbs/50_runs.ipynb #99282bb1
 @dataclass
 class DataConfig:
     "What is trained on what"
@@ -46,7 +46,7 @@ class DataConfig:
     domains: str = ""  # Domains to keep, separated by spaces; empty: all
     recursive: bool = False  # Look for .txt files in sub-folders too
     split: str = "auto"  # auto | hash | first90 | randperm42 | enwik8 | own
-    tokenizer: str = "bpe:1024"  # bytes | chars | bpe:SIZE | bpe | gpt2 | path of a saved one
+    tokenizer: str = "bpe:2048"  # bytes | chars | bpe:SIZE | bpe | gpt2 | path of a saved one
     ctx_len: int = 128  # Tokens in a window
     batch_size: int = 16  # Windows per optimizer step, over all pieces and processes
     sampler: str = "auto"  # auto | random | epochs | domains | documents
@@ -308,7 +308,7 @@ def _same_tokenizer(tokenizer, info, folder):
             f"({info['tokenizer']['fingerprint'][:12]}); put the run's own tokenizer folder back"
         )
 
-# %% ../nbs/50_runs.ipynb #7fc7b238
+# %% ../nbs/50_runs.ipynb #5840b758
 def in_notebook():
     "Is a Jupyter kernel showing what we display?"
     shell = sys.modules.get("IPython")
@@ -320,10 +320,10 @@ def plot_metrics(
     title="",
 ):  # A matplotlib figure
     "Training and validation curves, in bits per byte where they are known"
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
 
-    fig = Figure(figsize=(7, 3), layout="constrained")
-    ax = fig.subplots()
+    fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
+    plt.close(fig)  # Shown by whoever asked for it, once
     key = "bpb" if any("bpb" in r for r in records) else "loss"
     for split, style in dict(train="-", val="o-").items():
         rs = [r for r in records if r["split"] == split and r.get(key) is not None]
@@ -640,7 +640,7 @@ def _dry_run(cfg, origins, folder, device, signals, steps=10):
     finally:
         shutil.rmtree(trial, ignore_errors=True)
 
-# %% ../nbs/50_runs.ipynb #5e77002e
+# %% ../nbs/50_runs.ipynb #3077df04
 def launch(cfg, origins):
     "Run the same configuration under torchrun; returns the `Run` from its folder"
     folder = runs_folder(cfg) / _run_name(cfg)
@@ -648,7 +648,8 @@ def launch(cfg, origins):
     values.update(run=folder.name, procs=1)
     flags = [part for n, v in values.items() for part in _flag(n, v)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cfg.procs}"]
-    process = subprocess.Popen([*command, "-m", "lmnotes", "train", *flags])
+    # Without `--`, torchrun takes --run for the beginning of its own --run-path
+    process = subprocess.Popen([*command, "-m", "--", "lmnotes", "train", *flags])
     with StopSignals() as signals:
         sent = False
         while process.poll() is None:
@@ -667,11 +668,11 @@ def _flag(name, value):
         return [name] if value else [name.replace("--", "--no-", 1)]
     return [name, str(value)]
 
-# %% ../nbs/50_runs.ipynb #fa662316
+# %% ../nbs/50_runs.ipynb #87df01d6
 def prepare_data(
     out,  # Folder for train.bin, val.bin and tokenizer/
     data="pydocs",  # As for `RunConfig`, and so the rest
-    tokenizer="bpe:1024",
+    tokenizer="bpe:2048",
     data_dir="",
     domains="",
     split="auto",

@@ -6,7 +6,8 @@
 __all__ = ['MAX_BAD', 'LN2', 'TrainConfig', 'Objective', 'process_rank', 'Hook', 'Trainer', 'Metrics', 'duration', 'Log',
            'init_distributed']
 
-# %% ../nbs/31_trainer.ipynb #53b302a3
+# %% ../nbs/31_trainer.ipynb #e54632f0
+import atexit
 import json
 import math
 import os
@@ -317,7 +318,7 @@ class Log(Hook):
                 f"step {t.step}/{t.cfg.steps} | loss {loss:.4f}{bits} | lr {t.last['lr']:.2e} | {speed:,.0f} tok/s | {left} left"
             )
 
-# %% ../nbs/31_trainer.ipynb #28c2500b
+# %% ../nbs/31_trainer.ipynb #165032b0
 def init_distributed(device):
     "Join the process group that torchrun announces; returns the device of this rank"
     rank, world = process_rank()
@@ -327,4 +328,5 @@ def init_distributed(device):
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if cuda else "gloo")
+        atexit.register(dist.destroy_process_group)  # Its threads must end before the interpreter does
     return device

@@ -3,7 +3,15 @@
 import shutil
 
 import pytest
-from helpers import write_corpus
+from helpers import STARTED, write_corpus
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running():
+    "A test that fails leaves no process behind"
+    yield
+    while STARTED:
+        STARTED.pop().kill()
 
 
 @pytest.fixture(scope="session")

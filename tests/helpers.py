@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("forkserver")
 PRELOAD = "lmnotes.cli lmnotes.models.gpt safetensors.torch tokenizers tyro filelock torch._dynamo"
 FORK.set_forkserver_preload(PRELOAD.split())
+STARTED = []  # Processes, which a test that fails may leave behind
 
 # Small enough for hundreds of runs; dropout, pieces, early-stop counters, evaluations, samples and pruning all at work.
 TINY = dict(
@@ -100,6 +101,7 @@ def start(folder, function, *args, **kwargs):
     "Call a function in a new process that works in `folder` and writes to `folder/log`; the process"
     process = FORK.Process(target=_child, args=(function, args, kwargs, str(folder)), daemon=True)
     process.start()
+    STARTED.append(process)
     return process
 
 

@@ -19,7 +19,8 @@ def hold():
     "Say that the moment has come, and wait until the test lets go"
     if not Path("reached").exists():
         Path("reached").touch()
-        while not Path("go").exists():
+        end = time.monotonic() + 120
+        while not Path("go").exists() and time.monotonic() < end:
             time.sleep(0.001)
 
 
@@ -120,6 +121,23 @@ def whole(tmp_path_factory, corpus):
     (folder / "corpus").symlink_to(corpus)
     assert call(folder, lmnotes_command, "train", *words(**TINY)) == 0, log(folder)
     return left_behind(folder / "runs/r")
+
+
+@pytest.mark.parametrize("pause, code, step", [(0.1, 143, 13), (1.2, 130, None)])
+def test_two_signals(place, whole, pause, code, step):
+    "At about the same time they are one, as from a terminal and a cluster; later, the second ends the run within the step"
+    process = start(place, command_held, "between gradient and update", "train", *words(**TINY))
+    until((place / "reached").exists, process)
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(pause)  # The process is held, so this is not a race
+    os.kill(process.pid, signal.SIGINT)
+    if step:
+        (place / "go").touch()
+    assert finish(process) == code, log(place)
+    assert (place / "runs/r/interrupted").exists() == bool(step)
+    (place / "go").touch()
+    assert resume(place) == 0, log(place)
+    assert not differences(whole, left_behind(place / "runs/r"))
 
 
 def send(place, moment, number):

@@ -15,7 +15,7 @@ from torch import nn
 from ..layers import *
 from ..lm import *
 
-# %% ../../nbs/models/20_gpt.ipynb #d75ecdce
+# %% ../../nbs/models/20_gpt.ipynb #222862f8
 @dataclass
 class GPTConfig(LMConfig):
     "Configuration of `GPT`; the defaults are the modern face"
@@ -24,7 +24,7 @@ class GPTConfig(LMConfig):
     n_layers: int = 4
     n_heads: int = 4
     d_ff: int = 0  # Width of the feed-forward part; 0: 4 * d_model
-    dropout: float = 0.0
+    dropout: float = 0.1  # 0 when no text is seen twice
     norm: str = "rms"  # rms (no gain) | layer (gain, and bias if `bias`)
     pos: str = "rope"  # rope | learned
     rope_base: float = 1000.0
@@ -36,9 +36,15 @@ class GPTConfig(LMConfig):
     zero_init: bool = True  # Projections back into the stream, and an untied head, start at zero
     softcap: float = 15.0  # Bound on the logits; 0: none
 
-# %% ../../nbs/models/20_gpt.ipynb #59ffbc60
+# %% ../../nbs/models/20_gpt.ipynb #bf61b2e9
 def _norm(c):
     return nn.LayerNorm(c.d_model, bias=c.bias) if c.norm == "layer" else RMSNorm()
+
+
+def _mix(x, y, weights):
+    "`weights[0]`·x + `weights[1]`·y"
+    a, b = weights.unbind()
+    return torch.addcmul(x * a, y, b)
 
 
 class RMSNorm(nn.Module):
@@ -66,25 +72,26 @@ class Attention(nn.Module):
         c, (B, T, D) = self.c, x.shape
         qk, (v,) = self.qkv(x).view(B, T, 3, c.n_heads, D // c.n_heads).permute(2, 0, 3, 1, 4).split((2, 1))
         if self.value_mix is not None:
-            v = self.value_mix[0] * v + self.value_mix[1] * first_v
+            v = _mix(v, first_v, self.value_mix)
         first_v = v if first_v is None else first_v
         q, k = self._place(qk, table)
         k, v_seen = cache(k, v)
-        y = attention(q, k, v_seen, c.ctx_len, self._scale(), c.dropout if self.training else 0.0)
-        y = self.out(y.transpose(1, 2).reshape(B, T, D))
+        y = attention(q.to(k.dtype), k, v_seen, c.ctx_len, self._scale(), c.dropout if self.training else 0.0)
+        y = self.out(y.transpose(1, 2).reshape(B, T, D).to(x.dtype))
         return F.dropout(y, c.dropout, self.training), first_v
 
     def _place(self, x, table):
         "Normalise in float32 and turn by the position"
         dtype = x.dtype
         x = rms_norm(x.float()) if self.c.qk_norm else x
-        return (rope(x, table) if table is not None else x).to(dtype)
+        x = rope(x, table) if table is not None else x
+        return x.to(dtype, memory_format=torch.contiguous_format)
 
     def _scale(self):
         "Normalised vectors have length √d; 1.2 sharpens what the normalisation blunts"
         return (1.2 if self.c.qk_norm else 1.0) * (self.c.d_model // self.c.n_heads) ** -0.5
 
-# %% ../../nbs/models/20_gpt.ipynb #9c117239
+# %% ../../nbs/models/20_gpt.ipynb #a42bfa04
 class Block(nn.Module):
     "Attention, then feed-forward, each normalised before and added to the stream"
 
@@ -97,12 +104,12 @@ class Block(nn.Module):
 
     def forward(self, x, x0, first_v, table, cache):
         if self.stream_mix is not None:
-            x = self.stream_mix[0] * x + self.stream_mix[1] * x0
+            x = _mix(x, x0, self.stream_mix)
         y, first_v = self.attn(self.norm1(x), first_v, table, cache)
         x = x + y
         return x + self.ffn(self.norm2(x)), first_v
 
-# %% ../../nbs/models/20_gpt.ipynb #f82623cd
+# %% ../../nbs/models/20_gpt.ipynb #3dd99578
 class Cache:
     "Keys and values of one layer, the last `size` positions of them"
 
@@ -111,23 +118,34 @@ class Cache:
 
     def __call__(self, k, v):
         "New (B,H,T,d) keys and values -> those to attend to, new ones included"
+        if k.device.type == "cpu":
+            k, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (k, v))
         if self.k is None:
             self.k, self.v = (t.new_zeros(*t.shape[:2], self.size, t.shape[3]) for t in (k, v))
         start, T, size = self.seen, k.shape[2], self.size
         self.seen += T
         if T == 1:
-            self.k[:, :, start % size], self.v[:, :, start % size] = k[:, :, 0], v[:, :, 0]
-            n = min(self.seen, size)
-            return self.k[:, :, :n], self.v[:, :, :n]
+            slot, n = start % size, min(self.seen, size)
+            self.k.select(2, slot).copy_(k.select(2, 0))
+            self.v.select(2, slot).copy_(v.select(2, 0))
+            return self.k.narrow(2, 0, n), self.v.narrow(2, 0, n)
         old = torch.arange(max(0, start - size), start, device=k.device) % size
         k, v = (torch.cat([ring[:, :, old], new], 2) for ring, new in ((self.k, k), (self.v, v)))
         slots = torch.arange(max(0, self.seen - size), self.seen, device=k.device) % size
         self.k[:, :, slots], self.v[:, :, slots] = k[:, :, -len(slots) :], v[:, :, -len(slots) :]
         return k, v
 
-# %% ../../nbs/models/20_gpt.ipynb #e736ba00
+# %% ../../nbs/models/20_gpt.ipynb #7c3940a7
 _classic = dict(
-    norm="layer", pos="learned", act="gelu", tie=True, qk_norm=False, mix=False, zero_init=False, softcap=0.0
+    dropout=0.0,
+    norm="layer",
+    pos="learned",
+    act="gelu",
+    tie=True,
+    qk_norm=False,
+    mix=False,
+    zero_init=False,
+    softcap=0.0,
 )
 
 
@@ -137,9 +155,9 @@ class GPT(LM):
 
     Config = GPTConfig
     presets = dict(
-        tiny=dict(d_model=128, n_layers=4, n_heads=4),
-        small=dict(d_model=384, n_layers=6, n_heads=6),
-        base=dict(d_model=768, n_layers=12, n_heads=12, tie=True),
+        tiny=dict(d_model=128, n_layers=4, n_heads=4, dropout=0.0),
+        small=dict(d_model=384, n_layers=6, n_heads=6, dropout=0.0),
+        base=dict(d_model=768, n_layers=12, n_heads=12, dropout=0.0, tie=True),
         nanogpt=dict(d_model=128, n_layers=4, n_heads=4, **_classic),
         nanogpt_small=dict(d_model=384, n_layers=6, n_heads=6, **_classic),
         nanogpt_base=dict(d_model=768, n_layers=12, n_heads=12, **_classic),
@@ -199,6 +217,11 @@ class GPT(LM):
 
     def step(self, x, state=None):
         "(B,k) new ids -> (B,V) logits after them; the state is the caches and, for learned positions, the last ids"
+        with torch.inference_mode():
+            logits, state = self._step(x, state)
+        return logits.clone(), state  # Outside inference mode again, so that the caller may change them
+
+    def _step(self, x, state):
         c = self.cfg
         caches, ids = state or ([Cache(c.ctx_len) for _ in self.blocks], x[:, :0])
         if c.pos == "learned":

@@ -1,0 +1,47 @@
+"""Attention: forward and backward by kernel and shape, the table of `nbs/21_layers`.
+
+torch's fused `scaled_dot_product_attention`, and three plain products, in float32 and bfloat16; causal, one thread. The bar
+is that what `layers.attention` chooses here is never more than a quarter slower than the best of them in the same dtype.
+"""
+
+from common import finish, interleave, least, options  # isort: skip
+import torch
+import torch.nn.functional as F
+
+from lmnotes.layers import _attend_products, attention
+
+SHAPES = (12, 4, 64, 32), (8, 6, 256, 64), (2, 8, 512, 64), (2, 8, 1024, 64)
+
+
+def fused(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def products(q, k, v):
+    return _attend_products(q * q.shape[-1] ** -0.5, k, v, 0, 0.0)
+
+
+def there_and_back(kernel, shape, dtype):
+    "A function that computes attention of random tensors, and its gradients"
+    q, k, v, g = (torch.randn(shape, dtype=dtype) for _ in range(4))
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    return lambda: torch.autograd.grad(kernel(*inputs), inputs, g)
+
+
+def main():
+    args = options(__doc__, rounds=(9, "timed calls of each"))
+    kernels = dict(fused=fused, products=products, chosen=attention)
+    dtypes = dict(fp32=torch.float32, bf16=torch.bfloat16)
+    rows, worst = [], 0.0
+    for shape in SHAPES[:1] if args.quick else SHAPES:
+        calls = {f"{k} {d}": there_and_back(kernels[k], shape, dtypes[d]) for d in dtypes for k in kernels}
+        ms = {name: 1e3 * least(of) for name, of in interleave(calls, 1 if args.quick else args.rounds).items()}
+        rows.append({"batch, heads, length, width": ", ".join(map(str, shape)), **ms})
+        for dtype in dtypes:
+            worst = max(worst, ms[f"chosen {dtype}"] / min(ms[f"fused {dtype}"], ms[f"products {dtype}"]))
+    print("\nCPU milliseconds, forward and backward, the least of several")
+    finish(args, rows, [("the kernel chosen is at most 1.25 times as slow as the best", f"{worst:.2f}", worst <= 1.25)])
+
+
+if __name__ == "__main__":
+    main()

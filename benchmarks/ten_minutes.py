@@ -1,0 +1,78 @@
+"""Ten minutes: the best full-validation loss on tinyshakespeare that a fixed wall time on two threads buys, from scratch.
+
+The time of a step is measured first, on the model that is then trained, and the number of steps follows from what is left
+of the budget, so that the learning rate comes down to zero just before the time is over. Everything counts: reading the
+data, measuring, training and the final evaluation of the whole split.
+"""
+
+# ruff: noqa: E402
+import os
+import time
+
+START = time.perf_counter()
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+from common import corpus, finish, options, parts  # isort: skip
+
+from lmnotes.evaluation import evaluate
+from lmnotes.lm import n_params
+from lmnotes.trainer import Log, Trainer, duration
+
+SHAPE = dict(n_layers=6, n_heads=4, d_model=256, dropout=0.1)
+SIZE = dict(ctx_len=256, batch_size=16, lr=0.01)
+
+
+def seconds_of(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def plan(
+    left,  # Seconds there are
+    step,  # Seconds of a step
+    evaluation,  # Seconds of the evaluation at the end
+    margin=0.04,  # Part of the time that is kept back, for a machine that gets slower
+):  # Steps
+    "How many steps fit"
+    return max(1, int(((1 - margin) * left - evaluation) / step))
+
+
+def main():
+    args = options(__doc__, seconds=(600, "wall time in all"), seed=(0, "of the run"))
+    budget, shape = (20, dict(SHAPE, n_layers=2, d_model=64)) if args.quick else (args.seconds, SHAPE)
+    cfg, data = corpus(args.quick, **SIZE, seed=args.seed, steps=1000)
+
+    lm, batches, val = parts(cfg, data, **shape)
+    trial = Trainer(lm, batches, cfg)
+    tries = [seconds_of(trial.one_step) for _ in range(3)]
+    while sum(tries) < budget / 50:
+        tries.append(seconds_of(trial.one_step))
+    step = sorted(tries)[len(tries) // 2]
+    some = val.limit(1)
+    evaluation = seconds_of(lambda: evaluate(lm, some, autocast=trial.autocast)) * len(val)
+    cfg.steps = plan(budget - (time.perf_counter() - START), step, evaluation)
+    if args.quick:
+        cfg.steps = min(cfg.steps, 20)
+    print(
+        f"{1e3 * step:.0f} ms a step, {evaluation:.1f} s for the evaluation: {cfg.steps:,} steps in what is left of {duration(budget)}"
+    )
+
+    lm, batches, val = parts(cfg, data, **shape)  # From scratch
+    trainer = Trainer(lm, batches, cfg, [Log(show=lambda line: print(line, flush=True))])
+    trainer.fit()
+    result = evaluate(lm, some if args.quick else val, autocast=trainer.autocast)
+    took = time.perf_counter() - START
+    row = {"parameters": n_params(lm), "steps": cfg.steps, "tokens": trainer.counters["tokens"], "wall s": took}
+    finish(
+        args,
+        [row | {"CPU s": time.process_time(), "loss": result["loss"]}],
+        [
+            ("full-validation loss at most 1.50", f"{result['loss']:.4f}", result["loss"] <= 1.50),
+            (f"within {budget} seconds", f"{took:.0f} s", took <= budget),
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,476 @@
+"""Checkpoints against power cuts, full disks and damaged files.
+
+The file operations of three saves are recorded. Then a disk that stops after each of them is rebuilt, in every way in which a disk may
+forget what was not flushed, and the newest checkpoint on it is looked for.
+"""
+
+import itertools
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+
+import pytest
+import torch
+from helpers import TINY, call, differences, left_behind, lmnotes_command, log, words
+
+from lmnotes import checkpoint, core
+from lmnotes.batches import RandomWindows
+from lmnotes.checkpoint import Save, find_checkpoint, latest, load_lm, read_state, save_checkpoint, verify
+from lmnotes.core import CheckpointError
+from lmnotes.lm import new_lm
+from lmnotes.trainer import TrainConfig, Trainer
+
+STEPS = 1, 2, 3
+ROOT_FOLDER = 0
+
+
+class Recorder:
+    "Notes every file operation in a folder, as (what, path, ...) with paths relative to it"
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.operations = folder, []
+        self.real = dict(
+            open=open, replace=os.replace, fsync=os.fsync, unlink=os.unlink, rmdir=os.rmdir, mkdir=os.mkdir
+        )
+        for module in (core, checkpoint):
+            monkeypatch.setattr(module, "open", self.open, raising=False)
+        monkeypatch.setattr(os, "replace", self.replace)
+        monkeypatch.setattr(os, "fsync", self.fsync)
+        monkeypatch.setattr(shutil, "rmtree", self.rmtree)
+        monkeypatch.setattr(pathlib.Path, "unlink", lambda path, missing_ok=False: self.unlink(path, missing_ok))
+        monkeypatch.setattr(pathlib.Path, "mkdir", lambda path: self.mkdir(path))
+
+    def note(self, what, path, *rest):
+        self.operations.append((what, os.path.relpath(path, self.folder), *rest))
+
+    def open(self, path, mode="r", **how):
+        if "w" not in mode:
+            return self.real["open"](path, mode, **how)
+        self.note("create", path)
+        file = self.real["open"](path, mode, buffering=0)
+        recorder = self
+
+        class File:
+            def write(self, data):
+                recorder.note("write", path, bytes(data))
+                return file.write(data)
+
+            def flush(self):
+                pass
+
+            def fileno(self):
+                return file.fileno()
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *exc):
+                file.close()
+
+        return File()
+
+    def replace(self, source, target):
+        self.real["replace"](source, target)
+        self.note("replace", source, os.path.relpath(target, self.folder))
+
+    def fsync(self, descriptor):
+        self.note("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def mkdir(self, path):
+        self.real["mkdir"](path)
+        self.note("mkdir", path)
+
+    def unlink(self, path, missing_ok=False):
+        if path.exists() or not missing_ok:
+            self.real["unlink"](path)
+            self.note("remove", path)
+
+    def rmtree(self, folder, ignore_errors=False):
+        if not os.path.exists(folder) and ignore_errors:
+            return
+        for name in sorted(os.listdir(folder)):
+            self.unlink(pathlib.Path(folder, name))
+        self.real["rmdir"](folder)
+        self.note("remove", folder)
+
+
+class Disk:
+    "Folders and files as they are seen, and as they would be found after a power cut"
+
+    def __init__(self):
+        self.seen = {ROOT_FOLDER: {}}  # {folder: {name: file or folder}}
+        self.kept = {ROOT_FOLDER: {}}  # The same, as far as it was flushed
+        self.pending = []  # Changes of names that were not flushed, in order; each is [(folder, name, file or None)]
+        self.data, self.flushed = {}, {}  # {file: content}
+        self.number = itertools.count(1)
+
+    def find(self, path):
+        at = ROOT_FOLDER
+        for name in [] if path == "." else path.split("/"):
+            at = self.seen[at][name]
+        return at
+
+    def entry(self, path):
+        folder, _, name = path.rpartition("/")
+        return self.find(folder or "."), name
+
+    def change(self, *changes):
+        _change(self.seen, changes)
+        self.pending.append(changes)
+
+    def apply(self, what, path, *rest):
+        "Do one recorded operation"
+        if what == "mkdir":
+            self.change((*self.entry(path), new := next(self.number)))
+            self.seen[new], self.kept[new] = {}, {}
+        elif what == "create":
+            folder, name = self.entry(path)
+            if name not in self.seen[folder]:
+                self.change((folder, name, next(self.number)))
+            self.data[self.find(path)] = b""
+        elif what == "write":
+            self.data[self.find(path)] += rest[0]
+        elif what == "replace":
+            self.change((*self.entry(path), None), (*self.entry(rest[0]), self.find(path)))
+        elif what == "remove":
+            self.change((*self.entry(path), None))
+        elif what == "fsync":
+            self.flush(self.find(path))
+
+    def flush(self, node):
+        if node in self.data:
+            self.flushed[node] = self.data[node]
+            return
+        self.kept[node] = dict(self.seen[node])
+        self.pending = [changes for changes in self.pending if not any(folder == node for folder, _, _ in changes)]
+
+    def states(self):
+        "Every {path: content, or None for a folder} that may be found if it all stops now"
+        for kept in itertools.product((True, False), repeat=len(self.pending)):
+            names = {folder: dict(entries) for folder, entries in self.kept.items()}
+            for changes in itertools.compress(self.pending, kept):
+                _change(names, changes)
+            for spoil in SPOIL:
+                found = {
+                    f: d if self.flushed.get(f) == d else spoil(self.flushed.get(f, b""), d)
+                    for f, d in self.data.items()
+                }
+                yield dict(_paths(names, found))
+
+
+# What may be found in a file that was not flushed, from what was flushed and what was written.
+SPOIL = [
+    lambda flushed, written: written,
+    lambda flushed, written: flushed,
+    lambda flushed, written: written[: len(written) // 2],
+    lambda flushed, written: written[:-1],
+    lambda flushed, written: bytes(len(written)),
+    lambda flushed, written: written[: len(written) // 2] + bytes(len(written) - len(written) // 2),
+]
+
+
+def _change(names, changes):
+    for folder, name, node in changes:
+        if node is None:
+            names[folder].pop(name, None)
+        else:
+            names[folder][name] = node
+
+
+def _paths(names, found, folder=ROOT_FOLDER, prefix=""):
+    for name, node in names[folder].items():
+        if node in names:
+            yield prefix + name, None
+            yield from _paths(names, found, node, f"{prefix}{name}/")
+        else:
+            yield prefix + name, found[node]
+
+
+def build(folder, state):
+    "Write a state of the disk into an empty folder"
+    for path, content in state.items():
+        if content is None:
+            (folder / path).mkdir()
+        else:
+            (folder / path).write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def saves(tmp_path_factory):
+    "(operations, numbers of operations after which a checkpoint is done, and its pointers are) of three saves that keep one"
+    run = tmp_path_factory.mktemp("saves")
+    lm = new_lm("bigram", vocab_size=8)
+    t = Trainer(lm, RandomWindows(torch.arange(100).numpy() % 8, 2, 4), TrainConfig(steps=3, dtype="float32"))
+    done, pointed = {}, {}
+    as_it_is = checkpoint.save_checkpoint
+
+    def noted(*args, **about):
+        folder = as_it_is(*args, **about)
+        done[t.step] = len(recorder.operations)
+        return folder
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        recorder = Recorder(run, monkeypatch)
+        monkeypatch.setattr(checkpoint, "save_checkpoint", noted)
+        hook = Save(run, keep=1)
+        for step in STEPS:
+            t.fit(step)
+            hook.save(t, "last", "best")
+            pointed[step] = len(recorder.operations)
+    assert [p.name for p in run.glob("step_*")] == ["step_00000003"]
+    return recorder.operations, done, pointed
+
+
+def whole_files(operations):
+    "{step: {file name: content}} as it was meant"
+    files = {}
+    for what, path, *rest in operations:
+        if what == "write" and path.startswith(".step_"):
+            files.setdefault(int(path[6:14]), {})[path.split("/")[1]] = rest[0]
+    return files
+
+
+def failures(folder, operations, done, pointed, files):
+    "(number of the operation, what went wrong) for every state that does not recover; the number of states comes last"
+    disk, tried = Disk(), set()
+    for number, operation in enumerate(operations, 1):
+        disk.apply(*operation)
+        least = max((step for step in STEPS if done[step] <= number), default=0)
+        at_pointers = max((step for step in STEPS if pointed[step] <= number), default=0)
+        for state in disk.states():
+            key = (least, at_pointers, tuple(sorted(state.items())))
+            if key in tried:
+                continue
+            tried.add(key)
+            place = folder / f"{len(tried)}"
+            place.mkdir()
+            build(place, state)
+            wrong = recovered(place, least, at_pointers, files)
+            shutil.rmtree(place)
+            if wrong:
+                yield number, operation[:2], wrong
+    yield len(tried)
+
+
+def recovered(place, least, at_pointers, files):
+    "What is wrong with the state in a folder, or nothing"
+    try:
+        found = latest(place)
+    except CheckpointError:
+        return "a completed save is lost" if least else ""
+    step = int(found.name[5:])
+    if step not in (least, least + 1):
+        return f"step {step} is found where step {least} was saved"
+    for name, content in files[step].items():
+        if (found / name).read_bytes() != content:
+            return f"{name} is not what was written"
+    if read_state(found)["step"] != step or load_lm(place, device="cpu") is None:
+        return "it does not load"
+    for pointer in ("last", "best") if at_pointers else ():
+        try:
+            named = int(find_checkpoint(place, pointer).name[5:])
+        except CheckpointError as e:
+            return f"{pointer}: {e}"
+        if named < at_pointers:
+            return f"{pointer} names step {named} where it was set to {at_pointers}"
+    return ""
+
+
+linux = pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="open files are named through /proc")
+
+
+@linux
+def test_power_cut_at_every_operation(saves, tmp_path):
+    "A save that was completed is there, or the next one; whole, bit by bit, and so is what the pointers name"
+    operations, done, pointed = saves
+    *wrong, states = failures(tmp_path, operations, done, pointed, whole_files(operations))
+    assert not wrong, wrong[:5]
+    assert states > 500, states
+
+
+def without(what, *parts):
+    "Leave operations out of a record whose path holds all of some parts"
+    return lambda ops: [op for op in ops if not (op[0] == what and all(part in op[1] for part in parts))]
+
+
+def pruned_first(operations):
+    "Delete the checkpoint before last as soon as the next is begun"
+    late = [op for op in operations if op[0] == "remove" and op[1].startswith("step_")]
+    for op in operations:
+        if op not in late:
+            yield op
+        if op == ("mkdir", next(o[1] for o in operations if o[0] == "mkdir" and "00000002" in o[1])):
+            yield from [o for o in late if "00000001" in o[1]]
+
+
+MUTANTS = {
+    "config.json is not flushed": without("fsync", ".step_", "config.json"),
+    "model.safetensors is not flushed": without("fsync", ".step_", "model.safetensors"),
+    "state.pt is not flushed": without("fsync", ".step_", "state.pt"),
+    "manifest.json is not flushed": without("fsync", ".step_", "manifest.json"),
+    "the names in the folder are not flushed": lambda ops: [
+        op for op in ops if not (op[0] == "fsync" and op[1].startswith(".step_") and op[1].endswith(".tmp"))
+    ],
+    "the folder's name is not flushed": lambda ops: [op for op in ops if op[:2] != ("fsync", ".")],
+    "`last` is not flushed": without("fsync", ".last."),
+    "`best` is not flushed": without("fsync", ".best."),
+    "the folder is not renamed": without("replace", ".step_"),
+    "`last` is not renamed": without("replace", ".last."),
+    "`best` is not renamed": without("replace", ".best."),
+    "pruned before the next is there": pruned_first,
+}
+
+
+@linux
+@pytest.mark.parametrize("name", MUTANTS)
+def test_every_precaution_is_needed(saves, tmp_path, name):
+    "Without it, a state is found that does not recover; so the test above would see it missing"
+    operations, done, pointed = saves
+    # Numbers of operations become marks in the record, so that they stay where they are when others are left out.
+    marked = []
+    for number, op in enumerate(operations, 1):
+        marked.append(op)
+        marked += [("mark", f"done {s}") for s in STEPS if done[s] == number]
+        marked += [("mark", f"pointed {s}") for s in STEPS if pointed[s] == number]
+    mutated = list(MUTANTS[name](marked))
+    assert mutated != marked
+    operations, at = [], {}
+    for op in mutated:
+        if op[0] == "mark":
+            at[op[1]] = len(operations)
+        else:
+            operations.append(op)
+    done, pointed = ({s: at[f"{what} {s}"] for s in STEPS} for what in ("done", "pointed"))
+    first = next(failures(tmp_path, operations, done, pointed, whole_files(saves[0])))
+    assert isinstance(first, tuple), f"{first} states, and all recover"
+
+
+def damaged(data, other, draw):
+    "(what was done, the content of a file after it)"
+    at = draw.randrange(len(data))
+    some = data[at : at + draw.randint(1, 64)]
+    kinds = {
+        "a bit is flipped": data[:at] + bytes([data[at] ^ (1 << draw.randrange(8))]) + data[at + 1 :],
+        "a block is zero": data[:at] + bytes(len(some)) + data[at + len(some) :],
+        "it is cut": data[:at],
+        "something is put in": data[:at] + draw.randbytes(draw.randint(1, 64)) + data[at:],
+        "something comes twice": data[:at] + some + data[at:],
+        "something is taken out": data[:at] + data[at + len(some) :],
+        "it is empty": b"",
+        "it is another file": other,
+    }
+    return draw.choice(list(kinds.items()))
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    "A run folder with checkpoints of steps 1 and 2"
+    run = tmp_path_factory.mktemp("run")
+    t = Trainer(
+        new_lm("bigram", vocab_size=8), RandomWindows(torch.arange(100).numpy() % 8, 2, 4), TrainConfig(dtype="float32")
+    )
+    for step in (1, 2):
+        t.fit(step)
+        save_checkpoint(run, t.lm, t.step, t.state_dict())
+    return run
+
+
+FILES = "config.json", "model.safetensors", "state.pt", "manifest.json"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damage_is_found_and_named(two_steps, tmp_path, name, capsys):
+    "Whatever happened to a file: it is named, nothing parses it, and the checkpoint before it is found"
+    run = tmp_path / "run"
+    shutil.copytree(two_steps, run)
+    file = run / "step_00000002" / name
+    data, other = file.read_bytes(), (run / "step_00000002" / FILES[FILES.index(name) - 1]).read_bytes()
+    draw = random.Random(name)
+    for _ in range(150):
+        what, content = damaged(data, other, draw)
+        file.write_bytes(content)
+        if content == data or (name == "manifest.json" and same_manifest(content, data)):
+            verify(file.parent)
+            continue
+        with pytest.raises(CheckpointError) as raised:
+            verify(file.parent)
+        assert name in str(raised.value) or name == "manifest.json", (what, raised.value)
+        assert latest(run).name == "step_00000001", what
+        assert "step_00000002" in capsys.readouterr().out
+
+
+def same_manifest(content, data):
+    "Do two manifests promise the same, as when a space was put in?"
+    try:
+        return json.loads(content)["files"] == json.loads(data)["files"]
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_gone(two_steps, tmp_path, name):
+    "Removed, or with a folder in its place"
+    run = tmp_path / "run"
+    shutil.copytree(two_steps, run)
+    (run / "step_00000002" / name).unlink()
+    with pytest.raises(CheckpointError, match=name):
+        verify(run / "step_00000002")
+    if name != "manifest.json":
+        (run / "step_00000002" / name).mkdir()
+        with pytest.raises(CheckpointError, match=name):
+            verify(run / "step_00000002")
+    assert latest(run).name == "step_00000001"
+
+
+def test_no_checkpoint_is_whole(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path / "run")
+    for file in (tmp_path / "run").glob("step_*/state.pt"):
+        file.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        latest(tmp_path / "run")
+
+
+def test_no_space_is_seen_before_anything_is_written(two_steps, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(two_steps, run)
+    lm = load_lm(run)
+    usage = shutil.disk_usage(run)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+    with pytest.raises(CheckpointError, match=r"disk full: .*run needs .* MB .* and has 0\.0 MB free"):
+        save_checkpoint(run, lm, 3)
+    assert sorted(p.name for p in run.iterdir()) == ["step_00000001", "step_00000002"]
+
+
+def train_on_a_full_disk(size, *words):
+    "Run the command line, and from step 29 on let no file grow beyond a size, as a full disk does"
+    as_it_is = Trainer.one_step
+
+    def one_step(t):
+        as_it_is(t)
+        if t.step == 29:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    Trainer.one_step = one_step
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    return lmnotes_command(*words)
+
+
+@pytest.mark.parametrize("file, size", [("model.safetensors", 20_000), ("state.pt", 60_000)])
+def test_the_disk_becomes_full(place, file, size):
+    "Training goes on without saving; the last good checkpoint stays, nothing half written does, and a resume is exact"
+    case = TINY | dict(optimizer="adamw")
+    assert call(place, lmnotes_command, "train", *words(**case | dict(run="whole"))) == 0, log(place)
+    assert call(place, train_on_a_full_disk, size, "train", *words(**case)) == 2, log(place)
+    run = place / "runs/r"
+    assert "step 30 is not saved" in log(place) and "step 40/40" in log(place)
+    assert log(place).splitlines()[-1].startswith("lmnotes: ")
+    assert "step_00000040 could not be written: disk full; earlier checkpoints are untouched" in log(place)
+    sizes = {name: (latest(run) / name).stat().st_size for name in FILES}
+    assert latest(run).name < "step_00000030" and sizes[file] > size
+    assert not list(run.glob(".*.tmp"))
+    assert call(place, lmnotes_command, "train", *words(run="r", out_dir="runs", resume=True)) == 0, log(place)
+    assert not differences(left_behind(place / "runs/whole"), left_behind(run))
