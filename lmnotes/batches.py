@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'SAMPLERS', 'Batch', 'windows_at', 'check_length', 'RandomWindows', 'EpochOrder', 'EpochWindows',
-           'BalancedWindows', 'pack', 'PackedDocuments', 'CoveringWindows', 'get_batches']
+           'BalancedWindows', 'pack', 'PackedDocuments', 'CoveringWindows', 'resolve_sampler', 'get_batches']
 
 # %% ../nbs/13_batches.ipynb #dd00b92f
 from typing import NamedTuple
@@ -207,8 +207,13 @@ class CoveringWindows:
         n = min(n or len(self), len(self))
         return [self[int(i)] for i in np.linspace(0, len(self) - 1, n).round()] if n < len(self) else self
 
-# %% ../nbs/13_batches.ipynb #e845d1b2
+# %% ../nbs/13_batches.ipynb #2623859f
 SAMPLERS = "auto", "random", "epochs", "domains", "documents"
+
+
+def resolve_sampler(sampler, epochs):
+    "The sampler that `auto` stands for, or the one given"
+    return sampler if sampler != "auto" else "epochs" if epochs else "random"
 
 
 def get_batches(
@@ -220,8 +225,7 @@ def get_batches(
     epochs=0,  # Above 0: the run is counted in epochs
 ):  # Something that `[step]` gives a `Batch`, with `per_epoch` steps in an epoch
     "Training batches of a token file"
-    if sampler == "auto":
-        sampler = "epochs" if epochs else "random"
+    sampler = resolve_sampler(sampler, epochs)
     if sampler == "random":
         return RandomWindows(tokens.ids, batch_size, ctx_len, seed)
     if sampler == "epochs":

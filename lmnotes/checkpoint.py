@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['POINTERS', 'check_plain', 'check_finite', 'weights_of', 'load_weights', 'check_space', 'step_name', 'save_checkpoint',
            'verify', 'checkpoints', 'latest', 'find_checkpoint', 'point', 'read_weights', 'read_state', 'load_lm',
-           'prune', 'sweep', 'Save', 'resume', 'check_same', 'SaveWeights', 'save_weights', 'init_from', 'freeze']
+           'prune', 'sweep', 'Save', 'resume', 'names_in', 'check_same', 'SaveWeights', 'save_weights', 'init_from',
+           'freeze']
 
 # %% ../nbs/32_checkpoint.ipynb #fcfc7f9f
 import errno
@@ -336,7 +337,12 @@ def resume(trainer, folder):
     trainer.load_state_dict(read_state(folder))
     return trainer
 
-# %% ../nbs/32_checkpoint.ipynb #0066380a
+# %% ../nbs/32_checkpoint.ipynb #3c27c0f4
+def names_in(text):
+    "The names in a string, separated by spaces or commas"
+    return set(text.replace(",", " ").split())
+
+
 def check_same(
     saved,  # {name: value} of the run
     given,  # {name: value} asked for now
@@ -345,7 +351,7 @@ def check_same(
     allow_change="",  # Names, separated by spaces
 ):  # {name: (old, new)} that change
     "Raise unless the run may go on with `given`"
-    allowed, changes = set(allow_change.replace(",", " ").split()), {}
+    allowed, changes = names_in(allow_change), {}
     if unknown := allowed - set(saved):
         raise ValueError(f"allow_change names {min(unknown)!r}; {nearest(min(unknown), saved)}")
     for name, new in given.items():
@@ -364,16 +370,12 @@ def check_same(
         changes[name] = (old, new)
     return changes
 
-# %% ../nbs/32_checkpoint.ipynb #a8c21128
+# %% ../nbs/32_checkpoint.ipynb #82f7975b
 class SaveWeights(Hook):
     "Writes the model's state dict to `folder/pattern`, every `every` steps and at the end"
 
     def __init__(self, folder, pattern="model_step_{step}.pt", every=0):
         self.folder, self.pattern, self.every = Path(folder), pattern, every
-
-    @property
-    def key(self):
-        return f"SaveWeights {self.pattern}"
 
     def after_step(self, t):
         if self.due(t, self.every):

@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'Train', 'Prepare', 'Generate', 'Evaluate', 'main', 'command']
 
-# %% ../nbs/51_cli.ipynb #b2888eba
+# %% ../nbs/51_cli.ipynb #0631294f
 import sys
 from dataclasses import dataclass
+
+import torch
 
 from .core import *
 from .evaluation import *
 from .runs import *
 
-# %% ../nbs/51_cli.ipynb #7f9217a0
+# %% ../nbs/51_cli.ipynb #c3506d47
 @dataclass
 class Train(RunConfig):
     "Train a model, or go on with a run"
@@ -46,6 +48,7 @@ class Generate:
     repetition_penalty: float = 1.0
     seed: int = 0
     stop: str = ""  # The text ends before this
+    device: str = "auto"  # auto | cuda | mps | cpu
 
 
 @dataclass
@@ -57,8 +60,9 @@ class Evaluate:
     part: str = "val"  # train | val | test
     data: str = ""  # Other data than the run's own
     by_domain: bool = False  # A row for each domain
+    device: str = "auto"  # auto | cuda | mps | cpu
 
-# %% ../nbs/51_cli.ipynb #6d463f8e
+# %% ../nbs/51_cli.ipynb #2f614ad6
 def _train(args, argv):
     given = {name: vars(args)[name] for name in _named(argv, vars(args))}
     r = run(**given)
@@ -79,7 +83,7 @@ def _prepare(args, argv):
 
 
 def _generate(args, argv):
-    r = load(args.run, args.which)
+    r = load(args.run, args.which, args.device)
     print(args.prompt, end="")
     names = "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"
     for piece in r.stream(
@@ -91,13 +95,13 @@ def _generate(args, argv):
 
 
 def _evaluate(args, argv):
-    r = load(args.run, args.which)
+    r = load(args.run, args.which, args.device)
     result = r.evaluate(args.part, args.by_domain, args.data)
     rows = [dict(domain=name, **o) for name, o in result.items()] if args.by_domain else [result]
     print(Table(dict(run=r.folder.name, step=r.step, part=args.part, **row) for row in rows))
     return 0
 
-# %% ../nbs/51_cli.ipynb #1020ed2b
+# %% ../nbs/51_cli.ipynb #c2c8b6c6
 COMMANDS = dict(
     train=(Train, _train), prepare=(Prepare, _prepare), generate=(Generate, _generate), evaluate=(Evaluate, _evaluate)
 )
@@ -122,7 +126,7 @@ def command(argv):
     except (ValueError, RunLocked, FileNotFoundError) as e:
         print(f"lmnotes: {e}", file=sys.stderr)
         return 2
-    except OutOfMemory as e:
+    except (OutOfMemory, torch.OutOfMemoryError) as e:
         print(f"lmnotes: {e}", file=sys.stderr)
         return 4
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ __all__ = ['BOM', 'PIECE', 'MAX_LINE', 'STORY_END', 'READERS', 'SKIPPED', 'EMBED
            'to_bytes', 'to_text', 'read_pieces', 'read_jsonl', 'Document', 'Source', 'read_source', 'Corpus',
            'Download', 'download', 'get_corpus', 'resolve_split', 'parts', 'split_documents']
 
-# %% ../nbs/10_corpus.ipynb #47260fad
+# %% ../nbs/10_corpus.ipynb #33cc557e
 import contextlib
 import hashlib
 import importlib.util
@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 
-from .core import DataError, data_root, fsync_path, sha256_file
+from .core import DataError, data_root, fsync_path, places, sha256_file
 
 # %% ../nbs/10_corpus.ipynb #f11b3e0b
 def to_bytes(text):
@@ -53,14 +53,14 @@ def _decode(data, name, line=1, offset=0):
             f"({e.reason}); the file must be UTF-8; convert it, for example with: iconv -f LATIN1 -t UTF-8"
         ) from None
 
-# %% ../nbs/10_corpus.ipynb #3ce8500b
+# %% ../nbs/10_corpus.ipynb #6f340ba3
 PIECE = 1 << 18  # Bytes read at a time
 
 
-def _cut(text):
-    "The last place in `text` after a newline between two visible characters; 0 if there is none"
+def _cut(text, start=0):
+    "The last place in `text`, at or after `start`, behind a newline between two visible characters; 0 if there is none"
     at = len(text)
-    while (at := text.rfind("\n", 1, at)) > 0:
+    while (at := text.rfind("\n", max(1, start), at)) > 0:
         if at + 1 < len(text) and not text[at - 1].isspace() and not text[at + 1].isspace():
             return at + 1
     return 0
@@ -79,7 +79,7 @@ def read_pieces(
         text = rest + (_decode(data[bom:], name, line, offset + bom) if strict else to_text(data))
         line += data.count(10)
         offset += len(data)
-        at = _cut(text)
+        at = _cut(text, len(rest) - 2)  # Before that there was none
         if at:
             yield text[:at]
         rest = text[at:]
@@ -514,7 +514,7 @@ def _check_member(source, size):
     if size and found != size:
         raise DataError(f"{source.name} has {found:,} bytes, needs {size:,}; delete the archive to fetch it again")
 
-# %% ../nbs/10_corpus.ipynb #707fc91e
+# %% ../nbs/10_corpus.ipynb #cb2c2df6
 def _sources(data, data_dir, recursive):
     "The sources that `data` names"
     names = data.split("+")
@@ -522,7 +522,7 @@ def _sources(data, data_dir, recursive):
         return [
             s for n in dict.fromkeys(names) for s in (EMBEDDED[n]() if n in EMBEDDED else _named_sources(n, data_dir))
         ]
-    tried = [Path(data).expanduser(), data_root(data_dir) / data]
+    tried = places(data, data_dir)
     path = next((p for p in tried if data and p.exists()), None)
     if path is None:
         raise DataError(

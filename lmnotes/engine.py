@@ -225,17 +225,18 @@ def signals_to(
         for number, handler in before.items():
             signal.signal(number, handler)
 
-# %% ../nbs/52_engine.ipynb #ac153013
+# %% ../nbs/52_engine.ipynb #8699147a
 def run_of(
     notebook,  # Path of the notebook that is executed
     output,  # Path of its output
+    out_dir=None,  # The parameter `out_dir`, if given
 ):  # The run's name, or None
     "The run in whose folder the output of one of our training notebooks lies"
     project = project_of(notebook)
     if project is None or output in (None, "-") or not trains(notebook):
         return None
     folder = Path(output).resolve().parent
-    return folder.name if folder.parent == checkpoints_of(project).resolve() else None
+    return folder.name if folder.parent == checkpoints_of(project, out_dir).resolve() else None
 
 
 @contextmanager
@@ -301,9 +302,12 @@ class GracefulEngine:
         from papermill.engines import NBClientEngine
 
         options.update(input_path=input_path, output_path=output_path, coalesce_streams=True)
+        given = getattr(nb.metadata, "papermill", {}).get("parameters", {})
         with (
             tempfile.TemporaryDirectory(prefix="lmnotes-") as folder,
-            environment(LMNOTES_RUN=run_of(input_path, output_path)),
+            environment(
+                LMNOTES_RUN=run_of(input_path, output_path, given.get("out_dir")), LMNOTES_GIVEN=" ".join(given)
+            ),
         ):
             kernel = kernel_class(folder)
             with signals_to(kernel.pid):

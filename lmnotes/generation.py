@@ -37,7 +37,7 @@ def penalize(logits, seen, penalty):
     "Divide positive logits of `seen` ids by `penalty`, multiply negative ones by it"
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
-# %% ../nbs/40_generation.ipynb #470a74c3
+# %% ../nbs/40_generation.ipynb #109b18f6
 class Picker:
     "A function from logits (B,V) or (B,k,V) to ids (B) or (B,k); row `i` draws from its own stream of random numbers"
 
@@ -72,6 +72,8 @@ class Picker:
 
     def __call__(self, logits):
         logits = logits.detach().float().cpu()
+        if logits.isnan().any():
+            raise ValueError("the model's logits are not numbers; its weights are damaged or it has diverged")
         if logits.ndim == 3:
             return torch.stack([self(part) for part in logits.unbind(1)], 1)
         if self.repetition_penalty != 1:

@@ -66,14 +66,15 @@ def lr_at(
     r = min(1.0, (step - warmup) / max(1, cfg.steps - warmup))
     return cfg.min_lr + (peak_lr(cfg) - cfg.min_lr) * SCHEDULES[cfg.schedule](r, cfg.cooldown)
 
-# %% ../nbs/30_optim.ipynb #ac1a9c8a
+# %% ../nbs/30_optim.ipynb #6ad86b30
 def split_params(lm):
     "`hidden` matrices, `head`, and the `rest` (embeddings, norms, biases, scalars): three lists of (name, parameter)"
     embeddings = {id(m.weight) for m in lm.modules() if isinstance(m, nn.Embedding)}
     kinds = dict(hidden=[], head=[], rest=[])
     for name, p in lm.named_parameters():
         if p.requires_grad:
-            kind = "rest" if p.ndim < 2 or id(p) in embeddings else "head" if "head" in name.split(".") else "hidden"
+            table = p.ndim > 2 or "head" in name.split(".")
+            kind = "rest" if p.ndim < 2 or id(p) in embeddings else "head" if table else "hidden"
             kinds[kind].append((name, p))
     return kinds
 
@@ -94,7 +95,7 @@ def orthogonalize(
         x = torch.baddbmm(x, b, x, beta=3.4445)
     return x.mT if flip else x
 
-# %% ../nbs/30_optim.ipynb #bc9d8222
+# %% ../nbs/30_optim.ipynb #ca2d1327
 class Muon(torch.optim.Optimizer):
     "Momentum, orthogonalised; for hidden matrices only. The same update as `torch.optim.Muon`, batched over equal shapes"
 
@@ -105,7 +106,7 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             shapes = {}
-            for p in group["params"]:
+            for p in (p for p in group["params"] if p.grad is not None):
                 shapes.setdefault((p.shape, p.device), []).append(p)
             for params in shapes.values():
                 self._move(params, group)
@@ -120,7 +121,7 @@ class Muon(torch.optim.Optimizer):
         scale = -group["lr"] * max(1, rows / columns) ** 0.5
         torch._foreach_add_(params, list(update.to(params[0].dtype).unbind()), alpha=scale)
 
-# %% ../nbs/30_optim.ipynb #b595b78d
+# %% ../nbs/30_optim.ipynb #b071a5b5
 def _group(named, weight_decay, lr_scale=1.0):
     return dict(
         params=[p for _, p in named], param_names=[n for n, _ in named], weight_decay=weight_decay, lr_scale=lr_scale
@@ -137,10 +138,16 @@ def make_optimizers(lm, cfg):
     adamw = dict(lr=lr, betas=betas, fused=True)
     if cfg.optimizer == "adamw":
         groups = [_group(kinds["hidden"] + kinds["head"], cfg.weight_decay), _group(kinds["rest"], 0.0)]
-        return [torch.optim.AdamW([g for g in groups if g["params"]], **adamw)]
+        return _made(torch.optim.AdamW, groups, **adamw)
     others = [_group(kinds["head"], cfg.weight_decay, 0.5), _group(kinds["rest"], 0.0, 0.5)]
-    made = [torch.optim.AdamW([g for g in others if g["params"]], **adamw, eps=1e-10)]
-    return made + ([Muon([_group(kinds["hidden"], cfg.weight_decay)], lr)] if kinds["hidden"] else [])
+    hidden = [_group(kinds["hidden"], cfg.weight_decay)]
+    return _made(torch.optim.AdamW, others, **adamw, eps=1e-10) + _made(Muon, hidden, lr=lr)
+
+
+def _made(kind, groups, **settings):
+    "[an optimizer], or [] if nothing is left for it to move"
+    groups = [g for g in groups if g["params"]]
+    return [kind(groups, **settings)] if groups else []
 
 
 def set_lr(optimizers, lr):

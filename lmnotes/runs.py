@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['IDENTITY', 'FREE', 'TOKEN_FILES', 'DataConfig', 'RunConfig', 'resolve', 'changed', 'RunData', 'get_data',
            'learn_tokenizer', 'runs_folder', 'last_run', 'Record', 'Run', 'load', 'in_notebook', 'plot_metrics',
-           'Curve', 'run', 'launch', 'prepare_data', 'summary']
+           'Curve', 'Setup', 'run', 'launch', 'prepare_data', 'summary']
 
-# %% ../nbs/50_runs.ipynb #5531e4e5
+# %% ../nbs/50_runs.ipynb #adc88e9e
 import math
 import os
-import shutil
+import re
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -32,7 +34,7 @@ from .tokenizer import *
 from .tokens import *
 from .trainer import *
 
-# %% ../nbs/50_runs.ipynb #99282bb1
+# %% ../nbs/50_runs.ipynb #2b3f50f1
 @dataclass
 class DataConfig:
     "What is trained on what"
@@ -40,7 +42,7 @@ class DataConfig:
     run: str = ""  # Folder under out_dir; empty: named by the time, or with resume the last one
     arch: str = "gpt"  # Architecture
     preset: str = ""  # One of the architecture's named configurations
-    model_args: str = ""  # Such as "n_layers=4 d_model=256"; wins over the preset
+    model_args: str = ""  # Values of its configuration, such as n_layers and d_model; they win over the preset
     data: str = "pydocs"  # Corpus name, text file, folder, .jsonl, token file, or folder made by prepare
     data_dir: str = ""  # Where named corpora are; empty: $LMNOTES_DATA, else data/
     domains: str = ""  # Domains to keep, separated by spaces; empty: all
@@ -66,20 +68,20 @@ class RunConfig(TrainConfig, DataConfig):
     save_every: int = 0  # Steps between checkpoints; 0: a tenth of the run, at most 1000
     keep: int = 2  # Newest checkpoints that stay, beside the best; 0: all
     resume: bool = False  # Go on with a run
-    allow_change: str = ""  # Parameters that may change on resume, such as "steps lr"
+    allow_change: str = ""  # Parameters that may change on resume, by name
     init_from: str = ""  # Run, checkpoint or weights file to begin with
-    freeze: str = ""  # Parameters to keep still, such as "embed* blocks.0.*"
+    freeze: str = ""  # Parameters to keep still, by patterns such as embed* or blocks.0.*
     procs: int = 1  # Processes on this machine
     dry_run: bool = False  # Ten steps, a checkpoint written and read back, an estimate
     out_dir: str = ""  # Folder of runs; empty: checkpoints/
 
 
-IDENTITY = "arch", "preset", "model_args", "tokenizer", "ctx_len", "init_from", "freeze"
+IDENTITY = "arch", "preset", "model_args", "tokenizer", "ctx_len", "init_from", "freeze", "optimizer"
 FREE = set(
     "run resume allow_change dry_run out_dir data_dir device procs keep save_every sample_every prompt log_every".split()
 )
 
-# %% ../nbs/50_runs.ipynb #9b69f500
+# %% ../nbs/50_runs.ipynb #266fd9f3
 def _typed(name, value, kind):
     "`value` in the type of the parameter `name`"
     try:
@@ -88,7 +90,7 @@ def _typed(name, value, kind):
         if kind is int and float(value) != int(float(value)):
             raise ValueError
         return kind(float(value)) if kind is int else kind(value)
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, OverflowError):
         raise ValueError(f"{name}={value!r} is not a {kind.__name__}") from None
 
 
@@ -113,11 +115,11 @@ def resolve(
 def changed(
     values,  # {name: value}, such as a notebook's `globals()`
 ):  # {name: value} of the parameters that are not at their default
-    "The parameters among `values` that somebody has set"
-    default = asdict(RunConfig())
-    return {n: values[n] for n in default if n in values and values[n] != default[n]}
+    "The parameters among `values` that somebody has set; papermill's engine names those it was given in $LMNOTES_GIVEN"
+    default, given = asdict(RunConfig()), os.environ.get("LMNOTES_GIVEN", "").split()
+    return {n: values[n] for n in default if n in values and (values[n] != default[n] or n in given)}
 
-# %% ../nbs/50_runs.ipynb #163c55f5
+# %% ../nbs/50_runs.ipynb #9dddbd9a
 TOKEN_FILES = ".bin", ".npy", ".pt"
 
 
@@ -136,13 +138,15 @@ class RunData:
         starts = self.tokens["train"].doc_starts
         return starts is None or len(starts) < 2
 
+    @property
+    def start(self):
+        "What a text begins after, if nothing is given: the end of another document, or a line's"
+        return "\n" if self.one_text else ""
+
 
 def _locate(cfg):
     "The path of `data`, if it is one"
-    for path in (Path(cfg.data).expanduser(), data_root(cfg.data_dir) / cfg.data, root() / cfg.data):
-        if path.exists():
-            return path
-    return Path(cfg.data)
+    return next((p for p in places(cfg.data, cfg.data_dir) if p.exists()), Path(cfg.data))
 
 
 def get_data(cfg, tokenizer=None, say=print):
@@ -192,10 +196,11 @@ def _first90(whole):
     ids = dict(train=whole.ids[:cut], val=whole.ids[cut:])
     return {part: Tokens(ids[part], whole.vocab_size, whole.path, whole.tokenizer) for part in ids}
 
-# %% ../nbs/50_runs.ipynb #fae1ee37
-def runs_folder(cfg):
-    "Where runs are"
-    return Path(cfg.out_dir).expanduser().resolve() if cfg.out_dir else root() / "checkpoints"
+# %% ../nbs/50_runs.ipynb #60e469ee
+def runs_folder(out_dir=""):
+    "Where runs are: `out_dir`, else `$LMNOTES_OUT_DIR`, else `checkpoints/` in the project"
+    out_dir = out_dir or os.environ.get("LMNOTES_OUT_DIR")
+    return Path(out_dir).expanduser().resolve() if out_dir else root() / "checkpoints"
 
 
 def last_run(folder):
@@ -235,7 +240,7 @@ class Record:
         self.values.update(values, updated=now())
         write_json(self.path, self.values)
 
-# %% ../nbs/50_runs.ipynb #e7f7d75d
+# %% ../nbs/50_runs.ipynb #7dc888d3
 class Run:
     "A trained model in its folder"
 
@@ -269,7 +274,10 @@ class Run:
     def evaluate(self, part="val", by_domain=False, data=""):
         "Figures over a whole part of the run's data, or of other data under the run's tokenizer"
         cfg = RunConfig(**{**self.info["config"], **(dict(data=data, domains="", split="auto") if data else {})})
-        tokens = get_data(cfg, self.tokenizer, say=None).tokens
+        found = get_data(cfg, self.tokenizer, say=None)
+        if not data:
+            _same_data(found, self.info, self.config, "or say data=... to evaluate on other data")
+        tokens = found.tokens
         if part not in tokens:
             raise ValueError(f"part={part!r} is not one of {', '.join(tokens)}")
         lengths, device = self.tokenizer.byte_lengths, str(next(self.lm.parameters()).device)
@@ -284,14 +292,14 @@ class Run:
     def __repr__(self):
         return f"Run({self.folder.name}: {self.config.arch}, {self.status} at step {self.step}, {n_params(self.lm):,} parameters)"
 
-# %% ../nbs/50_runs.ipynb #73595f1f
+# %% ../nbs/50_runs.ipynb #464267c4
 def load(
     path,  # A run's folder, or its name under checkpoints/
     which="",  # best | last | interrupted | final; empty: the newest whole checkpoint
     device="auto",
 ):  # A `Run`
     "Open a run"
-    folder = Path(path) if Path(path).exists() else root() / "checkpoints" / path
+    folder = next((p for p in (Path(path), root() / path) if p.exists()), runs_folder() / path)
     step_folder = find_checkpoint(folder, which)
     folder = step_folder.parent
     info = read_json(folder / "run.json", CheckpointError)
@@ -358,12 +366,16 @@ class Curve(Hook):
         else:
             self.handle.update(figure)
 
-# %% ../nbs/50_runs.ipynb #0221bb71
+# %% ../nbs/50_runs.ipynb #ea69cb88
 def _check(cfg, world):
-    "Raise unless the numbers fit together"
+    "Raise unless the numbers make sense, and fit together"
+    for name in ("batch_size", "ctx_len", "steps", "accum", "procs"):
+        if vars(cfg)[name] < 1:
+            raise ValueError(f"{name}={vars(cfg)[name]} is at least 1")
+    for name in "seed clip patience keep epochs eval_every eval_batches sample_every save_every log_every".split():
+        if vars(cfg)[name] < 0:
+            raise ValueError(f"{name}={vars(cfg)[name]} is at least 0")
     rows = cfg.accum * world
-    if cfg.batch_size < 1 or cfg.ctx_len < 1 or cfg.steps < 1 or cfg.accum < 1:
-        raise ValueError("batch_size, ctx_len, steps and accum are at least 1")
     if cfg.batch_size % rows:
         raise ValueError(
             f"batch_size={cfg.batch_size} does not divide into accum={cfg.accum} pieces on {world} processes; "
@@ -372,8 +384,8 @@ def _check(cfg, world):
     check_optim(cfg)
 
 
-def _new_model(cfg, tokenizer):
-    "The model with its first weights"
+def _new_model(cfg, tokenizer, fresh=True):
+    "The model with its first weights; a resumed one gets others, and needs none to begin from"
     seed_step(cfg.seed)
     args = parse_model_args(cfg.arch, cfg.model_args)
     lm = new_lm(cfg.arch, cfg.preset, **{"vocab_size": tokenizer.vocab_size, "ctx_len": cfg.ctx_len, **args})
@@ -381,30 +393,89 @@ def _new_model(cfg, tokenizer):
         raise ValueError(
             f"vocab_size={lm.cfg.vocab_size} in model_args is less than the tokenizer's {tokenizer.vocab_size}"
         )
-    if cfg.init_from:
-        init_from(lm, cfg.init_from)
+    if cfg.init_from and fresh:
+        tried = [*places(cfg.init_from), runs_folder(cfg.out_dir) / cfg.init_from]
+        init_from(lm, next((p for p in tried if p.exists()), cfg.init_from))
     if cfg.freeze:
         freeze(lm, cfg.freeze)
     return lm
 
+# %% ../nbs/50_runs.ipynb #a6fb3a5d
+class Setup:
+    "What a run needs, made from its configuration"
 
-def _hooks(cfg, folder, data, live, also=()):
-    "What looks on during a run, in order"
-    metrics, samples = Metrics(folder / "metrics.jsonl"), Metrics(folder / "samples.jsonl")
-    train, val, tok = data.tokens["train"], data.tokens["val"], data.tokenizer
-    lengths = tok.byte_lengths if tok else None
-    val_batches = CoveringWindows(val.ids, cfg.batch_size, cfg.ctx_len)
-    hooks = [
-        Log(metrics, train.n_bytes / len(train) if train.n_bytes else 0.0),
-        Evaluate(
-            val_batches, cfg.eval_every or max(1, cfg.steps // 10), cfg.eval_batches, cfg.patience, lengths, metrics
-        ),
-        Sample(tok, cfg.prompt or ("\n" if data.one_text else ""), cfg.sample_every, samples=samples, temperature=0.8),
-        Save(folder, cfg.save_every, cfg.keep, metrics, also, tokenizer=tok.fingerprint),
-    ]
-    return hooks + ([Curve(metrics, f"{folder.name}: {cfg.arch} on {data.what}")] if live else [])
+    def __init__(self, cfg, origins, folder, device, say=print):
+        self.folder, self.device, self.info, self.step_folder = folder, device, None, None
+        if cfg.resume:
+            self.info, self.step_folder = _first_rank_first(lambda: _open_for_resume(folder))
+            cfg, origins = _merge(self.info, cfg, origins)
+        _check(cfg, process_rank()[1])
+        self.cfg, self.origins = cfg, origins
+        set_deterministic(device)
+        cfg.dtype, why = _agree_on(pick_dtype(device, cfg.dtype))
+        self.device_line = describe_device(device, cfg.dtype, "as before" if self.info else why)
+        say(self.device_line)
+        self.data = self._data(say)
+        cfg.sampler = resolve_sampler(cfg.sampler, cfg.epochs)
+        train = self.data.tokens["train"]
+        self.batches = get_batches(train, cfg.batch_size, cfg.ctx_len, cfg.seed, cfg.sampler)
+        if cfg.epochs:
+            cfg.steps = math.ceil(cfg.epochs * self.batches.per_epoch)
+        self.val = CoveringWindows(self.data.tokens["val"].ids, cfg.batch_size, cfg.ctx_len)
+        self.lm = _new_model(cfg, self.data.tokenizer, fresh=self.step_folder is None)
 
-# %% ../nbs/50_runs.ipynb #5260b242
+    def _data(self, say):
+        "Tokens and tokenizer; those of a resumed run must be what they were"
+        if not self.info:
+            return _first_rank_first(lambda: get_data(self.cfg, None, say))
+        tokenizer = load_tokenizer(self.folder / "tokenizer")
+        _same_tokenizer(tokenizer, self.info, self.folder)
+        data = _first_rank_first(lambda: get_data(self.cfg, tokenizer, say))
+        if "data" not in names_in(self.cfg.allow_change):
+            _same_data(data, self.info, self.cfg, "or pass allow_change='data' to go on with the new")
+        for name, now_ in dict(versions=versions(), device=self.device_line.split(",")[0]).items():
+            before = self.info[name] if name == "versions" else self.info[name].split(",")[0]
+            if now_ != before:
+                say(f"{name} was {before}, now {now_}: the same bits are not promised from here on")
+        return data
+
+    def about(self):
+        "What run.json says of the data and the tokenizer"
+        tok, data = self.data.tokenizer, self.data
+        tokens = {part: len(t) for part, t in data.tokens.items()}
+        return dict(
+            data=dict(fingerprint=data.fingerprint, one_text=data.one_text, what=data.what, tokens=tokens),
+            tokenizer=dict(name=tok.name, vocab_size=tok.vocab_size, fingerprint=tok.fingerprint),
+            config=asdict(self.cfg),
+            dtype=self.cfg.dtype,
+            n_params=n_params(self.lm),
+            model=asdict(self.lm.cfg),
+        )
+
+    def hooks(self, live):
+        "What looks on during the run, in order"
+        cfg, data, folder = self.cfg, self.data, self.folder
+        metrics, samples = Metrics(folder / "metrics.jsonl"), Metrics(folder / "samples.jsonl")
+        train, tok, every = data.tokens["train"], data.tokenizer, cfg.eval_every or max(1, cfg.steps // 10)
+        kept = [self.step_folder.name] if self.step_folder else []
+        hooks = [
+            Log(metrics, train.n_bytes / len(train) if train.n_bytes else 0.0),
+            Evaluate(self.val, every, cfg.eval_batches, cfg.patience, tok.byte_lengths, metrics),
+            Sample(tok, cfg.prompt or data.start, cfg.sample_every, samples=samples, temperature=0.8, top_p=0.95),
+            Save(folder, cfg.save_every, cfg.keep, metrics, kept, tokenizer=tok.fingerprint),
+        ]
+        return hooks + ([Curve(metrics, f"{folder.name}: {cfg.arch} on {data.what}")] if live else [])
+
+
+def _same_data(data, info, cfg, way_out):
+    "Raise unless the data are what the run was made with"
+    if data.fingerprint != info["data"]["fingerprint"]:
+        raise CheckpointError(
+            f"the data has changed: this run was trained on content {info['data']['fingerprint'][:12]}, {cfg.data} now has "
+            f"{data.fingerprint[:12]}; put the old data back, {way_out}"
+        )
+
+# %% ../nbs/50_runs.ipynb #5eb05a8a
 def run(
     recipe=None,  # Values of a recipe: stronger than defaults, weaker than the environment
     hooks=(),  # More hooks, called last
@@ -412,27 +483,48 @@ def run(
 ):  # A `Run`
     "Train, or go on training, and return the result; the run's folder holds everything"
     cfg, origins = resolve(params, recipe)
-    if cfg.procs > 1 and process_rank()[1] == 1:
+    rank, world = process_rank()
+    if cfg.dry_run and max(cfg.procs, world) > 1:
+        raise ValueError("a dry run is made by one process; leave out procs, and torchrun")
+    if cfg.procs > 1 and world == 1:
+        if hooks:
+            raise ValueError(
+                "hooks cannot be sent to other processes; leave out procs, and start this script with torchrun"
+            )
         return launch(cfg, origins)
     with StopSignals() as signals:
         device = init_distributed(pick_device(cfg.device))
-        folder = runs_folder(cfg) / _agree_on(_run_name(cfg))
-        if process_rank()[0]:
-            return _run(cfg, origins, folder, device, signals, hooks)
+        folder = runs_folder(cfg.out_dir) / _agree_on(_run_name(cfg))
         if cfg.dry_run:
-            return _dry_run(cfg, origins, folder, device, signals)
+            return _dry_run(Setup(cfg, origins, folder, device), signals)
+        with _owned(folder) if rank == 0 else nullcontext():
+            return _run(Setup(cfg, origins, folder, device, print if rank == 0 else _silent), signals, hooks)
+
+
+def _silent(*args):
+    "What ranks other than the first say"
+
+
+@contextmanager
+def _owned(folder):
+    "Own a run's folder; one that was made for this and is still empty at the end goes away"
+    new = not folder.exists()
+    try:
         with RunLock(folder):
-            try:
-                return _run(cfg, origins, folder, device, signals, hooks)
-            finally:
-                if not (folder / "run.json").exists():  # It never began
-                    shutil.rmtree(folder)
+            yield
+    finally:
+        if new and not (folder / "run.json").exists():
+            (folder / ".lock").unlink(missing_ok=True)
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _run_name(cfg):
+    if cfg.run and not re.fullmatch(r"[\w-][\w.-]*", cfg.run):
+        raise ValueError(f"run={cfg.run!r} is not the name of a folder; use letters, digits, '_', '-' and '.'")
     if cfg.run or not cfg.resume:
         return cfg.run or time.strftime("%Y%m%d-%H%M%S")
-    return last_run(runs_folder(cfg))
+    return last_run(runs_folder(cfg.out_dir))
 
 
 def _agree_on(value):
@@ -450,120 +542,73 @@ def _first_rank_first(make):
         dist.barrier()
     return make() if process_rank()[0] else result
 
-# %% ../nbs/50_runs.ipynb #a2087493
-def _run(cfg, origins, folder, device, signals, hooks):
-    "Begin or resume the run in `folder`, which this process owns"
-    rank, world = process_rank()
-    say = print if rank == 0 else lambda *a: None
-    info, step_folder = None, None
-    if cfg.resume:
-        info, step_folder = _first_rank_first(lambda: _open_for_resume(folder))
-        cfg, origins = _merge(info, cfg, origins)
-    _check(cfg, world)
-    if rank == 0 and not cfg.resume:
-        _put_aside(folder)
-    dtype, why = pick_dtype(device, cfg.dtype)
-    cfg.dtype, device_line = dtype, describe_device(device, dtype, why)
-    say(device_line)
-    tokenizer = load_tokenizer(folder / "tokenizer") if info else None
-    if info:
-        _same_tokenizer(tokenizer, info, folder)
-    data = _first_rank_first(lambda: get_data(cfg, tokenizer, say))
-    if info and data.fingerprint != info["data"]["fingerprint"] and "data" not in cfg.allow_change.split():
-        raise CheckpointError(
-            f"the data has changed: this run was trained on content {info['data']['fingerprint'][:12]}, {cfg.data} now has "
-            f"{data.fingerprint[:12]}; put the old data back, or pass allow_change='data' to go on with the new"
-        )
-    batches = get_batches(data.tokens["train"], cfg.batch_size, cfg.ctx_len, cfg.seed, cfg.sampler, cfg.epochs)
-    if cfg.epochs:
-        cfg.steps = math.ceil(cfg.epochs * batches.per_epoch)
-    lm = _new_model(cfg, data.tokenizer)
-    made = _hooks(cfg, folder, data, rank == 0 and in_notebook(), [step_folder.name] if step_folder else [])
-    trainer = Trainer(lm, batches, cfg, [*made, *hooks], device, signals)
-    if step_folder:
-        resume(trainer, step_folder)
-    say(
-        f"{folder.name}: {cfg.arch}, {n_params(lm):,} parameters ({n_params(lm, trainable=True):,} trained), "
-        f"{cfg.steps:,} steps of {cfg.batch_size} x {cfg.ctx_len} tokens"
-        + (f", from step {trainer.step:,}" if step_folder else "")
-    )
-    record = Record(folder, **(info or dict(started=now())))
-    if rank == 0:
-        _begin(record, folder, cfg, origins, data, lm, trainer, device_line)
-    return _train(record, folder, data, trainer)
+# %% ../nbs/50_runs.ipynb #11426f63
+def _run(s, signals, hooks):
+    "Train what `Setup` made, and keep the record"
+    live = process_rank()[0] == 0 and in_notebook()
+    trainer = Trainer(s.lm, s.batches, s.cfg, [*s.hooks(live), *hooks], s.device, signals)
+    if s.step_folder:
+        resume(trainer, s.step_folder)
+    record = Record(s.folder, **(s.info or dict(started=now())))
+    if trainer.rank == 0:
+        _begin(record, s, trainer)
+    return _train(record, s, trainer)
 
 
-def _begin(record, folder, cfg, origins, data, lm, trainer, device_line):
+def _begin(record, s, trainer):
     "Write what is known before the first step"
-    sweep(folder)
-    data.tokenizer.save(folder / "tokenizer")
+    if not s.info:
+        _put_aside(s.folder)
+    sweep(s.folder)
+    s.data.tokenizer.save(s.folder / "tokenizer")
     c = trainer.counters
-    Metrics(folder / "metrics.jsonl").keep(dict(train=c.get("Log", 0), val=c.get("Evaluate", 0)))
-    Metrics(folder / "samples.jsonl").keep(dict(sample=c.get("Sample", 0)))
-    write_atomic(folder.parent / ".last", folder.name + "\n")
-    about = dict(fingerprint=data.fingerprint, one_text=data.one_text, what=data.what)
-    about["tokens"] = {part: len(t) for part, t in data.tokens.items()}
-    tok = data.tokenizer
-    record.update(
-        status="running",
-        step=trainer.step,
-        config=asdict(cfg),
-        origins=origins,
-        versions=versions(),
-        device=device_line,
-        dtype=cfg.dtype,
-        threads=torch.get_num_threads(),
-        n_params=n_params(lm),
-        model=asdict(lm.cfg),
-        data=about,
-        tokenizer=dict(name=tok.name, vocab_size=tok.vocab_size, fingerprint=tok.fingerprint),
+    Metrics(s.folder / "metrics.jsonl").keep(dict(train=c.get("Log", 0), val=c.get("Evaluate", 0)))
+    Metrics(s.folder / "samples.jsonl").keep(dict(sample=c.get("Sample", 0)))
+    write_atomic(s.folder.parent / ".last", s.folder.name + "\n")
+    more = dict(origins=s.origins, versions=versions(), device=s.device_line, threads=torch.get_num_threads())
+    record.update(status="running", step=trainer.step, **s.about(), **more)
+    print(
+        f"{s.folder.name}: {s.cfg.arch}, {n_params(s.lm):,} parameters ({n_params(s.lm, trainable=True):,} trained), "
+        f"{s.cfg.steps:,} steps of {s.cfg.batch_size} x {s.cfg.ctx_len} tokens"
+        + (f", from step {trainer.step:,}" if s.step_folder else "")
     )
 
-# %% ../nbs/50_runs.ipynb #6bf5a779
-def _train(record, folder, data, trainer):
+
+def _train(record, s, trainer):
     "Fit, and write down how it ended"
-    c = trainer.counters
+    c, rank = trainer.counters, trainer.rank
     try:
         trainer.fit()
-        status = trainer.status
     except BaseException as e:
-        if trainer.rank == 0:
+        if rank == 0:
             record.update(status="failed", step=trainer.step, error=f"{type(e).__name__}: {e}")
         raise
     result = dict(best=c["best"] if math.isfinite(c["best"]) else None, best_step=c["best_step"])
     if "last" in c:
         result["last"] = c["last"]
-    if trainer.rank == 0:
-        record.update(status=status, step=trainer.step, result=result, tokens=c["tokens"], signal=trainer.signals.name)
-        print(f"{folder.name}: {_ending(status, trainer, folder)}")
-    return Run(
-        folder,
-        trainer.lm.eval(),
-        data.tokenizer,
-        record.values if trainer.rank == 0 else _rank_info(trainer, data, status),
+    ended = dict(
+        status=trainer.status, step=trainer.step, result=result, tokens=c["tokens"], signal=trainer.signals.name
     )
+    if rank == 0:
+        record.update(**ended)
+        print(f"{s.folder.name}: {_ending(trainer, s.folder)}")
+    if dist.is_initialized():
+        dist.barrier()  # No process leaves while another still writes
+    return Run(s.folder, trainer.lm.eval(), s.data.tokenizer, record.values if rank == 0 else dict(s.about(), **ended))
 
 
-def _ending(status, trainer, folder):
+def _ending(trainer, folder):
     "One line on how it ended and what to do next"
     at = f"at step {trainer.step:,} of {trainer.cfg.steps:,}"
+    go_on = f"go on with resume=True run={folder.name}"
+    if not trainer.step:
+        return f"{trainer.status} {at}, before there was anything to save"
     return dict(
-        done=f"done {at}",
-        interrupted=f"interrupted {at} and saved; go on with resume=True run={folder.name}",
+        interrupted=f"interrupted {at} and saved; {go_on}",
         early_stop=f"stopped early {at}; the best model is step {trainer.counters['best_step']:,} (which='best')",
-        diverged=f"diverged {at}; the last good checkpoint is kept. Lower lr, raise warmup, or use dtype=float32",
-    ).get(status, f"{status} {at}")
-
-
-def _rank_info(trainer, data, status):
-    "What a rank without a record knows"
-    return dict(
-        config=asdict(trainer.cfg),
-        status=status,
-        step=trainer.step,
-        dtype=trainer.cfg.dtype,
-        data=dict(one_text=data.one_text),
-    )
+        diverged=f"diverged {at}; the last good checkpoint is kept. To go on from it with a lower rate: resume=True "
+        f"run={folder.name} lr=... allow_change=lr",
+    ).get(trainer.status, f"{trainer.status} {at}")
 
 # %% ../nbs/50_runs.ipynb #57146ed0
 def _open_for_resume(folder):
@@ -594,7 +639,7 @@ def _merge(info, cfg, origins):
     }
     return RunConfig(**{**saved, **given, "allow_change": cfg.allow_change, "resume": True}), origins
 
-# %% ../nbs/50_runs.ipynb #889bfc63
+# %% ../nbs/50_runs.ipynb #184b08a2
 def _peak_memory(device):
     "Bytes at most in use so far"
     if device.startswith("cuda"):
@@ -604,52 +649,58 @@ def _peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _dry_run(cfg, origins, folder, device, signals, steps=10):
+def _dry_run(s, signals, steps=10):
     "Try a run out and leave nothing behind"
-    trial = folder.with_name(f".dry-run-{os.getpid()}")
-    try:
-        trial.mkdir(parents=True)
-        cfg.dtype, why = pick_dtype(device, cfg.dtype)
-        print(describe_device(device, cfg.dtype, why))
-        data = get_data(cfg)
-        batches = get_batches(data.tokens["train"], cfg.batch_size, cfg.ctx_len, cfg.seed, cfg.sampler, cfg.epochs)
-        cfg.steps = math.ceil(cfg.epochs * batches.per_epoch) if cfg.epochs else cfg.steps
-        _check(cfg, process_rank()[1])
-        trainer = Trainer(_new_model(cfg, data.tokenizer), batches, cfg, [], device, signals)
-        trainer.fit(min(2, cfg.steps))
+    trainer = Trainer(s.lm, s.batches, s.cfg, [], s.device, signals)
+    trainer.fit(min(2, s.cfg.steps))
+    start = time.perf_counter()
+    trainer.fit(min(steps, s.cfg.steps))
+    per_step = (time.perf_counter() - start) / max(1, trainer.step - 2)
+    with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        trainer.fit(min(steps, cfg.steps))
-        per_step = (time.perf_counter() - start) / max(1, trainer.step - 2)
-        start = time.perf_counter()
-        saved = save_checkpoint(trial, trainer.lm, trainer.step, trainer.state_dict())
-        save_time = time.perf_counter() - start
-        again, batch = load_lm(saved, device=device), batches[0].to(device)
-        if not torch.equal(again(batch.x), trainer.lm.eval()(batch.x)):
-            raise CheckpointError("the checkpoint, read back, is not the model that was written")
-        size = sum(p.stat().st_size for p in saved.iterdir())
-        val = CoveringWindows(data.tokens["val"].ids, cfg.batch_size, cfg.ctx_len)
-        print(
-            f"dry run: {trainer.step} steps, loss {trainer.last['loss']:.4f}; checkpoint of {size / 1e6:.1f} MB written and read back "
-            f"in {save_time:.2f}s\n{n_params(trainer.lm):,} parameters, {1e3 * per_step:.1f} ms a step, "
-            f"{cfg.batch_size * cfg.ctx_len / per_step:,.0f} tok/s; {cfg.steps:,} steps take about {duration(per_step * cfg.steps)}, "
-            f"{len(val):,} validation batches each about {1e3 * per_step / 3:.0f} ms; peak memory {_peak_memory(device) / 1e9:.2f} GB"
-        )
-        info = dict(status="dry_run", step=trainer.step, config=asdict(cfg), dtype=cfg.dtype, origins=origins)
-        info["data"] = dict(one_text=data.one_text)
-        return Run(folder, trainer.lm, data.tokenizer, info)
-    finally:
-        shutil.rmtree(trial, ignore_errors=True)
+        saved = save_checkpoint(folder, s.lm, trainer.step, trainer.state_dict())
+        save_time, size = time.perf_counter() - start, sum(p.stat().st_size for p in saved.iterdir())
+        again, batch = load_lm(saved, device=s.device), s.batches[0].to(s.device)
+    if not torch.equal(again(batch.x), s.lm.eval()(batch.x)):
+        raise CheckpointError("the checkpoint, read back, is not the model that was written")
+    print(
+        f"dry run: {trainer.step} steps, loss {trainer.last['loss']:.4f}; checkpoint of {size / 1e6:.1f} MB written and read back, "
+        f"{save_time:.2f}s\n{n_params(s.lm):,} parameters, {1e3 * per_step:.1f} ms a step, "
+        f"{s.cfg.batch_size * s.cfg.ctx_len / per_step:,.0f} tok/s; {s.cfg.steps:,} steps take about "
+        f"{duration(per_step * s.cfg.steps)}, {len(s.val):,} validation batches about {1e3 * per_step / 3:.0f} ms each; "
+        f"peak memory {_peak_memory(s.device) / 1e9:.2f} GB"
+    )
+    return Run(s.folder, s.lm, s.data.tokenizer, dict(s.about(), status="dry_run", step=trainer.step))
 
-# %% ../nbs/50_runs.ipynb #3077df04
+# %% ../nbs/50_runs.ipynb #a30271c3
 def launch(cfg, origins):
     "Run the same configuration under torchrun; returns the `Run` from its folder"
-    folder = runs_folder(cfg) / _run_name(cfg)
+    folder = runs_folder(cfg.out_dir) / _run_name(cfg)
     values = {n: v for n, v in asdict(cfg).items() if origins[n] != "default"}
     values.update(run=folder.name, procs=1)
     flags = [part for n, v in values.items() for part in _flag(n, v)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cfg.procs}"]
+    before = _when(folder)
     # Without `--`, torchrun takes --run for the beginning of its own --run-path
     process = subprocess.Popen([*command, "-m", "--", "lmnotes", "train", *flags])
+    try:
+        _wait(process)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    if process.returncode and (_when(folder) == before or load(folder).status in ("running", "failed")):
+        raise RuntimeError(f"the {cfg.procs} processes ended with exit code {process.returncode}; they said why above")
+    return load(folder)
+
+
+def _when(folder):
+    "When the record of a run was last written"
+    return read_json(folder / "run.json").get("updated") if (folder / "run.json").exists() else None
+
+
+def _wait(process):
+    "Wait for a process; the first signal is passed on to it"
     with StopSignals() as signals:
         sent = False
         while process.poll() is None:
@@ -657,9 +708,6 @@ def launch(cfg, origins):
                 process.send_signal(signals.signum)
                 sent = True
             time.sleep(0.1)
-    if not (folder / "run.json").exists():
-        raise RuntimeError(f"the {cfg.procs} processes ended with exit code {process.returncode} before the run began")
-    return load(folder)
 
 
 def _flag(name, value):

@@ -6,7 +6,7 @@
 __all__ = ['TOKENIZER_FORMAT', 'EOT', 'BYTE_CHARS', 'BYTE_OF', 'ESCAPED', 'GPT2_FILES', 'Tokenizer', 'ByteTokenizer',
            'CharTokenizer', 'BPETokenizer', 'auto_vocab_size', 'load_tokenizer', 'gpt2_tokenizer', 'get_tokenizer']
 
-# %% ../nbs/11_tokenizer.ipynb #91d543c1
+# %% ../nbs/11_tokenizer.ipynb #9c91a8d8
 import json
 import math
 import re
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import TokenizerError, data_root, read_json, sha256_json, write_atomic, write_json
+from .core import TokenizerError, data_root, places, read_json, sha256_json, write_atomic, write_json
 from .corpus import to_bytes, to_text
 
 # %% ../nbs/11_tokenizer.ipynb #e2ef704c
@@ -497,7 +497,7 @@ def _bpe_size(spec, texts, n_bytes):
     except ValueError:
         raise ValueError(f"tokenizer={spec!r}: the size is not a number; write it like bpe:2048") from None
 
-# %% ../nbs/11_tokenizer.ipynb #60b80140
+# %% ../nbs/11_tokenizer.ipynb #55502045
 def get_tokenizer(
     spec,  # bytes, chars, bpe, bpe:SIZE, gpt2, or the path of a saved tokenizer
     texts=None,  # Function that gives an iterator over the training texts
@@ -517,7 +517,7 @@ def get_tokenizer(
             if spec == "chars"
             else BPETokenizer.train(texts(), _bpe_size(spec, texts, n_bytes))
         )
-    tried = [Path(spec).expanduser(), data_root(data_dir) / spec]
+    tried = places(spec, data_dir)
     for path in tried:
         if path.exists() or path.with_name(path.name + "_vocab.json").is_file():
             return load_tokenizer(path)

@@ -302,7 +302,7 @@ def _check_length(path, ids, info, ctx_len):
             f"{path} has {len(ids)} tokens, needs at least ctx_len + 1 = {ctx_len + 1}; use a smaller ctx_len or more text"
         )
 
-# %% ../nbs/12_tokens.ipynb #0316f772
+# %% ../nbs/12_tokens.ipynb #b2ee2662
 def open_tokens(
     path,  # `.bin`, `.npy` or `.pt`
     dtype=None,  # Of a `.bin` without a side file; None: uint16, as the guides write it
@@ -317,7 +317,7 @@ def open_tokens(
     info = _read_side(path)
     _check_pair(path, info, tokenizer)
     if path.suffix == ".bin" and not info and dtype is None:
-        print(f"{path.name}: no side file, read as uint16; dtype= says otherwise")
+        print(f"{path.name}: no side file, read as uint16; open_tokens(path, dtype=...) reads other ones")
     ids = _read_ids(path, info["dtype"] if info else dtype or "uint16")
     _check_length(path, ids, info, ctx_len)
     if vocab_size is None and tokenizer:
@@ -393,7 +393,7 @@ def describe_tokens(
         text += f", {unknown:,} unknown characters"
     return text
 
-# %% ../nbs/12_tokens.ipynb #84f6deaf
+# %% ../nbs/12_tokens.ipynb #0db1cbd1
 def prepare(
     corpus,
     tokenizer,
@@ -402,7 +402,16 @@ def prepare(
     verbose=True,  # Print a line of statistics for each part
 ):  # {part: Tokens}
     "The tokens of every part of a corpus, written to `out` if they are not there already"
-    split = resolve_split(corpus, split)
+    from filelock import FileLock
+
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with FileLock(str(Path(out) / ".lock")):  # Another process may be preparing the same
+        for left_behind in Path(out).glob(".*.tmp"):
+            left_behind.unlink()
+        return _prepare(corpus, tokenizer, out, resolve_split(corpus, split), verbose)
+
+
+def _prepare(corpus, tokenizer, out, split, verbose):
     tokens = {}
     for part in parts(corpus, split):
         path = Path(out) / f"{part}.bin"

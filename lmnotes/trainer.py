@@ -53,7 +53,7 @@ def process_rank():
     "(rank, world size) of this process; (0, 1) outside torchrun"
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-# %% ../nbs/31_trainer.ipynb #1aa63654
+# %% ../nbs/31_trainer.ipynb #20de838c
 class Hook:
     "Looks on; override what you need"
 
@@ -65,7 +65,7 @@ class Hook:
 
     def due(self, trainer, every):
         "Is it this hook's turn, and has it not had it? `every` 0: only after the last step"
-        step, last = trainer.step, trainer.step == trainer.cfg.steps
+        step, last = trainer.step, trainer.step == trainer.cfg.steps or trainer.stop == "early_stop"
         turn = step > 0 and (last or (every > 0 and step % every == 0))
         return turn and trainer.counters.get(self.key, 0) < step
 
@@ -73,11 +73,9 @@ class Hook:
         "Remember that this hook has had its turn at this step"
         trainer.counters[self.key] = trainer.step
 
-    @property
-    def key(self):
-        return type(self).__name__
+    key = ""  # Its name in the counters; the trainer numbers hooks of one class
 
-# %% ../nbs/31_trainer.ipynb #573040f3
+# %% ../nbs/31_trainer.ipynb #1b200c7e
 MAX_BAD = 5
 
 
@@ -97,6 +95,9 @@ class Trainer:
         self.signals = signals
         self.rank, self.world = process_rank()
         self.dtype = getattr(torch, pick_dtype(device, cfg.dtype)[0])
+        names = [type(h).__name__ for h in self.hooks]
+        for i, hook in enumerate(self.hooks):
+            hook.key = f"{names[i]} {names[:i].count(names[i]) + 1}".removesuffix(" 1")
         self.optimizers = make_optimizers(lm, cfg)
         self.scaler = torch.amp.GradScaler(device.split(":")[0], enabled=self.dtype == torch.float16)
         self.objective = self._wrap(Objective(lm))
@@ -150,10 +151,10 @@ class Trainer:
             self.scaler.unscale_(opt)
         norm = float(nn.utils.clip_grad_norm_(self.lm.parameters(), self.cfg.clip or math.inf))
         finite = math.isfinite(norm) and math.isfinite(out["loss"])
-        if finite or self.scaler.is_enabled():
+        if finite:
             for opt in self.optimizers:
                 self.scaler.step(opt)
-            self.scaler.update()
+        self.scaler.update()
         for opt in self.optimizers:
             opt.zero_grad(set_to_none=True)
         self.step += 1
@@ -210,10 +211,14 @@ class Trainer:
         if theirs != ours:
             raise CheckpointError(f"the saved optimizers move {_names(theirs)}, this run's move {_names(ours)}")
         for opt, saved in zip(self.optimizers, state["optimizers"]):
+            settings = [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups]
             opt.load_state_dict(saved)
+            for group, own in zip(opt.param_groups, settings):
+                group.update(own)  # The configuration decides, not the checkpoint
         self.step = state["step"]
         self.counters.update(state["counters"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
 
 # %% ../nbs/31_trainer.ipynb #01120a07
 def _names(nested):
@@ -235,7 +240,7 @@ def _explain_memory(e, trainer):
         f"or make batch_size, ctx_len or the model smaller. ({str(e).splitlines()[0]})"
     )
 
-# %% ../nbs/31_trainer.ipynb #1065dcba
+# %% ../nbs/31_trainer.ipynb #f4cc4381
 class Metrics:
     "Append-only records of a run"
 
@@ -250,8 +255,14 @@ class Metrics:
         "All whole records"
         if not self.path.exists():
             return []
-        lines = self.path.read_bytes().split(b"\n")[:-1]
-        return [json.loads(line) for line in lines if line]
+        records = []
+        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], 1):
+            try:
+                records.append(json.loads(line.decode()))
+            except ValueError:
+                print(f"warning: {self.path}:{number} is damaged; it and what follows are left out")
+                break
+        return records
 
     def keep(self, last):
         "Drop what was recorded after the step that `last` gives for its split, such as dict(train=100, val=50)"
@@ -269,7 +280,7 @@ def _rounded(v):
     "Seven digits are what float32 has; not a number is null in JSON"
     return (float(f"{v:.7g}") if math.isfinite(v) else None) if isinstance(v, float) else v
 
-# %% ../nbs/31_trainer.ipynb #aec7581b
+# %% ../nbs/31_trainer.ipynb #644bddd9
 LN2 = math.log(2)
 
 
@@ -296,7 +307,7 @@ class Log(Hook):
             self.start = time.perf_counter(), t.counters["tokens"], t.step
             self.shown = self.start[:2]
         every = t.cfg.log_every or math.ceil(t.cfg.steps / 40)
-        if not self.due(t, every):
+        if not t.last or not self.due(t, every):  # Nothing has been done yet since the run went on
             return
         self.had_turn(t)
         c, now_ = t.counters, time.perf_counter()
