@@ -75,7 +75,7 @@ class Hook:
 
     key = ""  # Its name in the counters; the trainer numbers hooks of one class
 
-# %% ../nbs/31_trainer.ipynb #1b200c7e
+# %% ../nbs/31_trainer.ipynb #f3e488a1
 MAX_BAD = 5
 
 
@@ -211,7 +211,7 @@ class Trainer:
         if theirs != ours:
             raise CheckpointError(f"the saved optimizers move {_names(theirs)}, this run's move {_names(ours)}")
         for opt, saved in zip(self.optimizers, state["optimizers"]):
-            settings = [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups]
+            settings = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in opt.param_groups]
             opt.load_state_dict(saved)
             for group, own in zip(opt.param_groups, settings):
                 group.update(own)  # The configuration decides, not the checkpoint

@@ -157,13 +157,13 @@ IDENTITY = dict(
     tokenizer="chars",
     init_from="elsewhere",
     freeze="head*",
+    optimizer="adamw",
 )
 TRAJECTORY = dict(
     lr=0.01,
     steps=50,
     batch_size=8,
     seed=1,
-    optimizer="adamw",
     sampler="epochs",
     accum=1,
     data="other",
