@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'Train', 'Prepare', 'Generate', 'Evaluate', 'main', 'command']
 
-# %% ../nbs/51_cli.ipynb #0631294f
+# %% ../nbs/51_cli.ipynb #3f314b15
+import os
 import sys
 from dataclasses import dataclass
 
@@ -14,8 +15,9 @@ import torch
 from .core import *
 from .evaluation import *
 from .runs import *
+from .trainer import process_rank
 
-# %% ../nbs/51_cli.ipynb #c3506d47
+# %% ../nbs/51_cli.ipynb #511cccc7
 @dataclass
 class Train(RunConfig):
     "Train a model, or go on with a run"
@@ -49,6 +51,7 @@ class Generate:
     seed: int = 0
     stop: str = ""  # The text ends before this
     device: str = "auto"  # auto | cuda | mps | cpu
+    dtype: str = "float32"  # Of the weights: float32 | bfloat16 (faster) | auto
 
 
 @dataclass
@@ -62,7 +65,7 @@ class Evaluate:
     by_domain: bool = False  # A row for each domain
     device: str = "auto"  # auto | cuda | mps | cpu
 
-# %% ../nbs/51_cli.ipynb #2f614ad6
+# %% ../nbs/51_cli.ipynb #fca1e230
 def _train(args, argv):
     given = {name: vars(args)[name] for name in _named(argv, vars(args))}
     r = run(**given)
@@ -83,7 +86,7 @@ def _prepare(args, argv):
 
 
 def _generate(args, argv):
-    r = load(args.run, args.which, args.device)
+    r = load(args.run, args.which, args.device, args.dtype)
     print(args.prompt, end="")
     names = "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"
     for piece in r.stream(
@@ -101,7 +104,7 @@ def _evaluate(args, argv):
     print(Table(dict(run=r.folder.name, step=r.step, part=args.part, **row) for row in rows))
     return 0
 
-# %% ../nbs/51_cli.ipynb #c2c8b6c6
+# %% ../nbs/51_cli.ipynb #d87157c3
 COMMANDS = dict(
     train=(Train, _train), prepare=(Prepare, _prepare), generate=(Generate, _generate), evaluate=(Evaluate, _evaluate)
 )
@@ -111,7 +114,12 @@ def main(
     argv=None,  # Default: the command line
 ):
     "Run a command, and leave with its exit code"
-    sys.exit(command(sys.argv[1:] if argv is None else argv))
+    code = command(sys.argv[1:] if argv is None else argv)
+    if process_rank()[1] > 1:  # A process group's threads may abort while Python is torn down
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def command(argv):

@@ -15,20 +15,15 @@ from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/21_layers.ipynb #ca3e05b7
-def _inverse_rms(x):
-    "(…,1) what `x` (…,D) is multiplied by, in float32 or wider"
-    wide = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-    return norm.square_().div_(x.shape[-1]).add_(torch.finfo(x.dtype).eps).rsqrt_()
-
-
+# %% ../nbs/21_layers.ipynb #585f7bfc
 class _RMSNorm(Function):
     "RMSNorm with its gradient written out"
 
     @staticmethod
     def forward(ctx, x):
-        r = _inverse_rms(x)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        r = norm.square_().div_(x.shape[-1]).add_(torch.finfo(x.dtype).eps).rsqrt_()
         y = (x * r).to(x.dtype)
         ctx.save_for_backward(y, r)
         return y
@@ -43,9 +38,9 @@ class _RMSNorm(Function):
 
 def rms_norm(x):
     "`x` (…,D) divided by its root mean square over D"
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return F.rms_norm(x, (x.shape[-1],))
-    return _RMSNorm.apply(x) if torch.is_grad_enabled() else (x * _inverse_rms(x)).to(x.dtype)
+    return _RMSNorm.apply(x)
 
 # %% ../nbs/21_layers.ipynb #e8963782
 def check_rope(d):

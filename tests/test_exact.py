@@ -78,6 +78,15 @@ def test_stopped_once(place, step):
     assert not differences(whole, left_behind(go_on(place, run="once")))
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_stopped_in_bfloat16(place, optimizer):
+    "The dtype that most machines choose by themselves"
+    case = TINY | dict(dtype="bfloat16", optimizer=optimizer)
+    whole = left_behind(begin(place, case))
+    begin(place, case, 17, run="once")
+    assert not differences(whole, left_behind(go_on(place, run="once")))
+
+
 def test_stopped_after_the_last_step(place):
     whole = left_behind(begin(place, TINY))
     stopped = begin(place, TINY, 40, run="stopped")

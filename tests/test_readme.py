@@ -12,10 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHELL = re.findall(r"^lmnotes .*", README, re.M)
 COMMANDS = re.findall(r"^papermill .*", README, re.M)
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
-
-pytestmark = pytest.mark.skipif(not (ROOT / "nbs/train.ipynb").exists(), reason="nbs/train.ipynb is not written yet")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +55,14 @@ def test_the_last_run_is_resumed(project):
     done = run(["bash", "-c", "papermill nbs/train.ipynb -p resume True"], project)
     assert "papermill nbs/train.ipynb -p resume True" in COMMANDS
     assert "checkpoints/first/train.ipynb" in done.stderr
+
+
+def test_the_shell(project):
+    "The lines for a shell, one after the other"
+    said = [run(["bash", "-c", line], project).stdout for line in SHELL]
+    assert "done at step 50 of 50" in said[0]
+    assert "bpb" in said[1]
+    assert said[2].startswith("The")
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
