@@ -196,7 +196,7 @@ def _first90(whole):
     ids = dict(train=whole.ids[:cut], val=whole.ids[cut:])
     return {part: Tokens(ids[part], whole.vocab_size, whole.path, whole.tokenizer) for part in ids}
 
-# %% ../nbs/50_runs.ipynb #60e469ee
+# %% ../nbs/50_runs.ipynb #0430c8a5
 def runs_folder(out_dir=""):
     "Where runs are: `out_dir`, else `$LMNOTES_OUT_DIR`, else `checkpoints/` in the project"
     out_dir = out_dir or os.environ.get("LMNOTES_OUT_DIR")
@@ -227,7 +227,7 @@ def _put_aside(folder):
     aside.mkdir()
     for p in old:
         os.replace(p, aside / p.name)
-    print(f"{folder.name} was there already; the earlier run is now {aside}")
+    print(f"{folder.name} was there already; the earlier run is now {aside.name}, beside it")
 
 
 class Record:
