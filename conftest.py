@@ -8,6 +8,7 @@ test flag of settings.ini (`#| slow`, `#| cuda`) run only with `--flags slow` or
 import atexit
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import traceback
@@ -15,6 +16,10 @@ from pathlib import Path
 
 # One thread a process, said before torch is imported: tests run side by side, and sums come out the same everywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell that starts this in the background has it ignore SIGINT, and so everything that it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Runs that tests make without naming a folder stay out of checkpoints/. Workers inherit the controller's folder.
 if "LMNOTES_OUT_DIR" not in os.environ:

@@ -221,7 +221,9 @@ def test_a_third_signal_kills(project):
     for words in (b"asked to finish", b"is interrupted", b"is killed"):
         process.send_signal(signal.SIGINT)
         while words not in heard:
-            heard += os.read(process.stderr.fileno(), 4096)
+            more = os.read(process.stderr.fileno(), 4096)
+            assert more, f"papermill has ended: {heard.decode()}"
+            heard += more
     code, out, err = finish(process)
     assert code == 138
     with pytest.raises(ProcessLookupError):
