@@ -104,7 +104,7 @@ def _evaluate(args, argv):
     print(Table(dict(run=r.folder.name, step=r.step, part=args.part, **row) for row in rows))
     return 0
 
-# %% ../nbs/51_cli.ipynb #d87157c3
+# %% ../nbs/51_cli.ipynb #9040c5b9
 COMMANDS = dict(
     train=(Train, _train), prepare=(Prepare, _prepare), generate=(Generate, _generate), evaluate=(Evaluate, _evaluate)
 )
@@ -114,6 +114,7 @@ def main(
     argv=None,  # Default: the command line
 ):
     "Run a command, and leave with its exit code"
+    sys.stdout.reconfigure(line_buffering=True)  # A log file is read while the run goes on
     code = command(sys.argv[1:] if argv is None else argv)
     if process_rank()[1] > 1:  # A process group's threads may abort while Python is torn down
         sys.stdout.flush()
@@ -132,10 +133,15 @@ def command(argv):
     try:
         return work(args, argv)
     except (ValueError, RunLocked, FileNotFoundError) as e:
-        print(f"lmnotes: {e}", file=sys.stderr)
-        return 2
+        return _failed(e, 2)
     except (OutOfMemory, torch.OutOfMemoryError) as e:
-        print(f"lmnotes: {e}", file=sys.stderr)
-        return 4
+        return _failed(e, 4)
     except KeyboardInterrupt:
         return 130
+
+
+def _failed(error, code):
+    "Say what is wrong, after everything that was said before"
+    sys.stdout.flush()
+    print(f"lmnotes: {error}", file=sys.stderr)
+    return code

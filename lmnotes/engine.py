@@ -195,7 +195,7 @@ def completed(
     after = paths[0] + 1
     return argv[:after] + added + argv[after:] + engine, words
 
-# %% ../nbs/52_engine.ipynb #fd498160
+# %% ../nbs/52_engine.ipynb #89b208f0
 @contextmanager
 def signals_to(
     kernel_pid,  # Function without arguments: the kernel's process id, or None before it has one
@@ -212,7 +212,9 @@ def signals_to(
         effect = ("the kernel is asked to finish", "the running cell is interrupted", "the kernel is killed")[
             min(count, 3) - 1
         ]
-        print(f"\nlmnotes: {signal.Signals(signum).name}, {effect}", file=sys.stderr, flush=True)
+        os.write(
+            2, f"\nlmnotes: {signal.Signals(signum).name}, {effect}\n".encode()
+        )  # print is not for signal handlers
         os.kill(pid, signal.SIGINT if count < 3 else signal.SIGKILL)
 
     if threading.current_thread() is not threading.main_thread():

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHELL = re.findall(r"^lmnotes .*", README, re.M)
+SHELL = re.findall(r"^lmnotes (?:train|evaluate|generate) .*", README, re.M)
 COMMANDS = re.findall(r"^papermill .*", README, re.M)
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 
