@@ -58,7 +58,7 @@ class Notebook(pytest.File):
 
         notebook = NBProcessor(self.path, procs=FrontmatterProc, process=True).nb
         if str(notebook.frontmatter_.get("skip_exec", "")).lower() == "true":
-            return
+            return []
         left_out = set(get_config().tst_flags.split()) - set(self.config.getoption("--flags").split())
         self.items = []
         heading = ""

@@ -49,21 +49,22 @@ def write_page(notebook, folder, site):
     text = "\n\n".join(blocks) + "\n"
     text = text.replace('{target="_blank" style="float:right; font-size:smaller"}', '{ target="_blank" }')
     up = "../" * (len(folder.relative_to(site).parts))
-    text = re.sub(r"https?://[^\s)\"]*?/lmnotes/((?:models/)?[\w-]+)\.html", rf"{up}\1.md", text)
+    text = re.sub(r"https?://[^\s)\"]*?/lmnotes/((?:models/|recipes/)?[\w-]+)\.html", rf"{up}\1.md", text)
     page.write_text(text, encoding="utf-8")
     return page.relative_to(site).as_posix()
 
 
 def write_pages(processed, site):
     "Write all pages; returns the list for the site's navigation"
-    nav = [{"Home": "index.md"}, {"Notebooks": []}, {"Models": []}, {"Project": list(PROJECT_PAGES)}]
+    groups = dict(Notebooks=[], Models=[], Recipes=[])
     for notebook in sorted(processed.rglob("*.ipynb")):
         page = write_page(notebook, site / notebook.parent.relative_to(processed), site)
         if page == "index.md":
             continue
-        group = nav[2]["Models"] if page.startswith("models/") else nav[1]["Notebooks"]
-        group.append({notebook.stem.replace("_", " "): page})
-    return [entry for entry in nav if all(entry.values())]
+        folder = page.rpartition("/")[0].capitalize() or "Notebooks"
+        groups[folder].append({notebook.stem.replace("_", " "): page})
+    between = [{name: pages} for name, pages in groups.items() if pages]
+    return [{"Home": "index.md"}, *between, {"Project": list(PROJECT_PAGES)}]
 
 
 def main():

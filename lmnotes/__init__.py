@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 __all__ = [
     "run",
     "load",
+    "fork",
     "generate",
     "stream",
     "evaluate",
@@ -18,6 +19,7 @@ __all__ = [
 _HOMES = dict(
     run="runs",
     load="runs",
+    fork="runs",
     generate="generation",
     stream="generation",
     evaluate="evaluation",

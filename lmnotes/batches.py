@@ -207,7 +207,7 @@ class CoveringWindows:
         n = min(n or len(self), len(self))
         return [self[int(i)] for i in np.linspace(0, len(self) - 1, n).round()] if n < len(self) else self
 
-# %% ../nbs/13_batches.ipynb #2623859f
+# %% ../nbs/13_batches.ipynb #133e18f4
 SAMPLERS = "auto", "random", "epochs", "domains", "documents"
 
 
@@ -223,13 +223,16 @@ def get_batches(
     seed=0,
     sampler="auto",  # One of `SAMPLERS`
     epochs=0,  # Above 0: the run is counted in epochs
+    stride=0,  # With sampler 'epochs': tokens from one window to the next; 0: `ctx_len`
 ):  # Something that `[step]` gives a `Batch`, with `per_epoch` steps in an epoch
     "Training batches of a token file"
     sampler = resolve_sampler(sampler, epochs)
+    if stride and sampler != "epochs":
+        raise ValueError(f"stride={stride} is for sampler='epochs', and this is {sampler!r}")
     if sampler == "random":
         return RandomWindows(tokens.ids, batch_size, ctx_len, seed)
     if sampler == "epochs":
-        return EpochWindows(tokens.ids, batch_size, ctx_len, seed)
+        return EpochWindows(tokens.ids, batch_size, ctx_len, seed, stride)
     if sampler == "domains":
         return BalancedWindows(tokens.ids, tokens.domains, batch_size, ctx_len, seed)
     if sampler == "documents":

@@ -118,15 +118,15 @@ def new_run(
         return name
     raise ValueError(f"{checkpoints} holds a thousand runs of one second; name yours with `-p run NAME`")
 
-# %% ../nbs/52_engine.ipynb #fcb39a22
+# %% ../nbs/52_engine.ipynb #12a50e8d
 PLAIN_NAME = re.compile(r"[\w-][\w.-]*")
 
 
 def trains(notebook):
-    "Whether a notebook has a parameter `resume`, and so works on a run folder"
+    "Whether a notebook has the parameters `run` and `resume`, and so works on a run folder"
     cells = json.loads(Path(notebook).read_bytes())["cells"]
     sources = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
-    return any(re.search(r"^resume\b", source, re.M) for source in sources)
+    return any(re.search(r"^run\b", s, re.M) and re.search(r"^resume\b", s, re.M) for s in sources)
 
 
 def checkpoints_of(

@@ -37,7 +37,7 @@ def penalize(logits, seen, penalty):
     "Divide positive logits of `seen` ids by `penalty`, multiply negative ones by it"
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
-# %% ../nbs/40_generation.ipynb #109b18f6
+# %% ../nbs/40_generation.ipynb #14e8dd32
 class Picker:
     "A function from logits (B,V) or (B,k,V) to ids (B) or (B,k); row `i` draws from its own stream of random numbers"
 
@@ -49,6 +49,7 @@ class Picker:
         min_p=0.0,
         repetition_penalty=1.0,
         seed=0,
+        n_ids=None,  # Only ids below this; a model may have more than its tokenizer
     ):
         for name, value, ok in [
             ("temperature", temperature, temperature >= 0),
@@ -60,7 +61,7 @@ class Picker:
             if not ok:
                 raise ValueError(f"{name}={value} is out of range")
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
-        self.repetition_penalty, self.seed = repetition_penalty, seed
+        self.repetition_penalty, self.seed, self.n_ids = repetition_penalty, seed, n_ids
         self.rows, self.seen = [], None
 
     def start(self, x, rows=None):
@@ -71,7 +72,7 @@ class Picker:
         return self
 
     def __call__(self, logits):
-        logits = logits.detach().float().cpu()
+        logits = logits[..., : self.n_ids].detach().float().cpu()
         if logits.isnan().any():
             raise ValueError("the model's logits are not numbers; its weights are damaged or it has diverged")
         if logits.ndim == 3:
@@ -134,7 +135,7 @@ def _chunks(lm, prompts, n, stop_id, stop, rows, sampling):
     finally:
         lm.train(training)
 
-# %% ../nbs/40_generation.ipynb #88dc80af
+# %% ../nbs/40_generation.ipynb #9a541182
 def _hold(text, stops):
     "How much of the end of `text` could be the beginning of a stop string"
     return max((k for s in stops for k in range(1, len(s)) if text.endswith(s[:k])), default=0)
@@ -153,7 +154,9 @@ def stream(
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
     decoder, text, eot = codecs.getincrementaldecoder("utf-8")("replace"), "", tokenizer.eot_id
     new, over = [], False
-    for chunk in _chunks(lm, [prompt_ids(tokenizer, prompt)], n, eot, stop, [0], sampling):
+    for chunk in _chunks(
+        lm, [prompt_ids(tokenizer, prompt)], n, eot, stop, [0], dict(sampling, n_ids=tokenizer.vocab_size)
+    ):
         ids = chunk[0].tolist()[: n - len(new)]
         over = eot in ids
         ids = ids[: ids.index(eot)] if over else ids
@@ -190,6 +193,7 @@ def generate(
     if isinstance(prompts, str):
         return "".join(stream(lm, tokenizer, prompts, n, stop_strings, stop, **sampling))
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+    sampling["n_ids"] = tokenizer.vocab_size
     new = generate_ids(lm, [prompt_ids(tokenizer, p) for p in prompts], n, tokenizer.eot_id, stop, **sampling)
     texts = [tokenizer.decode_bytes(ids).decode("utf-8", "replace") for ids in new]
     return [t[: min((t.index(s) for s in stop_strings if s in t), default=len(t))] for t in texts]

@@ -28,7 +28,7 @@ class LMConfig:
     vocab_size: int = 256  # Ids are in `range(vocab_size)`
     ctx_len: int = 64  # Longest window the model is trained on
 
-# %% ../nbs/20_lm.ipynb #aa2bfc23
+# %% ../nbs/20_lm.ipynb #8e947892
 class LM(nn.Module):
     "A language model, as the rest of the library sees it"
 
@@ -36,10 +36,20 @@ class LM(nn.Module):
     presets = {}  # Name -> configuration values
     causal = True  # Does each position see only itself and what is before it?
     reach = None  # How many positions back matter to a prediction; None: all of the window
+    published = ()  # Names of weights that others have trained; a new run begins with those of its preset, or the first
+    tokenizer = ""  # Specification of the tokenizer that those were trained with
+    lora = None  # Configuration of its adapters, if it has any (notebook `22_lora`)
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
+
+    @classmethod
+    def pretrained(cls, source, **config):  # A name in `published` or a folder; values that win over the source's own
+        "A model with the weights of `source`"
+        raise ValueError(
+            f"arch={cls.arch!r} has no published weights to begin from; give a run, a checkpoint or a file"
+        )
 
     def forward(self, x):  # (B,T) ids -> (B,T,V)
         "Logits of the token after each position"

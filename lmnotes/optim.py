@@ -66,14 +66,14 @@ def lr_at(
     r = min(1.0, (step - warmup) / max(1, cfg.steps - warmup))
     return cfg.min_lr + (peak_lr(cfg) - cfg.min_lr) * SCHEDULES[cfg.schedule](r, cfg.cooldown)
 
-# %% ../nbs/30_optim.ipynb #6ad86b30
+# %% ../nbs/30_optim.ipynb #7e3f6a11
 def split_params(lm):
     "`hidden` matrices, `head`, and the `rest` (embeddings, norms, biases, scalars): three lists of (name, parameter)"
     embeddings = {id(m.weight) for m in lm.modules() if isinstance(m, nn.Embedding)}
     kinds = dict(hidden=[], head=[], rest=[])
     for name, p in lm.named_parameters():
         if p.requires_grad:
-            table = p.ndim > 2 or "head" in name.split(".")
+            table = p.ndim > 2 or any(part.endswith("head") for part in name.split("."))
             kind = "rest" if p.ndim < 2 or id(p) in embeddings else "head" if table else "hidden"
             kinds[kind].append((name, p))
     return kinds

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['IDENTITY', 'FREE', 'TOKEN_FILES', 'DataConfig', 'RunConfig', 'resolve', 'changed', 'RunData', 'get_data',
            'learn_tokenizer', 'runs_folder', 'last_run', 'Record', 'Run', 'load', 'in_notebook', 'plot_metrics',
-           'Curve', 'Setup', 'run', 'launch', 'prepare_data', 'summary']
+           'Curve', 'Setup', 'run', 'fork', 'launch', 'prepare_data', 'summary', 'from_env']
 
-# %% ../nbs/50_runs.ipynb #adc88e9e
+# %% ../nbs/50_runs.ipynb #05776109
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,15 +27,17 @@ from .batches import *
 from .checkpoint import *
 from .core import *
 from .corpus import *
+from .env import *
 from .evaluation import *
 from .generation import *
 from .lm import *
+from .lora import *
 from .optim import *
 from .tokenizer import *
 from .tokens import *
 from .trainer import *
 
-# %% ../nbs/50_runs.ipynb #2b3f50f1
+# %% ../nbs/50_runs.ipynb #fea732c2
 @dataclass
 class DataConfig:
     "What is trained on what"
@@ -53,6 +56,7 @@ class DataConfig:
     batch_size: int = 16  # Windows per optimizer step, over all pieces and processes
     sampler: str = "auto"  # auto | random | epochs | domains | documents
     epochs: float = 0.0  # Above 0: length of the run in passes over the data; sets steps
+    stride: int = 0  # With sampler epochs, tokens from one window to the next; 0: ctx_len
 
 
 @dataclass
@@ -69,14 +73,22 @@ class RunConfig(TrainConfig, DataConfig):
     keep: int = 2  # Newest checkpoints that stay, beside the best; 0: all
     resume: bool = False  # Go on with a run
     allow_change: str = ""  # Parameters that may change on resume, by name
-    init_from: str = ""  # Run, checkpoint or weights file to begin with
+    init_from: str = ""  # Run, checkpoint, weights file or published weights to begin with; random: none of them
     freeze: str = ""  # Parameters to keep still, by patterns such as embed* or blocks.0.*
+    lora_rank: int = 0  # Above 0: keep the model still, and train corrections of this rank
+    lora_alpha: float = 0.0  # Corrections are scaled by lora_alpha / lora_rank; 0: twice the rank
+    lora_dropout: float = 0.0  # On what goes into a correction
+    lora_targets: str = ""  # Linear layers to correct, by names or patterns such as qkv; empty: all
+    lora_train: str = ""  # Other parameters to train as well, by names or patterns such as embed.*
     procs: int = 1  # Processes on this machine
     dry_run: bool = False  # Ten steps, a checkpoint written and read back, an estimate
     out_dir: str = ""  # Folder of runs; empty: checkpoints/
 
 
-IDENTITY = "arch", "preset", "model_args", "tokenizer", "ctx_len", "init_from", "freeze", "optimizer"
+IDENTITY = (
+    *("arch", "preset", "model_args", "tokenizer", "ctx_len", "init_from", "freeze", "optimizer"),
+    *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_train"),
+)
 FREE = set(
     "run resume allow_change dry_run out_dir data_dir device procs keep save_every sample_every prompt log_every".split()
 )
@@ -368,13 +380,13 @@ class Curve(Hook):
         else:
             self.handle.update(figure)
 
-# %% ../nbs/50_runs.ipynb #ea69cb88
+# %% ../nbs/50_runs.ipynb #c037253b
 def _check(cfg, world):
     "Raise unless the numbers make sense, and fit together"
     for name in ("batch_size", "ctx_len", "steps", "accum", "procs"):
         if vars(cfg)[name] < 1:
             raise ValueError(f"{name}={vars(cfg)[name]} is at least 1")
-    for name in "seed clip patience keep epochs eval_every eval_batches sample_every save_every log_every".split():
+    for name in "seed clip patience keep epochs stride lora_rank lora_alpha eval_every eval_batches sample_every save_every log_every".split():
         if vars(cfg)[name] < 0:
             raise ValueError(f"{name}={vars(cfg)[name]} is at least 0")
     rows = cfg.accum * world
@@ -386,23 +398,65 @@ def _check(cfg, world):
     check_optim(cfg)
 
 
-def _new_model(cfg, tokenizer, fresh=True):
-    "The model with its first weights; a resumed one gets others, and needs none to begin from"
+def _is_published(folder):
+    "Does a folder hold weights as Hugging Face's libraries write them, and not a run or a checkpoint of ours?"
+    return (folder / "config.json").is_file() and not (folder / "manifest.json").exists()
+
+
+def _beginning(cfg):
+    "(kind, source) of what a new run begins with: 'published' weights, 'ours' (a run, a step folder, a file), or '' for none"
+    published, source = get_arch(cfg.arch).published, cfg.init_from
+    if published and not source:
+        source = cfg.preset or published[0]
+    tried = [*places(source), runs_folder(cfg.out_dir) / source] if source else []
+    if folder := next((p for p in tried if _is_published(p)), None):
+        return "published", folder
+    if source in published:
+        return "published", source
+    ours = cfg.init_from not in ("", "random")
+    return ("ours", next((p for p in tried if p.exists()), Path(source))) if ours else ("", "")
+
+
+def _its_tokenizer(cfg):
+    "The tokenizer that a run begins to learn with: that of the weights it begins with, where it is known; else None"
+    kind, source = _beginning(cfg)
+    if kind == "published" and not isinstance(source, Path):
+        return get_tokenizer(get_arch(cfg.arch).tokenizer, None, cfg.data_dir)
+    folders = [source, source / "tokenizer", source.parent / "tokenizer"] if kind else []
+    found = next((f for f in folders if (f / "tokenizer.json").exists() or (f / "vocab.json").exists()), None)
+    return load_tokenizer(found) if found else None
+
+
+def _first_model(cfg, vocab_size):
+    "The model that a new run begins with"
+    args = {"vocab_size": vocab_size, "ctx_len": cfg.ctx_len, **parse_model_args(cfg.arch, cfg.model_args)}
+    kind, source = _beginning(cfg)
+    if kind == "published":
+        if not cfg.lr and not cfg.lora_rank:
+            print(
+                f"lr={peak_lr(cfg)} is for training from the start; weights like these go on with about 2e-5 and adamw"
+            )
+        return get_arch(cfg.arch).pretrained(source, **args)
+    lm = new_lm(cfg.arch, cfg.preset, **args)
+    return init_from(lm, source) if kind else lm
+
+
+def _new_model(cfg, tokenizer, step_folder=None):
+    "The model of a run; that of a resumed one is made as its checkpoint says, and gets its weights later"
     seed_step(cfg.seed)
-    args = parse_model_args(cfg.arch, cfg.model_args)
-    lm = new_lm(cfg.arch, cfg.preset, **{"vocab_size": tokenizer.vocab_size, "ctx_len": cfg.ctx_len, **args})
+    lm = rebuild(step_folder) if step_folder else _first_model(cfg, tokenizer.vocab_size)
     if lm.cfg.vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"vocab_size={lm.cfg.vocab_size} in model_args is less than the tokenizer's {tokenizer.vocab_size}"
         )
-    if cfg.init_from and fresh:
-        tried = [*places(cfg.init_from), runs_folder(cfg.out_dir) / cfg.init_from]
-        init_from(lm, next((p for p in tried if p.exists()), cfg.init_from))
+    if cfg.lora_rank and not lm.lora:
+        seed_step(cfg.seed, 1)  # However many random numbers the model took
+        add_lora(lm, LoRAConfig(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.lora_train))
     if cfg.freeze:
         freeze(lm, cfg.freeze)
     return lm
 
-# %% ../nbs/50_runs.ipynb #a6fb3a5d
+# %% ../nbs/50_runs.ipynb #896fbb8b
 class Setup:
     "What a run needs, made from its configuration"
 
@@ -420,16 +474,18 @@ class Setup:
         self.data = self._data(say)
         cfg.sampler = resolve_sampler(cfg.sampler, cfg.epochs)
         train = self.data.tokens["train"]
-        self.batches = get_batches(train, cfg.batch_size, cfg.ctx_len, cfg.seed, cfg.sampler)
+        self.batches = get_batches(train, cfg.batch_size, cfg.ctx_len, cfg.seed, cfg.sampler, stride=cfg.stride)
         if cfg.epochs:
             cfg.steps = math.ceil(cfg.epochs * self.batches.per_epoch)
         self.val = CoveringWindows(self.data.tokens["val"].ids, cfg.batch_size, cfg.ctx_len)
-        self.lm = _new_model(cfg, self.data.tokenizer, fresh=self.step_folder is None)
+        self.lm = _new_model(cfg, self.data.tokenizer, self.step_folder)
+        if self.step_folder:
+            _same_model(self.lm, self.info, self.step_folder)
 
     def _data(self, say):
         "Tokens and tokenizer; those of a resumed run must be what they were"
         if not self.info:
-            return _first_rank_first(lambda: get_data(self.cfg, None, say))
+            return _first_rank_first(lambda: self._first_data(say))
         tokenizer = load_tokenizer(self.folder / "tokenizer")
         _same_tokenizer(tokenizer, self.info, self.folder)
         data = _first_rank_first(lambda: get_data(self.cfg, tokenizer, say))
@@ -439,6 +495,17 @@ class Setup:
             before = self.info[name] if name == "versions" else self.info[name].split(",")[0]
             if now_ != before:
                 say(f"{name} was {before}, now {now_}: the same bits are not promised from here on")
+        return data
+
+    def _first_data(self, say):
+        "Those of a new run: ids must mean to a trained model what they meant when it was trained"
+        its = _its_tokenizer(self.cfg)
+        data = get_data(self.cfg, its if self.origins["tokenizer"] == "default" else None, say)
+        if its and its.fingerprint != data.tokenizer.fingerprint:
+            raise TokenizerError(
+                f"tokenizer={self.cfg.tokenizer!r} is not the one that {_beginning(self.cfg)[1]} was trained with ({its}); "
+                "leave tokenizer out to take that, or begin from other weights"
+            )
         return data
 
     def about(self):
@@ -467,6 +534,16 @@ class Setup:
             Save(folder, cfg.save_every, cfg.keep, metrics, kept, tokenizer=tok.fingerprint),
         ]
         return hooks + ([Curve(metrics, f"{folder.name}: {cfg.arch} on {data.what}")] if live else [])
+
+
+def _same_model(lm, info, step_folder):
+    "Raise unless a checkpoint holds the model that the run is about"
+    its, ours = dict(asdict(lm.cfg), arch=lm.arch), dict(info["model"], arch=info["config"]["arch"])
+    if names := [n for n in its if its[n] != ours.get(n)]:
+        raise CheckpointError(
+            f"{step_folder / 'config.json'}: a model with {names[0]}={its[names[0]]!r}, and this run's has "
+            f"{ours.get(names[0])!r}; the checkpoint belongs to another run, take it out of this folder"
+        )
 
 
 def _same_data(data, info, cfg, way_out):
@@ -641,6 +718,32 @@ def _merge(info, cfg, origins):
     }
     return RunConfig(**{**saved, **given, "allow_change": cfg.allow_change, "resume": True}), origins
 
+# %% ../nbs/50_runs.ipynb #d439c69e
+def fork(
+    path,  # A step folder, or a run for its newest
+    run="",  # Name of the new run; empty: the old name and the step
+    out_dir="",  # Folder for it; empty: beside the old one
+):  # Name of the new run
+    "Copy a run as it was at one of its steps; go on with `run(resume=True, run=...)`"
+    step_folder = find_checkpoint(path)
+    old = step_folder.parent
+    name = run or f"{old.name}-from-{int(step_folder.name[5:])}"
+    runs = Path(out_dir).resolve() if out_dir else old.parent
+    new, tmp = runs / name, runs / f".{name}.{os.getpid()}.tmp"
+    if new.exists():
+        raise CheckpointError(
+            f"{new}: there is a run of this name already; go on with it (resume=True), or choose another"
+        )
+    tmp.mkdir(parents=True)
+    for name_ in ("run.json", "metrics.jsonl", "samples.jsonl", BASE):
+        if (old / name_).exists():
+            shutil.copy2(old / name_, tmp)
+    for folder in (old / "tokenizer", step_folder):
+        shutil.copytree(folder, tmp / folder.name)
+    point(tmp, "last", step_folder)
+    os.replace(tmp, new)
+    return name
+
 # %% ../nbs/50_runs.ipynb #184b08a2
 def _peak_memory(device):
     "Bytes at most in use so far"
@@ -734,7 +837,7 @@ def prepare_data(
     tok.save(Path(out) / "tokenizer")
     return tokens
 
-# %% ../nbs/50_runs.ipynb #80bafb91
+# %% ../nbs/50_runs.ipynb #08b2f836
 def summary(r):
     "The figures of a run as a table"
     last, train = r.result.get("last", {}), [m for m in r.metrics if m["split"] == "train"]
@@ -743,11 +846,117 @@ def summary(r):
         "model": f"{r.config.arch}, {n_params(r.lm):,} parameters",
         "data": f"{r.info['data']['what']}, {r.info['data']['tokens']['train']:,} training tokens ({r.tokenizer.name})",
         "tokens trained on": r.info.get("tokens", 0),
-        "validation loss": f"{last['loss']:.4f} ± {last['stderr']:.4f} nats per token" if last else "not evaluated",
+        "validation loss": f"{plus_minus(last, 'loss', 'stderr')} nats per token" if last else "not evaluated",
         "perplexity": last.get("ppl", ""),
-        "bits per byte": f"{last['bpb']:.4f} ± {last['bpb_stderr']:.4f}" if "bpb" in last else "",
+        "bits per byte": plus_minus(last, "bpb", "bpb_stderr") if "bpb" in last else "",
         "training loss": train[-1]["loss"] if train else "",
         "tokens per second": round(train[-1]["tok_per_s"]) if train else "",
         "folder": r.folder.name,
     }
     return Table(dict(what=k, value=v) for k, v in rows.items())
+
+# %% ../nbs/50_runs.ipynb #bc1c0a00
+def from_env(
+    environ=None,  # {variable: text}; default: the process's environment
+):  # A `Run`
+    "Train as the guide's environment variables say: go on from CHECKPOINT_PATH for RESUME_STEPS more, or begin a fresh run"
+    environ = os.environ if environ is None else environ
+    if process_rank()[1] > 1:
+        raise ValueError("from_env trains in one process; leave out torchrun, or call run() with the same parameters")
+    path = environ.get("CHECKPOINT_PATH", "").strip()
+    return _go_on(path, environ, stamp()) if path else _begin_fresh(environ, stamp())
+
+
+def _begin_fresh(environ, at):
+    "Train from step 0"
+    config = load_config_fresh_from_env(environ)
+    params = run_params(config)
+    out_dir = Path(params.pop("out_dir"))
+    name = _free_name(out_dir, run_name(config, at))
+    hooks = _guide_hooks(config, out_dir / name, at)
+    return _logged(config, at, lambda: run(recipe=params, hooks=hooks, run=name, out_dir=str(out_dir)))
+
+
+def _free_name(folder, name):
+    "A name that no run in `folder` has"
+    tried = [name, *(f"{name}-{n}" for n in range(2, 1000))]
+    return next(n for n in tried if not (folder / n).exists())
+
+
+def _guide_hooks(config, folder, at):
+    "Parameter numbers, loss changes, and with ENABLE_CHECKPOINTS weights under the guide's names"
+    pattern, every = checkpoint_pattern(config, at), config.checkpoint_interval
+    weights = [SaveWeights(folder, pattern, every), SaveWeights(folder, pattern)] if config.enable_checkpoints else []
+    return [ParameterReport(), LossChange(), *weights]
+
+# %% ../nbs/50_runs.ipynb #eb33d7ca
+def _logged(config, at, train):
+    "Train, write a text, and keep what is printed in the log and in the output file"
+    start = f"Resuming from step {config.start_step} - " if config.start_step else ""
+    with TeeOutput(in_project(config.log_dir) / log_filename(config, at)) as tee:
+        print(f"{start}Training Log - Started at {now()}")
+        r = train()
+        if r.status != "interrupted":
+            print(prompt_of(config) + _text_of(r, config))
+    if config.enable_output_to_file:
+        name = generate_output_filename(config, r.tokenizer.vocab_size, at)
+        write_output_file(in_project(config.output_dir) / name, asdict(config), tee.getvalue())
+        print(f"output written to {Path(config.output_dir).name}/{name}")
+    return r
+
+
+def _text_of(r, config):
+    "What the trained model writes"
+    sampling = dict(temperature=config.generation_temperature, top_k=config.generation_top_k)
+    return r.generate(prompt_of(config), config.max_new_tokens, **sampling)
+
+# %% ../nbs/50_runs.ipynb #d0649862
+def _checkpoint_of(path, environ):
+    "The verified step folder that CHECKPOINT_PATH means: a run's newest, a step folder, or the one beside a weights file"
+    runs = in_project(environ.get("CHECKPOINT_DIR", "").strip() or "checkpoints")
+    found = next((p for p in [*places(path), runs / path] if p.exists()), None)
+    if found is None:
+        raise CheckpointError(
+            f"CHECKPOINT_PATH={path}: there is no such run, checkpoint or file; name one, or unset it to begin a fresh run"
+        )
+    step = re.search(r"step_?(\d+)", found.name)
+    if found.is_file() and step:
+        found = found.parent / f"step_{int(step[1]):08d}"
+    run_folder = found.parent if step else found
+    if not (run_folder / "run.json").is_file():
+        raise CheckpointError(
+            f"CHECKPOINT_PATH={path}: there is no run.json in {run_folder.name}/, so the optimizer's state and the "
+            f"tokenizer are not known; name a run's folder or a checkpoint in it"
+        )
+    if not found.is_dir():
+        kept = ", ".join(p.name for p in checkpoints(run_folder))
+        raise CheckpointError(
+            f"CHECKPOINT_PATH={path}: the step folder {found.name}, with the optimizer's state, is not there; there are {kept}"
+        )
+    return find_checkpoint(found)
+
+# %% ../nbs/50_runs.ipynb #be62d3e3
+def _go_on(path, environ, at):
+    "Go on from a checkpoint; from one that is not its run's newest, in a new run folder"
+    step_folder = _checkpoint_of(path, environ)
+    folder = step_folder.parent
+    info = read_json(folder / "run.json", CheckpointError)
+    step = read_json(step_folder / "config.json", CheckpointError)["step"]
+    config = load_config_from_checkpoint(dict(info, step=step), environ)
+    elsewhere = environ.get("CHECKPOINT_DIR", "").strip() and in_project(config.checkpoint_dir) != folder.parent
+    out_dir = in_project(config.checkpoint_dir) if elsewhere else folder.parent
+    name = folder.name
+    if elsewhere or step_folder != latest(folder):
+        name = _free_name(out_dir, run_name(config, at))
+    hooks = _guide_hooks(config, out_dir / name, at)
+
+    def train():
+        if out_dir / name != folder:
+            fork(step_folder, name, str(out_dir))
+            print(f"{folder.name} goes on from step {step} as {name}")
+        params = resume_params(config, info) | dict(run=name, out_dir=str(out_dir))
+        if "data" in params:
+            print(f"a new stage: from step {step} on the text is {params['data']}; the tokenizer stays")
+        return run(hooks=hooks, **params)
+
+    return _logged(config, at, train)

@@ -174,7 +174,8 @@ def left_behind(folder):
     for pointer in ("final", "last", "best"):
         step_folder = folder / (folder / pointer).read_text().strip()
         out[pointer] = step_folder.name
-        out[f"{pointer} weights"] = hashlib.sha256((step_folder / "model.safetensors").read_bytes()).hexdigest()
+        for path in sorted(step_folder.glob("*.safetensors")):  # The model's, or an adapter's
+            out[f"{pointer} weights"] = hashlib.sha256(path.read_bytes()).hexdigest()
         out[f"{pointer} optimizers and counters"] = state_hash(step_folder)
     out["metrics"] = records(folder / "metrics.jsonl")
     out["samples"] = records(folder / "samples.jsonl")

@@ -1,0 +1,252 @@
+"""`nbs/recipes/tisslm.ipynb`: what the TissLM guide promises is there, and the mistakes of the guide's system are not."""
+
+import ast
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from helpers import call, differences, finish, left_behind, log, records, start, until
+
+import lmnotes
+from lmnotes.runs import RunConfig, get_data
+from lmnotes.tokenizer import load_tokenizer
+
+NOTEBOOK = Path(__file__).parent.parent / "nbs/recipes/tisslm.ipynb"
+NAMES = "embed.weight rnn.weight_ih_l0 rnn.weight_hh_l0 rnn.bias_ih_l0 rnn.bias_hh_l0 fc.weight fc.bias".split()
+DEFAULTS = dict(
+    CORPUS_PATH="./corpus",
+    SAVE_DIR="./training_output",
+    VOCAB_SIZE=5000,
+    seq_len=128,
+    batch_size=32,
+    epochs=5,
+    lr=1e-3,
+    checkpoint_every=1000,
+)
+SMALL = dict(VOCAB_SIZE=300, seq_len=16, batch_size=8, epochs=2, checkpoint_every=15, stride=4)
+QUICK = SMALL | dict(stride=16, epochs=1)
+
+
+def write_texts(place, names=("debugger", "formatstrings", "typesmapping"), size=1000):
+    "The beginnings of some of Python's help topics, in the order given"
+    from pydoc_data.topics import topics
+
+    (place / "corpus").mkdir()
+    for name in names:
+        (place / "corpus" / f"{name}.txt").write_text(topics[name][:size])
+
+
+@pytest.fixture
+def place(tmp_path):
+    write_texts(tmp_path)
+    return tmp_path
+
+
+def cells():
+    return [cell for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == "code"]
+
+
+def recipe(**params):
+    "Execute the notebook's cells with parameters, as papermill does; 0 if the run got to the end"
+    space = {}
+    for cell in cells():
+        exec(cell.source, space)
+        if "parameters" in cell.metadata.get("tags", []):
+            assert params.keys() <= space.keys()
+            space.update(params)
+    return dict(done=0, interrupted=130)[space["r"].status]
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)
+
+
+def equal(a, b):
+    "Whether two files hold the same weights, bit for bit"
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "A folder in which papermill has run the recipe without a stop"
+    place = tmp_path_factory.mktemp("whole")
+    write_texts(place)
+    papermill = str(Path(sys.executable).parent / "papermill")
+    given = [word for name, value in SMALL.items() for word in ("-p", name, str(value))]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
+    done = subprocess.run(
+        [papermill, str(NOTEBOOK), "report.ipynb", *given, "--no-progress-bar"],
+        cwd=place,
+        env=environ | dict(MPLBACKEND="agg", IPYTHONDIR=str(place / "ipython")),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+def steps_of(place):
+    return json.loads((place / "training_output/run.json").read_bytes())["step"]
+
+
+def test_names_and_defaults_are_the_guides():
+    (parameters,) = [cell for cell in cells() if "parameters" in cell.metadata.get("tags", [])]
+    found = {line.target.id: ast.literal_eval(line.value) for line in ast.parse(parameters.source).body}
+    assert {name: found[name] for name in DEFAULTS} == DEFAULTS
+    assert list(found)[: len(DEFAULTS)] == list(DEFAULTS)
+    assert found["stride"] == 1 and found["resume"] is False
+
+
+def test_the_guides_files(whole):
+    folder, steps = whole / "training_output", steps_of(whole)
+    assert {"vocab.json", "merges.txt"} <= {path.name for path in (folder / "tokenizer").iterdir()}
+    multiples = {f"checkpoint_step_{step}.pt" for step in range(15, steps + 1, 15)}
+    assert multiples and {path.name for path in folder.glob("*.pt")} == multiples | {"final_model.pt"}
+    shapes = [(300, 128), (768, 128), (768, 256), (768,), (768,), (300, 256), (300,)]
+    for path in folder.glob("*.pt"):
+        assert {name: tuple(w.shape) for name, w in weights(path).items()} == dict(zip(NAMES, shapes))
+
+
+def test_the_report(whole):
+    report = nbformat.read(whole / "report.ipynb", 4)
+    outputs = [output for cell in report.cells if cell.cell_type == "code" for output in cell.outputs]
+    text = "".join(output.get("text", "") for output in outputs)
+    assert "Loaded 3 files from corpus: " in text
+    assert "the same as trained: True" in text
+    assert f"training_output: done at step {steps_of(whole)} of {steps_of(whole)}" in text
+
+
+def test_a_loss_every_hundred_steps(place):
+    assert call(place, recipe, **SMALL | dict(stride=2, epochs=1, checkpoint_every=1000)) == 0, log(place)
+    logged = [r["step"] for r in records(place / "training_output/metrics.jsonl") if r["split"] == "train"]
+    assert logged == [*range(100, steps_of(place), 100), steps_of(place)] and len(logged) > 1
+
+
+def test_as_many_ids_as_asked_for_or_a_word(place):
+    assert call(place, recipe, **QUICK | dict(VOCAB_SIZE=5000)) == 0, log(place)
+    vocabulary = json.loads((place / "training_output/tokenizer/vocab.json").read_text())
+    assert f"the training text allows only {len(vocabulary)} of 5000 ids" in log(place)
+
+
+def test_more_epochs_are_added(place):
+    assert call(place, recipe, **QUICK) == 0, log(place)
+    assert call(place, recipe, **QUICK | dict(epochs=2, resume=True)) == 0, log(place)
+    assert "from here on epochs=2.0, until now 1.0" in log(place)
+    assert call(place, recipe, **QUICK | dict(epochs=2, SAVE_DIR="./at_once")) == 0, log(place)
+    assert equal(place / "training_output/final_model.pt", place / "at_once/final_model.pt")
+
+
+def test_an_earlier_run_is_not_written_over(place):
+    for seed in (0, 1):
+        assert call(place, recipe, **QUICK | dict(seed=seed)) == 0, log(place)
+    assert "the earlier run is now training_output-1" in log(place)
+    assert not equal(place / "training_output/final_model.pt", place / "training_output-1/final_model.pt")
+
+
+# The mistakes of the guide's system
+
+
+def test_mistake_tokenizer_where_the_guide_does_not_look(whole):
+    "It wrote tokenizer_vocab.json and tokenizer_merges.txt, in a format of its own, beside the folder that the guide names"
+    from tokenizers import ByteLevelBPETokenizer
+
+    folder = whole / "training_output/tokenizer"
+    theirs = ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    text = "A debugger steps through the source."
+    assert theirs.encode(text).ids == load_tokenizer(folder).encode(text).tolist()
+
+
+def test_mistake_no_resume(place, whole):
+    "Its checkpoints held weights only: nothing could go on from them"
+    params = SMALL | dict(checkpoint_every=10)
+    process = start(place, recipe, **params)
+    until(lambda: (place / "training_output/checkpoint_step_10.pt").exists(), process)
+    os.kill(process.pid, signal.SIGINT)
+    assert finish(process) == 130, log(place)
+    assert 10 <= steps_of(place) < steps_of(whole)
+    assert not (place / "training_output/final_model.pt").exists()
+    assert call(place, recipe, **params | dict(resume=True)) == 0, log(place)
+    assert call(place, recipe, **params | dict(SAVE_DIR="./at_once")) == 0, log(place)
+    a, b = place / "training_output", place / "at_once"
+    assert not differences(left_behind(a), left_behind(b))
+    assert sorted(p.name for p in a.glob("*.pt")) == sorted(p.name for p in b.glob("*.pt"))
+    assert all(equal(path, b / path.name) for path in a.glob("*.pt"))
+
+
+def test_mistake_nothing_loads_it(whole, tmp_path, monkeypatch):
+    "Nothing loaded or sampled its models; hidden sizes had to be guessed from shapes"
+    shutil.copytree(whole / "training_output", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    r = lmnotes.load("moved")
+    assert (r.config.arch, r.lm.cfg.d_hidden) == ("rnn", 256)
+    assert len(r.generate("The ", 20, seed=0)) > 10
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(CORPUS_PATH="./nowhere"), ["nowhere"]),
+        (dict(CORPUS_PATH="./bare"), ["bare: no .txt files"]),
+        (dict(CORPUS_PATH="./empty"), ["the train part of split='first90' is empty"]),
+        (dict(CORPUS_PATH="./short"), ["tokens, and ctx_len=16 needs at least 17; use a smaller ctx_len or more text"]),
+        (dict(VOCAB_SIZE=256), ["256", "257"]),
+    ],
+)
+def test_mistake_words_of_the_loader_instead_of_the_reason(place, change, words):
+    "An empty or a short corpus ended in an error of the data loader"
+    for name, text in dict(bare=None, empty="", short="Too short a text.").items():
+        (place / name).mkdir()
+        if text is not None:
+            (place / name / "a.txt").write_text(text)
+    assert call(place, recipe, **QUICK | change) == 1
+    last = log(place).splitlines()[-1]
+    assert all(word in last for word in words), log(place)
+    assert not (place / "training_output").exists()
+
+
+def test_mistake_tokenized_again_each_time(place):
+    "It tokenized the whole corpus twice, in Python, and again in each run"
+    for epochs in (1, 2):
+        assert call(place, recipe, **QUICK | dict(epochs=epochs)) == 0, log(place)
+    assert log(place).count("(prepared before)") == 2  # Both parts, in the second run
+
+
+def test_mistake_no_validation(whole):
+    losses = [r["bpb"] for r in records(whole / "training_output/metrics.jsonl") if r["split"] == "val"]
+    assert len(losses) > 5 and losses[-1] < losses[0]
+
+
+def test_mistake_another_model_each_time(whole, tmp_path):
+    "Files were read in whatever order the disk gave them, and nothing was seeded"
+    write_texts(tmp_path, names=("typesmapping", "formatstrings", "debugger"))
+    assert call(tmp_path, recipe, **SMALL) == 0, log(tmp_path)
+    assert equal(whole / "training_output/final_model.pt", tmp_path / "training_output/final_model.pt")
+
+
+def test_mistake_files_run_into_each_other(place, monkeypatch):
+    "No token marked where a file ends"
+    monkeypatch.chdir(place)
+    data = get_data(RunConfig(data="corpus", tokenizer="bpe:300"), say=None)
+    ids = data.tokens["train"].ids
+    assert int((ids == data.tokenizer.eot_id).sum()) >= 2
+    assert len(data.tokens["train"].doc_starts) == 3
+
+
+def test_mistake_each_token_seen_seq_len_times(place, whole):
+    "In one epoch, and no way to change that: a window began at every token"
+    assert call(place, recipe, **SMALL | dict(stride=16)) == 0, log(place)
+    assert abs(steps_of(whole) / steps_of(place) - 4) < 0.3
+
+
+def test_mistake_a_last_batch_of_odd_size(whole):
+    "Every step here has as many windows as the others; a batch may straddle two epochs"
+    record = json.loads((whole / "training_output/run.json").read_bytes())
+    assert record["tokens"] == record["step"] * SMALL["batch_size"] * SMALL["seq_len"]
