@@ -143,3 +143,23 @@ def test_the_comparison_is_sharp(place, what):
     seen = differences(whole, left_behind(place / "runs/again"))
     expected = dict(nothing=[], counters=["metrics"], metrics=["metrics"]).get(what, ["final weights", "metrics"])
     assert set(expected) <= set(seen) and bool(seen) == (what != "nothing"), seen
+
+
+ARCHITECTURES = {
+    "bigram": dict(model_args=""),
+    "rnn": dict(model_args="d_model=16 d_hidden=16 n_layers=2 dropout=0.1"),
+    "lstm": dict(arch="rnn", model_args="d_model=16 d_hidden=16 cell=lstm"),
+    "scratch_gpt": dict(model_args="d_model=16 n_layers=1 n_heads=2"),
+    "gpt2": dict(model_args="d_model=16 n_layers=1 n_heads=2 n_positions=16", init_from="random"),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_each_architecture(place, name):
+    "Stopped after a few steps, each time in a new process"
+    case = TINY | dict(arch=name, optimizer="adamw") | ARCHITECTURES[name]
+    whole = left_behind(begin(place, case))
+    begin(place, case, 3, run="chain")
+    for stop in (10, 17, 38):
+        go_on(place, stop, run="chain")
+    assert not differences(whole, left_behind(go_on(place, run="chain")))

@@ -1,0 +1,507 @@
+"""The one entry point of the merge guide: its three acceptance tests, and each known mistake of its system, which cannot happen here."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ROOT, call, log, state_hash
+
+from lmnotes import checkpoint
+from lmnotes.batches import Batch
+from lmnotes.core import CheckpointError
+from lmnotes.env import FIELDS, FUNCTIONS, TrainingConfig, load_config_fresh_from_env, run_params
+from lmnotes.lm import get_arch, new_lm
+from lmnotes.lora import LoRAConfig, add_lora
+from lmnotes.models.gpt2 import save_hf
+from lmnotes.runs import RunConfig, from_env, load, run
+from lmnotes.tokenizer import BPETokenizer
+from lmnotes.trainer import Trainer
+
+TINY = dict(
+    TRAINING_DATA_SOURCE="text.txt",
+    BATCH_SIZE="4",
+    BLOCK_SIZE="16",
+    N_EMBD="16",
+    N_HEAD="2",
+    N_LAYER="1",
+    EVAL_ITERS="2",
+    EVAL_INTERVAL="100",
+    MAX_NEW_TOKENS="20",
+    DEVICE="cpu",
+)
+GPT2 = {name: value for name, value in TINY.items() if not name.startswith("N_")}
+GPT2 |= dict(MODEL_TYPE="gpt2", GPT2_MODEL_NAME="tiny-gpt2")
+KEEP = dict(ENABLE_CHECKPOINTS="True")
+METHODS = "character", "gpt2", "custom_bpe"
+CASES = {f"from_scratch {method}": TINY | dict(TOKENIZATION_METHOD=method) for method in METHODS} | dict(gpt2=GPT2)
+CASES |= {f"{name} lora": case | dict(USE_LORA="True", LORA_RANK="4") for name, case in CASES.items()}
+
+
+def sentences(words, n=600, seed=0):
+    "Lines of words drawn at random"
+    draw = random.Random(seed)
+    return "".join(" ".join(draw.choices(words.split(), k=6)) + "\n" for _ in range(n))
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    "A text, another one with other characters, a small GPT-2 with random weights, and a small vocabulary in GPT-2's place"
+    folder = tmp_path_factory.mktemp("material")
+    (folder / "text.txt").write_text(sentences("wave salt tide foam harbour gull sea"))
+    (folder / "other.txt").write_text(sentences("Zürich MOSS fern oak bark owl clearing quartz", seed=1))
+    tokenizer = BPETokenizer.train([(folder / "text.txt").read_text()], 300)
+    torch.manual_seed(0)
+    lm = new_lm("gpt2", vocab_size=tokenizer.vocab_size, n_positions=32, ctx_len=32, d_model=16, n_layers=2, n_heads=2)
+    (folder / "tiny-gpt2").mkdir()
+    save_hf(lm, folder / "tiny-gpt2")
+    for place in (folder / "tiny-gpt2", folder / "data/gpt2"):
+        tokenizer.save(place)
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, material, monkeypatch):
+    "A folder to work in, with the material; it is the current one"
+    shutil.copytree(material, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LMNOTES_OUT_DIR", raising=False)
+    monkeypatch.delenv("LMNOTES_DATA", raising=False)
+    return tmp_path
+
+
+def enter(variables):
+    "The entry point, in a process of its own"
+    return dict(done=0, interrupted=130)[from_env(variables).status]
+
+
+def only_run(place):
+    "The folder of the one run there is"
+    (record,) = (place / "checkpoints").glob("*/run.json")
+    return record.parent
+
+
+def train_losses(folder):
+    "{step: loss} of the log"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
+
+
+def bits(folder):
+    "Weights and optimizer state at the end of a run, as hashes"
+    step = folder / (folder / "final").read_text().strip()
+    weights = [p for p in sorted(step.iterdir()) if p.suffix == ".safetensors"]
+    return [hashlib.sha256(p.read_bytes()).hexdigest() for p in weights] + [state_hash_without_reports(step)]
+
+
+def state_hash_without_reports(step):
+    "The optimizers' state; the counters know of one evaluation more where a session ended"
+    state = torch.load(step / "state.pt", weights_only=True)
+    torch.save(dict(optimizers=state["optimizers"], step=state["step"]), step.parent / "state.pt")
+    return state_hash(step.parent)
+
+
+def text_of(folder, pattern):
+    "The content of the one file of that name"
+    (path,) = folder.glob(pattern)
+    return path.read_text()
+
+
+# The guide's acceptance tests
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fresh_then_resumed(place, name):
+    "A fresh run of 200 steps; from its checkpoint 300 more, in a new process: the losses and the bits of 500 in one go"
+    case = CASES[name] | KEEP
+    assert call(place, enter, case | dict(TRAINING_STEPS="500")) == 0, log(place)
+    whole = only_run(place).rename(place / "whole")
+    shutil.rmtree(place / "logs")
+    assert call(place, enter, case | dict(TRAINING_STEPS="200", CHECKPOINT_INTERVAL="200")) == 0, log(place)
+    part = only_run(place)
+    assert json.loads((part / "run.json").read_text())["step"] == 200
+    (file,) = part.glob("checkpoint_*_step000200_*.pt")
+    assert all(isinstance(t, torch.Tensor) for t in torch.load(file, weights_only=True).values())
+    assert call(place, enter, case | dict(CHECKPOINT_PATH=str(file), RESUME_STEPS="300")) == 0, log(place)
+    record = json.loads((part / "run.json").read_text())
+    assert (record["status"], record["step"], record["config"]["steps"]) == ("done", 500, 500)
+    said = text_of(place / "logs", "resume_training_log_*.log").splitlines()
+    assert said[0].startswith("Resuming from step 200 - Training Log - Started at ")
+    reports = [line for line in said if re.match(r"step \d+/500", line)]
+    assert reports[0].startswith("step 200/500 (40.0%) | val loss") and reports[-1].startswith("step 500/500")
+    assert train_losses(part) == train_losses(whole) and len(train_losses(part)) == 20
+    assert bits(part) == bits(whole)
+    assert load(part).lm.lora is None or "lora" in name
+
+
+def test_a_fresh_gpt2_learns(place):
+    "200 steps: the loss falls from that of the weights it was given"
+    r = from_env(GPT2 | dict(TRAINING_STEPS="200", LEARNING_RATE="1e-2"))
+    losses = train_losses(r.folder)
+    assert (r.status, r.step) == ("done", 200) and losses[200] < losses[25] - 0.3
+    said = text_of(place / "logs", "training_log_tinygpt2_text_*.log")
+    assert said.startswith("Training Log - Started at ") and "done at step 200 of 200\nQUESTION: " in said
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_data_file_changed(place, method):
+    "Refused under the same name; under another it is a stage of its own, which keeps the tokenizer and says so"
+    case = TINY | KEEP | dict(TOKENIZATION_METHOD=method)
+    first = from_env(case | dict(TRAINING_STEPS="10"))
+    again = case | dict(CHECKPOINT_PATH=str(first.folder), RESUME_STEPS="10")
+    shutil.copy("other.txt", "text.txt")
+    with pytest.raises(CheckpointError, match="the data has changed: this run was trained on content"):
+        from_env(again)
+    assert load(first.folder).step == 10
+    second = from_env(again | dict(TRAINING_DATA_SOURCE="other.txt"))
+    assert (second.step, second.tokenizer.fingerprint) == (20, first.tokenizer.fingerprint)
+    assert second.info["data"]["fingerprint"] != first.info["data"]["fingerprint"]
+    said = "".join(p.read_text() for p in (place / "logs").glob("resume_*_other_*"))
+    assert "a new stage: from step 10 on the text is other.txt; the tokenizer stays" in said
+
+
+# What the guide's system got wrong, in the order of the list of its mistakes
+
+
+def test_mistake_01_frozen_layers_stop_the_gradient():
+    "Under adapters, the gradient of the first step reaches every layer and the embeddings"
+    torch.manual_seed(0)
+    lm = new_lm("scratch_gpt", vocab_size=40, ctx_len=16, d_model=16, n_layers=3, n_heads=2, dropout=0.0)
+    add_lora(lm, LoRAConfig(4, train="embed.* positions.* *norm*"))
+    w = torch.randint(40, (4, 17))
+    lm.loss(Batch(w[:, :-1], w[:, 1:]))["loss"].backward()
+    still = [n for n, p in lm.named_parameters() if p.requires_grad and not n.endswith("lora_A") and not p.grad.any()]
+    assert still == []
+    assert lm.embed.weight.grad.norm() > 1e-3
+
+
+def test_mistake_02_targets_are_shifted_twice(material):
+    "GPT-2's loss is the cross-entropy of the targets that it is given"
+    lm = get_arch("gpt2").pretrained(material / "tiny-gpt2", ctx_len=16).eval()
+    w = torch.randint(lm.cfg.vocab_size, (2, 17))
+    by_hand = F.cross_entropy(lm(w[:, :-1]).flatten(0, 1), w[:, 1:].flatten())
+    assert torch.allclose(lm.loss(Batch(w[:, :-1], w[:, 1:]))["loss"], by_hand, atol=1e-6)
+
+
+def test_mistake_03_adapters_are_not_in_the_configuration(place):
+    "A run with LORA_RANK=8 goes on without the variable; with another value it is refused"
+    r = from_env(TINY | KEEP | dict(TRAINING_STEPS="5", USE_LORA="True", LORA_RANK="8", LORA_ALPHA="8"))
+    go_on = TINY | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="5")
+    with pytest.raises(ValueError, match="LORA_RANK=4, but the checkpoint was trained with 8"):
+        from_env(go_on | dict(LORA_RANK="4"))
+    with pytest.raises(ValueError, match="LORA_DROPOUT=0.5, but the checkpoint was trained with 0.0"):
+        from_env(go_on | dict(LORA_DROPOUT="0.5"))
+    after = from_env(go_on)
+    assert (after.lm.lora.rank, after.lm.lora.alpha, after.config.lora_rank) == (8, 8.0, 8)
+
+
+def test_mistake_04_the_first_batches_come_again(place):
+    "60 + 40 steps are 100 steps"
+    whole = from_env(TINY | dict(TRAINING_STEPS="100"))
+    part = from_env(TINY | KEEP | dict(TRAINING_STEPS="60"))
+    part = from_env(TINY | dict(CHECKPOINT_PATH=str(part.folder), RESUME_STEPS="40"))
+    assert bits(part.folder) == bits(whole.folder)
+    assert part.result["last"]["loss"] == whole.result["last"]["loss"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_mistake_05_the_tokenizer_is_made_again_from_other_text(place, method):
+    "The run's own tokenizer encodes the new text, and the loaded run decodes with it"
+    r = from_env(TINY | KEEP | dict(TRAINING_STEPS="5", TOKENIZATION_METHOD=method))
+    new = dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="5", TRAINING_DATA_SOURCE="other.txt")
+    after = load(from_env(TINY | new).folder)
+    ids = r.tokenizer.encode("salt and tide\n")
+    assert after.tokenizer.encode("salt and tide\n").tolist() == ids.tolist()
+    assert after.tokenizer.decode(after.tokenizer.encode("wave\nfoam")) == "wave\nfoam"  # no spaces between pieces
+
+
+def test_mistake_06_checkpoints_only_at_evaluations(place):
+    r = from_env(TINY | KEEP | dict(TRAINING_STEPS="100", CHECKPOINT_INTERVAL="30", EVAL_INTERVAL="100"))
+    steps = sorted(int(re.search(r"step(\d+)", p.name)[1]) for p in r.folder.glob("checkpoint_*.pt"))
+    assert steps == [30, 60, 90, 100]
+    assert [int(p.name[5:]) for p in checkpoint.checkpoints(r.folder)] == [30, 60, 90, 100]
+
+
+def test_mistake_07_warming_up_is_an_error(place):
+    "GPT-2 with the default USE_LR_WARMUP=True: the rate rises over 50 steps, and stays"
+    r = from_env(GPT2 | dict(TRAINING_STEPS="75", LEARNING_RATE="1e-3"))
+    lr = {m["step"]: m["lr"] for m in r.metrics if m["split"] == "train"}
+    assert lr[25] == pytest.approx(0.5e-3) and lr[50] == lr[75] == 1e-3
+
+
+def test_mistake_08_the_new_rate_is_not_applied(place):
+    r = from_env(TINY | KEEP | dict(TRAINING_STEPS="25", LEARNING_RATE="1e-3"))
+    r = from_env(TINY | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="25", LEARNING_RATE="1e-5"))
+    assert [m["lr"] for m in r.metrics if m["split"] == "train"] == [1e-3, 1e-5]
+    assert r.config.lr == 1e-5
+
+
+def test_mistake_09_the_loss_at_the_beginning_is_that_at_the_end(place):
+    "The report begins with the loss of the checkpoint, on the checkpoint's own text"
+    r = from_env(TINY | KEEP | dict(TRAINING_STEPS="50", LEARNING_RATE="1e-2"))
+    before = next(m["loss"] for m in r.metrics if m["split"] == "val" and m["step"] == 50)
+    case = {name: value for name, value in TINY.items() if name != "TRAINING_DATA_SOURCE"}
+    r = from_env(case | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="50"))
+    after = next(m["loss"] for m in r.metrics if m["split"] == "val" and m["step"] == 100)
+    said = text_of(place / "logs", "resume_training_log_bigram_text_*.log")
+    assert f"val loss {before:.4f} at step 50, {after:.4f} at step 100: {after - before:+.4f}" in said
+    assert before - after > 0.05 and r.config.data == "text.txt"
+
+
+def test_mistake_10_sampling_with_dropout(place):
+    "The model is in eval mode afterwards, keeps no graph, and GENERATION_TOP_K=1 gives the likeliest tokens"
+    r = from_env(TINY | dict(TRAINING_STEPS="20", DROPOUT="0.5", GENERATION_TOP_K="1"))
+    assert not r.lm.training and all(p.grad is None for p in r.lm.parameters())
+    likeliest = r.generate("", 20, temperature=0)
+    assert likeliest in text_of(place / "logs", "training_log_*.log")
+
+
+def test_mistake_11_the_attention_scale_of_the_whole_width():
+    "Scores are divided by the root of a head's width"
+    lm = new_lm("scratch_gpt", vocab_size=9, ctx_len=8, d_model=16, n_layers=1, n_heads=4).eval()
+    a, x = lm.blocks[0].attn, torch.randn(1, 8, 16)
+    q, k, v = a.qkv(x).view(1, 8, 3, 4, 4).permute(2, 0, 3, 1, 4)
+    scores = (q @ k.mT / 4**0.5).masked_fill(torch.ones(8, 8).triu(1).bool(), -torch.inf)
+    y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(1, 8, 16)
+    assert torch.allclose(a(x, lambda k, v: (k, v)), a.out(y), atol=1e-6)
+
+
+def test_mistake_12_no_best_checkpoint_and_noisy_figures(place):
+    "The same batches at every evaluation, and the best model is kept, also without ENABLE_CHECKPOINTS"
+    r = from_env(TINY | dict(TRAINING_STEPS="60", EVAL_INTERVAL="20", LEARNING_RATE="3e-3"))
+    figures = {m["step"]: m for m in r.metrics if m["split"] == "val"}
+    assert len({m["tokens"] for step, m in figures.items() if 0 < step < 60}) == 1
+    assert load(r.folder, "best").step == r.result["best_step"]
+
+
+@pytest.mark.parametrize("method", ["character", "custom_bpe"])
+def test_mistake_13_the_tokenizer_learns_validation_text(place, method):
+    Path("text.txt").write_text(sentences("wave salt tide") + sentences("quartz", n=20))
+    r = from_env(TINY | dict(TRAINING_STEPS="2", TOKENIZATION_METHOD=method))
+    known = [r.tokenizer.decode([i]) for i in range(r.tokenizer.vocab_size) if i != r.tokenizer.unk_id]
+    assert not any("qu" in token for token in known) and ("q" in known) == (method == "custom_bpe")
+
+
+def test_mistake_14_an_empty_path_counts_as_one(place):
+    r = from_env(TINY | dict(TRAINING_STEPS="2", CHECKPOINT_PATH=""))
+    assert (r.status, r.step) == ("done", 2)
+
+
+def test_mistake_15_the_total_is_lost(place):
+    r = from_env(TINY | KEEP | dict(TRAINING_STEPS="20"))
+    r = from_env(TINY | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="10"))
+    names = [p.name for p in (place / "outputs").iterdir()]
+    assert r.config.steps == 30 and sorted(re.search(r"_(\d+)_test=false", n)[1] for n in names) == ["20", "30"]
+
+
+@pytest.mark.parametrize("output", ["True", "false"])
+def test_mistake_16_the_log_grows_with_its_square(place, output):
+    "Each line is there once, also when no output file is asked for"
+    case = dict(TRAINING_STEPS="100", CHECKPOINT_INTERVAL="10", ENABLE_OUTPUT_TO_FILE=output)
+    from_env(TINY | KEEP | case)
+    said = text_of(place / "logs", "training_log_*.log")
+    lines = said.splitlines()
+    assert [said.count(f"step {n}/100 | loss") for n in (25, 50, 75, 100)] == [1] * 4
+    assert (place / "outputs").exists() == (output == "True")
+    if output == "True":
+        said = text_of(place / "outputs", "*.txt")
+        assert said.startswith("HYPERPARAMETERS\n================\nmodel_type = from_scratch\n")
+        assert f"\n\nOUTPUT\n======\n{lines[0]}\n" in said and lines[-1] in said
+
+
+@pytest.mark.parametrize("lora", ["False", "True"])
+def test_mistake_17_gpt2_is_fetched_again_on_resume(place, lora):
+    "The folder with its weights is gone; the run has all that it needs"
+    case = GPT2 | dict(USE_LORA=lora, LORA_RANK="4")
+    r = from_env(case | KEEP | dict(TRAINING_STEPS="5"))
+    shutil.rmtree(place / "tiny-gpt2")
+    assert from_env(case | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="5")).step == 10
+
+
+def test_mistake_18_a_validation_text_shorter_than_a_window(place):
+    Path("text.txt").write_text(sentences("wave salt tide", n=10)[:200])
+    r = from_env(TINY | dict(TRAINING_STEPS="3", BLOCK_SIZE="64"))
+    assert r.result["last"]["tokens"] == 19
+
+
+def test_mistake_19_errors_of_saving_are_swallowed(place, monkeypatch):
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    with pytest.raises(CheckpointError, match="could not be written"):
+        from_env(TINY | dict(TRAINING_STEPS="3"))
+
+
+# Where a run goes on
+
+
+def test_an_older_checkpoint_becomes_a_new_run(place):
+    "The run stays as it is; the new one ends in the same bits"
+    r = from_env(TINY | KEEP | dict(TRAINING_STEPS="100", CHECKPOINT_INTERVAL="50"))
+    before = bits(r.folder)
+    step = r.folder / "step_00000050"
+    other = from_env(TINY | dict(CHECKPOINT_PATH=str(step), RESUME_STEPS="50"))
+    assert other.folder != r.folder and other.folder.parent == r.folder.parent
+    assert bits(other.folder) == bits(r.folder) == before
+
+
+def test_another_checkpoint_dir_becomes_a_new_run_there(place):
+    r = from_env(TINY | KEEP | dict(TRAINING_STEPS="20"))
+    other = from_env(TINY | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="5", CHECKPOINT_DIR="elsewhere"))
+    assert other.folder.parent == place / "elsewhere" and (other.step, load(r.folder).step) == (25, 20)
+
+
+def test_a_run_made_without_variables(place):
+    "Trained by `run` with its own defaults, taken further by the entry point: nothing changes but the steps"
+    shape = dict(
+        model_args="d_model=16 n_heads=2 n_layers=1", ctx_len=16, batch_size=4, device="cpu", out_dir="checkpoints"
+    )
+    case = dict(arch="scratch_gpt", data="text.txt", tokenizer="bytes", schedule="constant", **shape)
+    whole, part = run(steps=20, run="whole", **case), run(steps=10, run="part", **case)
+    part = from_env(dict(CHECKPOINT_PATH=str(part.folder), RESUME_STEPS="10", MAX_NEW_TOKENS="5"))
+    assert (part.folder.name, part.config.allow_change) == ("part", "steps")
+    assert bits(part.folder) == bits(whole.folder)
+
+
+def test_two_runs_in_one_second_do_not_collide(place):
+    a, b = (from_env(TINY | dict(TRAINING_STEPS="2")) for _ in range(2))
+    assert a.folder != b.folder and (load(a.folder).step, load(b.folder).step) == (2, 2)
+
+
+def test_what_cannot_be_gone_on_with(place):
+    r = from_env(TINY | KEEP | dict(TRAINING_STEPS="4"))
+    with pytest.raises(CheckpointError, match="CHECKPOINT_PATH=nowhere: there is no such run"):
+        from_env(TINY | dict(CHECKPOINT_PATH="nowhere"))
+    with pytest.raises(CheckpointError, match="there is no run.json in"):
+        from_env(TINY | dict(CHECKPOINT_PATH="text.txt"))
+    (file,) = r.folder.glob("checkpoint_*.pt")
+    shutil.move(r.folder / "step_00000004", r.folder / "step_00000002")
+    with pytest.raises(
+        CheckpointError, match="step_00000004, with the optimizer's state, is not there; there are step_0"
+    ):
+        from_env(TINY | dict(CHECKPOINT_PATH=str(file)))
+    with pytest.raises(ValueError, match="MODEL_TYPE=gpt2, but the checkpoint was trained with from_scratch"):
+        from_env(TINY | dict(CHECKPOINT_PATH=str(r.folder / "step_00000002"), MODEL_TYPE="gpt2"))
+
+
+def test_stopped_by_a_signal(place, monkeypatch):
+    "Also without ENABLE_CHECKPOINTS the run is saved, and goes on to the same bits"
+    whole = from_env(TINY | dict(TRAINING_STEPS="50"))
+    as_it_is = Trainer.one_step
+
+    def one_step(trainer):
+        as_it_is(trainer)
+        if trainer.step == 17:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "one_step", one_step)
+    part = from_env(TINY | dict(TRAINING_STEPS="50"))
+    assert (part.status, part.step) == ("interrupted", 17)
+    part = from_env(TINY | dict(CHECKPOINT_PATH=part.folder.name, RESUME_STEPS="33"))
+    assert bits(part.folder) == bits(whole.folder) and train_losses(part.folder) == train_losses(whole.folder)
+
+
+# The ways in
+
+
+def environ(place, **variables):
+    "The process's environment with the guide's variables in it, and none of ours"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
+    return clean | dict(OMP_NUM_THREADS="1", IPYTHONDIR=str(place / "ipython"), MPLBACKEND="agg") | TINY | variables
+
+
+def shell(place, *words, **variables):
+    "Run a program of this environment; all that it says"
+    program = str(Path(sys.executable).parent / words[0])
+    said = subprocess.run(
+        [program, *map(str, words[1:])], cwd=place, env=environ(place, **variables), capture_output=True, text=True
+    )
+    return said.returncode, said.stdout + said.stderr
+
+
+def test_the_notebook_under_papermill(place):
+    "Variables from the environment, then parameters over them: fresh, and resumed"
+    notebook = ROOT / "nbs/recipes/fresh_or_resume.ipynb"
+    code, said = shell(place, "papermill", notebook, "fresh.ipynb", TRAINING_STEPS="25", ENABLE_CHECKPOINTS="true")
+    assert code == 0, said
+    words = "-p", "CHECKPOINT_PATH", only_run(place), "-p", "RESUME_STEPS", 25
+    code, said = shell(place, "papermill", notebook, "resumed.ipynb", *words, RESUME_STEPS="9")
+    assert code == 0, said
+    assert load(only_run(place)).step == 50
+    cells = nbformat.read(place / "resumed.ipynb", 4).cells
+    shown = "".join(out.get("text", "") for cell in cells if cell.cell_type == "code" for out in cell.outputs)
+    assert shown.startswith("Resuming from step 25 - Training Log - Started at ") and "done at step 50 of 50" in shown
+
+
+def test_the_command(place):
+    code, said = shell(place, "lmnotes", "from-env", TRAINING_STEPS="3")
+    assert code == 0 and only_run(place).name in said, said
+    code, said = shell(place, "lmnotes", "from-env", USE_LORA="yes")
+    assert (code, said) == (2, "lmnotes: USE_LORA='yes': True or False is needed; mend it, or unset USE_LORA\n")
+
+
+# The tables
+
+
+def test_the_fields_are_complete_and_right():
+    "All of the guide's 22 fields, each with a variable, and a parameter that exists"
+    own = [f.name for f in fields(TrainingConfig)]
+    assert [row["field"] for row in FIELDS] == own[:22]
+    assert (
+        own[:22]
+        == (
+            "model_type use_lora training_data_source batch_size block_size training_steps start_step learning_rate "
+            "n_embd n_head n_layer dropout gpt2_model_name tokenization_method custom_vocab_size "
+            "enable_checkpoints checkpoint_interval checkpoint_dir log_dir enable_output_to_file output_dir test_mode"
+        ).split()
+    )
+    parameters = {f.name for f in fields(RunConfig)}
+    assert all(row["parameter"] in parameters | {""} and (row["parameter"] or row["note"]) for row in FIELDS)
+
+
+CHANGES = dict(
+    model_type=dict(MODEL_TYPE="gpt2"),
+    use_lora=dict(USE_LORA="True"),
+    training_data_source=dict(TRAINING_DATA_SOURCE="other.txt"),
+    batch_size=dict(BATCH_SIZE="7"),
+    block_size=dict(BLOCK_SIZE="7"),
+    training_steps=dict(TRAINING_STEPS="7"),
+    learning_rate=dict(LEARNING_RATE="0.5"),
+    n_embd=dict(N_EMBD="8"),
+    n_head=dict(N_HEAD="1"),
+    n_layer=dict(N_LAYER="7"),
+    dropout=dict(DROPOUT="0.5"),
+    gpt2_model_name=dict(MODEL_TYPE="gpt2", GPT2_MODEL_NAME="gpt2-xl"),
+    tokenization_method=dict(TOKENIZATION_METHOD="gpt2"),
+    custom_vocab_size=dict(TOKENIZATION_METHOD="custom_bpe", CUSTOM_VOCAB_SIZE="700"),
+    enable_checkpoints=dict(ENABLE_CHECKPOINTS="TRUE"),
+    checkpoint_interval=dict(ENABLE_CHECKPOINTS="True", CHECKPOINT_INTERVAL="7"),
+    checkpoint_dir=dict(CHECKPOINT_DIR="elsewhere"),
+)
+
+
+@pytest.mark.parametrize("row", [row for row in FIELDS if row["field"] in CHANGES], ids=lambda row: row["field"])
+def test_every_variable_has_its_effect(row):
+    "Another value of the variable is another value of the field and of the parameter in the table"
+    a, b = load_config_fresh_from_env({}), load_config_fresh_from_env(CHANGES[row["field"]])
+    assert vars(a)[row["field"]] != vars(b)[row["field"]]
+    assert run_params(a).get(row["parameter"]) != run_params(b).get(row["parameter"])
+
+
+def test_the_functions_exist():
+    for row in FUNCTIONS:
+        module, name = row["here"].split(".")
+        assert name in vars(import_module(f"lmnotes.{module}")), row
