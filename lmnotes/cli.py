@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'Train', 'Prepare', 'Generate', 'Evaluate', 'FromEnv', 'main', 'command']
 
-# %% ../nbs/51_cli.ipynb #3f314b15
+# %% ../nbs/51_cli.ipynb #e9c5ef90
 import os
 import sys
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ import torch
 from .core import *
 from .evaluation import *
 from .runs import *
+from .setup import *
 from .trainer import process_rank
 
 # %% ../nbs/51_cli.ipynb #4f0baf38

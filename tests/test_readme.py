@@ -21,6 +21,7 @@ EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     shutil.copy(ROOT / "settings.ini", folder)
+    shutil.copy(ROOT / "README.md", folder)
     (folder / "nbs").mkdir()
     shutil.copy(ROOT / "nbs/train.ipynb", folder / "nbs")
     return folder
