@@ -263,7 +263,7 @@ def law_no_leak(m, batch):
             assert mode or not dead, f"{where} does not move the prediction at {dead[:1]}, which it should"
     m.eval()
 
-# %% ../nbs/20_lm.ipynb #a2996cce
+# %% ../nbs/20_lm.ipynb #9c3cdcbc
 @torch.no_grad()
 def law_step(m, batch):
     "`step` by `step`, and in chunks, equals `forward`"
@@ -276,6 +276,17 @@ def law_step(m, batch):
             at += k
             far = (logits - full[:, at - 1]).abs().max().item()
             assert far < 1e-4, f"step and forward differ by {far:.1e} at position {at - 1} (chunks of {sizes[0]}, {k})"
+    x = torch.cat([x, x[:, :5]], 1)  # Past `ctx_len` there is no `forward` to compare with, but chunks must not matter
+    ends = [_last_logits(m, x, sizes) for sizes in ([1] * (T + 5), [T + 3, 1, 1], [T - 2, 4, 1, 2])]
+    far = max((end - ends[0]).abs().max().item() for end in ends)
+    assert far < 1e-4, f"beyond ctx_len, chunks of other sizes change what comes next by {far:.1e}"
+
+
+def _last_logits(m, x, sizes):
+    state = None
+    for chunk in x.split(sizes, 1):
+        logits, state = m.step(chunk, state)
+    return logits
 
 
 @torch.no_grad()

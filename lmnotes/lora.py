@@ -32,7 +32,7 @@ class LoRAConfig:
     targets: str = ""  # Names or patterns of linear layers, such as "qkv blocks.0.*"; empty: all there are
     train: str = ""  # Names or patterns of other parameters that are trained as well, such as "embed.* norm*"
 
-# %% ../nbs/22_lora.ipynb #be30eb92
+# %% ../nbs/22_lora.ipynb #146039e5
 class LoRALinear(nn.Module):
     "A linear layer that is kept still, and a correction of low rank: (…,in) -> (…,out)"
 
@@ -44,7 +44,8 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(base.weight.new_empty(rank, n_in))
         self.lora_B = nn.Parameter(base.weight.new_zeros(n_out, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
-        self.merged, self._cast, self._cast_of = None, None, None
+        self.register_buffer("merged", None, persistent=False)
+        self._casts = {}
 
     def forward(self, x):
         if self.merged is not None:
@@ -54,17 +55,22 @@ class LoRALinear(nn.Module):
         return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), self.lora_B.t(), alpha=self.scale).view(y.shape)
 
     def _frozen(self, x):
-        "(out,in) weight and bias in the dtype of the product, cast once"
-        kind, w = x.device.type, self.weight
+        "(out,in) weight and bias in the dtype of the product; what is kept still is cast once"
+        kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        tensors = [w.t() if self.transposed else w, self.bias]
-        if dtype == w.dtype or w.requires_grad:
-            return tensors
-        key = dtype, w.data_ptr(), w._version
-        if self._cast_of != key:
-            self._cast = [t if t is None else t.detach().to(dtype) for t in tensors]
-            self._cast_of = key
-        return self._cast
+        weight, bias = self._cast("weight", dtype), self._cast("bias", dtype)
+        return weight.t() if self.transposed else weight, bias
+
+    def _cast(self, name, dtype):
+        "Changes in place are seen, those behind torch's back (`.data`) are not"
+        t = getattr(self, name)
+        if t is None or t.dtype == dtype or t.requires_grad or t.is_inference():
+            return t
+        key = dtype, t.data_ptr(), t._version
+        if self._casts.get(name, (None,))[0] != key:
+            with torch.inference_mode(False), torch.no_grad():  # What is kept here serves training too
+                self._casts[name] = key, t.to(dtype)
+        return self._casts[name][1]
 
     @torch.no_grad()
     def merged_weight(self):
@@ -77,7 +83,7 @@ class LoRALinear(nn.Module):
         self.merged = None if mode else self.merged
         return super().train(mode)
 
-# %% ../nbs/22_lora.ipynb #846df554
+# %% ../nbs/22_lora.ipynb #83843e36
 def _kinds():
     "The classes of linear layers; transformers' own can only be in a model if transformers is loaded"
     loaded = sys.modules.get("transformers.pytorch_utils")
@@ -120,7 +126,7 @@ def add_lora(
     if not layers:
         raise ValueError(f"arch={lm.arch!r} has no linear layer to adapt")
     lm.requires_grad_(False)
-    for name in _matching(cfg.targets or "*", list(layers), "lora_targets"):
+    for name in _matching(cfg.targets.strip() or "*", list(layers), "lora_targets"):
         _replace(lm, name, LoRALinear(layers[name], cfg.rank, cfg.alpha or 2 * cfg.rank, cfg.dropout))
     for name in _beside(lm, cfg.train):
         lm.get_parameter(name).requires_grad_()
@@ -132,7 +138,7 @@ def _beside(lm, patterns):
     "Names of the parameters that are trained beside the corrections"
     return _matching(patterns, [n for n, _ in lm.named_parameters() if "lora_" not in n], "lora_train")
 
-# %% ../nbs/22_lora.ipynb #7574dfd9
+# %% ../nbs/22_lora.ipynb #75560278
 def merge(lm):
     "Use sums of weights and corrections from now on, until `unmerge` or training; the model"
     for layer in lora_layers(lm.eval()).values():
@@ -152,23 +158,21 @@ def to_plain(lm):
     plain = deepcopy(lm)
     named = dict(lm.named_parameters(remove_duplicate=False))
     for name, layer in lora_layers(lm).items():
-        new = nn.Linear(*layer.merged_weight().shape[::-1], bias=layer.bias is not None)
-        new.weight = nn.Parameter(layer.merged_weight())
-        if layer.transposed:
-            new = _transposed(new)
-        new.bias = deepcopy(layer.bias)
-        _replace(plain, name, new)
+        _replace(plain, name, _plain_layer(layer))
         if sum(p is layer.weight for p in named.values()) > 1:
             plain.cfg = replace(plain.cfg, tie=False)
     plain.lora = None
     return plain.requires_grad_(True)
 
 
-def _transposed(layer):
-    "An `nn.Linear` as transformers' Conv1D"
-    conv = _kinds()[1](*layer.weight.shape)
-    conv.weight = nn.Parameter(layer.weight.detach().t().contiguous())
-    return conv
+def _plain_layer(layer):
+    "An `nn.Linear`, or transformers' Conv1D, with the correction added to its weight"
+    weight = layer.merged_weight()
+    with torch.device("meta"):
+        new = _kinds()[1](*weight.shape) if layer.transposed else nn.Linear(*weight.shape[::-1])
+    new.weight = nn.Parameter(weight.t().contiguous() if layer.transposed else weight)
+    new.bias = deepcopy(layer.bias)
+    return new
 
 # %% ../nbs/22_lora.ipynb #a31d6a13
 ADAPTER_FILES = "adapter_config.json", "adapter_model.safetensors"
@@ -206,7 +210,7 @@ def save_adapter(lm, folder):
     for name, data in adapter_files(lm).items():
         write_atomic(Path(folder) / name, data)
 
-# %% ../nbs/22_lora.ipynb #d3df3e59
+# %% ../nbs/22_lora.ipynb #db99e07e
 def read_adapter(folder):  # Holds `ADAPTER_FILES`
     "({our name: tensor}, adapter_config.json) of an adapter"
     from safetensors.torch import load_file
@@ -243,21 +247,20 @@ def load_adapter(
     cfg = dict(rank=about["r"], alpha=float(about["lora_alpha"]), dropout=float(about.get("lora_dropout", 0)))
     beside = [n for n in mine if ".lora_" not in n]
     _check_fits(lm, layers, beside, bases, folder)
+    _check_shapes(lm, layers, mine, cfg["rank"], folder)
     add_lora(lm, LoRAConfig(**cfg, targets=" ".join(layers), train=" ".join(beside)))
     have = lm.state_dict()
     for name, t in mine.items():
-        if have[name].shape != t.shape:
-            raise CheckpointError(
-                f"{folder}: {name} is {tuple(t.shape)}, and this model needs {tuple(have[name].shape)}"
-            )
         have[name].copy_(t)
     return lm
 
 
 def _check_arithmetic(about, folder):
     "Refuse what peft computes and we do not"
-    if about.get("peft_type") != "LORA":
-        raise CheckpointError(f"{folder}: an adapter of kind {about.get('peft_type')}; only LORA can be loaded")
+    if about.get("peft_type") != "LORA" or not {"r", "lora_alpha"} <= set(about):
+        raise CheckpointError(
+            f"{Path(folder) / ADAPTER_FILES[0]}: needed are peft_type LORA, r and lora_alpha; there are {sorted(about)}"
+        )
     for name in ("use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "alora_invocation_tokens"):
         if about.get(name):
             raise CheckpointError(
@@ -267,6 +270,19 @@ def _check_arithmetic(about, folder):
         raise CheckpointError(
             f"{folder}: bias={about['bias']!r} is not supported; name trained biases in modules_to_save"
         )
+
+
+def _check_shapes(lm, layers, tensors, rank, folder):
+    "Raise unless every layer has both its matrices, and every tensor the shape that the model needs"
+    need = {n: tuple(t.shape) for n, t in lm.state_dict().items() if n in tensors}
+    for name in layers:
+        module = lm.get_submodule(name)
+        n_out, n_in = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
+        need |= {f"{name}.lora_A": (rank, n_in), f"{name}.lora_B": (n_out, rank)}
+    for name, shape in need.items():
+        if name not in tensors or tuple(tensors[name].shape) != shape:
+            found = tuple(tensors[name].shape) if name in tensors else "not there"
+            raise CheckpointError(f"{Path(folder) / ADAPTER_FILES[1]}: {name} is {found}, and this model needs {shape}")
 
 
 def _check_fits(lm, layers, beside, bases, folder):

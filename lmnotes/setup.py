@@ -196,7 +196,7 @@ def _first90(whole):
     ids = dict(train=whole.ids[:cut], val=whole.ids[cut:])
     return {part: Tokens(ids[part], whole.vocab_size, whole.path, whole.tokenizer) for part in ids}
 
-# %% ../nbs/46_setup.ipynb #c204688e
+# %% ../nbs/46_setup.ipynb #bf007ad1
 def runs_folder(out_dir=""):
     "Where runs are: `out_dir`, else `$LMNOTES_OUT_DIR`, else `checkpoints/` in the project"
     out_dir = out_dir or os.environ.get("LMNOTES_OUT_DIR")
@@ -218,8 +218,12 @@ def _beginning(cfg):
         return "published", folder
     if source in published:
         return "published", source
-    ours = cfg.init_from not in ("", "random")
-    return ("ours", next((p for p in tried if p.exists()), Path(source))) if ours else ("", "")
+    if cfg.init_from in ("", "random"):
+        return "", ""
+    if ours := next((p for p in tried if p.exists()), None):
+        return "ours", ours
+    known = f"the published weights are {', '.join(published)}" if published else "give the path of one"
+    raise CheckpointError(f"init_from={source!r}: there is no such run, checkpoint or file; {known}")
 
 
 def _its_tokenizer(cfg):
@@ -227,8 +231,15 @@ def _its_tokenizer(cfg):
     kind, source = _beginning(cfg)
     if kind == "published" and not isinstance(source, Path):
         return get_tokenizer(get_arch(cfg.arch).tokenizer, None, cfg.data_dir)
-    folders = [source, source / "tokenizer", source.parent / "tokenizer"] if kind else []
+    runs = (
+        [p / "tokenizer" for p in (source, *source.parents[:2]) if (p / "run.json").exists()] if kind == "ours" else []
+    )
+    folders = runs or ([source] if kind else [])
     found = next((f for f in folders if (f / "tokenizer.json").exists() or (f / "vocab.json").exists()), None)
+    if kind == "published" and not found and cfg.tokenizer == RunConfig.tokenizer:
+        raise TokenizerError(
+            f"{source}: there is no tokenizer beside these weights; put vocab.json and merges.txt there, or say tokenizer="
+        )
     return load_tokenizer(found) if found else None
 
 
@@ -237,9 +248,10 @@ def _first_model(cfg, vocab_size):
     args = {"vocab_size": vocab_size, "ctx_len": cfg.ctx_len, **parse_model_args(cfg.arch, cfg.model_args)}
     kind, source = _beginning(cfg)
     if kind == "published":
-        if not cfg.lr and not cfg.lora_rank:
+        if not cfg.lr:
+            usual = "2e-4 (adapters)" if cfg.lora_rank else "2e-5"
             print(
-                f"lr={peak_lr(cfg)} is for training from the start; weights like these go on with about 2e-5 and adamw"
+                f"lr={peak_lr(cfg)} is for training from the start; weights like these go on with about {usual} and adamw"
             )
         return get_arch(cfg.arch).pretrained(source, **args)
     lm = new_lm(cfg.arch, cfg.preset, **args)
@@ -290,7 +302,7 @@ def _merge(info, cfg, origins):
     }
     return RunConfig(**{**saved, **given, "allow_change": cfg.allow_change, "resume": True}), origins
 
-# %% ../nbs/46_setup.ipynb #f6d33823
+# %% ../nbs/46_setup.ipynb #0d12215e
 def _check(cfg, world):
     "Raise unless the numbers make sense, and fit together"
     for name in ("batch_size", "ctx_len", "steps", "accum", "procs"):
@@ -305,9 +317,16 @@ def _check(cfg, world):
             f"batch_size={cfg.batch_size} does not divide into accum={cfg.accum} pieces on {world} processes; "
             f"the next that does is {-(-cfg.batch_size // rows) * rows}"
         )
+    default = RunConfig()
+    if idle := [
+        n for n in IDENTITY if n.startswith("lora_") and not cfg.lora_rank and vars(cfg)[n] != vars(default)[n]
+    ]:
+        raise ValueError(
+            f"{idle[0]}={vars(cfg)[idle[0]]!r} says how to adapt a model, and lora_rank=0 that it is not; give lora_rank too"
+        )
     check_optim(cfg)
 
-# %% ../nbs/46_setup.ipynb #17558e65
+# %% ../nbs/46_setup.ipynb #8edab761
 class Setup:
     "What a run needs, made from its configuration"
 
@@ -317,6 +336,9 @@ class Setup:
             self.info, self.step_folder = first_rank_first(lambda: _open_for_resume(folder))
             cfg, origins = _merge(self.info, cfg, origins)
         _check(cfg, process_rank()[1])
+        lm_config(
+            cfg.arch, cfg.preset, **parse_model_args(cfg.arch, cfg.model_args)
+        )  # Names that are wrong are found first
         self.cfg, self.origins = cfg, origins
         set_deterministic(device)
         cfg.dtype, why = agree_on(pick_dtype(device, cfg.dtype))
@@ -332,6 +354,10 @@ class Setup:
         self.lm = _new_model(cfg, self.data.tokenizer, self.step_folder)
         if self.step_folder:
             _same_model(self.lm, self.info, self.step_folder)
+            if cfg.steps < (done := int(self.step_folder.name[5:])):
+                raise ValueError(
+                    f"steps={cfg.steps}, and this run is at step {done} already; give more, or fork an older step"
+                )
 
     def _data(self, say):
         "Tokens and tokenizer; those of a resumed run must be what they were"

@@ -53,7 +53,7 @@ def process_rank():
     "(rank, world size) of this process; (0, 1) outside torchrun"
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-# %% ../nbs/31_trainer.ipynb #20de838c
+# %% ../nbs/31_trainer.ipynb #1ca65dfe
 class Hook:
     "Looks on; override what you need"
 
@@ -74,6 +74,7 @@ class Hook:
         trainer.counters[self.key] = trainer.step
 
     key = ""  # Its name in the counters; the trainer numbers hooks of one class
+    files = ()  # Patterns of the files that it writes into the run's folder, beside those of every run
 
 # %% ../nbs/31_trainer.ipynb #de408f8b
 def autocast(device, dtype):

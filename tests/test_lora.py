@@ -7,13 +7,15 @@ import warnings
 import pytest
 import torch
 from helpers import TINY, call, differences, left_behind, log, train, write_corpus
+from safetensors.torch import load_file, save_file
 
 from lmnotes.batches import Batch
-from lmnotes.checkpoint import checkpoints, load_lm, read_state, weights_of
+from lmnotes.checkpoint import SaveWeights, checkpoints, load_lm, load_weights, read_state, weights_of
 from lmnotes.core import CheckpointError
 from lmnotes.lm import n_params, new_lm
 from lmnotes.lora import LoRAConfig, add_lora, load_adapter, lora_layers, merge, save_adapter, to_plain, unmerge
 from lmnotes.models.gpt2 import to_hf
+from lmnotes.runs import fork, load, run
 
 GPT2 = dict(vocab_size=23, n_positions=16, ctx_len=16, d_model=16, n_layers=2, n_heads=2, dropout=0.0)
 GPT = dict(vocab_size=23, ctx_len=16, d_model=16, n_layers=2, n_heads=2, dropout=0.0)
@@ -228,3 +230,121 @@ def test_freezing_leaves_the_base_still(based):
     state = read_state(checkpoints(based / "runs/frozen")[-1])
     names = {n for o in state["optimizers"] for g in o["param_groups"] for n in g["param_names"]}
     assert names and all("lora_" in n and not n.startswith("head") for n in names)
+
+
+def test_biases_trained_beside_learn_in_bfloat16():
+    "Only what is kept still may come from the kept cast"
+    lm = model(rank=2, train="c_fc.bias")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = lm.train().loss(Batch(IDS[:, :-1], IDS[:, 1:]))["loss"]
+    loss.backward()
+    assert lm.transformer.h[0].mlp.c_fc.bias.grad.norm() > 0
+    assert lm.transformer.h[0].mlp.c_fc.weight.grad is None
+
+
+def test_a_changed_weight_is_cast_again():
+    lm = model(rank=2)
+    layer = lm.transformer.h[0].mlp.c_fc
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        before = lm(IDS)
+    with torch.no_grad():
+        layer.bias += 5
+    with torch.autocast("cpu", torch.bfloat16):
+        after = lm(IDS)
+        lm.train().loss(Batch(IDS[:, :-1], IDS[:, 1:]))["loss"].backward()  # The cast made above serves training
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("damage", ["no lora_B", "no rank", "shape"])
+def test_half_an_adapter_is_refused_and_changes_nothing(tmp_path, damage):
+    save_adapter(model(rank=2), tmp_path)
+    tensors, path = load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_config.json"
+    name = next(n for n in tensors if "lora_B" in n)
+    if damage == "no lora_B":
+        del tensors[name]
+    elif damage == "shape":
+        tensors[name] = tensors[name][:-1].contiguous()
+    else:
+        about = json.loads(path.read_text())
+        del about["r"]
+        path.write_text(json.dumps(about))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    lm = model()
+    with pytest.raises(CheckpointError, match="needs|needed"):
+        load_adapter(lm, tmp_path)
+    assert lm.lora is None and not lora_layers(lm)
+
+
+def test_a_merged_model_can_be_cast():
+    lm = merge(model(rank=2))
+    torch.testing.assert_close(lm.to(torch.bfloat16)(IDS).float(), model(rank=2)(IDS), atol=0.3, rtol=0.1)
+
+
+def test_two_tensors_for_one_are_refused():
+    "A head that was adapted has left the embedding it was tied to"
+    with pytest.raises(CheckpointError, match="tie=False"):
+        load_weights(model(), to_plain(model(rank=2, targets="lm_head")).state_dict())
+
+
+def test_adapting_without_a_rank_is_refused(based):
+    assert call(based, train, **TINY | dict(run="idle", lora_targets="qkv")) == 1
+    assert "give lora_rank too" in log(based)
+    assert not (based / "runs/idle").exists()
+
+
+def test_a_beginning_that_came_to_nothing(tmp_path, based):
+    "Killed before the first checkpoint, and what it began with has changed since: it begins again with what is there now"
+    shutil.copytree(based / "corpus", tmp_path / "corpus")
+    shutil.copytree(based / "runs/base", tmp_path / "runs/base")
+    assert call(tmp_path, train, 1, **TINY | LORA) == 130
+    run = tmp_path / "runs/r"
+    for folder in checkpoints(run):
+        shutil.rmtree(folder)
+    code = call(
+        tmp_path, train, **{**TINY, "run": "base", "steps": 25, "patience": 0, "resume": True, "allow_change": "steps"}
+    )
+    assert code == 0, log(tmp_path)
+    assert call(tmp_path, train, **TINY | LORA | dict(resume=True)) == 0, log(tmp_path)
+    assert "is not saved" not in log(tmp_path)
+    assert load_lm(run).lora.rank == 2
+
+
+def test_a_fork_is_the_run_as_it_was(based, unbroken, monkeypatch):
+    "Its record, figures and best checkpoint are those of its step; what stopped midway leaves nothing"
+    monkeypatch.chdir(based)
+    monkeypatch.setenv("LMNOTES_OUT_DIR", str(based / "runs"))
+    assert call(based, train, **TINY | LORA | dict(run="many", keep=0, save_every=5, lr=0.3)) == 0, log(based)
+    name = fork(based / "runs/many/step_00000020")
+    r = load(name)
+    assert (r.status, r.step, r.result) == ("interrupted", 20, {})
+    assert max(m["step"] for m in r.metrics) == 20
+    best = read_state(based / "runs/many/step_00000020")["counters"]["best_step"]
+    assert load(name, "best").step == best
+    with pytest.raises(ValueError, match="not the name of a folder"):
+        fork("many", run="../out")
+    (based / "runs/many/step_00000020/state.pt").unlink()
+    with pytest.raises(CheckpointError, match="not there"):
+        fork(based / "runs/many/step_00000020", run="half")
+    assert not list((based / "runs").glob(".*.tmp")) and not (based / "runs/half").exists()
+
+
+def test_what_is_not_the_runs_stays_where_it_is(tmp_path):
+    "A second run of the name moves the first one's files, and those of its hooks"
+    write_corpus(tmp_path / "runs/r/corpus")
+    (tmp_path / "runs/r/thesis.tex").write_text("mine")
+    params = TINY | dict(data="runs/r/corpus", steps=2)
+    for _ in range(2):
+        assert call(tmp_path, train_with_weights, **params) == 0, log(tmp_path)
+    assert (tmp_path / "runs/r/thesis.tex").exists() and (tmp_path / "runs/r/corpus/sea").exists()
+    moved = {p.name for p in (tmp_path / "runs/r-1").iterdir()}
+    assert {"run.json", "tokenizer", "step_00000002", "weights_2.pt"} <= moved
+
+
+def train_with_weights(**params):
+    run(hooks=[SaveWeights("runs/r", "weights_{step}.pt")], **params)
+    return 0
+
+
+def test_fewer_steps_than_are_done(based, unbroken):
+    code = call(based, train, **TINY | dict(resume=True, steps=5, allow_change="steps"))
+    assert code == 1 and "is at step 40 already" in log(based)

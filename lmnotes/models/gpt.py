@@ -109,7 +109,7 @@ class Block(nn.Module):
         x = x + y
         return x + self.ffn(self.norm2(x)), first_v
 
-# %% ../../nbs/models/20_gpt.ipynb #7c3940a7
+# %% ../../nbs/models/20_gpt.ipynb #8f6bb16d
 _classic = dict(
     dropout=0.0,
     norm="layer",
@@ -199,8 +199,9 @@ class GPT(LM):
         c = self.cfg
         caches, ids = state or ([Cache(c.ctx_len) for _ in self.blocks], x[:, :0])
         if c.pos == "learned":
-            ids = torch.cat([ids, x], 1)[:, -c.ctx_len :]
-            if caches[0].seen + x.shape[1] > c.ctx_len:
-                return self(ids)[:, -1], (caches, ids)
+            ids = torch.cat([ids, x], 1)
+            if ids.shape[1] > c.ctx_len:  # Positions shift, so from here on there is no cache
+                ids = ids[:, -c.ctx_len :]
+                return self(ids)[:, -1], ([], ids)
         h = self._run(x, caches[0].seen, caches)
         return self._logits(h[:, -1:])[:, 0], (caches, ids)

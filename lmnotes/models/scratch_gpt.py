@@ -59,7 +59,7 @@ class ScratchBlock(nn.Module):
         x = x + self.attn(self.norm1(x), cache)
         return x + self.ffn(self.norm2(x))
 
-# %% ../../nbs/models/21_scratch_gpt.ipynb #48de5f1f
+# %% ../../nbs/models/21_scratch_gpt.ipynb #de43a463
 @arch("scratch_gpt")
 class ScratchGPT(LM):
     "Decoder-only transformer with learned positions, LayerNorm, ReLU and an untied head"
@@ -105,8 +105,9 @@ class ScratchGPT(LM):
         "(B,k) new ids -> (B,V) logits after them; the state is the caches and the last ids"
         c = self.cfg
         caches, ids = state or ([Cache(c.ctx_len) for _ in self.blocks], x[:, :0])
-        ids = torch.cat([ids, x], 1)[:, -c.ctx_len :]
-        if caches[0].seen + x.shape[1] > c.ctx_len:
-            return self(ids)[:, -1], (caches, ids)
+        ids = torch.cat([ids, x], 1)
+        if ids.shape[1] > c.ctx_len:  # Positions shift, so from here on there is no cache
+            ids = ids[:, -c.ctx_len :]
+            return self(ids)[:, -1], ([], ids)
         h = self._run(x, caches[0].seen, caches)
         return self.head(h[:, -1]), (caches, ids)
