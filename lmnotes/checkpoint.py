@@ -338,7 +338,13 @@ def sweep(run):
     for tmp in Path(run).glob(".*.tmp"):
         shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink()
 
-# %% ../nbs/32_checkpoint.ipynb #90bb0507
+# %% ../nbs/32_checkpoint.ipynb #ac48feb2
+def _not_saved(t, why):
+    "Say it, and count it for the run's last line"
+    t.counters["unsaved"] = t.counters.get("unsaved", 0) + 1
+    print(f"warning: step {t.step} is not saved: {why}")
+
+
 class Save(Hook):
     "Checkpoints of a run"
 
@@ -372,7 +378,7 @@ class Save(Hook):
         try:
             self.save(t, "last", *(["best"] if best else []))
         except CheckpointError as e:
-            print(f"warning: step {t.step} is not saved: {e}")
+            _not_saved(t, e)
 
     def save(self, t, *names):
         "Write a checkpoint of this step and make `names` point at it"
@@ -432,7 +438,7 @@ def check_same(
         changes[name] = (old, new)
     return changes
 
-# %% ../nbs/32_checkpoint.ipynb #d62b31ed
+# %% ../nbs/32_checkpoint.ipynb #a8e1bf3a
 class SaveWeights(Hook):
     "Writes the model's state dict to `folder/pattern`"
 
@@ -452,8 +458,11 @@ class SaveWeights(Hook):
             self.had_turn(t)
             if t.rank == 0:
                 path = self.folder / self.pattern.format(step=t.step)
-                save_weights(t.lm, path, self.prefixes)
-                print(f"step {t.step} | saved {path.name}")
+                try:
+                    save_weights(t.lm, path, self.prefixes)
+                    print(f"step {t.step} | saved {path.name}")
+                except OSError as e:
+                    _not_saved(t, f"{path.name}: {e.strerror}")
 
 
 def save_weights(lm, path, prefixes=()):

@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'Train', 'Prepare', 'Generate', 'Evaluate', 'FromEnv', 'main', 'command']
 
-# %% ../nbs/51_cli.ipynb #e9c5ef90
+# %% ../nbs/51_cli.ipynb #2588476d
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 from .core import *
+from .env import TrainingConfig
 from .evaluation import *
 from .runs import *
 from .setup import *
 from .trainer import process_rank
 
-# %% ../nbs/51_cli.ipynb #4f0baf38
+# %% ../nbs/51_cli.ipynb #5b9dd22d
 @dataclass
 class Train(RunConfig):
     "Train a model, or go on with a run"
@@ -69,7 +70,9 @@ class Evaluate:
 
 @dataclass
 class FromEnv:
-    "Train as environment variables say: MODEL_TYPE, TRAINING_DATA_SOURCE, CHECKPOINT_PATH and the others of notebook 48_env"
+    __doc__ = "Train as environment variables say: CHECKPOINT_PATH, RESUME_STEPS, " + ", ".join(
+        f.name.upper() for f in fields(TrainingConfig) if f.name != "start_step"
+    )
 
 # %% ../nbs/51_cli.ipynb #c4377211
 def _train(args, argv):

@@ -77,7 +77,7 @@ class Record:
         self.values.update(values, updated=now())
         write_json(self.path, self.values)
 
-# %% ../nbs/50_runs.ipynb #a84121aa
+# %% ../nbs/50_runs.ipynb #ed4f040e
 class Run:
     "A trained model in its folder"
 
@@ -105,7 +105,7 @@ class Run:
     def _begin(self, prompts):
         "An empty prompt is the beginning of a document, or of a line where the text had no documents"
         if isinstance(prompts, str):
-            return prompts or ("\n" if self.info["data"]["one_text"] else "")
+            return prompts or self.info["data"].get("start", "")
         return [self._begin(p) for p in prompts]
 
     def evaluate(self, part="val", by_domain=False, data=""):
@@ -253,7 +253,7 @@ def _run_name(cfg):
         return cfg.run or time.strftime("%Y%m%d-%H%M%S")
     return last_run(runs_folder(cfg.out_dir))
 
-# %% ../nbs/50_runs.ipynb #3acb64fc
+# %% ../nbs/50_runs.ipynb #791210b0
 def _run(s, signals, hooks):
     "Train what `Setup` made, and keep the record"
     looking = s.hooks()
@@ -310,7 +310,12 @@ def _train(record, s, trainer):
     if "last" in c:
         result["last"] = c["last"]
     ended = dict(
-        status=trainer.status, step=trainer.step, result=result, tokens=c["tokens"], signal=trainer.signals.name
+        status=trainer.status,
+        step=trainer.step,
+        result=result,
+        tokens=c["tokens"],
+        signal=trainer.signals.name,
+        unsaved=c.get("unsaved", 0),
     )
     if rank == 0:
         record.update(**ended)
@@ -326,7 +331,8 @@ def _ending(trainer, folder):
     go_on = f"go on with resume=True run={folder.name}"
     if not trainer.step:
         return f"{trainer.status} {at}, before there was anything to save"
-    return dict(
+    lost = trainer.counters.get("unsaved", 0)
+    return (f"{lost} saves on the way failed (the warnings say why); " if lost else "") + dict(
         interrupted=f"interrupted {at} and saved; {go_on}",
         early_stop=f"stopped early {at}; the best model was step {trainer.counters['best_step']:,}"
         + (" (which='best')" if (folder / "best").exists() else ""),
@@ -334,7 +340,7 @@ def _ending(trainer, folder):
         f"run={folder.name} lr=... allow_change=lr",
     ).get(trainer.status, f"{trainer.status} {at}")
 
-# %% ../nbs/50_runs.ipynb #2362fab5
+# %% ../nbs/50_runs.ipynb #958d774b
 def fork(
     path,  # A step folder, or a run for its newest
     run="",  # Name of the new run; empty: the old name and the step
@@ -368,7 +374,7 @@ def _copy_until(step_folder, to):
     for folder in {old / "tokenizer", step_folder, best}:
         if folder.exists():
             shutil.copytree(folder, to / folder.name)
-    for file in ("metrics.jsonl", "samples.jsonl", BASE):
+    for file in ("metrics.jsonl", "samples.jsonl", BASE, ENV_FILE):
         if (old / file).exists():
             shutil.copy2(old / file, to)
     _cut_metrics(to, counters)
@@ -382,7 +388,8 @@ def _record_at(then, step_folder):
     "The record of a run as it was at one step: its parameters and data may have changed since"
     info = read_json(step_folder.parent / "run.json", CheckpointError)
     info.update(status="interrupted", step=then["step"], forked_from=f"{step_folder.parent.name}/{step_folder.name}")
-    info.update(config={**info["config"], **then["params"]}, data=dict(info["data"], fingerprint=then["data"]))
+    info.update(config={**info["config"], **then.get("params", {})})
+    info["data"]["fingerprint"] = then.get("data", info["data"]["fingerprint"])
     return {name: value for name, value in info.items() if name not in ("result", "tokens", "error", "signal")}
 
 # %% ../nbs/50_runs.ipynb #184b08a2
@@ -496,7 +503,7 @@ def summary(r):
     }
     return Table(dict(what=k, value=v) for k, v in rows.items())
 
-# %% ../nbs/50_runs.ipynb #bc1c0a00
+# %% ../nbs/50_runs.ipynb #5cbd7c4d
 def from_env(
     environ=None,  # {variable: text}; default: the process's environment
 ):  # A `Run`
@@ -513,36 +520,63 @@ def _begin_fresh(environ, at):
     config = load_config_fresh_from_env(environ)
     params = run_params(config)
     out_dir = Path(params.pop("out_dir"))
-    name = _free_name(out_dir, run_name(config, at))
+    at = _reserve(config, at, out_dir)
+    name = run_name(config, at)
     hooks = _guide_hooks(config, out_dir / name, at)
     return _logged(config, at, lambda: run(recipe=params, hooks=hooks, run=name, out_dir=str(out_dir)))
 
 
-def _free_name(folder, name):
-    "A name that no run in `folder` has"
-    tried = [name, *(f"{name}-{n}" for n in range(2, 1000))]
-    return next(n for n in tried if not (folder / n).exists())
+def _reserve(
+    config,
+    at,  # The time
+    runs,  # Folder for a new run; None: none is begun
+):  # The time, numbered if another run has begun in this second
+    "Make the folders and the log file, and so take the names that have this time in them"
+    folders = ("checkpoint_dir", "log_dir", *(["output_dir"] if config.enable_output_to_file else []))
+    for name in folders:
+        try:
+            in_project(vars(config)[name]).mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ValueError(
+                f"{name.upper()}={vars(config)[name]} cannot be a folder to write in ({e.strerror}); name another"
+            ) from None
+    for n in range(1, 1000):
+        tried = at if n == 1 else f"{at}-{n}"
+        log = in_project(config.log_dir) / log_filename(config, tried)
+        if not log.exists() and not (runs and (runs / run_name(config, tried)).exists()):
+            try:
+                log.touch(exist_ok=False)
+            except FileExistsError:  # Another process was faster
+                continue
+            return tried
+    raise ValueError(f"{config.log_dir} holds a thousand logs of one second; choose another LOG_DIR")
 
 
-def _guide_hooks(config, folder, at):
+def _guide_hooks(config, folder, at, anew=False):
     "Parameter numbers, loss changes, and with ENABLE_CHECKPOINTS weights under the guide's names"
     pattern, every = checkpoint_pattern(config, at), config.checkpoint_interval
-    weights = [SaveWeights(folder, pattern, every), SaveWeights(folder, pattern)] if config.enable_checkpoints else []
-    return [ParameterReport(), LossChange(), *weights]
+    weights = [SaveWeights(folder, pattern, every)] if config.enable_checkpoints else []
+    if weights and (config.start_step + config.training_steps) % every:
+        weights.append(SaveWeights(folder, pattern))  # The last step too
+    return [KeepVariables(config, folder), ParameterReport(), LossChange(anew), *weights]
 
-# %% ../nbs/50_runs.ipynb #eb33d7ca
+# %% ../nbs/50_runs.ipynb #a8d21d3c
 def _logged(config, at, train):
     "Train, write a text, and keep what is printed in the log and in the output file"
     start = f"Resuming from step {config.start_step} - " if config.start_step else ""
     with TeeOutput(in_project(config.log_dir) / log_filename(config, at)) as tee:
         print(f"{start}Training Log - Started at {now()}")
         r = train()
-        if r.status != "interrupted":
+        if r.status in ("done", "early_stop"):
             print(prompt_of(config) + _text_of(r, config))
+        if r.status == "interrupted":
+            left = config.start_step + config.training_steps - r.step
+            print(f"go on with CHECKPOINT_PATH={config.checkpoint_dir}/{r.folder.name} RESUME_STEPS={left}")
     if config.enable_output_to_file:
         name = generate_output_filename(config, r.tokenizer.vocab_size, at)
-        write_output_file(in_project(config.output_dir) / name, asdict(config), tee.getvalue())
-        print(f"output written to {Path(config.output_dir).name}/{name}")
+        values = asdict(config) | shape_of(asdict(r.lm.cfg))
+        write_output_file(in_project(config.output_dir) / name, values, tee.getvalue())
+        print(f"output written to {config.output_dir}/{name}")
     return r
 
 
@@ -551,7 +585,7 @@ def _text_of(r, config):
     sampling = dict(temperature=config.generation_temperature, top_k=config.generation_top_k)
     return r.generate(prompt_of(config), config.max_new_tokens, **sampling)
 
-# %% ../nbs/50_runs.ipynb #d0649862
+# %% ../nbs/50_runs.ipynb #89ed31cd
 def _checkpoint_of(path, environ):
     "The verified step folder that CHECKPOINT_PATH means: a run's newest, a step folder, or the one beside a weights file"
     runs = in_project(environ.get("CHECKPOINT_DIR", "").strip() or "checkpoints")
@@ -560,13 +594,14 @@ def _checkpoint_of(path, environ):
         raise CheckpointError(
             f"CHECKPOINT_PATH={path}: there is no such run, checkpoint or file; name one, or unset it to begin a fresh run"
         )
-    step = re.search(r"step_?(\d+)", found.name)
-    if found.is_file() and step:
-        found = found.parent / f"step_{int(step[1]):08d}"
-    run_folder = found.parent if step else found
+    if found.is_file() and found.name in POINTERS:
+        found = found.parent / found.read_text().strip()
+    elif found.is_file() and (steps := re.findall(r"_step(\d{6,})_", found.name)):
+        found = found.parent / step_name(int(steps[-1]))
+    run_folder = found if (found / "run.json").is_file() else found.parent
     if not (run_folder / "run.json").is_file():
         raise CheckpointError(
-            f"CHECKPOINT_PATH={path}: there is no run.json in {run_folder.name}/, so the optimizer's state and the "
+            f"CHECKPOINT_PATH={path}: there is no run.json in {found if found.is_dir() else run_folder}, so the optimizer's state and the "
             f"tokenizer are not known; name a run's folder or a checkpoint in it"
         )
     if not found.is_dir():
@@ -576,26 +611,27 @@ def _checkpoint_of(path, environ):
         )
     return find_checkpoint(found)
 
-# %% ../nbs/50_runs.ipynb #be62d3e3
+# %% ../nbs/50_runs.ipynb #cf9ab744
 def _go_on(path, environ, at):
     "Go on from a checkpoint; from one that is not its run's newest, in a new run folder"
     step_folder = _checkpoint_of(path, environ)
     folder = step_folder.parent
-    info = read_json(folder / "run.json", CheckpointError)
-    step = read_json(step_folder / "config.json", CheckpointError)["step"]
-    config = load_config_from_checkpoint(dict(info, step=step), environ)
+    then = read_json(step_folder / "config.json", CheckpointError)
+    info = _record_at(then, step_folder)  # Of that step, whatever has been changed since
+    info["env"] = read_json(folder / ENV_FILE) if (folder / ENV_FILE).exists() else None
+    config, step = load_config_from_checkpoint(info, environ), then["step"]
     elsewhere = environ.get("CHECKPOINT_DIR", "").strip() and in_project(config.checkpoint_dir) != folder.parent
     out_dir = in_project(config.checkpoint_dir) if elsewhere else folder.parent
-    name = folder.name
-    if elsewhere or step_folder != latest(folder):
-        name = _free_name(out_dir, run_name(config, at))
-    hooks = _guide_hooks(config, out_dir / name, at)
+    apart = elsewhere or step_folder != latest(folder)
+    at = _reserve(config, at, out_dir if apart else None)
+    name = run_name(config, at) if apart else folder.name
+    params = resume_params(config, info) | dict(run=name, out_dir=str(out_dir))
+    hooks = _guide_hooks(config, out_dir / name, at, anew="data" in params or "eval_batches" in params)
 
     def train():
-        if out_dir / name != folder:
+        if apart:
             fork(step_folder, name, str(out_dir))
             print(f"{folder.name} goes on from step {step} as {name}")
-        params = resume_params(config, info) | dict(run=name, out_dir=str(out_dir))
         if "data" in params:
             print(f"a new stage: from step {step} on the text is {params['data']}; the tokenizer stays")
         return run(hooks=hooks, **params)

@@ -119,7 +119,7 @@ def changed(
     default, given = asdict(RunConfig()), os.environ.get("LMNOTES_GIVEN", "").split()
     return {n: values[n] for n in default if n in values and (values[n] != default[n] or n in given)}
 
-# %% ../nbs/46_setup.ipynb #db499b24
+# %% ../nbs/46_setup.ipynb #bfc7ea0d
 TOKEN_FILES = ".bin", ".npy", ".pt"
 
 
@@ -141,7 +141,8 @@ class RunData:
     @property
     def start(self):
         "What a text begins after, if nothing is given: the end of another document, or a line's"
-        return "\n" if self.one_text else ""
+        known = self.tokenizer.unk_id not in list(self.tokenizer.encode("\n"))
+        return "\n" if self.one_text and known else ""
 
 
 def _locate(cfg):
@@ -326,7 +327,7 @@ def _check(cfg, world):
         )
     check_optim(cfg)
 
-# %% ../nbs/46_setup.ipynb #8edab761
+# %% ../nbs/46_setup.ipynb #537c688b
 class Setup:
     "What a run needs, made from its configuration"
 
@@ -390,7 +391,7 @@ class Setup:
         tok, data = self.data.tokenizer, self.data
         tokens = {part: len(t) for part, t in data.tokens.items()}
         return dict(
-            data=dict(fingerprint=data.fingerprint, one_text=data.one_text, what=data.what, tokens=tokens),
+            data=dict(fingerprint=data.fingerprint, start=data.start, what=data.what, tokens=tokens),
             tokenizer=dict(name=tok.name, vocab_size=tok.vocab_size, fingerprint=tok.fingerprint),
             config=asdict(self.cfg),
             dtype=self.cfg.dtype,

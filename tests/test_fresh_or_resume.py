@@ -505,3 +505,164 @@ def test_the_functions_exist():
     for row in FUNCTIONS:
         module, name = row["here"].split(".")
         assert name in vars(import_module(f"lmnotes.{module}")), row
+
+
+# What a second reading found
+
+
+def test_an_older_checkpoint_takes_the_variables(place):
+    "Also where the run has gone on with the same values since, or with another text"
+    r = from_env(TINY | KEEP | dict(TRAINING_STEPS="10", LEARNING_RATE="1e-3"))
+    changed = dict(LEARNING_RATE="1e-5", BATCH_SIZE="8", TRAINING_DATA_SOURCE="other.txt")
+    from_env(TINY | changed | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="10"))
+    step = str(r.folder / "step_00000010")
+    fork = from_env(TINY | changed | dict(CHECKPOINT_PATH=step, RESUME_STEPS="5"))
+    assert (fork.config.lr, fork.config.batch_size, fork.config.data) == (1e-5, 8, "other.txt")
+    case = {name: value for name, value in TINY.items() if name not in changed}
+    as_then = from_env(case | dict(CHECKPOINT_PATH=step, RESUME_STEPS="5"))
+    assert (as_then.config.lr, as_then.config.batch_size, as_then.config.data) == (1e-3, 4, "text.txt")
+
+
+def test_checkpoints_that_are_there_stay(place):
+    r = from_env(TINY | KEEP | dict(TRAINING_STEPS="30", CHECKPOINT_INTERVAL="10"))
+    from_env(TINY | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="20", ENABLE_CHECKPOINTS="False"))
+    assert {"step_00000010", "step_00000020", "step_00000030", "step_00000050"} <= {p.name for p in r.folder.iterdir()}
+
+
+def test_a_name_with_a_step_in_it(place):
+    shutil.copy("text.txt", "mystep3.txt")
+    r = from_env(TINY | KEEP | dict(TRAINING_STEPS="4", TRAINING_DATA_SOURCE="mystep3.txt"))
+    (file,) = r.folder.glob("*.pt")
+    for n, path in enumerate((r.folder, file, r.folder / "last", r.folder / "best")):
+        case = TINY | dict(TRAINING_DATA_SOURCE="mystep3.txt", CHECKPOINT_PATH=str(path), RESUME_STEPS=str(n + 1))
+        assert from_env(case).step > 4
+
+
+def test_runs_of_one_second_have_a_log_each(place, monkeypatch):
+    monkeypatch.setattr("lmnotes.runs.stamp", lambda: "01012026_000000")
+    runs = [from_env(TINY | dict(TRAINING_STEPS="2")) for _ in range(3)]
+    assert len(list((place / "logs").iterdir())) == len(list((place / "outputs").iterdir())) == 3
+    for r in runs:
+        at = r.folder.name.partition("01012026")[2]
+        assert r.folder.name + ":" in text_of(place / "logs", f"*01012026{at}.log")
+
+
+def test_the_first_figure_of_a_session_is_the_checkpoints(place):
+    "Where no evaluation fell on the checkpoint, one is made; another text is compared with itself alone"
+    r = from_env(
+        TINY | KEEP | dict(TRAINING_STEPS="90", CHECKPOINT_INTERVAL="30", EVAL_INTERVAL="50", LEARNING_RATE="1e-2")
+    )
+    step = str(r.folder / "step_00000060")
+    from_env(TINY | dict(CHECKPOINT_PATH=step, RESUME_STEPS="20"))
+    said = text_of(place / "logs", "resume_*.log")
+    assert re.search(r"step 60/80 .*val loss [\d.]+ \(step 60\)", said) and "at step 60, " in said
+    shutil.rmtree("logs")
+    from_env(TINY | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="5", TRAINING_DATA_SOURCE="other.txt"))
+    assert re.search(
+        r"\(step 90\) \| net loss change since the beginning: \+0.0000", text_of(place / "logs", "resume_*.log")
+    )
+
+
+def test_mistake_19_also_on_the_way(place, monkeypatch):
+    "A save that fails on the way is said, counted, and in the last line; the next one is tried"
+    write = checkpoint._write
+
+    def sometimes_full(path, data):
+        if "step_00000010" in str(path):
+            raise OSError(28, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(checkpoint, "_write", sometimes_full)
+    r = from_env(TINY | KEEP | dict(TRAINING_STEPS="20", CHECKPOINT_INTERVAL="10"))
+    assert r.info["unsaved"] == 1 and r.status == "done"
+    assert "1 saves on the way failed" in text_of(place / "logs", "*.log")
+
+
+def test_a_run_that_diverges_leaves_its_output(place):
+    r = from_env(TINY | dict(TRAINING_STEPS="40", LEARNING_RATE="1000", N_EMBD="16", BLOCK_SIZE="16") | KEEP)
+    assert r.status in ("diverged", "done") and list((place / "outputs").iterdir())
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (dict(LORA_RANK="4"), "LORA_RANK=4 is not used: USE_LORA is False"),
+        (dict(GPT2_MODEL_NAME="nope"), "GPT2_MODEL_NAME=nope is not used: MODEL_TYPE is from_scratch"),
+        (dict(CUSTOM_VOCAB_SIZE="500"), "CUSTOM_VOCAB_SIZE=500 is not used: TOKENIZATION_METHOD is not custom_bpe"),
+        (dict(CHECKPOINT_INTERVAL="5"), "CHECKPOINT_INTERVAL=5 is not used: ENABLE_CHECKPOINTS is False"),
+        (dict(MODEL_TYPE="gpt2", N_EMBD="8"), "N_EMBD=8 is not used: GPT-2's shape"),
+    ],
+    ids=str,
+)
+def test_what_decides_nothing_is_named(given, said, capsys):
+    load_config_fresh_from_env(given)
+    assert said in capsys.readouterr().out
+
+
+def test_what_decides_nothing_on_resume_is_named(place, capsys):
+    r = from_env(TINY | KEEP | dict(TRAINING_STEPS="4"))
+    from_env(TINY | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="2", TRAINING_STEPS="77", LORA_RANK="3"))
+    said = capsys.readouterr().out
+    assert "TRAINING_STEPS=77 is not used: RESUME_STEPS says" in said and "LORA_RANK=3 is not used" in said
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "CUSTOM_VOCAB_SIZE=0",
+        "LORA_ALPHA=0",
+        "LORA_ALPHA=nan",
+        "LEARNING_RATE=inf",
+        "LEARNING_RATE=0",
+        "MAX_NEW_TOKENS=-1",
+    ]
+    + ["GENERATION_TEMPERATURE=-1", "GENERATION_TOP_K=-3", "DROPOUT=nan", "DROPOUT=1", "BATCH_SIZE=0", "N_EMBD=None"],
+)
+def test_numbers_that_make_no_sense(given):
+    name, _, value = given.partition("=")
+    with pytest.raises(ValueError, match=f"{name}=.* must be at least"):
+        load_config_fresh_from_env({name: value})
+
+
+def test_resume_steps_without_a_checkpoint(place):
+    with pytest.raises(ValueError, match="RESUME_STEPS is how far to go on from CHECKPOINT_PATH, which is not set"):
+        from_env(TINY | dict(RESUME_STEPS="300"))
+    r = from_env(TINY | KEEP | dict(TRAINING_STEPS="2"))
+    with pytest.raises(ValueError, match="RESUME_STEPS=0 must be at least 1"):
+        from_env(TINY | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="0"))
+
+
+@pytest.mark.parametrize("name", ["CHECKPOINT_DIR", "LOG_DIR", "OUTPUT_DIR"])
+def test_a_folder_that_is_a_file_is_found_before_training(place, name):
+    with pytest.raises(ValueError, match=f"{name}=text.txt cannot be a folder to write in"):
+        from_env(TINY | dict(TRAINING_STEPS="2") | {name: "text.txt"})
+
+
+def test_another_spelling_of_a_folder(place):
+    r = from_env(GPT2 | KEEP | dict(TRAINING_STEPS="2"))
+    for name in ("./tiny-gpt2", "tiny-gpt2/", str(place / "tiny-gpt2")):
+        from_env(GPT2 | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="1", GPT2_MODEL_NAME=name))
+    again = from_env(
+        GPT2 | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="1", CHECKPOINT_DIR="../" + place.name + "/checkpoints")
+    )
+    assert again.folder == r.folder
+
+
+def test_what_a_fresh_run_was_told_is_kept(place):
+    "Folders, generation and the shape in the output file; the environment still wins"
+    told = dict(LOG_DIR="mylogs", OUTPUT_DIR="myout", GENERATION_TOP_K="3", MAX_NEW_TOKENS="7", TEST_MODE="True")
+    case = {name: value for name, value in GPT2.items() if name != "MAX_NEW_TOKENS"}
+    r = from_env(case | KEEP | told | dict(TRAINING_STEPS="2"))
+    from_env(dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="2", DEVICE="cpu"))
+    assert not (place / "logs").exists() and len(list((place / "mylogs").iterdir())) == 2
+    later = max((place / "myout").iterdir(), key=lambda p: p.stat().st_mtime_ns)
+    values = dict(line.split(" = ") for line in later.read_text().splitlines() if " = " in line)
+    assert (values["test_mode"], values["max_new_tokens"], values["generation_top_k"]) == ("True", "7", "3")
+    assert (values["n_embd"], values["n_layer"], values["output_dir"]) == ("16", "2", "myout")
+
+
+def test_a_text_without_line_breaks_can_begin(place):
+    "The first token is one that the vocabulary has"
+    Path("text.txt").write_text("wave salt tide foam " * 300)
+    r = from_env(TINY | dict(TRAINING_STEPS="2", TOKENIZATION_METHOD="character"))
+    assert r.info["data"]["start"] == "" and len(r.generate("", 5)) <= 5
