@@ -180,7 +180,7 @@ def test_make_readme_and_ci_say_the_same(tmp_path):
 def test_constraints_are_exact_and_complete():
     text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+(; python_version .+)?", line) for line in lines)
+    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+(; python_(full_)?version .+)?", line) for line in lines)
     pinned = {line.split("==")[0] for line in lines}
     settings = ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini", encoding="utf-8")

@@ -207,8 +207,7 @@ def test_mistake_words_of_the_loader_instead_of_the_reason(place, change, words)
         if text is not None:
             (place / name / "a.txt").write_text(text)
     assert call(place, recipe, **QUICK | change) == 1
-    last = log(place).splitlines()[-1]
-    assert all(word in last for word in words), log(place)
+    assert any(all(word in line for word in words) for line in log(place).splitlines()), log(place)
     assert not (place / "training_output").exists()
 
 
