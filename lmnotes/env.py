@@ -92,7 +92,7 @@ TOKENIZERS = dict(character="chars", gpt2="gpt2", custom_bpe="bpe")
 ARCHS = dict(from_scratch="scratch_gpt", gpt2="gpt2")
 ADAPTERS = "lora_rank", "lora_alpha", "lora_dropout"
 
-# %% ../nbs/48_env.ipynb #dc661c53
+# %% ../nbs/48_env.ipynb #accc8c71
 def _typed(name, text, kind):
     "The text of variable `name` in the type of its field"
     try:
@@ -130,7 +130,10 @@ def environment(
     return {**os.environ, **{name: str(values[name]) for name in names if values.get(name, "") != ""}}
 
 
-COUNTS = "batch_size block_size training_steps checkpoint_interval eval_interval eval_iters n_embd n_head n_layer lora_rank max_new_tokens"
+COUNTS = (
+    "batch_size block_size training_steps checkpoint_interval eval_interval eval_iters n_embd n_head n_layer "
+    "lora_rank max_new_tokens"
+)
 RANGES = {
     **{name: (1, math.inf) for name in COUNTS.split()},
     **dict(custom_vocab_size=(257, math.inf), dropout=(0, 0.999), lora_dropout=(0, 0.999), lora_alpha=(1e-9, 1e9)),
@@ -144,17 +147,11 @@ def _check(values):
         if (value := values.get(field, next(iter(known)))) not in known:
             raise ValueError(f"{field.upper()}={value!r} is not known; {nearest(value, known)}")
     for name in set(RANGES) & set(values):
-        low, high = RANGES[name]
-        if (
-            values[name] is None
-            and name != "custom_vocab_size"
-            or values[name] is not None
-            and not low <= values[name] <= high
-        ):
-            raise ValueError(
-                f"{name.upper()}={values[name]} must be at least {low}"
-                + (f", at most {high}" if high < math.inf else "")
-            )
+        value, (low, high) = values[name], RANGES[name]
+        automatic = name == "custom_vocab_size" and value is None
+        if not automatic and (value is None or not low <= value <= high):
+            most = f", at most {high}" if high < math.inf else ""
+            raise ValueError(f"{name.upper()}={value} must be at least {low}{most}")
 
 # %% ../nbs/48_env.ipynb #fbd62bcd
 def load_config_fresh_from_env(

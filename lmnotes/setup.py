@@ -197,7 +197,7 @@ def _first90(whole):
     ids = dict(train=whole.ids[:cut], val=whole.ids[cut:])
     return {part: Tokens(ids[part], whole.vocab_size, whole.path, whole.tokenizer) for part in ids}
 
-# %% ../nbs/46_setup.ipynb #bf007ad1
+# %% ../nbs/46_setup.ipynb #b8a18503
 def runs_folder(out_dir=""):
     "Where runs are: `out_dir`, else `$LMNOTES_OUT_DIR`, else `checkpoints/` in the project"
     out_dir = out_dir or os.environ.get("LMNOTES_OUT_DIR")
@@ -232,10 +232,9 @@ def _its_tokenizer(cfg):
     kind, source = _beginning(cfg)
     if kind == "published" and not isinstance(source, Path):
         return get_tokenizer(get_arch(cfg.arch).tokenizer, None, cfg.data_dir)
-    runs = (
-        [p / "tokenizer" for p in (source, *source.parents[:2]) if (p / "run.json").exists()] if kind == "ours" else []
-    )
-    folders = runs or ([source] if kind else [])
+    folders = [source] if kind else []
+    if kind == "ours":  # A run, or a folder or file in one
+        folders += [p / "tokenizer" for p in (source, *source.parents[:2]) if (p / "run.json").exists()]
     found = next((f for f in folders if (f / "tokenizer.json").exists() or (f / "vocab.json").exists()), None)
     if kind == "published" and not found and cfg.tokenizer == RunConfig.tokenizer:
         raise TokenizerError(
