@@ -95,7 +95,7 @@ def _check_tied(lm, tensors, need, where):
                 f"{where}: {name} and {first} differ, and in this model they are one; untie them (tie=False in model_args)"
             )
 
-# %% ../nbs/32_checkpoint.ipynb #e8eab808
+# %% ../nbs/32_checkpoint.ipynb #eac97668
 def _write(path, data):
     "Write and flush one file; its size and hash"
     with open(path, "wb") as f:
@@ -128,10 +128,10 @@ _bases = WeakKeyDictionary()  # Model -> (what its base is, path of the file tha
 def write_base(run, lm):
     "Have the weights that adapters leave alone in `run/base.safetensors`; the file's SHA-256"
     path, mine = Path(run) / BASE, adapter_tensors(lm)
-    tensors = {name: t for name, t in weights_of(lm).items() if name not in mine}
     stamp = [(name, t.data_ptr(), t._version) for name, t in lm.state_dict().items() if name not in mine]
     if lm in _bases and _bases[lm][:2] == (stamp, path) and path.exists():
         return _bases[lm][2]
+    tensors = {name: t for name, t in weights_of(lm).items() if name not in mine}
     check_finite(tensors, "the weights under the adapters")
     data = _safetensors(tensors)
     sha256 = hashlib.sha256(data).hexdigest()

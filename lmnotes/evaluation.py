@@ -74,11 +74,6 @@ def plus_minus(result, name, error):
     "Such as 1.2345 ± 0.0012; with a single batch there is no error to give"
     return f"{result[name]:.4f}" + (f" ± {result[error]:.4f}" if error in result else "")
 
-# %% ../nbs/41_evaluation.ipynb #f1db051e
-def plus_minus(result, name, error):
-    "Such as 1.2345 ± 0.0012; with a single batch there is no error to give"
-    return f"{result[name]:.4f}" + (f" ± {result[error]:.4f}" if error in result else "")
-
 # %% ../nbs/41_evaluation.ipynb #98dafb8e
 def evaluate_domains(
     lm,
