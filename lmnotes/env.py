@@ -11,7 +11,7 @@ __all__ = ['SMALL', 'LARGE', 'EVERY_500', 'MODES', 'DEFAULTS', 'TOKENIZERS', 'AR
            'TeeOutput', 'write_output_file', 'parameter_statistics', 'ParameterReport', 'LossChange', 'KeepVariables',
            'val_losses']
 
-# %% ../nbs/48_env.ipynb #55dd5458
+# %% ../nbs/48_env.ipynb #d705fd40
 import math
 import os
 import re
@@ -25,6 +25,7 @@ from typing import get_args
 from .core import *
 from .evaluation import *
 from .lm import *
+from .tokenizer import tokenizer_file
 from .trainer import *
 
 # %% ../nbs/48_env.ipynb #00fa07b3
@@ -322,12 +323,12 @@ def _warmup(config, steps):
     warmup = max(50, int(0.02 * steps))
     return float(warmup) if config.model_type == "gpt2" and config.use_lr_warmup and warmup < steps else 0.0
 
-# %% ../nbs/48_env.ipynb #2ea53332
+# %% ../nbs/48_env.ipynb #80bf113d
 def _model_params(config):
     "Architecture and tokenizer"
     if config.model_type == "gpt2":
         folder = next((p for p in places(config.gpt2_model_name) if (p / "config.json").is_file()), None)
-        own = folder and any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+        own = folder and tokenizer_file(folder)
         return dict(arch="gpt2", init_from=config.gpt2_model_name, tokenizer=str(folder) if own else "gpt2")
     shape = dict(d_model=config.n_embd, n_heads=config.n_head, n_layers=config.n_layer, dropout=config.dropout)
     size = f":{config.custom_vocab_size}" if config.custom_vocab_size else ""

@@ -197,7 +197,7 @@ def _first90(whole):
     ids = dict(train=whole.ids[:cut], val=whole.ids[cut:])
     return {part: Tokens(ids[part], whole.vocab_size, whole.path, whole.tokenizer) for part in ids}
 
-# %% ../nbs/46_setup.ipynb #b8a18503
+# %% ../nbs/46_setup.ipynb #b6bac195
 def runs_folder(out_dir=""):
     "Where runs are: `out_dir`, else `$LMNOTES_OUT_DIR`, else `checkpoints/` in the project"
     out_dir = out_dir or os.environ.get("LMNOTES_OUT_DIR")
@@ -235,7 +235,7 @@ def _its_tokenizer(cfg):
     folders = [source] if kind else []
     if kind == "ours":  # A run, or a folder or file in one
         folders += [p / "tokenizer" for p in (source, *source.parents[:2]) if (p / "run.json").exists()]
-    found = next((f for f in folders if (f / "tokenizer.json").exists() or (f / "vocab.json").exists()), None)
+    found = next((f for f in folders if tokenizer_file(f)), None)
     if kind == "published" and not found and cfg.tokenizer == RunConfig.tokenizer:
         raise TokenizerError(
             f"{source}: there is no tokenizer beside these weights; put vocab.json and merges.txt there, or say tokenizer="
