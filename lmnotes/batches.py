@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .core import *
 
-# %% ../nbs/13_batches.ipynb #738dc910
+# %% ../nbs/13_batches.ipynb #1427047c
 IGNORE = -100
 
 
@@ -25,10 +25,15 @@ class Batch(NamedTuple):
 
     x: Tensor  # (B,T) token ids
     y: Tensor  # (B,T) the ids that follow; `IGNORE` where nothing is predicted
+    more: dict = {}  # {name: tensor (B,…)} of what else the model takes
+
+    def map(self, f):
+        "The batch with `f` applied to each of its tensors"
+        return Batch(f(self.x), f(self.y), {name: f(o) for name, o in self.more.items()})
 
     def to(self, device):
         "The same batch on `device`"
-        return Batch(*(o.to(device, non_blocking=True) for o in self))
+        return self.map(lambda o: o.to(device, non_blocking=True))
 
     @property
     def n(self):
@@ -37,11 +42,12 @@ class Batch(NamedTuple):
 
     def rank(self, rank, world):
         "The rows of process `rank` out of `world`"
-        return self if world == 1 else Batch(*(o[rank::world] for o in self))
+        return self if world == 1 else self.map(lambda o: o[rank::world])
 
     def micro(self, k):
         "The batch cut into `k` batches of equal rows"
-        return [Batch(*o) for o in zip(*(t.chunk(k) for t in self))] if k > 1 else [self]
+        size = -(-len(self.x) // k)
+        return [self.map(lambda o: o[at : at + size]) for at in range(0, len(self.x), size)] if k > 1 else [self]
 
 # %% ../nbs/13_batches.ipynb #35eebc16
 def windows_at(
@@ -179,16 +185,27 @@ class PackedDocuments:
                 at += self.n[p]
         return Batch(torch.from_numpy(x), torch.from_numpy(y))
 
-# %% ../nbs/13_batches.ipynb #56b1edc5
+# %% ../nbs/13_batches.ipynb #b959a9e0
 class CoveringWindows:
     "A fixed list of batches whose targets are every id of `ids[start:stop]` but the first, once"
 
-    def __init__(self, ids, batch_size, ctx_len, start=0, stop=None):
-        stop = len(ids) if stop is None else stop
+    def __init__(
+        self,
+        ids,
+        batch_size,
+        ctx_len,
+        start=0,
+        stop=None,  # Default: the end of `ids`
+        stride=0,  # From one window to the next; 0: `ctx_len`
+    ):
+        stop, stride = len(ids) if stop is None else stop, stride or ctx_len
         if stop - start < 2:
             raise DataError(f"a validation split of {stop - start} tokens has nothing to predict; it needs at least 2")
+        if not 0 < stride <= ctx_len:
+            raise ValueError(f"stride={stride} leaves gaps between windows of ctx_len={ctx_len}; it is 1 to ctx_len")
         self.ids, self.batch_size, self.ctx_len, self.start, self.stop = ids, batch_size, ctx_len, start, stop
-        self.starts = np.arange(start, stop - 1, ctx_len)
+        self.known = ctx_len - stride  # Targets of a window that the window before it was asked for
+        self.starts = np.arange(start, max(start + 1, stop - 1 - self.known), stride)
 
     def __len__(self):
         return -(-len(self.starts) // self.batch_size)
@@ -199,7 +216,8 @@ class CoveringWindows:
         starts = self.starts[i * self.batch_size : (i + 1) * self.batch_size]
         at = starts[:, None] + np.arange(self.ctx_len + 1)
         w = np.asarray(self.ids[np.minimum(at, self.stop - 1)], np.int64)
-        y = np.where(at[:, 1:] < self.stop, w[:, 1:], IGNORE)
+        known = np.where(starts == self.start, 0, self.known)[:, None]
+        y = np.where((at[:, 1:] < self.stop) & (np.arange(self.ctx_len) >= known), w[:, 1:], IGNORE)
         return Batch(torch.from_numpy(w[:, :-1]), torch.from_numpy(y))
 
     def limit(self, n):

@@ -6,7 +6,7 @@
 __all__ = ['BASE', 'POINTERS', 'check_plain', 'check_finite', 'weights_of', 'load_weights', 'write_base', 'check_space',
            'step_name', 'save_checkpoint', 'verify', 'checkpoints', 'latest', 'find_checkpoint', 'point',
            'read_weights', 'read_state', 'rebuild', 'load_lm', 'prune', 'sweep', 'Save', 'resume', 'names_in',
-           'check_same', 'SaveWeights', 'save_weights', 'init_from', 'freeze']
+           'check_same', 'SaveWeights', 'plain_weights', 'save_weights', 'init_from', 'freeze']
 
 # %% ../nbs/32_checkpoint.ipynb #3c58330c
 import errno
@@ -279,7 +279,7 @@ def find_checkpoint(
         )
     return verify(path / Path((path / which).read_text().strip()).name)
 
-# %% ../nbs/32_checkpoint.ipynb #10f53d3b
+# %% ../nbs/32_checkpoint.ipynb #10aaeb9c
 POINTERS = "best", "last", "interrupted", "final"
 
 
@@ -302,10 +302,13 @@ def read_state(folder):
     return torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
 
 
-def rebuild(folder):
+def rebuild(
+    folder,
+    model_args="",  # Values of its configuration that win over the saved ones, such as "thinking_steps=5"
+):
     "The model that a verified step folder describes, adapters included, with weights of chance"
     about = read_json(Path(folder) / "config.json", CheckpointError)
-    lm = new_lm(about["arch"], **about["config"])
+    lm = new_lm(about["arch"], **{**about["config"], **parse_model_args(about["arch"], model_args)})
     return add_lora(lm, LoRAConfig(**about["lora"])) if "lora" in about else lm
 
 
@@ -313,10 +316,11 @@ def load_lm(
     path,  # A run folder, or a step folder
     which="",  # best | last | interrupted | final; empty: the newest whole one
     device="cpu",
+    model_args="",  # Values of its configuration that win over the saved ones; those that change no weights
 ):  # The model, in eval mode
     "Rebuild a model from its checkpoint, without knowing its architecture"
     folder = find_checkpoint(path, which)
-    return load_weights(rebuild(folder), read_weights(folder), folder).to(device).eval()
+    return load_weights(rebuild(folder, model_args), read_weights(folder), folder).to(device).eval()
 
 # %% ../nbs/32_checkpoint.ipynb #8ecd13ec
 def prune(
@@ -438,7 +442,7 @@ def check_same(
         changes[name] = (old, new)
     return changes
 
-# %% ../nbs/32_checkpoint.ipynb #a8e1bf3a
+# %% ../nbs/32_checkpoint.ipynb #ba9cb70c
 class SaveWeights(Hook):
     "Writes the model's state dict to `folder/pattern`"
 
@@ -446,29 +450,49 @@ class SaveWeights(Hook):
         self,
         folder,
         pattern="model_step_{step}.pt",
-        every=0,  # Steps; 0: only at the end
+        every=0,  # Steps; 0: only after the last step
         prefixes=(),  # Pairs such as ("head.", "fc."): how names begin here, and in the file
+        when="step",  # step: as `every` says | best: after the best evaluation so far | stop: when the run ends, however it ends
+        wrap=None,  # trainer, state dict -> what the file holds; None: the state dict
     ):
+        if when not in ("step", "best", "stop"):
+            raise ValueError(f"when={when!r} is not one of step, best, stop")
         self.folder, self.pattern, self.every, self.prefixes = Path(folder), pattern, every, prefixes
-
+        self.when, self.wrap = when, wrap
         self.files = (re.sub(r"\{.*?\}", "*", pattern),)
 
     def after_step(self, t):
-        if self.due(t, self.every) and (not self.every or t.step % self.every == 0):
-            self.had_turn(t)
-            if t.rank == 0:
-                path = self.folder / self.pattern.format(step=t.step)
-                try:
-                    save_weights(t.lm, path, self.prefixes)
-                    print(f"step {t.step} | saved {path.name}")
-                except OSError as e:
-                    _not_saved(t, f"{path.name}: {e.strerror}")
+        if self.when == "step" and self.due(t, self.every) and (not self.every or t.step % self.every == 0):
+            self._write(t)
+        if self.when == "best" and t.counters["best_step"] == t.step > t.counters.get(self.key, 0):
+            self._write(t)
+
+    def at_end(self, t):
+        if self.when == "stop" and t.step > 0:
+            self._write(t)
+
+    def _write(self, t):
+        self.had_turn(t)
+        if t.rank == 0:
+            path = self.folder / self.pattern.format(step=t.step)
+            try:
+                content = plain_weights(t.lm, self.prefixes)
+                save_weights(self.wrap(t, content) if self.wrap else content, path)
+                print(t.lines.saved.format(step=t.step, file=path.name))
+            except OSError as e:
+                _not_saved(t, f"{path.name}: {e.strerror}")
 
 
-def save_weights(lm, path, prefixes=()):
-    "Write a plain state dict, loadable with `torch.load(weights_only=True)`, whole or not at all"
-    lm, buffer = to_plain(lm) if lm.lora else lm, io.BytesIO()
-    torch.save({_renamed(k, prefixes): v.detach().cpu() for k, v in lm.state_dict().items()}, buffer)
+def plain_weights(lm, prefixes=()):
+    "The state dict of a model, adapters added to its weights, on the CPU"
+    lm = to_plain(lm) if lm.lora else lm
+    return {_renamed(k, prefixes): v.detach().cpu() for k, v in lm.state_dict().items()}
+
+
+def save_weights(content, path):
+    "Write tensors and plain values, loadable with `torch.load(weights_only=True)`, whole or not at all"
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     write_atomic(path, buffer.getvalue())
 
 
@@ -481,10 +505,28 @@ def init_from(lm, path):
     "Load the weights of a run, a step folder, or a `.pt` / `.safetensors` file into `lm`"
     path = Path(path)
     if path.suffix not in (".pt", ".pth", ".safetensors"):
-        return load_weights(lm, weights_of(to_plain(load_lm(path))), path)
+        return load_weights(lm, _fitted(lm, weights_of(to_plain(load_lm(path))), path), path)
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file")
-    return load_weights(lm, _read_foreign(path), path)
+    return load_weights(lm, _fitted(lm, _read_foreign(path), path), path)
+
+
+def _fitted(lm, tensors, path):
+    "`tensors` without those of optional parts that the model lacks, and with its own for those that the source lacks"
+    ours, known = weights_of(lm), lm.state_dict()
+    optional = {n for n in {*tensors, *ours} if any(fnmatch.fnmatch(n, p) for p in lm.optional)}
+    begun = {n: t for n, t in ours.items() if n in optional - set(tensors)}
+    left = (set(tensors) - set(known)) & optional
+    if begun or left:
+        print(
+            f"{Path(path).name}: {_parts(begun) or 'nothing'} not in it, begun anew; {_parts(left) or 'nothing'} in it left out"
+        )
+    return {n: t for n, t in tensors.items() if n not in left} | begun
+
+
+def _parts(names):
+    "The modules that parameters belong to"
+    return ", ".join(sorted({".".join(n.split(".")[:2]) for n in names}))
 
 
 def _read_foreign(path):
@@ -501,6 +543,8 @@ def _read_foreign(path):
         raise CheckpointError(
             f"{path}: not a readable weights file ({type(e).__name__}: {str(e).splitlines()[0]})"
         ) from None
+    if isinstance(tensors, dict) and isinstance(tensors.get("model_state_dict"), dict):
+        tensors = tensors["model_state_dict"]
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise CheckpointError(f"{path}: it does not hold a state dict, that is, names and tensors only")
     return tensors

@@ -114,7 +114,7 @@ class Table:
 def _shown(value):
     return f"{value:,}" if type(value) is int else f"{value:.4g}" if isinstance(value, float) else str(value)
 
-# %% ../nbs/41_evaluation.ipynb #63dba91d
+# %% ../nbs/41_evaluation.ipynb #d582bcc9
 class Evaluate(Hook):
     "Validation on the way and at the end, and early stopping"
 
@@ -157,7 +157,13 @@ class Evaluate(Hook):
         if t.rank == 0:
             if self.metrics:
                 self.metrics.append(step=t.step, split="val", **result, time=now())
-            bits = f" | bpb {plus_minus(result, 'bpb', 'bpb_stderr')}" if "bpb" in result else ""
-            part = "" if result["full"] or not self.limit else f" ({len(batches)} of {len(self.batches)} batches)"
-            self.show(f"step {t.step} | val loss {plus_minus(result, 'loss', 'stderr')}{bits}{part}")
+            self.show(self._line(t, result, len(batches)))
         return result
+
+    def _line(self, t, result, n):
+        "The line of an evaluation on `n` batches"
+        bits = f" | bpb {plus_minus(result, 'bpb', 'bpb_stderr')}" if "bpb" in result else ""
+        part = "" if result["full"] or not self.limit else f" ({n} of {len(self.batches)} batches)"
+        error = f" ± {result['stderr']:.4f}" if "stderr" in result else ""
+        values = {"bpb": math.nan, **result, "loss_err": error, "bits": bits, "part": part}
+        return t.lines.val.format(step=t.step, steps=t.cfg.steps, **values)

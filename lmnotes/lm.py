@@ -28,7 +28,7 @@ class LMConfig:
     vocab_size: int = 256  # Ids are in `range(vocab_size)`
     ctx_len: int = 64  # Longest window the model is trained on
 
-# %% ../nbs/20_lm.ipynb #8e947892
+# %% ../nbs/20_lm.ipynb #16402a82
 class LM(nn.Module):
     "A language model, as the rest of the library sees it"
 
@@ -38,6 +38,7 @@ class LM(nn.Module):
     reach = None  # How many positions back matter to a prediction; None: all of the window
     published = ()  # Names of weights that others have trained; a new run begins with those of its preset, or the first
     tokenizer = ""  # Specification of the tokenizer that those were trained with
+    optional = ()  # Patterns of parameters that weights to begin with may lack, or have in excess
     lora = None  # Configuration of its adapters, if it has any (notebook `22_lora`)
 
     def __init__(self, cfg):

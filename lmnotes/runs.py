@@ -6,7 +6,7 @@
 __all__ = ['FILES', 'last_run', 'Record', 'Run', 'load', 'in_notebook', 'plot_metrics', 'Curve', 'run', 'fork', 'launch',
            'prepare_data', 'summary', 'from_env']
 
-# %% ../nbs/50_runs.ipynb #bea4ace4
+# %% ../nbs/50_runs.ipynb #1853b171
 import math
 import os
 import re
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -77,7 +77,7 @@ class Record:
         self.values.update(values, updated=now())
         write_json(self.path, self.values)
 
-# %% ../nbs/50_runs.ipynb #ed4f040e
+# %% ../nbs/50_runs.ipynb #a599f957
 class Run:
     "A trained model in its folder"
 
@@ -101,6 +101,17 @@ class Run:
     def stream(self, prompt="", n=200, **sampling):
         "Yield new text as it is made"
         return stream(self.lm, self.tokenizer, self._begin(prompt), n, **sampling)
+
+    def write(
+        self,
+        config,  # A `GenerateConfig`
+    ):
+        "Print a prompt and its continuation, as it is made"
+        how = {n: v for n, v in asdict(config).items() if n not in ("prompt", "n", "stop")}
+        print(config.prompt, end="")
+        for piece in self.stream(config.prompt, config.n, stop_strings=[config.stop] if config.stop else [], **how):
+            print(piece, end="", flush=True)
+        print()
 
     def _begin(self, prompts):
         "An empty prompt is the beginning of a document, or of a line where the text had no documents"
@@ -126,7 +137,7 @@ class Run:
     def __repr__(self):
         return f"Run({self.folder.name}: {self.config.arch}, {self.status} at step {self.step}, {n_params(self.lm):,} parameters)"
 
-# %% ../nbs/50_runs.ipynb #83811f12
+# %% ../nbs/50_runs.ipynb #9f3205b7
 def _folder(path):
     "The folder that a path, or a run's name, means"
     return next((p for p in (Path(path), root() / path) if p.exists()), runs_folder() / path)
@@ -137,6 +148,7 @@ def load(
     which="",  # best | last | interrupted | final; empty: the newest whole checkpoint
     device="auto",
     dtype="float32",  # Of the weights; bfloat16 halves what generation has to read for each token
+    model_args="",  # Values of the model's configuration for this use, such as "thinking_steps=5"
 ):  # A `Run`
     "Open a run"
     step_folder = find_checkpoint(_folder(path), which)
@@ -145,8 +157,8 @@ def load(
     tokenizer = load_tokenizer(folder / "tokenizer")
     same_tokenizer(tokenizer, info, folder)
     info = dict(info, step=read_json(step_folder / "config.json")["step"])
-    lm = load_lm(step_folder, device=pick_device(device)).to(getattr(torch, pick_dtype(pick_device(device), dtype)[0]))
-    return Run(folder, lm, tokenizer, info)
+    lm = load_lm(step_folder, device=pick_device(device), model_args=model_args)
+    return Run(folder, lm.to(getattr(torch, pick_dtype(pick_device(device), dtype)[0])), tokenizer, info)
 
 # %% ../nbs/50_runs.ipynb #5840b758
 def in_notebook():
@@ -198,10 +210,11 @@ class Curve(Hook):
         else:
             self.handle.update(figure)
 
-# %% ../nbs/50_runs.ipynb #7b313621
+# %% ../nbs/50_runs.ipynb #6f35bbf9
 def run(
     recipe=None,  # Values of a recipe: stronger than defaults, weaker than the environment
     hooks=(),  # More hooks, called last
+    lines=Lines(),  # What is printed
     **params,  # Fields of `RunConfig`
 ):  # A `Run`
     "Train, or go on training, and return the result; the run's folder holds everything"
@@ -210,18 +223,18 @@ def run(
     if cfg.dry_run and max(cfg.procs, world) > 1:
         raise ValueError("a dry run is made by one process; leave out procs, and torchrun")
     if cfg.procs > 1 and world == 1:
-        if hooks:
+        if hooks or lines != Lines():
             raise ValueError(
-                "hooks cannot be sent to other processes; leave out procs, and start this script with torchrun"
+                "hooks and lines cannot be sent to other processes; leave out procs, and start this script with torchrun"
             )
         return launch(cfg, origins)
     with StopSignals() as signals:
         device = init_distributed(pick_device(cfg.device))
         folder = runs_folder(cfg.out_dir) / agree_on(_run_name(cfg))
         if cfg.dry_run:
-            return _dry_run(Setup(cfg, origins, folder, device), signals)
+            return _dry_run(Setup(cfg, origins, folder, device), signals, lines)
         with _owned(folder) if rank == 0 else nullcontext():
-            return _run(Setup(cfg, origins, folder, device, print if rank == 0 else _silent), signals, hooks)
+            return _run(Setup(cfg, origins, folder, device, print if rank == 0 else _silent), signals, hooks, lines)
 
 
 def _silent(*args):
@@ -253,13 +266,13 @@ def _run_name(cfg):
         return cfg.run or time.strftime("%Y%m%d-%H%M%S")
     return last_run(runs_folder(cfg.out_dir))
 
-# %% ../nbs/50_runs.ipynb #791210b0
-def _run(s, signals, hooks):
+# %% ../nbs/50_runs.ipynb #3ab9c57f
+def _run(s, signals, hooks, lines):
     "Train what `Setup` made, and keep the record"
     looking = s.hooks()
     if process_rank()[0] == 0 and in_notebook():
         looking.append(Curve(Metrics(s.folder / "metrics.jsonl"), f"{s.folder.name}: {s.cfg.arch} on {s.data.what}"))
-    trainer = Trainer(s.lm, s.batches, s.cfg, [*looking, *hooks], s.device, signals)
+    trainer = Trainer(s.lm, s.batches, s.cfg, [*looking, *hooks], s.device, signals, lines)
     if s.step_folder:
         resume(trainer, s.step_folder)
     record = Record(s.folder, **(s.info or dict(started=now())))
@@ -392,7 +405,7 @@ def _record_at(then, step_folder):
     info["data"]["fingerprint"] = then.get("data", info["data"]["fingerprint"])
     return {name: value for name, value in info.items() if name not in ("result", "tokens", "error", "signal")}
 
-# %% ../nbs/50_runs.ipynb #184b08a2
+# %% ../nbs/50_runs.ipynb #864e051f
 def _peak_memory(device):
     "Bytes at most in use so far"
     if device.startswith("cuda"):
@@ -402,12 +415,14 @@ def _peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _dry_run(s, signals, steps=10):
+def _dry_run(s, signals, lines, steps=10):
     "Try a run out and leave nothing behind"
-    trainer = Trainer(s.lm, s.batches, s.cfg, [], s.device, signals)
-    trainer.fit(min(2, s.cfg.steps))
+    steps = min(steps, s.cfg.steps)
+    log = Log(bytes_per_token=s.bytes_per_token, steps=steps)
+    trainer = Trainer(s.lm, s.batches, replace(s.cfg, log_every=1), [log], s.device, signals, lines)
+    trainer.fit(min(2, steps))
     start = time.perf_counter()
-    trainer.fit(min(steps, s.cfg.steps))
+    trainer.fit(steps)
     per_step = (time.perf_counter() - start) / max(1, trainer.step - 2)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -469,20 +484,36 @@ def _flag(name, value):
         return [name] if value else [name.replace("--", "--no-", 1)]
     return [name, str(value)]
 
-# %% ../nbs/50_runs.ipynb #87df01d6
+# %% ../nbs/50_runs.ipynb #8db64cd5
 def prepare_data(
-    out,  # Folder for train.bin, val.bin and tokenizer/
+    out,  # Folder for train.bin, val.bin and tokenizer/; or one file such as corpus.bin
     data="pydocs",  # As for `RunConfig`, and so the rest
     tokenizer="bpe:2048",
     data_dir="",
     domains="",
     split="auto",
-):  # {part: Tokens}
-    "Tokenize a corpus into a folder"
+):  # {part: Tokens}; the one part of a single file is `all`
+    "Tokenize a corpus into a folder, or into one file"
     corpus = get_corpus(data, data_dir, domains)
+    if Path(out).suffix == ".bin":
+        return dict(all=_prepare_file(Path(out), corpus, tokenizer, split, data_dir))
     tok = learn_tokenizer(corpus, tokenizer, split, data_dir)
     tokens = prepare(corpus, tok, out, split)
     tok.save(Path(out) / "tokenizer")
+    return tokens
+
+
+def _prepare_file(path, corpus, tokenizer, split, data_dir):
+    "Tokenize a corpus into one file"
+    if split != "auto":
+        raise ValueError(f"split={split!r} makes parts, and {path} is one file; give a folder, or leave out split")
+    tok = learn_tokenizer(corpus, tokenizer, "first90", data_dir)
+    tokens = prepare_file(corpus, tok, path)
+    tok.save(tokenizer_beside(path))
+    print(
+        describe_tokens(tokens, tokenizer=tok)
+        + f", compression ratio {corpus.n_chars / len(tokens):.2f} characters per token"
+    )
     return tokens
 
 # %% ../nbs/50_runs.ipynb #08b2f836

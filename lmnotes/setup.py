@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IDENTITY', 'FREE', 'TOKEN_FILES', 'DataConfig', 'RunConfig', 'resolve', 'changed', 'RunData', 'get_data',
-           'learn_tokenizer', 'runs_folder', 'Setup', 'same_data', 'same_tokenizer']
+           'tokenizer_beside', 'learn_tokenizer', 'runs_folder', 'Setup', 'same_data', 'same_tokenizer']
 
 # %% ../nbs/46_setup.ipynb #b309518a
 import math
@@ -81,7 +81,7 @@ FREE = set(
     "run resume allow_change dry_run out_dir data_dir device procs keep save_every sample_every prompt log_every".split()
 )
 
-# %% ../nbs/46_setup.ipynb #a727925b
+# %% ../nbs/46_setup.ipynb #b748d594
 def _typed(name, value, kind):
     "`value` in the type of the parameter `name`"
     try:
@@ -114,12 +114,13 @@ def resolve(
 
 def changed(
     values,  # {name: value}, such as a notebook's `globals()`
+    config=RunConfig,  # Whose fields are the parameters
 ):  # {name: value} of the parameters that are not at their default
     "The parameters among `values` that somebody has set; papermill's engine names those it was given in $LMNOTES_GIVEN"
-    default, given = asdict(RunConfig()), os.environ.get("LMNOTES_GIVEN", "").split()
+    default, given = asdict(config()), os.environ.get("LMNOTES_GIVEN", "").split()
     return {n: values[n] for n in default if n in values and (values[n] != default[n] or n in given)}
 
-# %% ../nbs/46_setup.ipynb #bfc7ea0d
+# %% ../nbs/46_setup.ipynb #76682166
 TOKEN_FILES = ".bin", ".npy", ".pt"
 
 
@@ -161,7 +162,7 @@ def get_data(cfg, tokenizer=None, say=print):
             raise DataError(f"{path}: there is a train.bin but no val.bin; make both with `lmnotes prepare`")
         return RunData(tokens, tokenizer, sha256_json([t.fingerprint for t in tokens.values()]), str(path))
     if path.suffix in TOKEN_FILES:
-        tokenizer = tokenizer or _given(cfg)
+        tokenizer = tokenizer or _beside(path) or _given(cfg)
         whole = open_tokens(path, tokenizer=tokenizer, ctx_len=cfg.ctx_len)
         return RunData(_first90(whole), tokenizer, whole.fingerprint, str(path))
     corpus = get_corpus(cfg.data, cfg.data_dir, cfg.domains, cfg.recursive)
@@ -170,6 +171,16 @@ def get_data(cfg, tokenizer=None, say=print):
     tokens = prepare(corpus, tokenizer, folder, cfg.split, verbose=say is print)
     fingerprint = sha256_json([corpus.fingerprint, resolve_split(corpus, cfg.split)])
     return RunData(tokens, tokenizer, fingerprint, corpus.name)
+
+
+def tokenizer_beside(path):
+    "The folder in which a token file's tokenizer is kept"
+    return path.with_name(f"{path.stem}.tokenizer")
+
+
+def _beside(path):
+    folder = tokenizer_beside(path)
+    return load_tokenizer(folder) if path.suffix == ".bin" and folder.exists() else None
 
 
 def learn_tokenizer(corpus, spec, split, data_dir=""):
@@ -326,7 +337,7 @@ def _check(cfg, world):
         )
     check_optim(cfg)
 
-# %% ../nbs/46_setup.ipynb #537c688b
+# %% ../nbs/46_setup.ipynb #5d85c25d
 class Setup:
     "What a run needs, made from its configuration"
 
@@ -403,14 +414,20 @@ class Setup:
         params = {name: value for name, value in asdict(self.cfg).items() if name not in FREE}
         return dict(tokenizer=self.data.tokenizer.fingerprint, data=self.data.fingerprint, params=params)
 
+    @property
+    def bytes_per_token(self):
+        "Of the training text; 0: unknown"
+        train = self.data.tokens["train"]
+        return train.n_bytes / len(train) if train.n_bytes else 0.0
+
     def hooks(self):
         "What looks on during the run, in order"
         cfg, data, folder = self.cfg, self.data, self.folder
         metrics, samples = Metrics(folder / "metrics.jsonl"), Metrics(folder / "samples.jsonl")
-        train, tok, every = data.tokens["train"], data.tokenizer, cfg.eval_every or max(1, cfg.steps // 10)
+        tok, every = data.tokenizer, cfg.eval_every or max(1, cfg.steps // 10)
         kept = [self.step_folder.name] if self.step_folder else []
         return [
-            Log(metrics, train.n_bytes / len(train) if train.n_bytes else 0.0),
+            Log(metrics, self.bytes_per_token),
             Evaluate(self.val, every, cfg.eval_batches, cfg.patience, tok.byte_lengths, metrics),
             Sample(tok, cfg.prompt or data.start, cfg.sample_every, samples=samples, temperature=0.8, top_p=0.95),
             Save(folder, cfg.save_every, cfg.keep, metrics, kept, **self._origin()),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKENS_FORMAT', 'CHUNK', 'MAX_VOCAB', 'ID_DTYPES', 'TENSOR_DTYPES', 'BATCH_CHARS', 'token_dtype', 'TokenWriter',
-           'Tokens', 'open_tokens', 'describe_tokens', 'prepare', 'tokens_dir']
+           'Tokens', 'open_tokens', 'describe_tokens', 'prepare', 'prepare_file', 'tokens_dir']
 
 # %% ../nbs/12_tokens.ipynb #b1499222
 import hashlib
@@ -334,7 +334,7 @@ def open_tokens(
     starts = _read_starts(path, info["count"], info["documents"])
     return Tokens(ids, vocab_size, path, info["tokenizer"], info["n_bytes"], info["domains"], starts, fingerprint)
 
-# %% ../nbs/12_tokens.ipynb #717c9840
+# %% ../nbs/12_tokens.ipynb #1591f2f4
 BATCH_CHARS = 1 << 22  # Characters of text tokenized together
 
 
@@ -351,12 +351,12 @@ def _batches(documents):
         yield batch
 
 
-def _write_part(corpus, tokenizer, split, part, path, source):
-    "Tokenize one part of a corpus into `path`"
+def _write(corpus, documents, tokenizer, path, source):
+    "Tokenize documents of a corpus into `path`"
     end = [] if corpus.is_stream or tokenizer.eot_id is None else [tokenizer.eot_id]
     last = None
     with TokenWriter(path, tokenizer.vocab_size, tokenizer.fingerprint, source) as out:
-        for batch in _batches(split_documents(corpus, split, part)):
+        for batch in _batches(documents):
             for d, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch])):
                 out.add(
                     np.append(ids, end).astype(np.int64) if end else ids,
@@ -393,7 +393,7 @@ def describe_tokens(
         text += f", {unknown:,} unknown characters"
     return text
 
-# %% ../nbs/12_tokens.ipynb #0db1cbd1
+# %% ../nbs/12_tokens.ipynb #6e1bdd88
 def prepare(
     corpus,
     tokenizer,
@@ -408,21 +408,32 @@ def prepare(
     with FileLock(str(Path(out) / ".lock")):  # Another process may be preparing the same
         for left_behind in Path(out).glob(".*.tmp"):
             left_behind.unlink()
-        return _prepare(corpus, tokenizer, out, resolve_split(corpus, split), verbose)
+        split = resolve_split(corpus, split)
+        return {part: _prepare(corpus, tokenizer, out, split, part, verbose) for part in parts(corpus, split)}
 
 
-def _prepare(corpus, tokenizer, out, split, verbose):
-    tokens = {}
-    for part in parts(corpus, split):
-        path = Path(out) / f"{part}.bin"
-        source = dict(corpus=corpus.name, fingerprint=corpus.fingerprint, split=split, part=part)
-        again = _reusable(path, tokenizer, source)
-        if again is None:
-            _write_part(corpus, tokenizer, split, part, path, source)
-        tokens[part] = again or open_tokens(path, tokenizer=tokenizer)
-        if verbose:
-            print(describe_tokens(tokens[part], part, tokenizer) + (" (prepared before)" if again else ""))
+def _prepare(corpus, tokenizer, out, split, part, verbose):
+    path = Path(out) / f"{part}.bin"
+    source = dict(corpus=corpus.name, fingerprint=corpus.fingerprint, split=split, part=part)
+    again = _reusable(path, tokenizer, source)
+    if again is None:
+        _write(corpus, split_documents(corpus, split, part), tokenizer, path, source)
+    tokens = again or open_tokens(path, tokenizer=tokenizer)
+    if verbose:
+        print(describe_tokens(tokens, part, tokenizer) + (" (prepared before)" if again else ""))
     return tokens
+
+
+def prepare_file(
+    corpus,
+    tokenizer,
+    path,  # Such as corpus.bin
+):  # Tokens
+    "The tokens of a whole corpus in one file, which training divides by position"
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    source = dict(corpus=corpus.name, fingerprint=corpus.fingerprint)
+    _write(corpus, corpus.documents(), tokenizer, Path(path), source)
+    return open_tokens(path, tokenizer=tokenizer)
 
 
 def tokens_dir(corpus, tokenizer, split="auto"):
