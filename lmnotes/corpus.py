@@ -514,7 +514,7 @@ def _check_member(source, size):
     if size and found != size:
         raise DataError(f"{source.name} has {found:,} bytes, needs {size:,}; delete the archive to fetch it again")
 
-# %% ../nbs/10_corpus.ipynb #cb2c2df6
+# %% ../nbs/10_corpus.ipynb #2e2675d7
 def _sources(data, data_dir, recursive):
     "The sources that `data` names"
     names = data.split("+")
@@ -522,18 +522,19 @@ def _sources(data, data_dir, recursive):
         return [
             s for n in dict.fromkeys(names) for s in (EMBEDDED[n]() if n in EMBEDDED else _named_sources(n, data_dir))
         ]
-    tried = places(data, data_dir)
-    path = next((p for p in tried if data and p.exists()), None)
+    raw = data.startswith("bytes:")
+    tried = places(data.removeprefix("bytes:"), data_dir)
+    path = next((p for p in tried if data and (p.is_file() if raw else p.exists())), None)
     if path is None:
         raise DataError(
-            f"data={data!r} is not one of {', '.join([*EMBEDDED, *DOWNLOADS])}, and no file or folder: "
+            f"data={data!r} is not one of {', '.join([*EMBEDDED, *DOWNLOADS])}, and no file{'' if raw else ' or folder'}: "
             f"tried {' and '.join(map(str, tried))}"
         )
-    return _path_sources(path, recursive)
+    return [Source(path.stem, path, path.name, "bytes")] if raw else _path_sources(path, recursive)
 
-# %% ../nbs/10_corpus.ipynb #3de0de54
+# %% ../nbs/10_corpus.ipynb #2a6b33e9
 def get_corpus(
-    data="pydocs",  # Names joined with `+`, or the path of a text file, a `.jsonl` file, or a folder of either
+    data="pydocs",  # Names joined with `+`, the path of a text file, a `.jsonl` file or a folder of either, or `bytes:PATH`
     data_dir="",  # Where named data and relative paths are looked for; empty: `data_root()`
     domains="",  # Domains to keep, separated by spaces; empty: all
     recursive=False,  # Look for `.txt` files in sub-folders too
@@ -547,7 +548,9 @@ def get_corpus(
             f"domains={domains!r}: there is no {', '.join(unknown)} in {data}; its domains are {' '.join(there)}"
         )
     kept = [s for s in sources if not domains or s.domain in domains.split()]
-    name = str(data) if all(n in EMBEDDED or n in DOWNLOADS for n in str(data).split("+")) else Path(data).stem
+    data = str(data)
+    named = all(n in EMBEDDED or n in DOWNLOADS for n in data.split("+"))
+    name = data if named else Path(data.removeprefix("bytes:")).stem
     return Corpus(name, kept)
 
 # %% ../nbs/10_corpus.ipynb #62526ef4

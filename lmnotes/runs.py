@@ -210,11 +210,11 @@ class Curve(Hook):
         else:
             self.handle.update(figure)
 
-# %% ../nbs/50_runs.ipynb #6f35bbf9
+# %% ../nbs/50_runs.ipynb #0ad74da6
 def run(
     recipe=None,  # Values of a recipe: stronger than defaults, weaker than the environment
     hooks=(),  # More hooks, called last
-    lines=Lines(),  # What is printed
+    lines=None,  # Other `Lines` to print than the usual
     **params,  # Fields of `RunConfig`
 ):  # A `Run`
     "Train, or go on training, and return the result; the run's folder holds everything"
@@ -223,7 +223,7 @@ def run(
     if cfg.dry_run and max(cfg.procs, world) > 1:
         raise ValueError("a dry run is made by one process; leave out procs, and torchrun")
     if cfg.procs > 1 and world == 1:
-        if hooks or lines != Lines():
+        if hooks or lines:
             raise ValueError(
                 "hooks and lines cannot be sent to other processes; leave out procs, and start this script with torchrun"
             )

@@ -120,7 +120,7 @@ def changed(
     default, given = asdict(config()), os.environ.get("LMNOTES_GIVEN", "").split()
     return {n: values[n] for n in default if n in values and (values[n] != default[n] or n in given)}
 
-# %% ../nbs/46_setup.ipynb #76682166
+# %% ../nbs/46_setup.ipynb #5689c7db
 TOKEN_FILES = ".bin", ".npy", ".pt"
 
 
@@ -155,16 +155,16 @@ def get_data(cfg, tokenizer=None, say=print):
     "The data that a configuration names; with a given tokenizer, none is learned"
     path = _locate(cfg)
     if (path / "train.bin").is_file():
-        tokenizer = tokenizer or (load_tokenizer(path / "tokenizer") if (path / "tokenizer").exists() else _given(cfg))
+        tokenizer = tokenizer or _kept(path / "tokenizer", cfg) or _given(cfg)
         parts = [p for p in ("train", "val", "test") if (path / f"{p}.bin").is_file()]
         tokens = {p: open_tokens(path / f"{p}.bin", tokenizer=tokenizer) for p in parts}
         if "val" not in tokens:
             raise DataError(f"{path}: there is a train.bin but no val.bin; make both with `lmnotes prepare`")
-        return RunData(tokens, tokenizer, sha256_json([t.fingerprint for t in tokens.values()]), str(path))
-    if path.suffix in TOKEN_FILES:
-        tokenizer = tokenizer or _beside(path) or _given(cfg)
+        return RunData(tokens, tokenizer, sha256_json([t.fingerprint for t in tokens.values()]), path.name)
+    if path.suffix in TOKEN_FILES and not cfg.data.startswith("bytes:"):
+        tokenizer = tokenizer or _kept(tokenizer_beside(path), cfg) or _given(cfg)
         whole = open_tokens(path, tokenizer=tokenizer, ctx_len=cfg.ctx_len)
-        return RunData(_first90(whole), tokenizer, whole.fingerprint, str(path))
+        return RunData(_first90(whole), tokenizer, whole.fingerprint, path.name)
     corpus = get_corpus(cfg.data, cfg.data_dir, cfg.domains, cfg.recursive)
     tokenizer = tokenizer or learn_tokenizer(corpus, cfg.tokenizer, cfg.split, cfg.data_dir)
     folder = tokens_dir(corpus, tokenizer, cfg.split)
@@ -178,9 +178,19 @@ def tokenizer_beside(path):
     return path.with_name(f"{path.stem}.tokenizer")
 
 
-def _beside(path):
-    folder = tokenizer_beside(path)
-    return load_tokenizer(folder) if path.suffix == ".bin" and folder.exists() else None
+def _kept(folder, cfg):
+    "The tokenizer that is kept with tokens, None if there is none; another one that was asked for is refused"
+    if not folder.exists():
+        return None
+    kept, asked = load_tokenizer(folder), cfg.tokenizer
+    kind = asked.split(":")[0]
+    same = kind == kept.name.split(":")[0] or asked == RunConfig.tokenizer
+    if not same and (kind in ("chars", "bpe") or _given(cfg).fingerprint != kept.fingerprint):
+        raise TokenizerError(
+            f"{cfg.data} was made by the tokenizer in {folder} ({kept}), not by tokenizer={asked!r}; leave tokenizer out, "
+            "or prepare the text with that one"
+        )
+    return kept
 
 
 def learn_tokenizer(corpus, spec, split, data_dir=""):

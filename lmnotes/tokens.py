@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKENS_FORMAT', 'CHUNK', 'MAX_VOCAB', 'ID_DTYPES', 'TENSOR_DTYPES', 'BATCH_CHARS', 'token_dtype', 'TokenWriter',
-           'Tokens', 'open_tokens', 'describe_tokens', 'prepare', 'prepare_file', 'tokens_dir']
+           'Tokens', 'open_tokens', 'describe_tokens', 'prepare', 'prepare_file', 'tokens_dir', 'record_batches']
 
 # %% ../nbs/12_tokens.ipynb #b1499222
 import hashlib
@@ -440,3 +440,32 @@ def tokens_dir(corpus, tokenizer, split="auto"):
     "The folder in which `prepare` keeps the tokens of this corpus, tokenizer and split, named after their content"
     key = sha256_json([corpus.fingerprint, tokenizer.fingerprint, resolve_split(corpus, split)])[:12]
     return root() / "data" / "tokens" / f"{re.sub('[^A-Za-z0-9_-]+', '-', corpus.name)}-{key}"
+
+# %% ../nbs/12_tokens.ipynb #5e907f88
+def record_batches(
+    function,  # (batch_size, seq_len) -> (batch_size, seq_len) ids
+    out,  # Folder for train.bin and val.bin
+    tokenizer,  # Of the ids
+    batch_size,
+    seq_len,
+    steps,  # Batches to train on
+    val_steps=20,  # Batches to validate on
+):  # {part: Tokens}
+    "Write the batches that a function gives to token files"
+    name = f"{function.__module__}:{function.__qualname__}"
+    for part, n in dict(train=steps, val=val_steps).items():
+        path = Path(out) / f"{part}.bin"
+        with TokenWriter(path, tokenizer.vocab_size, tokenizer.fingerprint, dict(function=name, part=part)) as writer:
+            for i in range(n):
+                for row in _checked(function(batch_size, seq_len), (batch_size, seq_len), f"{name}, call {i + 1}"):
+                    writer.add(row, n_bytes=int(tokenizer.byte_lengths[row].sum()))
+    tokenizer.save(Path(out) / "tokenizer")
+    return {part: open_tokens(Path(out) / f"{part}.bin", tokenizer=tokenizer) for part in ("train", "val")}
+
+
+def _checked(batch, shape, where):
+    "A batch as an array of integers, or a `DataError`"
+    batch = np.asarray(batch)
+    if batch.shape != shape or not np.issubdtype(batch.dtype, np.integer):
+        raise DataError(f"{where}: gave {batch.dtype} of shape {batch.shape}, needs integers of shape {shape}")
+    return batch

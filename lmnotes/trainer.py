@@ -101,7 +101,7 @@ def autocast(device, dtype):
     "The context in which products are computed in `dtype`"
     return torch.autocast(str(device).split(":")[0], dtype, enabled=dtype != torch.float32)
 
-# %% ../nbs/31_trainer.ipynb #0c28eb5b
+# %% ../nbs/31_trainer.ipynb #b291614d
 MAX_BAD = 5
 
 
@@ -116,10 +116,10 @@ class Trainer:
         hooks=(),
         device="cpu",
         signals=None,  # A `StopSignals`, polled between steps
-        lines=Lines(),
+        lines=None,  # Other `Lines` than the usual
     ):
         self.lm, self.batches, self.cfg, self.hooks, self.device = lm.to(device), batches, cfg, list(hooks), device
-        self.signals, self.lines = signals, lines
+        self.signals, self.lines = signals, lines or Lines()
         self.rank, self.world = process_rank()
         self.dtype = getattr(torch, pick_dtype(device, cfg.dtype)[0])
         names = [type(h).__name__ for h in self.hooks]
@@ -129,12 +129,14 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.split(":")[0], enabled=self.dtype == torch.float16)
         self.objective = self._wrap(Objective(lm))
         self.step, self.stop, self.status, self.last = 0, "", "new", {}
-        self.counters = dict(tokens=0, bad=0, best=math.inf, best_step=0, waits=0, nats=0.0, count=0)
+        self.counters = dict(tokens=0, bad=0, best=math.inf, best_step=0, waits=0, sums={})
 
     def _wrap(self, objective):
         if self.cfg.compile:
             objective = torch.compile(objective)
-        return DistributedDataParallel(objective) if self.world > 1 else objective
+        if self.world == 1:
+            return objective
+        return DistributedDataParallel(objective, find_unused_parameters=bool(self.lm.optional))  # Parts may lie idle
 
     def autocast(self):
         "The context in which this run computes"
@@ -185,17 +187,20 @@ class Trainer:
         for opt in self.optimizers:
             opt.zero_grad(set_to_none=True)
         self.step += 1
-        self._count(finite, batch.n, out["loss"])
+        self._count(finite, batch.n, out)
         self.last = dict(out, lr=lr, grad_norm=norm, rows=len(batch.x))
 
-    def _count(self, finite, n, loss):
+    def _count(self, finite, n, out):
+        "Add the figures of a step to the sums since the last record, {name: [sum over targets, targets]}"
         c = self.counters
         if finite:
-            c.update(tokens=c["tokens"] + n, nats=c["nats"] + loss * n, count=c["count"] + n, bad=0)
+            old = {name: c["sums"].get(name, [0.0, 0]) for name in out}
+            sums = {name: [total + out[name] * n, count + n] for name, (total, count) in old.items()}
+            c.update(tokens=c["tokens"] + n, sums=c["sums"] | sums, bad=0)
             return
         c["bad"] += 1
         if self.rank == 0:
-            print(self.lines.bad.format(step=self.step, loss=loss, bad=c["bad"], max_bad=MAX_BAD))
+            print(self.lines.bad.format(step=self.step, loss=out["loss"], bad=c["bad"], max_bad=MAX_BAD))
         if c["bad"] >= MAX_BAD:
             self.stop = "diverged"
 
@@ -304,7 +309,7 @@ def _rounded(v):
     "Seven digits are what float32 has; not a number is null in JSON"
     return (float(f"{v:.7g}") if math.isfinite(v) else None) if isinstance(v, float) else v
 
-# %% ../nbs/31_trainer.ipynb #1c8ff44f
+# %% ../nbs/31_trainer.ipynb #f5269e1b
 LN2 = math.log(2)
 
 
@@ -350,11 +355,14 @@ class Log(Hook):
         per_step = (now_ - self.start[0]) / max(1, t.step - self.start[2])
         more = dict(rows_per_s=rows / seconds, left=duration(per_step * (t.cfg.steps - t.step)))
         self.shown = now_, c["tokens"], t.step
-        loss = c["nats"] / c["count"] if c["count"] else math.nan
-        c.update(nats=0.0, count=0)
+        means = {name: total / max(1, count) for name, (total, count) in c["sums"].items()}
+        loss = means.pop("loss", math.nan)
+        c.update(sums={})
         bpb = dict(bpb=loss / LN2 / self.bytes_per_token) if self.bytes_per_token else {}
-        extra = {k: v for k, v in t.last.items() if k not in ("loss", "rows")}
-        record = dict(step=t.step, split="train", loss=loss, **bpb, **extra, tokens=c["tokens"], tok_per_s=speed)
+        now_is = dict(lr=t.last["lr"], grad_norm=t.last["grad_norm"])
+        record = dict(
+            step=t.step, split="train", loss=loss, **bpb, **means, **now_is, tokens=c["tokens"], tok_per_s=speed
+        )
         return record, more
 
 # %% ../nbs/31_trainer.ipynb #696cbea8
