@@ -199,6 +199,41 @@ def test_a_misspelt_change(again):
     assert code == 2 and "did you mean 'steps'" in said, said
 
 
+def test_one_token_file(again):
+    "Its tokenizer is kept beside it, and another one is refused"
+    code, said = command(again, "prepare", "--out", "made/corpus.bin", "--data", "corpus", "--tokenizer", "bpe:300")
+    assert code == 0 and re.search(r"corpus.bin: .* MiB, compression ratio \d+\.\d\d characters per token", said), said
+    small = TINY | dict(run="one", data="made/corpus.bin", steps=2)
+    code, said = command(again, "train", **small | dict(tokenizer="bytes"))
+    assert code == 2 and "not by tokenizer='bytes'; leave tokenizer out" in said, said
+    for tokenizer in ("bpe:300", "bpe:2048"):
+        code, said = command(again, "train", **small | dict(tokenizer=tokenizer))
+        assert code == 0, said
+    assert json.loads((again / "runs/one/run.json").read_bytes())["tokenizer"]["vocab_size"] == 300
+    code, said = command(again, "prepare", "--out", "x.bin", "--data", "corpus", "--split", "hash")
+    assert code == 2 and "x.bin is one file; give a folder, or leave out split" in said, said
+
+
+def test_any_bytes(again):
+    "Whatever the file is called"
+    (again / "noise.bin").write_bytes(bytes(range(256)) * 40)
+    code, said = command(again, "train", **TINY | dict(run="noise", data="bytes:noise.bin", steps=2))
+    assert code == 0, said
+    tokens = json.loads((again / "runs/noise/run.json").read_bytes())["data"]["tokens"]
+    assert tokens == dict(train=9216, val=512, test=512)
+    code, said = command(again, "train", **TINY | dict(run="none", data="bytes:nothing", steps=2))
+    assert code == 2 and "no file: tried" in said, said
+
+
+def test_the_last_run_writes(again):
+    code, said = command(again, "train", **TINY | dict(run="checkpoints", out_dir="", steps=2))
+    assert code == 0, said  # A run that is called like a folder here
+    code, said = command(again, "generate", "--preset", "text_only", "--n", "5")
+    assert code == 0 and said.startswith("Once upon a time"), said
+    code, said = command(again, "generate", "--preset", "text-only")
+    assert code == 2 and "did you mean 'text_only'?" in said, said
+
+
 def edit(file):
     "Another letter in a file of the same size and age"
     about = file.stat()
