@@ -1,0 +1,242 @@
+"""`nbs/recipes/text_only.ipynb`: what the text-only guide promises is there, and the mistakes of the guide's system are not."""
+
+import ast
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from helpers import call, differences, finish, left_behind, log, records, start, until
+
+from lmnotes import load
+from lmnotes.lm import new_lm
+from lmnotes.runs import prepare_data
+from lmnotes.text_config import KEYS, load_text_config
+
+NOTEBOOK = Path(__file__).parent.parent / "nbs/recipes/text_only.ipynb"
+CONFIG = NOTEBOOK.with_name("text_only_config.yaml")
+
+TOKENS = 6000
+
+# As the guide prints it, with tabs
+SMALL = """
+training:
+	max_steps: 30
+	batch_size: 4
+	log_interval: 5
+	save_interval: 10
+	scheduler:
+		warmup_steps: 5
+	optimizer:
+		lr: 1e-2
+
+model:
+	transformer:
+		num_layers: 1       # Tiny model depth
+		hidden_dim: 16
+		num_attention_heads: 2
+		ffn_dim: 64
+		max_position_embeddings: 32
+
+	encoders:
+		internal_voice:
+			vocab_size: 256
+			embedding_dim: 16
+			max_seq_length: 32
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "A folder with a text, its tokens and a configuration"
+    from pydoc_data.topics import topics
+
+    place, text = tmp_path_factory.mktemp("made"), topics["debugger"] + topics["formatstrings"]
+    (place / "corpus.txt").write_bytes(text.encode("ascii", "ignore")[:TOKENS])
+    assert call(place, prepare) == 0, log(place)
+    (place / "small.yaml").write_text(SMALL)
+    return place
+
+
+@pytest.fixture
+def place(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "place")
+
+
+def prepare():
+    prepare_data("corpus.bin", "corpus.txt", "bytes")
+
+
+def cells():
+    return [cell for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == "code"]
+
+
+def recipe(**params):
+    "Execute the notebook's cells with parameters, as papermill does; 0 if the run got to the end"
+    space = {}
+    for cell in cells():
+        exec(cell.source, space)
+        if "parameters" in cell.metadata.get("tags", []):
+            assert params.keys() <= space.keys()
+            space.update(dict(config="small.yaml", data="corpus.bin", prompt="def ") | params)
+    return dict(done=0, dry_run=0, interrupted=130)[space["r"].status]
+
+
+@pytest.fixture(scope="module")
+def whole(made, tmp_path_factory):
+    "A folder in which papermill has run the recipe without a stop"
+    place = shutil.copytree(made, tmp_path_factory.mktemp("whole") / "place")
+    papermill = str(Path(sys.executable).parent / "papermill")
+    given = "-p config small.yaml -p data corpus.bin -p prompt def".split()
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
+    done = subprocess.run(
+        [papermill, str(NOTEBOOK), "report.ipynb", *given, "--no-progress-bar"],
+        cwd=place,
+        env=environ | dict(MPLBACKEND="agg", IPYTHONDIR=str(place / "ipython")),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+def in_order(words, text):
+    "Each of `words` comes in `text` after the one before"
+    at = 0
+    for word in words:
+        found = text.find(word, at)
+        assert found >= 0, f"{word!r} is not in what follows:\n{text[at:]}"
+        at = found + len(word)
+
+
+def test_the_guides_configuration():
+    "Its file says what the settings are without one, and the parameters are what the guide's commands take"
+    assert load_text_config(CONFIG) == KEYS
+    (parameters,) = [cell for cell in cells() if "parameters" in cell.metadata.get("tags", [])]
+    found = {line.target.id: ast.literal_eval(line.value) for line in ast.parse(parameters.source).body}
+    assert list(found)[:4] == ["config", "data", "dry_run", "resume"] and found["prompt"] == "Once upon a time"
+
+
+def test_dry_run(place):
+    "Ten steps, the guide's lines, a checkpoint written and read, and nothing left behind"
+    before = set(place.rglob("*"))
+    assert call(place, recipe, dry_run=True) == 0, log(place)
+    loaded, n = f"Loaded {TOKENS:,} tokens from corpus.bin", (TOKENS * 9 // 10 - 1) // 32
+    steps = [f"Step {i}/10 | Loss: " for i in range(1, 11)]
+    lines = ["Loading config from small.yaml...", "Using device: cpu", "Creating dataset from corpus.bin...", loaded]
+    lines += [f"Creating {n} samples of length 32...", "Creating DataLoader with batch_size=4..."]
+    lines += ["Initializing MultiModalCreature model...", "Model parameters: 11,264 total, 11,264 trainable"]
+    lines += [
+        "*** DRY RUN MODE: Training for only 10 steps ***",
+        "Initializing Trainer...",
+        "=" * 80,
+        "Starting training...",
+    ]
+    lines += [*steps, "written and read back", "=" * 80, "Training complete!", "=" * 80]
+    in_order(lines, log(place))
+    assert log(place).count(" | loss_internal_text: ") == log(place).count(" | samples/sec: ") == 10
+    assert {path.name for path in set(place.rglob("*")) - before} <= {"checkpoints"}
+
+
+def test_the_guides_files(whole):
+    folder = whole / "checkpoints/text_only"
+    files = {path.name for path in folder.glob("*.pt")}
+    assert files == {"model_step_10.pt", "model_step_20.pt", "model_step_30.pt", "model_final.pt"}
+    for path in folder.glob("*.pt"):
+        checkpoint = torch.load(path, weights_only=True)
+        assert list(checkpoint) == ["step", "model_state_dict", "optimizer_state_dict", "config"]
+        assert checkpoint["step"] == (30 if "final" in path.name else int(path.stem.rpartition("_")[2]))
+        assert checkpoint["optimizer_state_dict"]["state"]
+    logged = [r["step"] for r in records(folder / "metrics.jsonl") if r["split"] == "train"]
+    assert logged == [5, 10, 15, 20, 25, 30]
+
+
+def test_the_report(whole):
+    report = nbformat.read(whole / "report.ipynb", 4)
+    outputs = [output for cell in report.cells if cell.cell_type == "code" for output in cell.outputs]
+    text = "".join(output.get("text", "") for output in outputs)
+    in_order(["Step 5/30 | Loss: ", "Step 30/30 | Loss: ", "Training complete!", "def"], text)
+    assert "DRY RUN" not in text
+
+
+def test_mistake_the_generation_script_crashed(whole):
+    "The guide's script, from model_final.pt alone: fifty tokens, the same as from the cache"
+    checkpoint = torch.load(whole / "checkpoints/text_only/model_final.pt", map_location="cpu", weights_only=True)
+    model = new_lm("streams", **checkpoint["config"])
+    model.load_state_dict(checkpoint["model_state_dict"])
+    model.eval()
+    input_ids = torch.tensor([list(b"Once upon a time")])
+    with torch.no_grad():
+        for _ in range(50):
+            outputs = model(internal_voice_tokens=input_ids, return_hidden_states=True)
+            next_token_logits = outputs["logits_internal_text"][0, -1, :]
+            next_token = torch.argmax(next_token_logits, dim=-1, keepdim=True)
+            input_ids = torch.cat([input_ids, next_token.unsqueeze(0)], dim=1)
+    assert input_ids.shape == (1, 66)
+    r = load(whole / "checkpoints/text_only")
+    same = r.tokenizer.decode(input_ids[0, 16:].tolist())
+    assert r.generate("Once upon a time", 50, temperature=0.0) == same
+
+
+def test_mistake_ctrl_c_saved_nothing(place):
+    "And nothing could go on; here it goes on to the same bits"
+    process = start(place, recipe, max_steps=90)
+    until(lambda: (place / "checkpoints/text_only/model_step_10.pt").exists(), process)
+    os.kill(process.pid, signal.SIGINT)
+    assert finish(process) == 130, log(place)
+    step = json.loads((place / "checkpoints/text_only/run.json").read_bytes())["step"]
+    assert 10 <= step < 90 and f"Training is interrupted at step {step}; go on with resume=True" in log(place)
+    assert call(place, recipe, max_steps=90, resume=True) == 0, log(place)
+    assert call(place, recipe, max_steps=90, save_dir="at_once/text_only") == 0, log(place)
+    a, b = place / "checkpoints/text_only", place / "at_once/text_only"
+    assert not differences(left_behind(a), left_behind(b))
+    assert {p.name for p in a.glob("*.pt")} == {p.name for p in b.glob("*.pt")}
+
+
+@pytest.mark.parametrize("kind", ["bin", "npy", "pt"])
+def test_token_files_of_any_origin(place, kind):
+    ids = np.fromfile(place / "corpus.bin", np.uint16)
+    if kind == "bin":
+        ids.tofile(place / "theirs.bin")
+    elif kind == "npy":
+        np.save(place / "theirs.npy", ids)
+    else:
+        torch.save(torch.from_numpy(ids.astype(np.int64)), place / "theirs.pt")
+    assert call(place, recipe, data=f"theirs.{kind}", tokenizer="bytes", dry_run=True) == 0, log(place)
+    assert f"Loaded {TOKENS:,} tokens from theirs.{kind}" in log(place)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(data="data/none.bin"), ["Token file not found: data/none.bin", "lmnotes prepare --data"]),
+        (dict(data="wide.bin", tokenizer="bytes"), ["wide.bin: id 700 at position 6 is not in the vocabulary of 256"]),
+        (dict(config="other.yaml"), ["vocab_size is 50257, and corpus.bin was made with bytes, which has 256 ids"]),
+        (
+            dict(config="typo.yaml"),
+            ["typo.yaml, line 2: training.max_step is not a setting; did you mean 'training.max_steps'?"],
+        ),
+        (dict(config="nowhere.yaml"), ["nowhere.yaml: there is no such file"]),
+    ],
+)
+def test_what_does_not_fit(place, change, words):
+    np.array([1, 2, 3, 4, 5, 6, 700, 8] * 100, np.uint16).tofile(place / "wide.bin")
+    (place / "other.yaml").write_text("training:\n  max_steps: 10\n")
+    (place / "typo.yaml").write_text("training:\n  max_step: 10\n")
+    assert call(place, recipe, **change) == 1
+    assert all(word in log(place) for word in words), log(place)
+    assert not (place / "checkpoints/text_only").exists()
+
+
+def test_a_gpu_that_is_not_there(place):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert call(place, recipe, device="cuda", dry_run=True) == 0, log(place)
+    assert "Using device: cpu (cuda is not there)" in log(place)
