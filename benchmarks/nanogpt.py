@@ -124,7 +124,7 @@ def full_loss(
     "Nats per token"
     model.eval()
     total = n = 0
-    for x, y in batches:
+    for x, y, _ in batches:
         total += F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum").item()
         n += (y != -100).sum().item()
     return total / n

@@ -6,7 +6,9 @@
 __all__ = ['IGNORE', 'SAMPLERS', 'Batch', 'windows_at', 'check_length', 'RandomWindows', 'EpochOrder', 'EpochWindows',
            'BalancedWindows', 'pack', 'PackedDocuments', 'CoveringWindows', 'resolve_sampler', 'get_batches']
 
-# %% ../nbs/13_batches.ipynb #dd00b92f
+# %% ../nbs/13_batches.ipynb #bb0d207d
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from .core import *
 
-# %% ../nbs/13_batches.ipynb #1427047c
+# %% ../nbs/13_batches.ipynb #5fd9666b
 IGNORE = -100
 
 
@@ -25,7 +27,7 @@ class Batch(NamedTuple):
 
     x: Tensor  # (B,T) token ids
     y: Tensor  # (B,T) the ids that follow; `IGNORE` where nothing is predicted
-    more: dict = {}  # {name: tensor (B,…)} of what else the model takes
+    more: Mapping = MappingProxyType({})  # {name: tensor (B,…)} of what else the model takes
 
     def map(self, f):
         "The batch with `f` applied to each of its tensors"
@@ -81,16 +83,18 @@ class RandomWindows:
         rng = np.random.default_rng((self.seed, step))
         return windows_at(self.ids, rng.integers(len(self.ids) - self.ctx_len, size=self.batch_size), self.ctx_len)
 
-# %% ../nbs/13_batches.ipynb #e6382868
+# %% ../nbs/13_batches.ipynb #dc278629
 class EpochOrder:
-    "Which of `n` rows come at a step, when every row comes once per epoch, shuffled"
+    "Which of `n` rows come at a step, when every row comes once per epoch, shuffled or in order"
 
-    def __init__(self, n, batch_size, seed=0):
-        self.n, self.batch_size, self.seed = n, batch_size, seed
+    def __init__(self, n, batch_size, seed=0, shuffle=True):
+        self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
         self.per_epoch = n / batch_size  # Steps, not rounded
         self._epoch, self._perm = -1, None
 
     def _permutation(self, epoch):
+        if not self.shuffle:
+            return np.arange(self.n)
         if epoch != self._epoch:
             self._epoch, self._perm = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.n)
         return self._perm
@@ -100,14 +104,14 @@ class EpochOrder:
         epochs = rows // self.n
         return np.concatenate([self._permutation(e)[rows[epochs == e] % self.n] for e in np.unique(epochs)])
 
-# %% ../nbs/13_batches.ipynb #4c36e106
+# %% ../nbs/13_batches.ipynb #cbaf372e
 class EpochWindows:
-    "Windows side by side (or `stride` apart), each once per epoch, shuffled"
+    "Windows side by side (or `stride` apart), each once per epoch, shuffled or in order"
 
-    def __init__(self, ids, batch_size, ctx_len, seed=0, stride=0):
+    def __init__(self, ids, batch_size, ctx_len, seed=0, stride=0, shuffle=True):
         check_length(ids, ctx_len)
         self.ids, self.ctx_len, self.stride = ids, ctx_len, stride or ctx_len
-        self.order = EpochOrder(1 + (len(ids) - 1 - ctx_len) // self.stride, batch_size, seed)
+        self.order = EpochOrder(1 + (len(ids) - 1 - ctx_len) // self.stride, batch_size, seed, shuffle)
         self.per_epoch = self.order.per_epoch
 
     def __getitem__(self, step):
@@ -225,8 +229,8 @@ class CoveringWindows:
         n = min(n or len(self), len(self))
         return [self[int(i)] for i in np.linspace(0, len(self) - 1, n).round()] if n < len(self) else self
 
-# %% ../nbs/13_batches.ipynb #133e18f4
-SAMPLERS = "auto", "random", "epochs", "domains", "documents"
+# %% ../nbs/13_batches.ipynb #8ed35f04
+SAMPLERS = "auto", "random", "epochs", "sequential", "domains", "documents"
 
 
 def resolve_sampler(sampler, epochs):
@@ -241,16 +245,16 @@ def get_batches(
     seed=0,
     sampler="auto",  # One of `SAMPLERS`
     epochs=0,  # Above 0: the run is counted in epochs
-    stride=0,  # With sampler 'epochs': tokens from one window to the next; 0: `ctx_len`
+    stride=0,  # With samplers 'epochs' and 'sequential': tokens from one window to the next; 0: `ctx_len`
 ):  # Something that `[step]` gives a `Batch`, with `per_epoch` steps in an epoch
     "Training batches of a token file"
     sampler = resolve_sampler(sampler, epochs)
-    if stride and sampler != "epochs":
-        raise ValueError(f"stride={stride} is for sampler='epochs', and this is {sampler!r}")
+    if stride and sampler not in ("epochs", "sequential"):
+        raise ValueError(f"stride={stride} is for sampler='epochs' or 'sequential', and this is {sampler!r}")
     if sampler == "random":
         return RandomWindows(tokens.ids, batch_size, ctx_len, seed)
-    if sampler == "epochs":
-        return EpochWindows(tokens.ids, batch_size, ctx_len, seed, stride)
+    if sampler in ("epochs", "sequential"):
+        return EpochWindows(tokens.ids, batch_size, ctx_len, seed, stride, shuffle=sampler == "epochs")
     if sampler == "domains":
         return BalancedWindows(tokens.ids, tokens.domains, batch_size, ctx_len, seed)
     if sampler == "documents":

@@ -442,7 +442,7 @@ def check_same(
         changes[name] = (old, new)
     return changes
 
-# %% ../nbs/32_checkpoint.ipynb #ba9cb70c
+# %% ../nbs/32_checkpoint.ipynb #9df1b37a
 class SaveWeights(Hook):
     "Writes the model's state dict to `folder/pattern`"
 
@@ -476,6 +476,7 @@ class SaveWeights(Hook):
         if t.rank == 0:
             path = self.folder / self.pattern.format(step=t.step)
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 content = plain_weights(t.lm, self.prefixes)
                 save_weights(self.wrap(t, content) if self.wrap else content, path)
                 print(t.lines.saved.format(step=t.step, file=path.name))

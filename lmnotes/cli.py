@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'Train', 'Prepare', 'Generate', 'Evaluate', 'Export', 'Upload', 'Notebook', 'FromEnv', 'run_notebook',
            'main', 'command']
 
-# %% ../nbs/61_cli.ipynb #eaf45e89
+# %% ../nbs/61_cli.ipynb #f9f8f0e8
 import ast
 import json
 import os
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from .core import *
-from .engine import check_parameters, environment
+from .engine import check_parameters, environment, parameters_of
 from .env import TrainingConfig
 from .evaluation import *
 from .export import *
@@ -160,7 +160,7 @@ def _evaluate(args, argv):
     print(Table(dict(run=r.folder.name, step=r.step, part=args.part, **row) for row in rows))
     return 0
 
-# %% ../nbs/61_cli.ipynb #aaba6902
+# %% ../nbs/61_cli.ipynb #85332c41
 def run_notebook(
     path,
     given,  # {parameter: value}
@@ -188,18 +188,21 @@ def _run_cell(source, where, names):
             print(value)
 
 
-def _value(text):
-    "A value as papermill reads it from its command line"
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+def _notebook_parameters(path, given):
+    "Those of a notebook, after a look at what is given"
+    if not Path(path).is_file() or Path(path).suffix != ".ipynb":
+        raise ValueError(f"path={path!r}: there is no such notebook; give the path of an .ipynb file")
+    check_parameters(path, given)
+    return parameters_of(path)
 
 
 def _notebook(args, argv):
     if wrong := [word for word in args.params if "=" not in word]:
         raise ValueError(f"params has {wrong[0]!r}, which is not NAME=VALUE")
-    given = {name: _value(text) for name, _, text in (word.partition("=") for word in args.params)}
+    kinds = {"int": lambda text: int(float(text)), "float": float, "bool": lambda text: text == "True"}
+    given = dict(word.split("=", 1) for word in args.params)
+    known = _notebook_parameters(args.path, given)
+    given = {name: kinds.get(known[name], str)(text) for name, text in given.items()}
     with redirect_stdout(sys.stdout if process_rank()[0] == 0 else open(os.devnull, "w")):
         names = run_notebook(args.path, given)
     return max((_exit_code(o) for o in names.values() if isinstance(o, Run)), default=0)

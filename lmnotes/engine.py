@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TWO_VALUES', 'ONE_VALUE', 'PLAIN_NAME', 'project_of', 'read_command', 'given_parameters', 'last_run', 'new_run',
-           'trains', 'checkpoints_of', 'output_path', 'check_parameters', 'completed', 'signals_to', 'run_of',
-           'environment', 'kernel_class', 'GracefulEngine', 'is_papermill']
+           'trains', 'checkpoints_of', 'output_path', 'parameters_of', 'check_parameters', 'completed', 'signals_to',
+           'run_of', 'environment', 'kernel_class', 'GracefulEngine', 'is_papermill']
 
 # %% ../nbs/52_engine.ipynb #dc7701f2
 import base64
@@ -158,26 +158,46 @@ def output_path(
     (checkpoints / run).mkdir(parents=True, exist_ok=True)
     return checkpoints / run / Path(notebook).name
 
-# %% ../nbs/52_engine.ipynb #b6ec85d1
+# %% ../nbs/52_engine.ipynb #598c8dc6
+def parameters_of(
+    notebook,  # Path of a notebook
+):  # {name: annotation}, empty where there is none
+    "The parameters that a notebook has"
+    cells = json.loads(Path(notebook).read_bytes())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    return {name: kind for s in sources for name, kind in re.findall(r"^(\w+)(?: *: *(\w+))? *=", s, re.M)}
+
+
+def _fits(kind, value):
+    "Is a value, as papermill is given it, one of its parameter's type?"
+    if kind == "bool":
+        return value in (True, False, "True", "False")
+    try:
+        return kind not in ("int", "float") or float(value) == int(float(value)) or kind == "float"
+    except (ValueError, TypeError, OverflowError):
+        return kind == "float" and str(value).lower() in ("inf", "-inf", "nan")
+
+
 def check_parameters(
     notebook,  # Path of a notebook in the project
     parameters,  # dict of those given
 ):
-    "Raise `ValueError`, with the nearest name, for a parameter that the notebook does not have; papermill would only warn"
-    cells = json.loads(Path(notebook).read_bytes())["cells"]
-    sources = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
-    known = [name for source in sources for name in re.findall(r"^(\w+) *[:=]", source, re.M)]
-    for name in parameters:
+    "Raise `ValueError` for a parameter that the notebook does not have, or a value of another type; papermill would only warn"
+    known = parameters_of(notebook)
+    for name, value in parameters.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known) or 'none'}"
             raise ValueError(f"{name!r} is not a parameter of {Path(notebook).name}; {hint}")
+        if not _fits(known[name], value):
+            kind = dict(bool="True or False", int="a whole number", float="a number")[known[name]]
+            raise ValueError(f"{name}={value!r} in {Path(notebook).name} is not {kind}")
 
-# %% ../nbs/52_engine.ipynb #5f876b5d
+# %% ../nbs/52_engine.ipynb #4329a20a
 def completed(
     argv,  # A papermill command line, program name first
 ):  # (the command line to use instead, a sentence for the user or '')
-    "Add the output path and the engine where they are missing and the notebook is ours"
+    "Add the output path and the engine where they are missing and the notebook is ours, and give texts as texts"
     paths, options = read_command(argv)
     names = {name for name, values in options}
     project = project_of(argv[paths[0]]) if paths else None
@@ -185,6 +205,8 @@ def completed(
         return argv, ""
     added, words, parameters = [], "", given_parameters(options)
     check_parameters(argv[paths[0]], parameters)
+    texts = {name for name, kind in parameters_of(argv[paths[0]]).items() if kind == "str"}
+    argv = ["-r" if word == "-p" and {*argv[i + 1 : i + 2]} & texts else word for i, word in enumerate(argv)]
     if len(paths) > 1 and argv[paths[1]] != "-":
         Path(argv[paths[1]]).parent.mkdir(parents=True, exist_ok=True)
     if len(paths) == 1:

@@ -266,7 +266,7 @@ def _run_name(cfg):
         return cfg.run or time.strftime("%Y%m%d-%H%M%S")
     return last_run(runs_folder(cfg.out_dir))
 
-# %% ../nbs/50_runs.ipynb #3ab9c57f
+# %% ../nbs/50_runs.ipynb #40b282f6
 def _run(s, signals, hooks, lines):
     "Train what `Setup` made, and keep the record"
     looking = s.hooks()
@@ -278,6 +278,8 @@ def _run(s, signals, hooks, lines):
     record = Record(s.folder, **(s.info or dict(started=now())))
     if trainer.rank == 0:
         _begin(record, s, trainer)
+        if s.step_folder and trainer.lines.resumed:
+            print(trainer.lines.resumed.format(step=trainer.step))
     return _train(record, s, trainer)
 
 
@@ -484,7 +486,7 @@ def _flag(name, value):
         return [name] if value else [name.replace("--", "--no-", 1)]
     return [name, str(value)]
 
-# %% ../nbs/50_runs.ipynb #8db64cd5
+# %% ../nbs/50_runs.ipynb #8661268b
 def prepare_data(
     out,  # Folder for train.bin, val.bin and tokenizer/; or one file such as corpus.bin
     data="pydocs",  # As for `RunConfig`, and so the rest
@@ -494,6 +496,10 @@ def prepare_data(
     split="auto",
 ):  # {part: Tokens}; the one part of a single file is `all`
     "Tokenize a corpus into a folder, or into one file"
+    if Path(out).suffix in (".npy", ".pt", ".txt", ".json", ".jsonl"):
+        raise ValueError(
+            f"out={str(out)!r}: tokens are written to a file that ends in .bin, or to a folder; name one of these"
+        )
     corpus = get_corpus(data, data_dir, domains)
     if Path(out).suffix == ".bin":
         return dict(all=_prepare_file(Path(out), corpus, tokenizer, split, data_dir))

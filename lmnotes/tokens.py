@@ -6,11 +6,12 @@
 __all__ = ['TOKENS_FORMAT', 'CHUNK', 'MAX_VOCAB', 'ID_DTYPES', 'TENSOR_DTYPES', 'BATCH_CHARS', 'token_dtype', 'TokenWriter',
            'Tokens', 'open_tokens', 'describe_tokens', 'prepare', 'prepare_file', 'tokens_dir', 'record_batches']
 
-# %% ../nbs/12_tokens.ipynb #b1499222
+# %% ../nbs/12_tokens.ipynb #ddf5bd5c
 import hashlib
 import io
 import os
 import re
+import shutil
 import zipfile
 from array import array
 from pathlib import Path
@@ -393,7 +394,7 @@ def describe_tokens(
         text += f", {unknown:,} unknown characters"
     return text
 
-# %% ../nbs/12_tokens.ipynb #6e1bdd88
+# %% ../nbs/12_tokens.ipynb #b9b8c297
 def prepare(
     corpus,
     tokenizer,
@@ -430,6 +431,8 @@ def prepare_file(
     path,  # Such as corpus.bin
 ):  # Tokens
     "The tokens of a whole corpus in one file, which training divides by position"
+    if not corpus.n_chars:
+        raise DataError(f"{corpus.name}: there is no text in it, so no tokens; name another text")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     source = dict(corpus=corpus.name, fingerprint=corpus.fingerprint)
     _write(corpus, corpus.documents(), tokenizer, Path(path), source)
@@ -441,31 +444,41 @@ def tokens_dir(corpus, tokenizer, split="auto"):
     key = sha256_json([corpus.fingerprint, tokenizer.fingerprint, resolve_split(corpus, split)])[:12]
     return root() / "data" / "tokens" / f"{re.sub('[^A-Za-z0-9_-]+', '-', corpus.name)}-{key}"
 
-# %% ../nbs/12_tokens.ipynb #5e907f88
+# %% ../nbs/12_tokens.ipynb #edb585b8
 def record_batches(
     function,  # (batch_size, seq_len) -> (batch_size, seq_len) ids
-    out,  # Folder for train.bin and val.bin
+    out,  # Folder in which the folder of token files is made
     tokenizer,  # Of the ids
     batch_size,
     seq_len,
     steps,  # Batches to train on
     val_steps=20,  # Batches to validate on
-):  # {part: Tokens}
+):  # The folder, with train.bin and val.bin
     "Write the batches that a function gives to token files"
-    name = f"{function.__module__}:{function.__qualname__}"
-    for part, n in dict(train=steps, val=val_steps).items():
-        path = Path(out) / f"{part}.bin"
-        with TokenWriter(path, tokenizer.vocab_size, tokenizer.fingerprint, dict(function=name, part=part)) as writer:
-            for i in range(n):
-                for row in _checked(function(batch_size, seq_len), (batch_size, seq_len), f"{name}, call {i + 1}"):
-                    writer.add(row, n_bytes=int(tokenizer.byte_lengths[row].sum()))
-    tokenizer.save(Path(out) / "tokenizer")
-    return {part: open_tokens(Path(out) / f"{part}.bin", tokenizer=tokenizer) for part in ("train", "val")}
+    name, size = getattr(function, "__qualname__", type(function).__name__), (batch_size, seq_len)
+    tmp = Path(out) / f".{os.getpid()}.tmp"
+    try:
+        for part, n in dict(train=steps, val=val_steps).items():
+            source = dict(function=name, part=part)
+            with TokenWriter(tmp / f"{part}.bin", tokenizer.vocab_size, tokenizer.fingerprint, source) as writer:
+                for i in range(n):
+                    for row in _checked(function(*size), size, tokenizer.vocab_size, f"{name}, call {i + 1}"):
+                        writer.add(row, n_bytes=int(tokenizer.byte_lengths[row].sum()))
+        tokenizer.save(tmp / "tokenizer")
+        made = [open_tokens(tmp / f"{part}.bin", tokenizer=tokenizer).fingerprint for part in ("train", "val")]
+        folder = Path(out) / sha256_json(made)[:12]
+        if not folder.exists():
+            os.replace(tmp, folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    return folder
 
 
-def _checked(batch, shape, where):
-    "A batch as an array of integers, or a `DataError`"
+def _checked(batch, shape, vocab_size, where):
+    "A batch as an array of ids, or a `DataError`"
     batch = np.asarray(batch)
     if batch.shape != shape or not np.issubdtype(batch.dtype, np.integer):
         raise DataError(f"{where}: gave {batch.dtype} of shape {batch.shape}, needs integers of shape {shape}")
+    if not 0 <= batch.min() <= batch.max() < vocab_size:
+        raise DataError(f"{where}: gave ids from {batch.min()} to {batch.max()}, needs them from 0 to {vocab_size - 1}")
     return batch

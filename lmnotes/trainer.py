@@ -6,8 +6,9 @@
 __all__ = ['MAX_BAD', 'LN2', 'TrainConfig', 'Objective', 'process_rank', 'Hook', 'Lines', 'autocast', 'Trainer', 'Metrics',
            'duration', 'Log', 'init_distributed', 'agree_on', 'first_rank_first']
 
-# %% ../nbs/31_trainer.ipynb #e54632f0
+# %% ../nbs/31_trainer.ipynb #5817c271
 import atexit
+import fnmatch
 import json
 import math
 import os
@@ -76,7 +77,7 @@ class Hook:
     key = ""  # Its name in the counters; the trainer numbers hooks of one class
     files = ()  # Patterns of the files that it writes into the run's folder, beside those of every run
 
-# %% ../nbs/31_trainer.ipynb #7b8c3099
+# %% ../nbs/31_trainer.ipynb #e3f86934
 @dataclass(frozen=True)
 class Lines:
     "Templates of what a run prints"
@@ -85,6 +86,8 @@ class Lines:
     train: str = "step {step}/{steps} | loss {loss:.4f}{bits} | lr {lr:.2e} | {tok_per_s:,.0f} tok/s | {left} left"
     # Also ppl, bpb, tokens; `loss_err` is the standard error after its sign, or nothing
     val: str = "step {step} | val loss {loss:.4f}{loss_err}{bits}{part}"
+    # When a run goes on; empty: nothing but what every run says
+    resumed: str = ""
     # When a `SaveWeights` has written a file
     saved: str = "step {step} | saved {file}"
     # When an update is refused
@@ -101,7 +104,7 @@ def autocast(device, dtype):
     "The context in which products are computed in `dtype`"
     return torch.autocast(str(device).split(":")[0], dtype, enabled=dtype != torch.float32)
 
-# %% ../nbs/31_trainer.ipynb #b291614d
+# %% ../nbs/31_trainer.ipynb #72d28143
 MAX_BAD = 5
 
 
@@ -129,6 +132,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.split(":")[0], enabled=self.dtype == torch.float16)
         self.objective = self._wrap(Objective(lm))
         self.step, self.stop, self.status, self.last = 0, "", "new", {}
+        self.seconds = 0.0  # Spent on steps, without hooks
         self.counters = dict(tokens=0, bad=0, best=math.inf, best_step=0, waits=0, sums={})
 
     def _wrap(self, objective):
@@ -136,7 +140,9 @@ class Trainer:
             objective = torch.compile(objective)
         if self.world == 1:
             return objective
-        return DistributedDataParallel(objective, find_unused_parameters=bool(self.lm.optional))  # Parts may lie idle
+        names = [name for name, _ in self.lm.named_parameters()]
+        idle = any(fnmatch.filter(names, pattern) for pattern in self.lm.optional)  # Parts that a batch may not need
+        return DistributedDataParallel(objective, find_unused_parameters=idle)
 
     def autocast(self):
         "The context in which this run computes"
@@ -144,10 +150,10 @@ class Trainer:
 
     def _backward(self, batch):
         "Gradients of the global batch, on this rank; {name: value averaged over the batch}"
-        total, mine, sums = max(1, batch.n), batch.rank(self.rank, self.world).micro(self.cfg.accum), {}
+        total, mine, sums = batch.n, batch.rank(self.rank, self.world).micro(self.cfg.accum), {}
         for i, piece in enumerate(mine):
             seed_step(self.cfg.seed, self.step, i, self.rank)
-            share = piece.n / total
+            share = piece.n / total if total else len(piece.x) / len(batch.x)
             wait = self.world > 1 and i < len(mine) - 1
             with self.objective.no_sync() if wait else nullcontext():
                 with self.autocast():
@@ -210,7 +216,9 @@ class Trainer:
         try:
             self._call_hooks()
             while self.step < (until or self.cfg.steps) and not self.stop:
+                start = time.perf_counter()
                 self.one_step()
+                self.seconds += time.perf_counter() - start
                 self._call_hooks()
         except RuntimeError as e:
             raise _explain_memory(e, self) from None
@@ -309,7 +317,7 @@ def _rounded(v):
     "Seven digits are what float32 has; not a number is null in JSON"
     return (float(f"{v:.7g}") if math.isfinite(v) else None) if isinstance(v, float) else v
 
-# %% ../nbs/31_trainer.ipynb #f5269e1b
+# %% ../nbs/31_trainer.ipynb #d885516b
 LN2 = math.log(2)
 
 
@@ -334,7 +342,7 @@ class Log(Hook):
 
     def after_step(self, t):
         if self.start is None:
-            self.start = self.shown = time.perf_counter(), t.counters["tokens"], t.step
+            self.start, self.shown = (time.perf_counter(), t.step), (t.seconds, t.counters["tokens"], t.step)
         every = t.cfg.log_every or math.ceil(t.cfg.steps / 40)
         if not t.last or not self.due(t, every):  # Nothing has been done yet since the run went on
             return
@@ -349,12 +357,11 @@ class Log(Hook):
 
     def _record(self, t):
         "What there is to record since the last time, and what else there is to say"
-        c, now_ = t.counters, time.perf_counter()
-        seconds = max(1e-9, now_ - self.shown[0])
+        c, seconds = t.counters, max(1e-9, t.seconds - self.shown[0])
         rows, speed = (t.step - self.shown[2]) * t.last["rows"], (c["tokens"] - self.shown[1]) / seconds
-        per_step = (now_ - self.start[0]) / max(1, t.step - self.start[2])
+        per_step = (time.perf_counter() - self.start[0]) / max(1, t.step - self.start[1])
         more = dict(rows_per_s=rows / seconds, left=duration(per_step * (t.cfg.steps - t.step)))
-        self.shown = now_, c["tokens"], t.step
+        self.shown = t.seconds, c["tokens"], t.step
         means = {name: total / max(1, count) for name, (total, count) in c["sums"].items()}
         loss = means.pop("loss", math.nan)
         c.update(sums={})
@@ -365,15 +372,16 @@ class Log(Hook):
         )
         return record, more
 
-# %% ../nbs/31_trainer.ipynb #696cbea8
+# %% ../nbs/31_trainer.ipynb #3ed3eb5f
 def init_distributed(device):
     "Join the process group that torchrun announces; returns the device of this rank"
-    rank, world = process_rank()
-    if world > 1 and not dist.is_initialized():
-        cuda = device.startswith("cuda")
-        if cuda:
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
+    if process_rank()[1] == 1:
+        return device
+    cuda = device.startswith("cuda")
+    if cuda:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
         atexit.register(dist.destroy_process_group)  # Its threads must end before the interpreter does
     return device
