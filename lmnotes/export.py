@@ -90,7 +90,7 @@ def _sources(lm):
     others = {name.split(".")[0] for name in others} - set(sys.stdlib_module_names) - {"lmnotes", ""}
     return {p.relative_to(_ROOT).as_posix(): p.read_bytes() for p in files}, others
 
-# %% ../nbs/60_export.ipynb #7b568539
+# %% ../nbs/60_export.ipynb #57b54504
 SCRIPT = '''\
 """Write text with the model in this folder: `python generate.py "Once upon a time" --n 200`."""
 
@@ -116,7 +116,10 @@ def load(folder=HERE, model_args=""):
     lm = new_lm(about["arch"], **{**about["config"], **parse_model_args(about["arch"], model_args)})
     load_weights(lm, load_file(folder / "model.safetensors"), folder / "model.safetensors")
     return lm.eval(), load_tokenizer(folder / "tokenizer"), about
+'''
 
+# %% ../nbs/60_export.ipynb #a2c1e1e6
+SCRIPT += """
 
 def main():
     "The command line"
@@ -139,7 +142,7 @@ def main():
 
 if __name__ == "__main__":
     main()
-'''
+"""
 
 # %% ../nbs/60_export.ipynb #f6bc7a51
 _PATHS = "data", "tokenizer", "init_from"  # Parameters that may be paths
@@ -190,7 +193,7 @@ def _figure_rows(found):
     part = "whole validation part" if found.get("full") else "first batches of the validation part"
     return [*rows, ("measured on", f"{found['tokens']:,} tokens, the {part}")]
 
-# %% ../nbs/60_export.ipynb #8366221b
+# %% ../nbs/60_export.ipynb #31e73fd4
 def _front_matter(title, lm, found, data):
     "The head of a model card"
     head = dict(library_name="lmnotes", pipeline_tag="text-generation", tags=["lmnotes", lm.arch])
@@ -203,8 +206,7 @@ def _front_matter(title, lm, found, data):
 
 def _rows(pairs):
     "A Markdown table of two columns"
-    cells = [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in pairs]
-    return "\n".join(["| | |", "|---|---|", *cells])
+    return "\n".join(["| | |", "|---|---|", *map(markdown_row, pairs)])
 
 
 def _indented(text):
@@ -230,7 +232,7 @@ def _about_rows(r, lm):
     rows["made with"] = ", ".join(f"{n} {v}" for n, v in told.get("versions", versions()).items())
     return list(rows.items())
 
-# %% ../nbs/60_export.ipynb #0036f99f
+# %% ../nbs/60_export.ipynb #a4112570
 CARD = """\
 # {title}
 
@@ -251,7 +253,10 @@ A small language model, trained with `lmnotes`.
 ```
 
 {remarks}
+"""
 
+# %% ../nbs/60_export.ipynb #36302ac8
+CARD += """
 ## Use it
 
 ```sh
@@ -412,16 +417,18 @@ def _open_run(run, which):
         )
     return r
 
-# %% ../nbs/60_export.ipynb #97482c6c
+# %% ../nbs/60_export.ipynb #a1b028c5
 def export(
     run,  # A `Run`, or what `load` takes: a folder, or a name under checkpoints/
     folder,  # Folder to write
     which="",  # best | last | interrupted | final; empty: the `Run` as it is, or the newest whole checkpoint
-    state_dict="",  # Also the weights as torch.save writes them, under this name, such as best_model.pth
+    state_dict="",  # Also the weights as torch.save writes them, under this name (.pt or .pth), such as best_model.pth
 ):  # The folder
     "Write a model, its tokenizer, the source that rebuilds it and a model card; adapters become part of the weights"
-    if Path(state_dict).name != state_dict:
-        raise ValueError(f"state_dict={state_dict!r} is not the name of a file; write it like best_model.pth")
+    if state_dict and (Path(state_dict).name != state_dict or Path(state_dict).suffix not in (".pt", ".pth")):
+        raise ValueError(
+            f"state_dict={state_dict!r} is not the name of a .pt or .pth file; write it like best_model.pth"
+        )
     folder = Path(folder).resolve()
     _check_free(folder)
     r = _open_run(run, which)

@@ -20,7 +20,7 @@ from .core import *
 from .evaluation import *
 from .lm import *
 
-# %% ../nbs/42_inspect.ipynb #4f67b6c7
+# %% ../nbs/42_inspect.ipynb #b7fe9dd0
 @runtime_checkable
 class Thinks(Protocol):
     "What a model has that can be looked at while it thinks"
@@ -37,6 +37,11 @@ def _check_thinks(lm):
         raise ValueError(
             f"arch={lm.arch!r} does not think: it has no `thoughts` and `thinking_parameters`; inspect one that has, such as bytepatch"
         )
+
+
+def _check_ids(x):
+    if x.ndim != 2:
+        raise ValueError(f"ids of shape {tuple(x.shape)}, and (rows, length) is needed; make a single row with x[None]")
 
 # %% ../nbs/42_inspect.ipynb #6d824da1
 def _latent_figures(z, gate, before, change):
@@ -59,7 +64,7 @@ def _text_sums(logits, before, batch, lengths):
     kl = 0.0 if before is None else F.kl_div(before[kept], log_p[kept], log_target=True, reduction="sum")
     return log_p, [float(nats), int(kept.sum()), int(size), float(kl)]
 
-# %% ../nbs/42_inspect.ipynb #fbac1373
+# %% ../nbs/42_inspect.ipynb #9b140752
 @contextmanager
 def _thinking(lm, steps):
     "For a while, a model in eval mode that thinks for so many steps"
@@ -74,6 +79,7 @@ def _thinking(lm, steps):
 
 def _look(lm, batch, lengths):
     "(sums of the text, figures of the latents) for each number of steps, of one batch"
+    _check_ids(batch.x)
     sums, latents, z, change, log_p = [], [], None, None, None
     for new, gate, logits in lm.thoughts(batch.x):
         new = new.float()
@@ -83,7 +89,7 @@ def _look(lm, batch, lengths):
         sums.append(of_text)
     return sums, latents
 
-# %% ../nbs/42_inspect.ipynb #d2354e24
+# %% ../nbs/42_inspect.ipynb #2cc0080e
 @torch.no_grad()
 def thinking_rows(
     lm,
@@ -94,6 +100,8 @@ def thinking_rows(
 ):  # A row for each number of steps
     "What a model's steps of thinking do"
     _check_thinks(lm)
+    if steps < 0:
+        raise ValueError(f"steps={steps} of thinking; say how many, or 0 for as many as it was trained with")
     device, sums, latents = next(lm.parameters()).device, [], []
     lengths = None if byte_lengths is None else torch.as_tensor(byte_lengths, device=device)
     with _thinking(lm, steps or lm.cfg.thinking_steps):
@@ -101,19 +109,21 @@ def thinking_rows(
             of_text, of_latents = _look(lm, batches[i].to(device), lengths)
             sums.append(of_text)
             latents.append(of_latents)
-    sums = torch.tensor(sums, dtype=torch.float64)  # (batches, steps + 1, 4)
+    sums = torch.tensor(sums, dtype=torch.float64).view(len(batches), -1, 4)  # Of each batch, for each number of steps
+    if not sums[:, :, 2].sum():
+        raise ValueError(f"{len(batches)} batches without a target that stands for a byte; give batches of a text")
     return [_row(model, k, sums, [found[k] for found in latents]) for k in range(sums.shape[1])]
 
-# %% ../nbs/42_inspect.ipynb #17f26764
+# %% ../nbs/42_inspect.ipynb #e9892e4d
 def _row(model, k, sums, latents):
     "The figures of `k` steps"
     text = figures(sums[:, k, :3])
     less = sums[:, k, :3].clone()
     less[:, 0] = sums[:, 0, 0] - less[:, 0]
     saved = figures(less)
-    row = dict(model=model, steps=k, bpb=text["bpb"], bpb_stderr=text.get("bpb_stderr", 0.0))
+    row = dict(model=model, steps=k, **{name: text[name] for name in ("bpb", "bpb_stderr") if name in text})
     if k:
-        row.update(saved=saved["bpb"], saved_stderr=saved.get("bpb_stderr", 0.0))
+        row.update({name.replace("bpb", "saved"): saved[name] for name in ("bpb", "bpb_stderr") if name in saved})
         row.update({name: sum(f[name] for f in latents) / len(latents) for name in latents[0]})
         row["kl"] = (sums[:, k, 3].sum() / sums[:, k, 2].sum()).item()
     return row
@@ -145,7 +155,7 @@ def inspect_thinking(
     rows = thinking_rows(lm, batches, byte_lengths, steps)
     return rows + thinking_rows(untrained(lm), batches, byte_lengths, steps, "untrained")
 
-# %% ../nbs/42_inspect.ipynb #dcf447ba
+# %% ../nbs/42_inspect.ipynb #ffa7c3c6
 PANELS = dict(
     bpb=("Bits per byte", "bits per byte"),
     saved=("What thinking saves", "bits per byte"),
@@ -155,7 +165,7 @@ PANELS = dict(
     gate=("Gate", "mean activity"),
 )
 
-
+# %% ../nbs/42_inspect.ipynb #9ad7112d
 def plot_thinking(
     rows,  # From `inspect_thinking`
     title="",
@@ -168,7 +178,7 @@ def plot_thinking(
     for ax, (key, (name, unit)) in zip(axes.flat, PANELS.items()):
         for model, style in dict(trained="o-", untrained="s--").items():
             rs = [r for r in rows if r["model"] == model and key in r]
-            error = [r.get(f"{key}_stderr", 0.0) for r in rs]
+            error = [r.get(f"{key}_stderr", 0.0) for r in rs]  # A bar of no length cannot be seen
             ax.errorbar([r["steps"] for r in rs], [r[key] for r in rs], error, fmt=style, label=model, markersize=4)
         ax.set(title=name, ylabel=unit)
         ax.grid(alpha=0.3)
@@ -178,21 +188,27 @@ def plot_thinking(
     fig.suptitle(title)
     return fig
 
-# %% ../nbs/42_inspect.ipynb #b17f12f9
+# %% ../nbs/42_inspect.ipynb #97281c67
 def conclusion(
     rows,  # From `inspect_thinking`
     steps,  # Of this many steps, such as those it was trained with
 ):  # A sentence
-    "What the figures say about so many steps"
-    row, fresh = [next(r for r in rows if (r["model"], r["steps"]) == (m, steps)) for m in ("trained", "untrained")]
-    error = row["saved_stderr"]
+    "What the figures say about so many steps; sure is what is more than two standard errors from nothing"
+    of = {(r["model"], r["steps"]): r for r in rows}
+    known = [k for model, k in of if k and model == "untrained" and ("trained", k) in of]
+    if steps not in known:
+        raise ValueError(f"steps={steps} is not in these rows of `inspect_thinking`, which hold {known}")
+    row, fresh = of["trained", steps], of["untrained", steps]
+    error = row.get("saved_stderr", float("inf"))
     what = "save" if row["saved"] > 2 * error else "cost" if row["saved"] < -2 * error else "make no sure difference:"
+    size = plus_minus({**row, "saved": abs(row["saved"])}, "saved", "saved_stderr")
+    only = "" if "saved_stderr" in row else " (of one batch, which tells nothing sure)"
     return (
-        f"{steps} steps of thinking {what} {abs(row['saved']):.4f} ± {error:.4f} bits per byte; "
+        f"{steps} steps of thinking {what} {size} bits per byte{only}; "
         f"the last of them changes a latent by {row['change']:.3g}, in an untrained copy by {fresh['change']:.3g}"
     )
 
-# %% ../nbs/42_inspect.ipynb #bd317992
+# %% ../nbs/42_inspect.ipynb #471c7940
 def _verdict(magnitude):
     if magnitude < 0.01:
         return "SYSTEM 2 IS DORMANT (Collapsed)"
@@ -206,6 +222,7 @@ def diagnostics(
 ):  # dict(magnitude, gate_bias, weight_std, verdict)
     "The guide's three figures and its verdict, of one model"
     _check_thinks(lm)
+    _check_ids(x)
     with _thinking(lm, lm.cfg.thinking_steps):
         z = [latents.float() for latents, _, _ in lm.thoughts(x.to(next(lm.parameters()).device))]
     found, magnitude = lm.thinking_parameters(), (z[-1] - z[0]).norm(dim=-1).mean().item()

@@ -151,6 +151,9 @@ ARCHITECTURES = {
     "lstm": dict(arch="rnn", model_args="d_model=16 d_hidden=16 cell=lstm"),
     "scratch_gpt": dict(model_args="d_model=16 n_layers=1 n_heads=2"),
     "gpt2": dict(model_args="d_model=16 n_layers=1 n_heads=2 n_positions=16", init_from="random"),
+    "bytepatch": dict(tokenizer="bytes", model_args="d_model=16 d_byte=16 n_layers=1 n_heads=2 ngram_rows=64"),
+    "streams": dict(model_args="d_model=16 n_layers=1 n_heads=2 dropout=0.1"),
+    "agiformer": dict(arch="bytepatch", preset="agiformer", model_args="d_model=16 n_layers=1 n_heads=2"),
 }
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from helpers import call, log
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lmnotes import layers
 from lmnotes.batches import Batch
 from lmnotes.checkpoint import freeze, init_from, save_checkpoint
 from lmnotes.lm import new_lm
@@ -168,7 +169,7 @@ class Peak(TorchDispatchMode):
 @pytest.mark.parametrize("rows", [64, 256])
 def test_the_logits_are_never_all_there(monkeypatch, rows):
     "No tensor of the loss grows with positions x vocabulary"
-    monkeypatch.setattr(streams, "ROWS", 16 * 1000)
+    monkeypatch.setattr(layers, "ROWS", 16 * 1000)
     lm = new_lm("streams", **TINY | dict(vocab_size=1000, ctx_len=8))
     x = torch.randint(1000, (rows, 8))
     with Peak() as peak:

@@ -109,7 +109,7 @@ class Block(nn.Module):
         x = x + y
         return x + self.ffn(self.norm2(x)), first_v
 
-# %% ../../nbs/models/20_gpt.ipynb #8f6bb16d
+# %% ../../nbs/models/20_gpt.ipynb #20f961de
 _classic = dict(
     dropout=0.0,
     norm="layer",
@@ -132,6 +132,7 @@ class GPT(LM):
         tiny=dict(d_model=128, n_layers=4, n_heads=4, dropout=0.0),
         small=dict(d_model=384, n_layers=6, n_heads=6, dropout=0.0),
         base=dict(d_model=768, n_layers=12, n_heads=12, dropout=0.0, tie=True),
+        bytes=dict(d_model=128, n_layers=3, n_heads=4, dropout=0.0),
         nanogpt=dict(d_model=128, n_layers=4, n_heads=4, **_classic),
         nanogpt_small=dict(d_model=384, n_layers=6, n_heads=6, **_classic),
         nanogpt_base=dict(d_model=768, n_layers=12, n_heads=12, **_classic),

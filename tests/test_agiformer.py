@@ -1,0 +1,307 @@
+"""`nbs/recipes/agiformer.ipynb`: what the AGIFORMER guide promises is there, and the mistakes of the guide's system are not."""
+
+import ast
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from helpers import call, differences, finish, left_behind, lmnotes_command, log, records, start, until
+from test_distributed import torchrun
+
+import lmnotes
+from lmnotes.batches import get_batches
+from lmnotes.cli import run_notebook
+from lmnotes.lm import n_params
+from lmnotes.tokens import open_tokens
+
+NOTEBOOK = Path(__file__).parent.parent / "nbs/recipes/agiformer.ipynb"
+DEFAULTS = dict(
+    D_MODEL=512,
+    N_LAYERS=6,
+    NUM_HEADS=8,
+    PATCH_SIZE=4,
+    WINDOW_SIZE=128,
+    THINKING_STEPS=3,
+    BATCH_SIZE=4,
+    SEQ_LEN=1024,
+    MAX_STEPS=5000,
+    BASE_LR=3e-4,
+    WARMUP_STEPS=100,
+    GRAD_CLIP=0.5,
+    VAL_INTERVAL=200,
+)
+SMALL = dict(D_MODEL=16, N_LAYERS=1, NUM_HEADS=2, WINDOW_SIZE=8, THINKING_STEPS=2, BATCH_SIZE=2, SEQ_LEN=64)
+QUICK = SMALL | dict(MAX_STEPS=20, VAL_INTERVAL=10, DATA="text", FINAL_BATCHES=2)
+TRAIN = re.compile(r"^Step (\d+): Loss = (\d+\.\d{4}) \| BPC = (\d+\.\d{4}) \| LR = (\d\.\d\de-\d\d)$", re.M)
+VALID = re.compile(r"^-- VALIDATION: Loss = \d+\.\d{4} \| BPC = \d+\.\d{4} --", re.M)
+
+
+@pytest.fixture
+def place(tmp_path):
+    "A folder with a file of bytes that are no text"
+    (tmp_path / "text").write_bytes((b"the patch thinks \xff\x00 " * 4000)[:40_000])
+    return tmp_path
+
+
+def recipe(**params):
+    "Execute the notebook with parameters; 0 if the run got to the end"
+    return dict(done=0, interrupted=130, diverged=3)[run_notebook(NOTEBOOK, params)["r"].status]
+
+
+def folder(place, run="agiformer"):
+    return place / "checkpoints" / run
+
+
+def logged(place):
+    "How many lines of the run have been recorded"
+    metrics = folder(place) / "metrics.jsonl"
+    return len(records(metrics)) if metrics.exists() else 0
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "A folder in which papermill has run the recipe without a stop"
+    place = tmp_path_factory.mktemp("whole")
+    (place / "text").write_bytes((b"the patch thinks \xff\x00 " * 4000)[:40_000])
+    papermill = str(Path(sys.executable).parent / "papermill")
+    given = [word for name, value in QUICK.items() for word in ("-p", name, str(value))]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
+    done = subprocess.run(
+        [papermill, str(NOTEBOOK), "report.ipynb", *given, "--no-progress-bar"],
+        cwd=place,
+        env=environ | dict(MPLBACKEND="agg", IPYTHONDIR=str(place / "ipython")),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+def said(place):
+    "What the cells of a report printed and showed"
+    cells = [cell for cell in nbformat.read(place / "report.ipynb", 4).cells if cell.cell_type == "code"]
+    outputs = [output for cell in cells for output in cell.outputs]
+    return "\n".join(o.get("text", "") or o.get("data", {}).get("text/plain", "") for o in outputs)
+
+
+def test_names_and_defaults_are_the_guides():
+    cells = [cell for cell in nbformat.read(NOTEBOOK, 4).cells if "parameters" in cell.metadata.get("tags", [])]
+    found = {line.target.id: ast.literal_eval(line.value) for line in ast.parse(cells[0].source).body}
+    assert {name: found[name] for name in DEFAULTS} == DEFAULTS
+    assert list(found)[: len(DEFAULTS)] == list(DEFAULTS)
+    assert found["DATA"] == "enwik8" and found["resume"] is False
+
+
+def test_the_default_model_is_the_guides(tmp_path):
+    lm = lmnotes.new_lm("bytepatch", "agiformer", vocab_size=256, ctx_len=1024)
+    assert n_params(lm) == 31_199_744
+    sizes = dict(d_model=512, n_layers=6, n_heads=8, patch_size=4, window=128, thinking_steps=3)
+    assert {name: vars(lm.cfg)[name] for name in sizes} == sizes
+
+
+def test_the_lines_of_the_guide(whole):
+    text = said(whole)
+    assert "[*] Creating AGIFORMER model...\n    - d_model=16, n_layers=1, thinking_steps=2\n[*] Parameters: " in text
+    lines = TRAIN.findall(text)
+    assert [int(step) for step, *_ in lines] == [10, 20]
+    assert all(abs(float(bpc) - float(loss) / 0.693147) < 2e-4 for _, loss, bpc, _ in lines)
+    assert len(VALID.findall(text)) == 2  # Steps 10 and 20; the split is so small that both are over all of it
+    assert text.index("-- VALIDATION") < text.index("Saved best_model.pth") < text.index("Saved last_model.pth")
+    assert "--- SYSTEM 2 DIAGNOSTICS ---" in text and "untrained" in text
+    assert "the same as trained: True" in text
+
+
+def test_three_figures(whole):
+    for name in ("the guide's: 20 batches of 4 windows", "the whole split  ", "2 batches of it, windows that overlap"):
+        (line,) = re.findall(rf"^{name}.*$", said(whole), re.M)
+        assert re.search(r"\d\.\d{4} ± \d\.\d{4}", line)
+
+
+def test_the_files_are_plain_state_dicts(whole):
+    last, run = weights(folder(whole) / "last_model.pth"), lmnotes.load(folder(whole))
+    assert all(torch.equal(last[name], tensor) for name, tensor in run.lm.state_dict().items())
+    best = lmnotes.load(folder(whole), "best").lm.state_dict()
+    assert all(torch.equal(tensor, best[name]) for name, tensor in weights(folder(whole) / "best_model.pth").items())
+
+
+def test_the_rate_is_constant_after_warmup(place):
+    assert call(place, recipe, **QUICK | dict(WARMUP_STEPS=5, MAX_STEPS=40)) == 0, log(place)
+    assert {rate for *_, rate in TRAIN.findall(log(place))} == {"3.00e-04"}
+
+
+def test_interrupted_and_resumed(place):
+    "Ctrl+C leaves last_model.pth and says so; what is resumed has the bits of what was never stopped"
+    many = QUICK | dict(MAX_STEPS=100)
+    process = start(place, recipe, **many)
+    until(lambda: logged(place) > 1, process)
+    os.kill(process.pid, signal.SIGINT)
+    assert finish(process) == 130, log(place)
+    stopped = lmnotes.load(folder(place))
+    assert stopped.status == "interrupted" and 10 <= stopped.step < 100
+    assert TRAIN.findall(log(place))[0][3] == "3.00e-05"  # The tenth of a hundred steps of warm-up
+    last = weights(folder(place) / "last_model.pth")
+    assert all(torch.equal(last[name], tensor) for name, tensor in stopped.lm.state_dict().items())
+    assert "Saved last_model.pth" in log(place)
+    assert call(place, recipe, resume=True) == 0, log(place)  # What is not given again is as it was
+    assert "Resumed from checkpoint" in log(place) and "from here on" not in log(place)
+    assert call(place, recipe, **many, run="at_once") == 0, log(place)
+    assert not differences(left_behind(folder(place)), left_behind(folder(place, "at_once")))
+
+
+def test_extended(place):
+    assert call(place, recipe, **QUICK) == 0, log(place)
+    assert call(place, recipe, MAX_STEPS=30, BASE_LR=1e-4, resume=True) == 0, log(place)
+    assert lmnotes.load(folder(place)).config.lr == 1e-4
+    assert [int(step) for step, *_ in TRAIN.findall(log(place))] == [10, 20, 30]
+
+
+def test_another_text_from_weights_alone(place):
+    assert call(place, recipe, **QUICK) == 0, log(place)
+    shutil.copy(folder(place) / "best_model.pth", place / "begin.pth")
+    (place / "other").write_bytes(b"a domain of its own. " * 2000)
+    more = dict(INIT_FROM="begin.pth", DATA="other", run="mine", WARMUP_STEPS=1, MAX_STEPS=1, VAL_INTERVAL=1)
+    assert call(place, recipe, **QUICK | more) == 0, log(place)
+    begun = lmnotes.load(folder(place, "mine")).lm.state_dict()
+    far = max((begun[name] - w).abs().max() for name, w in weights(place / "begin.pth").items())
+    assert 0 < far < 1e-2  # One step away
+
+
+LOADER = """
+import torch
+
+calls = []
+
+
+def loader(batch_size, seq_len):
+    calls.append(1)
+    return torch.full((batch_size, seq_len), len(calls) % 256)
+
+
+def wrong(batch_size, seq_len):
+    return torch.full((batch_size, seq_len), 256)
+"""
+
+
+def test_batches_of_a_function(place):
+    "They are written down and trained on in their order, so that a run on them goes on like any other"
+    (place / "mine.py").write_text(LOADER)
+    (place / "settings.ini").write_text("[DEFAULT]\nlib_name = lmnotes\n")
+    process = start(place, recipe, **QUICK | dict(DATA_FUNCTION="mine:loader", MAX_STEPS=100))
+    until(lambda: logged(place) > 1, process)
+    os.kill(process.pid, signal.SIGTERM)
+    assert finish(process) == 130, log(place)
+    assert call(place, recipe, resume=True) == 0, log(place)
+    result = lmnotes.load(folder(place))
+    assert result.step == 100 and result.info["data"]["tokens"]["train"] == 100 * 2 * 64
+    tokens = open_tokens(next(place.glob("data/recorded/*/train.bin")))
+    batches = get_batches(tokens, 2, result.config.ctx_len, sampler="sequential", stride=result.config.stride)
+    assert all((batches[step].x == step + 1).all() and (batches[step].y == step + 1).all() for step in range(100))
+    assert call(place, recipe, **QUICK | dict(DATA_FUNCTION="mine:wrong")) != 0
+    assert "wrong, call 1: gave ids from 256 to 256, needs them from 0 to 255" in log(place)
+
+
+def test_a_short_validation_split(place):
+    "The guide's protocol needs more than a window; the other figures do not"
+    (place / "text").write_bytes(bytes(range(256)) * 8)
+    assert call(place, recipe, **QUICK | dict(MAX_STEPS=2, VAL_INTERVAL=2)) == 0, log(place)
+    assert "one byte apart  " not in log(place) and "windows that overlap" in log(place)
+
+
+@pytest.mark.parametrize(
+    "name, value, words", [("MAX_STEPS", "20k", "a whole number"), ("resume", "true", "True or False")]
+)
+def test_values_of_another_type(place, name, value, words):
+    assert call(place, lmnotes_command, "notebook", "--path", str(NOTEBOOK), "--params", f"{name}={value}") == 2
+    assert f"{name}={value!r} in agiformer.ipynb is not {words}" in log(place)
+
+
+def test_without_thinking(place):
+    assert call(place, recipe, **QUICK | dict(THINKING_STEPS=0)) == 0, log(place)
+    assert "thinking is off" in log(place) and "DIAGNOSTICS" not in log(place)
+
+
+def test_lmnotes_own_model_in_the_same_sizes(place):
+    assert call(place, recipe, **QUICK | dict(STRONG=True)) == 0, log(place)
+    cfg = lmnotes.load(folder(place)).lm.cfg
+    assert (cfg.byte_path, cfg.d_model, cfg.thinking_steps) == ("local", 16, 2)
+
+
+def test_other_thinking_steps_at_generation(place):
+    assert call(place, recipe, **QUICK) == 0, log(place)
+    words = ["generate", "--run", "agiformer", "--preset", "agiformer", "--n", "20"]
+    assert call(place, lmnotes_command, *words) == 0, log(place)
+    assert call(place, lmnotes_command, *words, "--model-args", "thinking_steps=5") == 0, log(place)
+    assert log(place).count("The history of ") >= 2
+    assert lmnotes.load(folder(place), model_args="thinking_steps=5").lm.cfg.thinking_steps == 5
+
+
+def diverging(**params):
+    "The recipe with a model whose loss is not a number from the fifth step on"
+    from lmnotes.lm import get_arch
+
+    cls = get_arch("bytepatch")
+    loss, calls = cls.loss, []
+
+    def poisoned(self, batch):
+        calls.append(1)
+        out = loss(self, batch)
+        return dict(out, loss=out["loss"] * (float("nan") if self.training and len(calls) > 4 else 1.0))
+
+    cls.loss = poisoned
+    return recipe(**params)
+
+
+def test_nan_is_said_and_ends_the_run(place):
+    assert call(place, diverging, **QUICK) == 3, log(place)
+    assert "CRITICAL: NaN Loss at step 5. Skipping batch." in log(place)
+    assert "agiformer: diverged at step 9 of 20" in log(place)
+
+
+def out_of_memory(**params):
+    from lmnotes.lm import get_arch
+
+    def loss(self, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    get_arch("bytepatch").loss = loss
+    return recipe(**params)
+
+
+def test_out_of_memory_names_the_guides_parameters(place):
+    assert call(place, out_of_memory, **QUICK) != 0
+    assert re.search(r"reduce BATCH_SIZE \(2\), D_MODEL or N_LAYERS", log(place))
+
+
+def test_rates_outside_the_guides_range(place):
+    assert call(place, recipe, **QUICK | dict(BASE_LR=0.01)) == 0, log(place)
+    assert "BASE_LR=0.01 is outside 1e-05 to 0.0005" in log(place)
+
+
+def test_no_enwik8_and_no_network(place):
+    "The message says where to put the file"
+    shutil.rmtree(place / "data", ignore_errors=True)
+    code = call(place, recipe, **{name: value for name, value in QUICK.items() if name != "DATA"})
+    assert code != 0 and "[*] Downloading enwik8..." in log(place)
+    assert re.search(r"enwik8\.zip: cannot be fetched .* put it at \S*data/enwik8/enwik8\.zip", log(place))
+
+
+def test_two_processes(place):
+    "The recipe under torchrun: one of them speaks, and the figures are those of one process"
+    given = [f"{name}={value}" for name, value in QUICK.items()]
+    assert call(place, recipe, **QUICK) == 0, log(place)
+    process = torchrun(place, "-m", "--", "lmnotes", "notebook", "--path", str(NOTEBOOK), "--params", *given, "run=two")
+    assert process.wait(120) == 0, log(place)
+    assert log(place).count("Creating AGIFORMER model") == 2  # Once by the one process, once by the first of two
+    assert len(records(folder(place, "two") / "metrics.jsonl")) == len(records(folder(place) / "metrics.jsonl"))
+    assert (folder(place, "two") / "best_model.pth").exists()

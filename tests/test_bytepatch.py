@@ -1,0 +1,215 @@
+"""Bytes in patches: the guide's model written plainly says the same, streams of any length, training on two devices."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import TINY, call, lmnotes_command, log, words
+from test_distributed import figures, torchrun
+
+from lmnotes.batches import Batch
+from lmnotes.generation import generate
+from lmnotes.lm import get_arch, law_no_leak, law_step, new_lm, parse_model_args
+from lmnotes.runs import load
+from lmnotes.tokenizer import ByteTokenizer
+
+PRESETS = "", "agiformer"
+TINY_ARGS = "d_model=16 d_byte=16 n_layers=1 n_heads=2 dropout=0.0"
+SHAPE = dict(d_model=32, n_layers=2, n_heads=4)
+IDS = torch.randint(256, (2, 256), generator=torch.Generator().manual_seed(0))
+
+
+def model(preset="", **config):
+    "A tiny model with weights as if trained"
+    torch.manual_seed(0)
+    lm = new_lm("bytepatch", preset, **{**SHAPE, "d_byte": 16, "dropout": 0.0, **config}).eval()
+    for p in lm.parameters():
+        if p.ndim == 2 and not preset:
+            torch.nn.init.normal_(p, std=0.2)
+    return lm
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    "The guide's model as the benchmark writes it, and ours with the same weights"
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import bytepatch
+
+    torch.manual_seed(0)
+    peer = bytepatch.GuideModel(**SHAPE, window=40).eval()
+    ours = new_lm("bytepatch", "agiformer", **SHAPE, window=40).eval()
+    ours.load_state_dict(peer.state_dict())
+    yield peer, ours
+    for name in ("bytepatch", "common"):
+        sys.modules.pop(name)
+
+
+def test_the_guides_model_written_plainly(plain):
+    "Same weights: the same logits for every byte that the guide's scores, and the same gradients"
+    peer, ours = plain
+    logits, targets = peer(IDS)
+    F.cross_entropy(logits.flatten(0, 2), targets.flatten()).backward()
+    own = ours(IDS[:, :-1])[:, 3:]
+    F.cross_entropy(own.flatten(0, 1), IDS[:, 4:].flatten()).backward()
+    assert (own - logits.flatten(1, 2)).abs().max() < 1e-5
+    theirs = dict(peer.named_parameters())
+    for name, p in ours.named_parameters():
+        assert (p.grad - theirs[name].grad).abs().max() < 1e-5, name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_stream_has_no_end(preset):
+    "Pieces of any size, far past `ctx_len`, with borders of patches, windows and blocks at all places"
+    lm = model(preset, ctx_len=8, window=6, **({} if preset else dict(byte_window=7)))
+    with torch.no_grad():
+        full, state, at = lm(IDS), None, 0
+        for k in (1, 2, 3, 1, 1, 1, 7, 40, 5, 1, 1, 100, 4, 4, 8, 1, 1, 1, 1, 73):
+            logits, state = lm.step(IDS[:, at : at + k], state)
+            at += k
+            assert (logits - full[:, at - 1]).abs().max() < 1e-4, at
+    assert at == 256
+
+
+def size(state):
+    "Numbers that a state holds"
+    layers = state.layers + state.thinking + state.bytes
+    tensors = [state.tail, state.pending, state.latent, *(t for c in layers for t in (c.k, c.v, c.sums))]
+    return sum(t.numel() for t in tensors if t is not None)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_state_does_not_grow(preset):
+    lm = model(preset, window=6, **({} if preset else dict(byte_window=7)))
+    _, state = lm.step(IDS[:1, :100])
+    before = size(state)
+    _, state = lm.step(IDS[:1].repeat(1, 40), state)
+    assert state.seen == 100 + 40 * 256 and size(state) == before
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 6, 7, 8])
+def test_an_unfinished_patch_is_forced(preset, length):
+    "What is written after a prompt of any length is what `forward` finds likeliest, byte for byte"
+    lm = model(preset)
+    new = torch.cat(list(lm.generate(IDS[:, :length], 9, lambda logits: logits.argmax(-1))), 1)
+    whole = torch.cat([IDS[:, :length], new], 1)
+    with torch.no_grad():
+        assert torch.equal(lm(whole[:, :-1])[:, length - 1 :].argmax(-1), new)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_leak_where_blocks_meet(preset):
+    "Longer than two windows, so attention goes by blocks"
+    lm = model(preset, window=4, dropout=0.1, **({} if preset else dict(byte_window=5)))
+    law_no_leak(lm, Batch(IDS[:1, :45], IDS[:1, 1:46]))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_thinking_is_chosen_when_it_runs(preset):
+    "None, as many as trained, and more: each is another answer, and `step` gives it as well"
+    lm, answers = model(preset, thinking_steps=3), []
+    batch = Batch(IDS[:, :40], IDS[:, 1:41])
+    for steps in (0, 1, 3, 5):
+        lm.cfg.thinking_steps = steps
+        with torch.no_grad():
+            *_, (z, gate, logits) = lm.thoughts(batch.x)
+            answers.append(lm(batch.x))
+        assert z.shape == (2, 10, 32) and (gate is None) == (steps == 0)
+        assert torch.equal(logits, answers[-1])
+        law_step(lm, batch)
+    for a, b in zip(answers, answers[1:]):
+        assert (a - b).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_nothing_overflows(preset):
+    "Bytes that never change, and a stream of 10,000, in bfloat16"
+    lm = model(preset)
+    x = torch.cat([torch.zeros(1, 5000, dtype=torch.long), torch.full((1, 5000), 255)], 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = lm.loss(Batch(x[:, :-1], x[:, 1:]))["loss"]
+        loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in lm.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("preset", ["", *get_arch("bytepatch").presets])
+def test_weights_of_other_types(preset, dtype):
+    "As `lmnotes generate --dtype bfloat16` has them: the model runs, `step` is `forward`, and it is the same model"
+    lm = model(preset, window=6)
+    with torch.no_grad():
+        wide = lm(IDS[:, :40])
+        lm.to(dtype)
+        full = lm(IDS[:, :40])
+        _, state = lm.step(IDS[:, :13])
+        for t in range(13, 40):
+            logits, state = lm.step(IDS[:, t : t + 1], state)
+            assert (logits - full[:, t]).abs().max() < 0.2, t
+    assert (full - wide).std() < 0.02 and state.latent.dtype == dtype
+    lm.train().loss(Batch(IDS[:, :40], IDS[:, 1:41]))["loss"].backward()
+
+
+LEAST = dict(window=1, thinking_steps=0, patch_size=1, n_heads=1, ngram_rows=1, d_byte=1, byte_window=1, ngrams=1)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", [*LEAST, "byte_layers", "n_layers", "d_model"])
+def test_values_that_are_too_small(preset, name):
+    for value in (LEAST.get(name, 0) - 1, -3):
+        least = dict(byte_layers=0, n_layers=1, d_model=1).get(name, LEAST.get(name))
+        with pytest.raises(ValueError, match=f"{name}={value}, but {name} is at least {least}"):
+            model(preset, **{name: value})
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_smallest_values_that_are_taken(preset):
+    lm = model(preset, **LEAST | dict(ctx_len=1, n_layers=1, byte_layers=0, **({} if preset else dict(d_byte=2))))
+    law_step(lm, Batch(IDS[:, :8], IDS[:, 1:9]))
+
+
+def test_other_values_that_make_no_model():
+    for config, said in {
+        "ctx_len=3": "holds no patch of 4; ctx_len is at least patch_size",
+        "dropout=1": "at least 0 and less than 1",
+        "dropout=-0.1": "at least 0 and less than 1",
+        "n_heads=3": "d_model=32 is not a multiple of n_heads=3",
+        "n_heads=2 d_byte=6": "odd",
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            model(**parse_model_args("bytepatch", config))
+    with pytest.raises(ValueError, match="odd"):
+        model("agiformer", d_model=33, n_heads=3)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_less_than_no_thinking_when_it_runs(preset):
+    lm = model(preset)
+    lm.cfg.thinking_steps = -2
+    for use in (lm, lm.step, lambda x: list(lm.thoughts(x))):
+        with pytest.raises(ValueError, match="thinking_steps=-2, but thinking_steps is at least 0"):
+            use(IDS)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_two_devices(place, preset, steps):
+    "No parameter is without a gradient on any of them, however deep it thinks"
+    case = TINY | dict(arch="bytepatch", preset=preset, steps=10, log_every=1, patience=0)
+    case["model_args"] = f"{TINY_ARGS} thinking_steps={steps}"
+    process = torchrun(place, "-m", "--", "lmnotes", "train", *words(**case))
+    assert process.wait(120) == 0, log(place)
+    assert len([split for split, _ in figures(place, "r") if split == "train"]) == 10
+
+
+def test_the_command_line(place):
+    "Trained, saved, loaded with more thinking, and asked to go on in characters that are several bytes"
+    case = TINY | dict(arch="bytepatch", model_args=TINY_ARGS, steps=10)
+    assert call(place, lmnotes_command, "train", *words(**case)) == 0, log(place)
+    asked = dict(run="runs/r", prompt="a", n=9, dtype="bfloat16")
+    assert call(place, lmnotes_command, "generate", *words(**asked)) == 0, log(place)
+    lm = load(place / "runs/r", model_args="thinking_steps=5").lm
+    assert lm.cfg.thinking_steps == 5
+    text = generate(lm, ByteTokenizer(), "žluťoučký kůň ", 30, seed=1)
+    assert isinstance(text, str) and text == generate(lm, ByteTokenizer(), "žluťoučký kůň ", 30, seed=1)

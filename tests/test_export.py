@@ -1,0 +1,538 @@
+"""An exported model works where this library is not, tells nothing of the machine it comes from, and arrives on a hub as it is."""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TINY, lmnotes_command, write_corpus
+from safetensors.torch import load_file
+
+from lmnotes import export as module
+from lmnotes.export import export, read_manifest, source_files, train_command, upload
+from lmnotes.lora import to_plain
+from lmnotes.runs import load, run
+
+TOKEN = "hf_" + "sEcReT0123" * 3
+SMALL = TINY | dict(steps=20, eval_every=5, save_every=5, keep=0, prompt="3: ", eval_batches=1)
+SHAPE = "d_model=16 n_layers=1 n_heads=2"
+
+
+def trained(folder, **params):
+    "A tiny run; its text, tokenizer and runs are all inside `folder`"
+    if not (folder / "corpus").exists():
+        write_corpus(folder / "corpus")
+    return run(**SMALL | dict(data=str(folder / "corpus"), out_dir=str(folder / "runs")) | params)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("private-folder")
+
+
+@pytest.fixture(scope="module")
+def r(place):
+    return trained(place)
+
+
+@pytest.fixture(scope="module")
+def exported(r, place):
+    return export(r, place / "exported", state_dict="best_model.pth")
+
+
+# It works alone
+
+ALONE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import generate, torch
+from lmnotes.generation import generate as write
+lm, tokenizer, about = generate.load()
+with torch.no_grad():
+    torch.save(lm(torch.arange(12)[None] * 3 % lm.cfg.vocab_size), sys.argv[2])
+print(write(lm, tokenizer, "3: ", 30, temperature=0), end="")
+ours = [Path(m.__file__) for name, m in sys.modules.items() if name.split(".")[0] == "lmnotes"]
+strange = [p for p in ours if Path(sys.argv[1]) not in p.parents]
+assert len(ours) > 5 and not strange, strange
+"""
+
+
+def alone(folder, tmp_path):
+    "(logits, greedy text) of a copy of an exported folder, in a process that sees no other lmnotes"
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(folder, copy)
+    command = [sys.executable, "-c", ALONE, str(copy), str(tmp_path / "logits.pt")]
+    env = {n: v for n, v in os.environ.items() if n != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=tmp_path, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(tmp_path / "logits.pt", weights_only=True), done.stdout
+
+
+@torch.no_grad()
+def here(r, lm=None):
+    "(logits, greedy text) of a run"
+    lm = (lm or r.lm).eval()
+    return lm(torch.arange(12)[None] * 3 % lm.cfg.vocab_size), r.generate("3: ", 30, temperature=0)
+
+
+def test_the_same_logits_and_the_same_text(r, exported, tmp_path):
+    logits, text = alone(exported, tmp_path)
+    assert torch.equal(logits, here(r)[0]) and text == here(r)[1] and text
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        dict(arch="rnn", model_args="d_model=16 n_layers=1"),
+        dict(arch="gpt2", model_args=SHAPE + " n_positions=16", init_from="random"),
+        dict(arch="bytepatch", model_args=SHAPE + " d_byte=16 ngram_rows=64"),
+        dict(arch="bytepatch", model_args=SHAPE + " d_byte=16 mixer=hybrid byte_path=gru", run="guide"),
+        dict(arch="streams", model_args=SHAPE + " inputs=internal_voice,touch"),
+        dict(tokenizer="bpe:300", model_args=SHAPE + " tie=True"),
+        dict(tokenizer="chars", preset="nanogpt", model_args=SHAPE),
+    ],
+    ids=["rnn", "gpt2", "bytepatch", "the guide's", "streams", "bpe and tied", "chars"],
+)
+def test_other_models_and_tokenizers(params, place, tmp_path):
+    name = params.get("arch", params.get("tokenizer", "gpt").partition(":")[0])
+    r = trained(place, **dict(run=name, steps=5) | params)
+    folder = export(r, tmp_path / name)
+    logits, text = alone(folder, tmp_path)
+    torch.testing.assert_close(logits, here(r)[0], atol=1e-6, rtol=1e-5)
+    assert text == here(r)[1]
+    assert not [p for p in (folder / "lmnotes/models").glob("*.py") if p.stem not in ("__init__", r.config.arch)]
+    packages = re.search(r"pip install (.*)", (folder / "README.md").read_text())[1].split()
+    assert ("transformers" in packages) == (name == "gpt2") and ("tokenizers" in packages) == (name == "bpe")
+
+
+def test_adapters_become_part_of_the_weights(r, place, tmp_path):
+    a = trained(place, run="adapted", init_from=str(r.folder), lora_rank=2, lr=0.01, optimizer="adamw", steps=10)
+    assert not torch.equal(here(a)[0], here(r)[0])
+    folder = export(a, tmp_path / "adapted")
+    logits, _ = alone(folder, tmp_path)
+    assert torch.equal(logits, here(a, to_plain(a.lm))[0])
+    assert not [name for name in load_file(folder / "model.safetensors") if "lora" in name]
+    assert "rank 2, added to the weights of r" in (folder / "README.md").read_text()
+
+
+THINKING = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import generate, torch
+lm, _, _ = generate.load(model_args="thinking_steps=5")
+with torch.no_grad():
+    torch.save(lm(torch.arange(12)[None]), sys.argv[2])
+"""
+
+
+def test_a_model_that_thinks_thinks_longer_when_asked(place, tmp_path):
+    r = trained(place, run="thinker", arch="bytepatch", model_args=SHAPE + " d_byte=16 ngram_rows=64", steps=5)
+    folder = export(r, tmp_path / "thinker")
+    subprocess.run([sys.executable, "-c", THINKING, str(folder), str(tmp_path / "logits.pt")], check=True, timeout=120)
+    with torch.no_grad():
+        three = r.lm.eval()(torch.arange(12)[None])
+        r.lm.cfg.thinking_steps = 5
+        five = r.lm(torch.arange(12)[None])
+    logits = torch.load(tmp_path / "logits.pt", weights_only=True)
+    torch.testing.assert_close(logits, five, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(five, three)
+
+
+def test_the_plain_weights_are_those_of_the_model(r, exported):
+    weights = torch.load(exported / "best_model.pth", weights_only=True)
+    assert weights.keys() == r.lm.state_dict().keys()
+    assert all(torch.equal(t, r.lm.state_dict()[name]) for name, t in weights.items())
+
+
+def test_its_script_writes_text_and_leaves_nothing_that_is_uploaded(exported, tmp_path, capsys):
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    command = [sys.executable, str(copy / "generate.py"), "3: ", "--n", "20", "--top-k", "5"]
+    env = {n: v for n, v in os.environ.items() if n != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(command, capture_output=True, env=env, encoding="utf-8", timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith("3: "), done.stderr
+    assert list(copy.rglob("*.pyc"))  # These hold this machine's paths
+    assert upload(copy, "me/x", dry_run=True).keys() == {*read_manifest(copy), "manifest.json"}
+    assert "not part of the export" not in capsys.readouterr().out
+
+
+# What it tells
+
+
+def test_no_file_names_this_machine(exported, place):
+    words = [
+        str(place),
+        "private-folder",
+        str(Path.home()) + "/",
+        str(Path(sys.prefix)),
+        str(Path(module.__file__).parent),
+    ]
+    for path in exported.rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            told = [w for w in words if w.encode() in data]
+            assert not told, f"{path.name} says {told}"
+
+
+def test_the_card(r, exported):
+    import yaml
+    from huggingface_hub import ModelCard
+
+    text = (exported / "README.md").read_text()
+    (figure,) = ModelCard(text).data.eval_results  # As the hub reads it
+    assert (figure.metric_type, figure.dataset_name) == ("bits_per_byte", "corpus")
+    head = yaml.safe_load(text.split("---\n")[1])
+    last = r.result["last"]
+    metric = head["model-index"][0]["results"][0]["metrics"][0]
+    assert metric["value"] == pytest.approx(last["bpb"], rel=1e-6)
+    assert head["pipeline_tag"] == "text-generation" and set(head["tags"]) == {"lmnotes", "gpt"}
+    for figure in (f"{last['loss']:.4f} ± {last['stderr']:.4f}", f"{last['bpb']:.4f} ± {last['bpb_stderr']:.4f}"):
+        assert figure in text
+    assert f"{r.info['n_params']:,}" in text and "whole validation part" in text and train_command(r.info) in text
+    assert (exported / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_its_command_trains_the_same_model(r, exported, place):
+    command = re.search(r"^lmnotes train .*$", (exported / "README.md").read_text(), re.M)[0]
+    again = shlex.split(command)[1:] + ["--data", str(place / "corpus"), "--out-dir", str(place / "again")]
+    assert "--data corpus" in command
+    assert lmnotes_command(*again, "--device", "cpu") == 0
+    new = load(place / "again" / "r")
+    assert all(torch.equal(a, b) for a, b in zip(new.lm.parameters(), r.lm.parameters()))
+
+
+def test_a_file_read_as_bytes_is_named_as_such(place, tmp_path):
+    (place / "raw.dat").write_bytes(bytes(range(256)) * 20)
+    r = trained(place, run="raw", data=f"bytes:{place / 'raw.dat'}", steps=5)
+    folder = export(r, tmp_path / "raw")
+    assert "--data bytes:raw.dat" in (folder / "README.md").read_text()
+    assert not [p for p in folder.rglob("*.*") if p.is_file() and str(place).encode() in p.read_bytes()]
+
+
+def test_an_older_step_has_its_own_weights_and_figures(place, tmp_path):
+    r = trained(place, run="worse", lr=0.3, optimizer="adamw", schedule="constant", seed=1, steps=35)
+    best = load(r.folder, "best")
+    assert best.step < r.step, "this run was to get worse"
+    folder = export(r, tmp_path / "best", which="best")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["step"] == best.step == json.loads((folder / "run.json").read_text())["step"]
+    weights = load_file(folder / "model.safetensors")
+    assert all(torch.equal(t, best.lm.state_dict()[name]) for name, t in weights.items())
+    text = (folder / "README.md").read_text()
+    assert f"{r.result['best']:.4f}" in text and "first batches of the validation part" in text
+
+
+# The folder
+
+
+def test_a_folder_with_something_else_is_refused(r, exported, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="holds something else than an exported model; name a new folder"):
+        export(r, tmp_path / "mine")
+    with pytest.raises(ValueError, match="is a file"):
+        export(r, tmp_path / "mine/notes.txt")
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    (copy / "more.txt").write_text("x")
+    with pytest.raises(ValueError, match="more.txt changed since the export, and would be lost"):
+        export(r, copy)
+    (copy / "more.txt").unlink()
+    (copy / "config.json").unlink()
+    with pytest.raises(ValueError, match="config.json changed"):
+        export(r, copy)
+    assert (tmp_path / "mine/notes.txt").read_text() == "x"
+
+
+def test_an_earlier_export_is_replaced_by_the_same_bytes(r, exported, tmp_path):
+    (tmp_path / "empty").mkdir()
+    folder = export(r, tmp_path / "empty", state_dict="best_model.pth")
+    assert read_manifest(folder) == read_manifest(exported)
+    assert "best_model.pth" not in read_manifest(export(r, folder))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty"]
+
+
+def test_what_fails_leaves_nothing_and_takes_nothing(r, tmp_path, monkeypatch):
+    folder = export(r, tmp_path / "model")
+    before = read_manifest(folder)
+
+    def fails(*args):
+        raise OSError("no space left on device")
+
+    for name in ("model_card", "_appear", "fsync_path"):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, fails)
+            for target in (folder, tmp_path / "new"):
+                with pytest.raises(OSError, match="no space"):
+                    export(r, target)
+        if name != "fsync_path":
+            assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+        assert read_manifest(folder) == before
+
+
+def test_a_name_that_cannot_be_taken_leaves_the_earlier_export(r, tmp_path, monkeypatch):
+    folder = export(r, tmp_path / "model")
+    before, real = read_manifest(folder), os.replace
+
+    def replace(source, target):
+        if Path(target) == folder and "old" not in Path(source).name:
+            raise OSError("it is in use")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="in use"):
+        export(r, folder, state_dict="best_model.pth")
+    assert read_manifest(folder) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+def test_what_cannot_be_exported(r, place, tmp_path):
+    for name in ("../best.pth", "model.safetensors", "README.md", "manifest.json", "..", "lmnotes", ".pth", "a/b.pt"):
+        with pytest.raises(ValueError, match="is not the name of a .pt or .pth file; write it like best_model.pth"):
+            export(r, tmp_path / "x", state_dict=name)
+    with pytest.raises(ValueError, match="no such run"):
+        export(place / "nothing", tmp_path / "x")
+    dry = trained(place, run="dry", dry_run=True)
+    with pytest.raises(ValueError, match="a dry run leaves nothing"):
+        export(dry, tmp_path / "x")
+    broken = load(r.folder)
+    next(broken.lm.parameters()).data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        export(broken, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_imports_inside_functions_go_along():
+    names = {p.relative_to(module._ROOT).as_posix() for p in source_files("lmnotes.lm")}
+    assert "lmnotes/models/__init__.py" in names  # `archs` imports it when it is called
+    assert "lmnotes/runs.py" not in names
+
+
+def test_the_commands(r, tmp_path, capsys):
+    to = tmp_path / "model"
+    words = "export", "--run", r.folder, "--to", to, "--which", "best", "--state-dict", "best_model.pth"
+    assert lmnotes_command(*words) == 0 and (to / "best_model.pth").exists()
+    assert lmnotes_command("upload", "--folder", to, "--repo", "me/model", "--dry-run") == 0
+    assert "would go to me/model" in capsys.readouterr().out
+    assert lmnotes_command("upload", "--folder", to, "--repo", "model", "--dry-run") == 2
+    assert lmnotes_command("export", "--run", r.folder, "--to", tmp_path) == 2
+    assert "holds something else" in capsys.readouterr().err
+
+
+# A hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    "As much of a hub as it takes to make a repository and commit files to it; names of repositories choose what goes wrong"
+
+    protocol_version = "HTTP/1.1"
+
+    def handle_any(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.asked.append((self.command, self.path, dict(self.headers), body))
+        status, answer = self.answer(body)
+        data = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_POST = do_PUT = do_GET = do_HEAD = handle_any
+
+    def answer(self, body):
+        here, path = f"http://127.0.0.1:{self.server.server_address[1]}", self.path.split("?")[0]
+        if path.startswith("/storage/"):
+            if self.server.storage_fails:
+                return 403, {}
+            self.server.stored[path.removeprefix("/storage/")] = body
+            return 200, {}
+        if path == "/verify":
+            return 200, {}
+        if path == "/api/validate-yaml":
+            return 200, dict(errors=[], warnings=[])
+        if path == "/api/repos/create":
+            name = json.loads(body)["name"]
+            wrong = dict(unauthorized=401, forbidden=403, missing=404, teapot=418).get(name)
+            if wrong:
+                return wrong, dict(error=f"what the hub says of {self.headers['Authorization']}")
+            return 200, dict(url=f"{here}/me/{name}")
+        if "/preupload/" in path:
+            files = [dict(path=f["path"], shouldIgnore=False) for f in json.loads(body)["files"]]
+            large = (".safetensors", ".pth", ".png")
+            modes = [dict(f, uploadMode="lfs" if f["path"].endswith(large) else "regular") for f in files]
+            return 200, dict(files=modes)
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            for o in objects:
+                o["actions"] = dict(upload=dict(href=f"{here}/storage/{o['oid']}"), verify=dict(href=f"{here}/verify"))
+            return 200, dict(transfer="basic", objects=objects)
+        if "/commit/" in path:
+            self.server.commits.append([json.loads(line) for line in body.decode().splitlines()])
+            return 200, dict(success=True, commitUrl=f"{here}/me/ok/commit/{'0' * 40}", commitOid="0" * 40)
+        return 404, dict(error="no such page")
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.asked, server.stored, server.commits, server.storage_fails = [], {}, [], False
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+UPLOAD = """
+import sys
+from lmnotes.export import upload
+for repo in sys.argv[2:]:
+    try:
+        print(sorted(upload(sys.argv[1], repo)))
+    except ValueError as error:
+        print(f"{type(error).__name__}: {error}")
+"""
+
+
+def uploading(folder, home, *repos, port=9, **environment):
+    "What a new process says that uploads a folder to each of some repositories"
+    clean = {n: v for n, v in os.environ.items() if not n.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "LMNOTES_"))}
+    clean = {n: v for n, v in clean.items() if not n.lower().endswith("_proxy")}
+    clean |= dict(HF_HOME=str(home), HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_XET="1", NO_PROXY="127.0.0.1")
+    clean |= dict(HF_ENDPOINT=f"http://127.0.0.1:{port}")
+    command = [sys.executable, "-c", UPLOAD, str(folder), *repos]
+    done = subprocess.run(
+        command, env=clean | environment, cwd=home, capture_output=True, encoding="utf-8", timeout=180
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert TOKEN not in done.stdout + done.stderr
+    return done.stdout
+
+
+def received(hub):
+    "{name: bytes} of what the hub has in its last commit"
+    files = {}
+    for line in hub.commits[-1]:
+        value = line["value"]
+        if line["key"] == "file":
+            assert value["encoding"] == "base64"
+            files[value["path"]] = base64.b64decode(value["content"])
+        elif line["key"] == "lfsFile":
+            data = hub.stored[value["oid"]]
+            assert hashlib.sha256(data).hexdigest() == value["oid"] and len(data) == value["size"]
+            files[value["path"]] = data
+    return files
+
+
+def test_what_is_uploaded_is_what_was_exported(hub, exported, tmp_path):
+    said = uploading(exported, tmp_path, "me/ok", port=hub.server_address[1], HF_TOKEN=TOKEN)
+    files = {p.relative_to(exported).as_posix(): p.read_bytes() for p in exported.rglob("*") if p.is_file()}
+    assert received(hub) == files
+    assert {"best_model.pth", "README.md", "generate.py", "lmnotes/models/gpt.py"} <= files.keys()
+    assert str(sorted(files)) in said and "/me/ok/commit/" in said
+    header = hub.commits[-1][0]
+    assert header["key"] == "header" and header["value"]["summary"] == "exported, step 20"
+    create = next(json.loads(body) for _, path, _, body in hub.asked if path == "/api/repos/create")
+    assert (create["name"], create["organization"]) == ("ok", "me")
+    assert create.get("private") is True or create.get("visibility") == "private"
+
+
+def test_the_token_goes_nowhere_but_into_its_header(hub, exported, tmp_path):
+    uploading(exported, tmp_path, "me/ok", port=hub.server_address[1], HF_TOKEN=TOKEN)
+    assert len(hub.asked) > 5
+    for method, path, headers, body in hub.asked:
+        where = [name for name, value in headers.items() if TOKEN in value]
+        assert TOKEN not in path and TOKEN.encode() not in body
+        if path.startswith("/storage/"):  # On the real hub this is another company's machine
+            assert where == [], f"{method} {path} has the token in {where}"
+        elif path != "/api/validate-yaml":
+            assert where == ["authorization"] or where == ["Authorization"], f"{method} {path}: {where}"
+    written = [p for p in tmp_path.rglob("*") if p.is_file() and TOKEN.encode() in p.read_bytes()]
+    assert written == []
+
+
+def test_the_token_of_a_login(hub, exported, tmp_path):
+    (tmp_path / "token").write_text(TOKEN)
+    said = uploading(exported, tmp_path, "me/ok", port=hub.server_address[1])
+    assert "/me/ok/commit/" in said and received(hub)
+
+
+def test_without_a_token_nothing_is_sent(hub, exported, tmp_path):
+    said = uploading(exported, tmp_path, "me/ok", port=hub.server_address[1])
+    for part in ("UploadError", "set HF_TOKEN", "hf auth login"):
+        assert part in said
+    assert hub.asked == []
+
+
+def test_what_a_hub_may_say_no_to(hub, exported, tmp_path):
+    repos = ["me/unauthorized", "me/forbidden", "me/missing", "me/teapot"]
+    said = uploading(exported, tmp_path, *repos, port=hub.server_address[1], HF_TOKEN=TOKEN).splitlines()
+    assert [line.split(":")[0] for line in said] == ["UploadError"] * 4
+    for line, words in zip(said, ["does not know the token", "may not write there", "no such owner", "418"]):
+        assert words in line
+    assert hub.commits == []
+
+
+def test_a_large_file_that_is_not_taken(hub, exported, tmp_path):
+    hub.storage_fails = True
+    said = uploading(exported, tmp_path, "me/ok", port=hub.server_address[1], HF_TOKEN=TOKEN)
+    assert "UploadError: me/ok: Error while uploading" in said and "the answer was 403" in said
+    assert hub.commits == []
+
+
+def test_no_network(exported, tmp_path):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    said = uploading(exported, tmp_path, "me/ok", port=port, HF_TOKEN=TOKEN)
+    assert "UploadError: me/ok: not uploaded: the hub cannot be reached" in said
+    said = uploading(exported, tmp_path, "me/ok", HF_TOKEN=TOKEN, HF_HUB_OFFLINE="1")
+    assert "the hub cannot be reached (OfflineModeIsEnabled: " in said
+
+
+def test_a_dry_run_needs_no_token_and_no_network(exported, monkeypatch, capsys):
+    monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("a dry run connects to something"))
+    sizes = upload(exported, "me/ok", dry_run=True)
+    assert sizes["model.safetensors"] == (exported / "model.safetensors").stat().st_size
+    said = capsys.readouterr().out
+    assert "model.safetensors" in said and "nothing has been sent" in said
+    for repo in ("ok", "me/", "a/b/c", "me/o k", "../me"):
+        with pytest.raises(ValueError, match="not of the form owner/name"):
+            upload(exported, repo, dry_run=True)
+
+
+def test_a_folder_with_a_secret_or_a_damaged_file_is_not_uploaded(exported, tmp_path, capsys):
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    with open(copy / "README.md", "a") as f:
+        f.write("\nmore words\n")
+    upload(copy, "me/ok", dry_run=True)  # A README may be edited
+    (copy / ".env").write_text(f"HF_TOKEN={TOKEN}")
+    assert ".env" not in upload(copy, "me/ok", dry_run=True)
+    assert "not uploaded: .env" in capsys.readouterr().out
+    with open(copy / "README.md", "a") as f:
+        f.write(f"export HF_TOKEN={TOKEN}\n")
+    with pytest.raises(ValueError, match=r"README.md:\d+: here stands something like an access token") as caught:
+        upload(copy, "me/ok", dry_run=True)
+    assert TOKEN not in str(caught.value)
+    (copy / "README.md").unlink()
+    with pytest.raises(ValueError, match="README.md changed since the export, or gone"):
+        upload(copy, "me/ok", dry_run=True)
+    shutil.rmtree(copy)
+    shutil.copytree(exported, copy)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0\0")
+    with pytest.raises(ValueError, match="model.safetensors changed since the export"):
+        upload(copy, "me/ok", dry_run=True)
