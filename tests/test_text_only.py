@@ -200,6 +200,23 @@ def test_mistake_ctrl_c_saved_nothing(place):
     assert {p.name for p in a.glob("*.pt")} == {p.name for p in b.glob("*.pt")}
 
 
+def test_what_the_advice_says_can_be_followed(whole, tmp_path):
+    "Memory ran out, or the loss rose: accumulation, batch and learning rate may be others when the run goes on"
+    place = shutil.copytree(whole, tmp_path / "place")
+    changed = SMALL.replace("lr: 1e-2", "lr: 5e-3").replace(
+        "batch_size: 4", "batch_size: 8\n\tgradient_accumulation_steps: 2"
+    )
+    (place / "small.yaml").write_text(changed)
+    assert call(place, recipe, max_steps=35, resume=True) == 0, log(place)
+    words = ["from here on batch_size=8, until now 4", "from here on accum=2", "from here on lr=0.005, until now 0.01"]
+    assert all(word in log(place) for word in words), log(place)
+
+
+@pytest.mark.parametrize("prompt", ["", 5])
+def test_any_prompt(place, prompt):
+    assert call(place, recipe, max_steps=1, prompt=prompt) == 0, log(place)
+
+
 @pytest.mark.parametrize("kind", ["bin", "npy", "pt"])
 def test_token_files_of_any_origin(place, kind):
     ids = np.fromfile(place / "corpus.bin", np.uint16)
