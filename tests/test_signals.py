@@ -77,7 +77,7 @@ def pointed(name, step):
 
 EVALUATE = evaluation.Evaluate
 MOMENTS = {
-    "while data is prepared": lambda: before(tokens, "_write_part", lambda *args: args[3] == "val"),
+    "while data is prepared": lambda: before(tokens, "_write", lambda *args: args[4]["part"] == "val"),
     "before the run is recorded": lambda: before(runs, "_begin", lambda *args: True),
     "before the first step": lambda: before(trainer.Trainer, "one_step", lambda t: t.step == 0),
     "before step 8": lambda: before(trainer.Trainer, "one_step", lambda t: t.step == 7),
