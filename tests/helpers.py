@@ -4,18 +4,21 @@ Processes are forked from a server that has torch and lmnotes imported, and noth
 interpreter would, without the seconds that importing takes. The server is standard (`multiprocessing`'s `forkserver`).
 """
 
+import ast
 import hashlib
 import json
 import multiprocessing
 import os
 import random
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import nbformat
 import torch
 
-from lmnotes.cli import command
+from lmnotes.cli import command, run_notebook
 from lmnotes.runs import run
 from lmnotes.trainer import Hook
 
@@ -83,6 +86,34 @@ def train(*stops, **params):
 def lmnotes_command(*words):
     "Run the command line"
     return command([str(w) for w in words])
+
+
+def run_recipe(notebook, **params):
+    "Run a recipe's cells with parameters; 0 if the run got to the end"
+    return dict(done=0, dry_run=0, interrupted=130, diverged=3)[run_notebook(notebook, params)["r"].status]
+
+
+def recipe_parameters(notebook):
+    "{parameter: default} of a recipe, in order"
+    cells = nbformat.read(notebook, 4).cells
+    (source,) = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    return {line.target.id: ast.literal_eval(line.value) for line in ast.parse(source).body}
+
+
+def run_papermill(place, notebook, **params):
+    "Execute a notebook by papermill in the folder `place`, as `report.ipynb`"
+    papermill = str(Path(sys.executable).parent / "papermill")
+    given = [word for name, value in params.items() for word in ("-p", name, str(value))]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
+    done = subprocess.run(
+        [papermill, str(notebook), "report.ipynb", *given, "--no-progress-bar"],
+        cwd=place,
+        env=environ | dict(MPLBACKEND="agg", IPYTHONDIR=str(place / "ipython")),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return place
 
 
 def _child(function, args, kwargs, folder):

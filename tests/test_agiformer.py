@@ -1,23 +1,32 @@
 """`nbs/recipes/agiformer.ipynb`: what the AGIFORMER guide promises is there, and the mistakes of the guide's system are not."""
 
-import ast
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 import torch
-from helpers import call, differences, finish, left_behind, lmnotes_command, log, records, start, until
+from helpers import (
+    call,
+    differences,
+    finish,
+    left_behind,
+    lmnotes_command,
+    log,
+    recipe_parameters,
+    records,
+    run_papermill,
+    run_recipe,
+    start,
+    until,
+)
 from test_distributed import torchrun
 
 import lmnotes
 from lmnotes.batches import get_batches
-from lmnotes.cli import run_notebook
 from lmnotes.lm import n_params
 from lmnotes.tokens import open_tokens
 
@@ -51,8 +60,7 @@ def place(tmp_path):
 
 
 def recipe(**params):
-    "Execute the notebook with parameters; 0 if the run got to the end"
-    return dict(done=0, interrupted=130, diverged=3)[run_notebook(NOTEBOOK, params)["r"].status]
+    return run_recipe(NOTEBOOK, **params)
 
 
 def folder(place, run="agiformer"):
@@ -74,18 +82,7 @@ def whole(tmp_path_factory):
     "A folder in which papermill has run the recipe without a stop"
     place = tmp_path_factory.mktemp("whole")
     (place / "text").write_bytes((b"the patch thinks \xff\x00 " * 4000)[:40_000])
-    papermill = str(Path(sys.executable).parent / "papermill")
-    given = [word for name, value in QUICK.items() for word in ("-p", name, str(value))]
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
-    done = subprocess.run(
-        [papermill, str(NOTEBOOK), "report.ipynb", *given, "--no-progress-bar"],
-        cwd=place,
-        env=environ | dict(MPLBACKEND="agg", IPYTHONDIR=str(place / "ipython")),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return place
+    return run_papermill(place, NOTEBOOK, **QUICK)
 
 
 def said(place):
@@ -96,8 +93,7 @@ def said(place):
 
 
 def test_names_and_defaults_are_the_guides():
-    cells = [cell for cell in nbformat.read(NOTEBOOK, 4).cells if "parameters" in cell.metadata.get("tags", [])]
-    found = {line.target.id: ast.literal_eval(line.value) for line in ast.parse(cells[0].source).body}
+    found = recipe_parameters(NOTEBOOK)
     assert {name: found[name] for name in DEFAULTS} == DEFAULTS
     assert list(found)[: len(DEFAULTS)] == list(DEFAULTS)
     assert found["DATA"] == "enwik8" and found["resume"] is False

@@ -1,19 +1,28 @@
 """`nbs/recipes/text_only.ipynb`: what the text-only guide promises is there, and the mistakes of the guide's system are not."""
 
-import ast
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
 import torch
-from helpers import call, differences, finish, left_behind, log, records, start, until
+from helpers import (
+    call,
+    differences,
+    finish,
+    left_behind,
+    log,
+    recipe_parameters,
+    records,
+    run_papermill,
+    run_recipe,
+    start,
+    until,
+)
 
 from lmnotes import load
 from lmnotes.lm import new_lm
@@ -74,37 +83,15 @@ def prepare():
     prepare_data("corpus.bin", "corpus.txt", "bytes")
 
 
-def cells():
-    return [cell for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == "code"]
-
-
 def recipe(**params):
-    "Execute the notebook's cells with parameters, as papermill does; 0 if the run got to the end"
-    space = {}
-    for cell in cells():
-        exec(cell.source, space)
-        if "parameters" in cell.metadata.get("tags", []):
-            assert params.keys() <= space.keys()
-            space.update(dict(config="small.yaml", data="corpus.bin", prompt="def ") | params)
-    return dict(done=0, dry_run=0, interrupted=130)[space["r"].status]
+    return run_recipe(NOTEBOOK, **(dict(config="small.yaml", data="corpus.bin", prompt="def ") | params))
 
 
 @pytest.fixture(scope="module")
 def whole(made, tmp_path_factory):
     "A folder in which papermill has run the recipe without a stop"
     place = shutil.copytree(made, tmp_path_factory.mktemp("whole") / "place")
-    papermill = str(Path(sys.executable).parent / "papermill")
-    given = "-p config small.yaml -p data corpus.bin -p prompt def".split()
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
-    done = subprocess.run(
-        [papermill, str(NOTEBOOK), "report.ipynb", *given, "--no-progress-bar"],
-        cwd=place,
-        env=environ | dict(MPLBACKEND="agg", IPYTHONDIR=str(place / "ipython")),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return place
+    return run_papermill(place, NOTEBOOK, config="small.yaml", data="corpus.bin", prompt="def")
 
 
 def in_order(words, text):
@@ -119,8 +106,7 @@ def in_order(words, text):
 def test_the_guides_configuration():
     "Its file says what the settings are without one, and the parameters are what the guide's commands take"
     assert load_text_config(CONFIG) == KEYS
-    (parameters,) = [cell for cell in cells() if "parameters" in cell.metadata.get("tags", [])]
-    found = {line.target.id: ast.literal_eval(line.value) for line in ast.parse(parameters.source).body}
+    found = recipe_parameters(NOTEBOOK)
     assert list(found)[:4] == ["config", "data", "dry_run", "resume"] and found["prompt"] == "Once upon a time"
 
 

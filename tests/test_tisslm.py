@@ -1,18 +1,27 @@
 """`nbs/recipes/tisslm.ipynb`: what the TissLM guide promises is there, and the mistakes of the guide's system are not."""
 
-import ast
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 import torch
-from helpers import call, differences, finish, left_behind, log, records, start, until
+from helpers import (
+    call,
+    differences,
+    finish,
+    left_behind,
+    log,
+    recipe_parameters,
+    records,
+    run_papermill,
+    run_recipe,
+    start,
+    until,
+)
 
 import lmnotes
 from lmnotes.runs import RunConfig, get_data
@@ -49,19 +58,8 @@ def place(tmp_path):
     return tmp_path
 
 
-def cells():
-    return [cell for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == "code"]
-
-
 def recipe(**params):
-    "Execute the notebook's cells with parameters, as papermill does; 0 if the run got to the end"
-    space = {}
-    for cell in cells():
-        exec(cell.source, space)
-        if "parameters" in cell.metadata.get("tags", []):
-            assert params.keys() <= space.keys()
-            space.update(params)
-    return dict(done=0, interrupted=130)[space["r"].status]
+    return run_recipe(NOTEBOOK, **params)
 
 
 def weights(path):
@@ -79,18 +77,7 @@ def whole(tmp_path_factory):
     "A folder in which papermill has run the recipe without a stop"
     place = tmp_path_factory.mktemp("whole")
     write_texts(place)
-    papermill = str(Path(sys.executable).parent / "papermill")
-    given = [word for name, value in SMALL.items() for word in ("-p", name, str(value))]
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
-    done = subprocess.run(
-        [papermill, str(NOTEBOOK), "report.ipynb", *given, "--no-progress-bar"],
-        cwd=place,
-        env=environ | dict(MPLBACKEND="agg", IPYTHONDIR=str(place / "ipython")),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return place
+    return run_papermill(place, NOTEBOOK, **SMALL)
 
 
 def steps_of(place):
@@ -98,8 +85,7 @@ def steps_of(place):
 
 
 def test_names_and_defaults_are_the_guides():
-    (parameters,) = [cell for cell in cells() if "parameters" in cell.metadata.get("tags", [])]
-    found = {line.target.id: ast.literal_eval(line.value) for line in ast.parse(parameters.source).body}
+    found = recipe_parameters(NOTEBOOK)
     assert {name: found[name] for name in DEFAULTS} == DEFAULTS
     assert list(found)[: len(DEFAULTS)] == list(DEFAULTS)
     assert found["stride"] == 1 and found["resume"] is False
