@@ -104,7 +104,7 @@ def autocast(device, dtype):
     "The context in which products are computed in `dtype`"
     return torch.autocast(str(device).split(":")[0], dtype, enabled=dtype != torch.float32)
 
-# %% ../nbs/31_trainer.ipynb #72d28143
+# %% ../nbs/31_trainer.ipynb #80b446e6
 MAX_BAD = 5
 
 
@@ -193,16 +193,16 @@ class Trainer:
         for opt in self.optimizers:
             opt.zero_grad(set_to_none=True)
         self.step += 1
-        self._count(finite, batch.n, out)
+        self._count(finite, batch, out)
         self.last = dict(out, lr=lr, grad_norm=norm, rows=len(batch.x))
 
-    def _count(self, finite, n, out):
+    def _count(self, finite, batch, out):
         "Add the figures of a step to the sums since the last record, {name: [sum over targets, targets]}"
-        c = self.counters
+        c, n = self.counters, batch.n or len(batch.x)
         if finite:
             old = {name: c["sums"].get(name, [0.0, 0]) for name in out}
             sums = {name: [total + out[name] * n, count + n] for name, (total, count) in old.items()}
-            c.update(tokens=c["tokens"] + n, sums=c["sums"] | sums, bad=0)
+            c.update(tokens=c["tokens"] + batch.n, sums=c["sums"] | sums, bad=0)
             return
         c["bad"] += 1
         if self.rank == 0:
