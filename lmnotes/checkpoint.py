@@ -8,7 +8,7 @@ __all__ = ['BASE', 'POINTERS', 'check_plain', 'check_finite', 'weights_of', 'loa
            'read_weights', 'read_state', 'rebuild', 'load_lm', 'prune', 'sweep', 'Save', 'resume', 'names_in',
            'check_same', 'SaveWeights', 'plain_weights', 'save_weights', 'init_from', 'freeze']
 
-# %% ../nbs/32_checkpoint.ipynb #8d4d564d
+# %% ../nbs/32_checkpoint.ipynb #46054a4e
 import errno
 import fnmatch
 import hashlib
@@ -18,7 +18,7 @@ import math
 import os
 import re
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from weakref import WeakKeyDictionary
 

@@ -160,7 +160,7 @@ def _evaluate(args, argv):
     print(Table(dict(run=r.folder.name, step=r.step, part=args.part, **row) for row in rows))
     return 0
 
-# %% ../nbs/61_cli.ipynb #85332c41
+# %% ../nbs/61_cli.ipynb #6664e390
 def run_notebook(
     path,
     given,  # {parameter: value}
@@ -199,7 +199,7 @@ def _notebook_parameters(path, given):
 def _notebook(args, argv):
     if wrong := [word for word in args.params if "=" not in word]:
         raise ValueError(f"params has {wrong[0]!r}, which is not NAME=VALUE")
-    kinds = {"int": lambda text: int(float(text)), "float": float, "bool": lambda text: text == "True"}
+    kinds = {"int": lambda text: int(float(text)), "float": float, "bool": lambda text: text.lower() in ("true", "1")}
     given = dict(word.split("=", 1) for word in args.params)
     known = _notebook_parameters(args.path, given)
     given = {name: kinds.get(known[name], str)(text) for name, text in given.items()}

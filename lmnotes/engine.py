@@ -158,7 +158,7 @@ def output_path(
     (checkpoints / run).mkdir(parents=True, exist_ok=True)
     return checkpoints / run / Path(notebook).name
 
-# %% ../nbs/52_engine.ipynb #598c8dc6
+# %% ../nbs/52_engine.ipynb #58d4393a
 def parameters_of(
     notebook,  # Path of a notebook
 ):  # {name: annotation}, empty where there is none
@@ -171,7 +171,7 @@ def parameters_of(
 def _fits(kind, value):
     "Is a value, as papermill is given it, one of its parameter's type?"
     if kind == "bool":
-        return value in (True, False, "True", "False")
+        return str(value).lower() in ("true", "false", "1", "0")
     try:
         return kind not in ("int", "float") or float(value) == int(float(value)) or kind == "float"
     except (ValueError, TypeError, OverflowError):
@@ -193,7 +193,22 @@ def check_parameters(
             kind = dict(bool="True or False", int="a whole number", float="a number")[known[name]]
             raise ValueError(f"{name}={value!r} in {Path(notebook).name} is not {kind}")
 
-# %% ../nbs/52_engine.ipynb #4329a20a
+# %% ../nbs/52_engine.ipynb #e6a75c80
+def _typed_words(
+    argv,
+    kinds,  # {parameter: annotation}
+):  # The command line with texts given as texts, and truth as papermill writes it
+    "Give papermill values in the types that the notebook names"
+    argv = [*argv]
+    for i, word in enumerate(argv[:-2]):
+        kind = kinds.get(argv[i + 1]) if word in ("-p", "-r") else ""
+        if kind == "str":
+            argv[i] = "-r"
+        if kind == "bool":
+            argv[i], argv[i + 2] = "-p", str(argv[i + 2].lower() in ("true", "1"))
+    return argv
+
+# %% ../nbs/52_engine.ipynb #b5833a0d
 def completed(
     argv,  # A papermill command line, program name first
 ):  # (the command line to use instead, a sentence for the user or '')
@@ -205,8 +220,7 @@ def completed(
         return argv, ""
     added, words, parameters = [], "", given_parameters(options)
     check_parameters(argv[paths[0]], parameters)
-    texts = {name for name, kind in parameters_of(argv[paths[0]]).items() if kind == "str"}
-    argv = ["-r" if word == "-p" and {*argv[i + 1 : i + 2]} & texts else word for i, word in enumerate(argv)]
+    argv = _typed_words(argv, parameters_of(argv[paths[0]]))
     if len(paths) > 1 and argv[paths[1]] != "-":
         Path(argv[paths[1]]).parent.mkdir(parents=True, exist_ok=True)
     if len(paths) == 1:

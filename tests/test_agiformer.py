@@ -215,7 +215,7 @@ def test_a_short_validation_split(place):
 
 
 @pytest.mark.parametrize(
-    "name, value, words", [("MAX_STEPS", "20k", "a whole number"), ("resume", "true", "True or False")]
+    "name, value, words", [("MAX_STEPS", "20k", "a whole number"), ("resume", "yes", "True or False")]
 )
 def test_values_of_another_type(place, name, value, words):
     assert call(place, lmnotes_command, "notebook", "--path", str(NOTEBOOK), "--params", f"{name}={value}") == 2
