@@ -85,6 +85,10 @@ class Notebook(pytest.File):
         import torch
         from execnb.shell import CaptureShell
 
+        from lmnotes import lm
+
+        lm.archs()
+        self.archs = dict(lm._ARCHS)  # A notebook's own classes must not outlive it
         self.failed = None
         self.before = dict(os.environ), os.getcwd(), list(sys.path), sys.modules["__main__"], torch.get_num_threads()
         os.environ["IN_TEST"] = "1"
@@ -98,8 +102,12 @@ class Notebook(pytest.File):
     def teardown(self):
         import torch
 
+        from lmnotes import lm
+
         environ, folder, path, main, threads = self.before
         self.shell = None
+        lm._ARCHS.clear()
+        lm._ARCHS.update(self.archs)
         if "matplotlib.pyplot" in sys.modules:
             sys.modules["matplotlib.pyplot"].close("all")
         os.environ.clear()
