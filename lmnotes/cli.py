@@ -104,7 +104,7 @@ class FromEnv:
         f.name.upper() for f in fields(TrainingConfig) if f.name != "start_step"
     )
 
-# %% ../nbs/61_cli.ipynb #4e672679
+# %% ../nbs/61_cli.ipynb #a43170b2
 def _train(args, argv):
     given = {name: vars(args)[name] for name in _named(argv, vars(args))}
     return _exit_code(run(**given))
@@ -127,10 +127,6 @@ def _named(argv, known):
     return [n for n in known if n in names or f"no_{n}" in names]
 
 
-def _run_or_last(run):
-    return run or runs_folder() / last_run(runs_folder())
-
-
 def _prepare(args, argv):
     prepare_data(**vars(args))
     return 0
@@ -138,13 +134,13 @@ def _prepare(args, argv):
 
 def _generate(args, argv):
     given = {name: vars(args)[name] for name in _named(argv, asdict(GenerateConfig()))}
-    r = load(_run_or_last(args.run), args.which, args.device, args.dtype, args.model_args)
+    r = load(args.run, args.which, args.device, args.dtype, args.model_args)
     r.write(generate_config(args.preset, **given))
     return 0
 
 
 def _export(args, argv):
-    print(export(_run_or_last(args.run), args.to, args.which, args.state_dict))
+    print(export(args.run, args.to, args.which, args.state_dict))
     return 0
 
 

@@ -164,19 +164,13 @@ def _told(info):
     more = {n: info[n] for n in (*known, "tokenizer", "result") if n in info}
     return dict(more, data=data, config=config)
 
-# %% ../nbs/60_export.ipynb #de256a22
+# %% ../nbs/60_export.ipynb #2b8f2814
 def train_command(
     info,  # A run's record
 ):  # One line for a shell
     "The command that trains such a model; of a path it says the name only"
     told, default = _told(info)["config"], asdict(RunConfig())
-    words = []
-    for name, value in told.items():
-        if value == default[name]:
-            continue
-        flag = name.replace("_", "-")
-        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    return shlex.join(["lmnotes", "train", *words])
+    return shlex.join(["lmnotes", "train", *flags({n: v for n, v in told.items() if v != default[n]})])
 
 # %% ../nbs/60_export.ipynb #4e6e36f4
 def figures_at(r):
@@ -309,7 +303,7 @@ def model_card(
     head = _front_matter(r.folder.name, lm, found, told["data"]["what"])
     return head + "\n" + CARD.format(**values) + _sample(r)
 
-# %% ../nbs/60_export.ipynb #7884d03b
+# %% ../nbs/60_export.ipynb #7c2ce8cb
 _MANIFEST = "manifest.json"
 
 
@@ -320,17 +314,10 @@ def _curve(r):
     return buffer.getvalue()
 
 
-def _torch_file(lm):
-    "The weights as `torch.save` writes them"
-    buffer = io.BytesIO()
-    torch.save({name: t.detach().cpu() for name, t in lm.state_dict().items()}, buffer)
-    return buffer.getvalue()
-
-
 def _json(value):
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
-# %% ../nbs/60_export.ipynb #45ee7823
+# %% ../nbs/60_export.ipynb #18568a64
 def _write_model(r, lm, to, state_dict):
     "Write all files of an export but the manifest"
     from safetensors.torch import save_file
@@ -344,9 +331,11 @@ def _write_model(r, lm, to, state_dict):
     lines = "".join(json.dumps(m) + "\n" for m in r.metrics)
     files = {"config.json": _json(about), "run.json": _json(_told(r.info)), "metrics.jsonl": lines.encode()}
     files |= {"README.md": model_card(r, lm, packages).encode(), "curve.png": _curve(r), "generate.py": SCRIPT.encode()}
-    for name, data in {**files, **sources, **({state_dict: _torch_file(lm)} if state_dict else {})}.items():
+    for name, data in {**files, **sources}.items():
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         (to / name).write_bytes(data)
+    if state_dict:
+        save_weights(plain_weights(lm), to / state_dict)
 
 # %% ../nbs/60_export.ipynb #bae581d2
 def _files_in(folder):
