@@ -28,7 +28,7 @@ class LMConfig:
     vocab_size: int = 256  # Ids are in `range(vocab_size)`
     ctx_len: int = 64  # Longest window the model is trained on
 
-# %% ../nbs/20_lm.ipynb #16402a82
+# %% ../nbs/20_lm.ipynb #b71df86d
 class LM(nn.Module):
     "A language model, as the rest of the library sees it"
 
@@ -39,6 +39,7 @@ class LM(nn.Module):
     published = ()  # Names of weights that others have trained; a new run begins with those of its preset, or the first
     tokenizer = ""  # Specification of the tokenizer that those were trained with
     optional = ()  # Patterns of parameters that weights to begin with may lack, or have in excess
+    bound = False  # Is `nll` an upper bound that is estimated by drawing, not the likelihood itself?
     lora = None  # Configuration of its adapters, if it has any (notebook `22_lora`)
 
     def __init__(self, cfg):
@@ -52,9 +53,24 @@ class LM(nn.Module):
             f"arch={cls.arch!r} has no published weights to begin from; give a run, a checkpoint or a file"
         )
 
+    def enter(self, x, start=0):  # (B,T) ids, the first of them at position `start` -> (B,T,D)
+        "What the layers read"
+        raise NotImplementedError(f"{type(self).__name__} defines neither `forward` nor `enter`, `states` and `logits`")
+
+    def begin(self):
+        "An empty past, for `states` to fill"
+
+    def states(self, h, past=None):  # (B,T,D), and what `begin` gave: it is read and added to; None: nothing is kept
+        "(B,T,D) what the layers make of `h`, normalised"
+        raise NotImplementedError(f"{type(self).__name__} defines no `states`")
+
+    def logits(self, h):  # (B,T,D) -> (B,T,V)
+        "Logits from states"
+        raise NotImplementedError(f"{type(self).__name__} defines no `logits`")
+
     def forward(self, x):  # (B,T) ids -> (B,T,V)
         "Logits of the token after each position"
-        raise NotImplementedError(f"{type(self).__name__} defines no `forward`")
+        return self.logits(self.states(self.enter(x)))
 
     def loss(self, batch):  # A `Batch`
         "`loss` to minimise; if there is a likelihood, `nll` (summed nats) and `n` (targets); anything else is logged"
