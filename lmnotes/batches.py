@@ -83,7 +83,7 @@ class RandomWindows:
         rng = np.random.default_rng((self.seed, step))
         return windows_at(self.ids, rng.integers(len(self.ids) - self.ctx_len, size=self.batch_size), self.ctx_len)
 
-# %% ../nbs/13_batches.ipynb #dc278629
+# %% ../nbs/13_batches.ipynb #dbd324ba
 class EpochOrder:
     "Which of `n` rows come at a step, when every row comes once per epoch, shuffled or in order"
 
@@ -100,9 +100,12 @@ class EpochOrder:
         return self._perm
 
     def __getitem__(self, step):
-        rows = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs = rows // self.n
-        return np.concatenate([self._permutation(e)[rows[epochs == e] % self.n] for e in np.unique(epochs)])
+        return self.rows(np.arange(step * self.batch_size, (step + 1) * self.batch_size))
+
+    def rows(self, numbers):
+        "The rows that come as number `numbers` (ascending), counted from the first of the run"
+        epochs = numbers // self.n
+        return np.concatenate([self._permutation(e)[numbers[epochs == e] % self.n] for e in np.unique(epochs)])
 
 # %% ../nbs/13_batches.ipynb #cbaf372e
 class EpochWindows:
@@ -117,9 +120,9 @@ class EpochWindows:
     def __getitem__(self, step):
         return windows_at(self.ids, self.order[step] * self.stride, self.ctx_len)
 
-# %% ../nbs/13_batches.ipynb #f05f6247
+# %% ../nbs/13_batches.ipynb #2f91f2e1
 class BalancedWindows:
-    "Random windows, the domain of each row drawn first"
+    "Windows side by side, an equal share of the rows from each domain"
 
     def __init__(
         self,
@@ -128,22 +131,21 @@ class BalancedWindows:
         batch_size,
         ctx_len,
         seed=0,
-        weights=None,  # {name: weight}; default: all equal
     ):
-        weights = weights or dict.fromkeys(domains, 1)
-        if missing := set(weights) - set(domains):
-            raise ValueError(f"domain {min(missing)!r} is not in the data; there are {', '.join(domains)}")
-        for name in weights:
-            check_length(range(*domains[name]), ctx_len, f"domain {name!r}")
-        self.ids, self.batch_size, self.ctx_len, self.seed = ids, batch_size, ctx_len, seed
-        self.ranges = np.array([domains[name] for name in weights])
-        self.p = np.array(list(weights.values()), float) / sum(weights.values())
-        self.per_epoch = max(1, (len(ids) - 1) // (ctx_len * batch_size))
+        for name, span in domains.items():
+            check_length(range(*span), ctx_len, f"domain {name!r}")
+        self.ids, self.batch_size, self.ctx_len = ids, batch_size, ctx_len
+        self.firsts = np.array([start for start, _ in domains.values()])
+        sizes = [(stop - start - 1) // ctx_len for start, stop in domains.values()]
+        self.orders = [EpochOrder(n, batch_size, seed + i) for i, n in enumerate(sizes)]
+        self.per_epoch = max(1, sum(sizes) // batch_size)  # Whole batches that have as many rows as there are windows
 
     def __getitem__(self, step):
-        rng = np.random.default_rng((self.seed, step))
-        start, stop = self.ranges[rng.choice(len(self.p), self.batch_size, p=self.p)].T
-        return windows_at(self.ids, rng.integers(start, stop - self.ctx_len), self.ctx_len)
+        rows = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        turn, starts = rows % len(self.orders), np.empty_like(rows)
+        for i in np.unique(turn):
+            starts[turn == i] = self.firsts[i] + self.orders[i].rows(rows[turn == i] // len(self.orders)) * self.ctx_len
+        return windows_at(self.ids, starts, self.ctx_len)
 
 # %% ../nbs/13_batches.ipynb #80d5fb0a
 def pack(

@@ -526,7 +526,7 @@ def _prepare_file(path, corpus, tokenizer, split, data_dir):
     )
     return tokens
 
-# %% ../nbs/50_runs.ipynb #08b2f836
+# %% ../nbs/50_runs.ipynb #d0ffd932
 def summary(r):
     "The figures of a run as a table"
     last, train = r.result.get("last", {}), [m for m in r.metrics if m["split"] == "train"]
@@ -535,7 +535,9 @@ def summary(r):
         "model": f"{r.config.arch}, {n_params(r.lm):,} parameters",
         "data": f"{r.info['data']['what']}, {r.info['data']['tokens']['train']:,} training tokens ({r.tokenizer.name})",
         "tokens trained on": r.info.get("tokens", 0),
-        "validation loss": f"{plus_minus(last, 'loss', 'stderr')} nats per token" if last else "not evaluated",
+        "validation loss": plus_minus(last, "loss", "stderr") + (" nats per token" if "ppl" in last else "")
+        if last
+        else "not evaluated",
         "perplexity": last.get("ppl", ""),
         "bits per byte": plus_minus(last, "bpb", "bpb_stderr") if "bpb" in last else "",
         "training loss": train[-1]["loss"] if train else "",

@@ -25,7 +25,7 @@ from .tokenizer import *
 from .tokens import *
 from .trainer import *
 
-# %% ../nbs/46_setup.ipynb #a9337955
+# %% ../nbs/46_setup.ipynb #50837f63
 @dataclass
 class DataConfig:
     "What is trained on what"
@@ -61,7 +61,9 @@ class RunConfig(TrainConfig, DataConfig):
     keep: int = 2  # Newest checkpoints that stay, beside the best; 0: all
     resume: bool = False  # Go on with a run
     allow_change: str = ""  # Parameters that may change on resume, by name
-    init_from: str = ""  # Run, checkpoint, weights file or published weights to begin with; random: none of them
+    init_from: str = (
+        ""  # Run, checkpoint, weights file or published weights to begin with; random: none; PART=PATH: for a part
+    )
     freeze: str = ""  # Parameters to keep still, by patterns such as embed* or blocks.0.*
     lora_rank: int = 0  # Above 0: keep the model still, and train corrections of this rank
     lora_alpha: float = 0.0  # Corrections are scaled by lora_alpha / lora_rank; 0: twice the rank
@@ -226,7 +228,7 @@ def _first90(whole):
     ids = dict(train=whole.ids[:cut], val=whole.ids[cut:])
     return {part: Tokens(ids[part], whole.vocab_size, whole.path, whole.tokenizer) for part in ids}
 
-# %% ../nbs/46_setup.ipynb #b6bac195
+# %% ../nbs/46_setup.ipynb #82f54466
 def runs_folder(out_dir=""):
     "Where runs are: `out_dir`, else `$LMNOTES_OUT_DIR`, else `checkpoints/` in the project"
     out_dir = out_dir or os.environ.get("LMNOTES_OUT_DIR")
@@ -239,7 +241,7 @@ def _is_published(folder):
 
 
 def _beginning(cfg):
-    "(kind, source) of what a new run begins with: 'published' weights, 'ours' (a run, a step folder, a file), or '' for none"
+    "(kind, source) of what a new run begins with: 'published' weights, 'ours' (a run, a step folder, a file), 'parts', or '' for none"
     published, source = get_arch(cfg.arch).published, cfg.init_from
     if published and not source:
         source = cfg.preset or published[0]
@@ -252,8 +254,26 @@ def _beginning(cfg):
         return "", ""
     if ours := next((p for p in tried if p.exists()), None):
         return "ours", ours
+    if "=" in source:
+        return "parts", _part_sources(cfg)
     known = f"the published weights are {', '.join(published)}" if published else "give the path of one"
     raise CheckpointError(f"init_from={source!r}: there is no such run, checkpoint or file; {known}")
+
+
+def _part_sources(cfg):
+    "[(part, path, part there)] of an `init_from` such as 'experts.transformer=checkpoints/tf table=checkpoints/tf:embed'"
+    found = []
+    for item in cfg.init_from.split():
+        part, eq, source = item.partition("=")
+        source, _, inner = source.partition(":")
+        paths = [p for p in (*places(source), runs_folder(cfg.out_dir) / source) if source and p.exists()]
+        if not eq or not paths:
+            raise CheckpointError(
+                f"init_from has {item!r}, and there is no such run, checkpoint or file; it is PART=PATH, or PART=PATH:PART, "
+                "separated by spaces"
+            )
+        found.append((part, paths[0], inner))
+    return found
 
 
 def _its_tokenizer(cfg):
@@ -261,6 +281,8 @@ def _its_tokenizer(cfg):
     kind, source = _beginning(cfg)
     if kind == "published" and not isinstance(source, Path):
         return get_tokenizer(get_arch(cfg.arch).tokenizer, None, cfg.data_dir)
+    if kind == "parts":
+        kind, source = "ours", source[0][1]
     folders = [source] if kind else []
     if kind == "ours":  # A run, or a folder or file in one
         folders += [p / "tokenizer" for p in (source, *source.parents[:2]) if (p / "run.json").exists()]
@@ -284,6 +306,10 @@ def _first_model(cfg, vocab_size):
             )
         return get_arch(cfg.arch).pretrained(source, **args)
     lm = new_lm(cfg.arch, cfg.preset, **args)
+    if kind == "parts":
+        for part in source:
+            graft(lm, *part)
+        return lm
     return init_from(lm, source) if kind else lm
 
 

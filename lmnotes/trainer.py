@@ -77,15 +77,15 @@ class Hook:
     key = ""  # Its name in the counters; the trainer numbers hooks of one class
     files = ()  # Patterns of the files that it writes into the run's folder, beside those of every run
 
-# %% ../nbs/31_trainer.ipynb #e3f86934
+# %% ../nbs/31_trainer.ipynb #f5d0af13
 @dataclass(frozen=True)
 class Lines:
     "Templates of what a run prints"
 
     # Also bpb, tokens, rows_per_s, grad_norm; not a number where unknown
     train: str = "step {step}/{steps} | loss {loss:.4f}{bits} | lr {lr:.2e} | {tok_per_s:,.0f} tok/s | {left} left"
-    # Also ppl, bpb, tokens; `loss_err` is the standard error after its sign, or nothing
-    val: str = "step {step} | val loss {loss:.4f}{loss_err}{bits}{part}"
+    # Also ppl, bpb, tokens; `at_most` is the sign of a bound and `loss_err` the standard error after its sign, or nothing
+    val: str = "step {step} | val loss {at_most}{loss:.4f}{loss_err}{bits}{part}"
     # When a run goes on; empty: nothing but what every run says
     resumed: str = ""
     # When a `SaveWeights` has written a file
@@ -104,7 +104,7 @@ def autocast(device, dtype):
     "The context in which products are computed in `dtype`"
     return torch.autocast(str(device).split(":")[0], dtype, enabled=dtype != torch.float32)
 
-# %% ../nbs/31_trainer.ipynb #80b446e6
+# %% ../nbs/31_trainer.ipynb #c7fa1000
 MAX_BAD = 5
 
 
@@ -160,8 +160,9 @@ class Trainer:
                     out = self.objective(*piece.to(self.device))
                 self.scaler.scale(out["loss"] * (share * self.world)).backward()
             for name, value in out.items():
-                if name not in ("nll", "n"):
-                    sums[name] = sums.get(name, 0.0) + float(torch.as_tensor(value).detach()) * share
+                weight = share if name != "nll" else 1 / max(1, total)  # It is a sum, the others are means
+                if name != "n":
+                    sums[name] = sums.get(name, 0.0) + float(torch.as_tensor(value).detach()) * weight
         return sums
 
     def _agree(self, out):
@@ -317,7 +318,7 @@ def _rounded(v):
     "Seven digits are what float32 has; not a number is null in JSON"
     return (float(f"{v:.7g}") if math.isfinite(v) else None) if isinstance(v, float) else v
 
-# %% ../nbs/31_trainer.ipynb #d885516b
+# %% ../nbs/31_trainer.ipynb #6a7d2a4e
 LN2 = math.log(2)
 
 
@@ -363,9 +364,9 @@ class Log(Hook):
         more = dict(rows_per_s=rows / seconds, left=duration(per_step * (t.cfg.steps - t.step)))
         self.shown = t.seconds, c["tokens"], t.step
         means = {name: total / max(1, count) for name, (total, count) in c["sums"].items()}
-        loss = means.pop("loss", math.nan)
+        loss, nats = means.pop("loss", math.nan), means.pop("nll", None)
         c.update(sums={})
-        bpb = dict(bpb=loss / LN2 / self.bytes_per_token) if self.bytes_per_token else {}
+        bpb = dict(bpb=nats / LN2 / self.bytes_per_token) if self.bytes_per_token and nats is not None else {}
         now_is = dict(lr=t.last["lr"], grad_norm=t.last["grad_norm"])
         record = dict(
             step=t.step, split="train", loss=loss, **bpb, **means, **now_is, tokens=c["tokens"], tok_per_s=speed
