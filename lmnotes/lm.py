@@ -28,7 +28,7 @@ class LMConfig:
     vocab_size: int = 256  # Ids are in `range(vocab_size)`
     ctx_len: int = 64  # Longest window the model is trained on
 
-# %% ../nbs/20_lm.ipynb #b71df86d
+# %% ../nbs/20_lm.ipynb #f3c15287
 class LM(nn.Module):
     "A language model, as the rest of the library sees it"
 
@@ -52,6 +52,9 @@ class LM(nn.Module):
         raise ValueError(
             f"arch={cls.arch!r} has no published weights to begin from; give a run, a checkpoint or a file"
         )
+
+    def attach(self, folder):
+        "Take what a run's folder holds for this model beside its weights"
 
     def enter(self, x, start=0):  # (B,T) ids, the first of them at position `start` -> (B,T,D)
         "What the layers read"

@@ -137,7 +137,7 @@ class Run:
     def __repr__(self):
         return f"Run({self.folder.name}: {self.config.arch}, {self.status} at step {self.step}, {n_params(self.lm):,} parameters)"
 
-# %% ../nbs/50_runs.ipynb #e9d2de22
+# %% ../nbs/50_runs.ipynb #7eb56fb9
 def _folder(path):
     "The folder that a path, or a run's name, means; empty: the run that was last worked on"
     if not path:
@@ -160,6 +160,7 @@ def load(
     same_tokenizer(tokenizer, info, folder)
     info = dict(info, step=read_json(step_folder / "config.json")["step"])
     lm = load_lm(step_folder, device=pick_device(device), model_args=model_args)
+    lm.attach(folder)
     return Run(folder, lm.to(getattr(torch, pick_dtype(pick_device(device), dtype)[0])), tokenizer, info)
 
 # %% ../nbs/50_runs.ipynb #5840b758
@@ -212,11 +213,12 @@ class Curve(Hook):
         else:
             self.handle.update(figure)
 
-# %% ../nbs/50_runs.ipynb #0ad74da6
+# %% ../nbs/50_runs.ipynb #ed6f67be
 def run(
     recipe=None,  # Values of a recipe: stronger than defaults, weaker than the environment
     hooks=(),  # More hooks, called last
     lines=None,  # Other `Lines` to print than the usual
+    batches=None,  # What makes other training batches of a `Setup`, whose model is as it will be trained on
     **params,  # Fields of `RunConfig`
 ):  # A `Run`
     "Train, or go on training, and return the result; the run's folder holds everything"
@@ -225,9 +227,9 @@ def run(
     if cfg.dry_run and max(cfg.procs, world) > 1:
         raise ValueError("a dry run is made by one process; leave out procs, and torchrun")
     if cfg.procs > 1 and world == 1:
-        if hooks or lines:
+        if hooks or lines or batches:
             raise ValueError(
-                "hooks and lines cannot be sent to other processes; leave out procs, and start this script with torchrun"
+                "hooks, lines and batches cannot be sent to other processes; leave out procs, and start this script with torchrun"
             )
         return launch(cfg, origins)
     with StopSignals() as signals:
@@ -236,7 +238,8 @@ def run(
         if cfg.dry_run:
             return _dry_run(Setup(cfg, origins, folder, device), signals, lines)
         with _owned(folder) if rank == 0 else nullcontext():
-            return _run(Setup(cfg, origins, folder, device, print if rank == 0 else _silent), signals, hooks, lines)
+            s = Setup(cfg, origins, folder, device, print if rank == 0 else _silent)
+            return _run(s, signals, hooks, lines, batches)
 
 
 def _silent(*args):
@@ -268,8 +271,8 @@ def _run_name(cfg):
         return cfg.run or time.strftime("%Y%m%d-%H%M%S")
     return last_run(runs_folder(cfg.out_dir))
 
-# %% ../nbs/50_runs.ipynb #40b282f6
-def _run(s, signals, hooks, lines):
+# %% ../nbs/50_runs.ipynb #bb254c67
+def _run(s, signals, hooks, lines, batches):
     "Train what `Setup` made, and keep the record"
     looking = s.hooks()
     if process_rank()[0] == 0 and in_notebook():
@@ -277,6 +280,7 @@ def _run(s, signals, hooks, lines):
     trainer = Trainer(s.lm, s.batches, s.cfg, [*looking, *hooks], s.device, signals, lines)
     if s.step_folder:
         resume(trainer, s.step_folder)
+    trainer.batches = batches(s) if batches else s.batches
     record = Record(s.folder, **(s.info or dict(started=now())))
     if trainer.rank == 0:
         _begin(record, s, trainer)
