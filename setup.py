@@ -24,7 +24,7 @@ setup(
     include_package_data=True,
     python_requires=">=" + cfg["min_python"],
     install_requires=shlex.split(cfg["requirements"]),
-    extras_require={o: shlex.split(cfg[f"{o}_requirements"]) for o in ("lab", "dev")},
+    extras_require={o: shlex.split(cfg[f"{o}_requirements"]) for o in ("lab", "store", "dev")},
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     entry_points={

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'ROWS', 'rms_norm', 'check_rope', 'rope_table', 'rope', 'causal_mask', 'attention', 'linear_attention',
-           'Cache', 'squared_relu', 'FeedForward', 'soft_cap', 'summed_nll']
+           'selective_scan', 'ssd', 'Cache', 'squared_relu', 'FeedForward', 'soft_cap', 'summed_nll']
 
 # %% ../nbs/21_layers.ipynb #ba5bec5d
 from functools import lru_cache
@@ -187,6 +187,235 @@ def _linear_attention(q, k, v, log_decay, state, C, eps):
         states.append(states[-1] * kept + new)
     y = (y + q.to(far) @ torch.stack(states[:-1], 2).to(far)).flatten(2, 3)[:, :, :T].to(wide)
     return (y[..., :-1] / (y[..., -1:] + eps)).to(narrow), states[-1]
+
+# %% ../nbs/21_layers.ipynb #32bfc95b
+_LOG2E = 1.4426950408889634  # exp(x) = 2**(_LOG2E * x)
+
+
+def _in_turn(links, h, back=False):
+    "`h[i + 1] += links[i] * h[i]` in place, first to last; `back`: `h[i] += links[i] * h[i + 1]`, last to first"
+    links, h = links.unbind(0), h.unbind(0)
+    if back:
+        links, h = links[::-1], h[::-1]
+    for link, before, now in zip(links, h, h[1:]):
+        now.addcmul_(link, before)
+
+
+def _by_doubling(links, h, back=False):
+    "What `_in_turn` does, all positions at once: a pass for distances of 1, 2, 4, …"
+    far = 1
+    while far < len(h):
+        to, of = (h[:-far], h[far:]) if back else (h[far:], h[:-far])
+        to.copy_(torch.addcmul(to, links, of))
+        links = links[:-far] * links[far:]
+        far *= 2
+
+# %% ../nbs/21_layers.ipynb #d3bf8770
+def _scan_states(dt, u, A, B, before, join, decay, h):
+    "Fill `decay` and `h` (n,b,N,E) with the decays and states of `n` positions"
+    torch.mul(dt[:, :, None], A * _LOG2E, out=decay).exp2_()
+    torch.mul(u[:, :, None], B[..., None], out=h)
+    h[0].addcmul_(decay[0], before)
+    join(decay[1:], h)
+
+
+def _scan_gradients(dy, g_last, chunk, join, dt, A, B, C, x, u, *before):
+    "Gradients of x, dt, A, B, C and the first state"
+    ddt, du, dB, dC = (torch.empty_like(t) for t in (dt, u, B, C))
+    dA, room = torch.zeros_like(g_last), x.new_empty(3, min(chunk, len(x)), *g_last.shape)
+    for at in reversed(range(0, len(x), chunk)):
+        now = slice(at, at + chunk)
+        decay, h, g = room[:, : len(x[now])]
+        _scan_states(dt[now], u[now], A, B[now], before[at // chunk], join, decay, h)
+        torch.mul(dy[now, :, None], C[now, ..., None], out=g)
+        g[-1] += g_last
+        join(decay[1:], g, back=True)
+        torch.matmul(h, dy[now, ..., None], out=dC[now, ..., None])
+        torch.matmul(g, u[now, ..., None], out=dB[now, ..., None])
+        torch.matmul(B[now, :, None], g, out=du[now, :, None])
+        g_last = decay[0] * g[0]
+        past = g.mul_(decay)  # From here on the gradient of each exponent: g · decay · the state before
+        past[1:].mul_(h[:-1])
+        past[0].mul_(before[at // chunk])
+        for each, step in zip(past.unbind(0), dt[now, :, None].unbind(0)):
+            dA.addcmul_(each, step)
+        torch.sum(past.mul_(A), 2, out=ddt[now])
+    return du * dt, ddt.addcmul_(du, x), dA.sum(0), dB, dC, g_last
+
+# %% ../nbs/21_layers.ipynb #be8002cd
+class _SelectiveScan(Function):
+    "Time comes first: x, dt (T,b,E), A (N,E), B, C (T,b,N), state (b,N,E), all of one dtype"
+
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, state, chunk, join):
+        u, y, before = dt * x, torch.empty_like(x), [state.clone()]
+        room = x.new_empty(2, min(chunk, len(x)), *state.shape)  # Taken once, and in the cache from then on
+        for at in range(0, len(x), chunk):
+            now = slice(at, at + chunk)
+            decay, h = room[:, : len(x[now])]
+            _scan_states(dt[now], u[now], A, B[now], before[-1], join, decay, h)
+            torch.matmul(C[now, :, None], h, out=y[now, :, None])
+            before.append(h[-1].clone())
+        ctx.save_for_backward(dt, A, B, C, x, u, *before[:-1])
+        ctx.chunk, ctx.join = chunk, join
+        return y, before[-1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dstate):
+        with torch.autocast(dy.device.type, enabled=False):
+            return *_scan_gradients(dy.contiguous(), dstate, ctx.chunk, ctx.join, *ctx.saved_tensors), None, None
+
+# %% ../nbs/21_layers.ipynb #9409dba7
+@torch.compiler.disable  # Unrolled, the loop would take minutes to compile
+def selective_scan(
+    x,  # (B,T,E) what comes in
+    dt,  # (B,T,E) steps, positive
+    A,  # (E,N) rates, negative
+    B,  # (B,T,N) how the input is written
+    C,  # (B,T,N) how the state is read
+    D=None,  # (E,) what of the input passes by the state
+    state=None,  # What the last call returned; None: nothing came before
+    chunk=0,  # Positions at a time; 0: 16 on a CPU, else 64
+):  # (B,T,E) in the dtype of `x`, and the state after it: (B,N,E), float32 at least
+    "The scan of S6, computed in float32 at least"
+    device, dtype, wide = x.device.type, x.dtype, torch.promote_types(x.dtype, torch.float32)
+    join, chunk = (_in_turn, chunk or 16) if device == "cpu" else (_by_doubling, chunk or 64)
+    with torch.autocast(device, enabled=False):
+        if state is None:
+            state = x.new_zeros(len(x), A.shape[1], A.shape[0], dtype=wide)
+        x, dt, B, C = (t.to(wide).transpose(0, 1).contiguous() for t in (x, dt, B, C))
+        y, state = _SelectiveScan.apply(x, dt, A.to(wide).t().contiguous(), B, C, state, chunk, join)
+        y = y if D is None else torch.addcmul(y, x, D.to(wide))
+    return y.transpose(0, 1).to(dtype), state
+
+# %% ../nbs/21_layers.ipynb #2535f549
+def _by_head(x, H):
+    "(b,K,Q,E) -> (b,K,H,Q,P)"
+    return x.unflatten(-1, (H, -1)).transpose(2, 3)
+
+
+def _side_by_side(x, dtype):
+    "(b,K,H,Q,P) -> (b,K,Q,E)"
+    return x.transpose(2, 3).to(dtype, memory_format=torch.contiguous_format).flatten(-2)
+
+
+def _bmm(a, b):
+    "Products of (b,K,H,·,·), every head's own"
+    return (a.flatten(0, 2) @ b.flatten(0, 2)).unflatten(0, a.shape[:3])
+
+
+def _dots(a, b):
+    return (a * b).sum(-1)
+
+
+def _to_end(sums):
+    "(b,K,H,Q,1) what of each position is left at the end of its chunk"
+    return (sums[..., -1:] - sums).exp2()[..., None]
+
+
+def _carry(kept, added, state):
+    "States (b,K,H,N,P) before each chunk, of which `kept` (b,K,H) stays and to which it adds; and after the last"
+    before = torch.empty_like(added)
+    for i, (share, new) in enumerate(zip(kept[..., None, None].unbind(1), added.unbind(1))):
+        before[:, i] = state
+        state = torch.addcmul(new, state, share)
+    return before, state
+
+# %% ../nbs/21_layers.ipynb #b8264c4e
+class _SSD(Function):
+    "In chunks of Q: x (b,K,Q,E), dt (b,K,H,Q), A, D (H), B, C (b,K,Q,N), state (b,H,N,P) or None; `sums` are powers of two"
+
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, D, state, keep):
+        dtype, wide, H, before = x.dtype, dt.dtype, len(A), None
+        sums = (dt * (A * _LOG2E)[:, None]).cumsum(-1)
+        fade = (sums[..., :, None] - sums[..., None, :]).clamp_(-120, 0).exp2_()  # Later keys: one, masked below
+        scores = (C @ B.mT).to(wide).tril_()
+        M = (fade * scores[:, :, None]).to(dtype)
+        x = _by_head(x, H).to(wide, memory_format=torch.contiguous_format)
+        X = (x * dt[..., None]).to(dtype)
+        if keep or state is not None or x.shape[1] > 1:
+            added = _bmm((B[:, :, None] * _to_end(sums)).to(dtype).mT, X).to(wide)
+            state = torch.zeros_like(added[:, 0]) if state is None else state
+            before, state = _carry(sums[..., -1].exp2(), added, state)
+            M = torch.cat([M, (C[:, :, None] * sums.exp2()[..., None]).to(dtype)], -1)
+            X = torch.cat([X, before.to(dtype)], -2)
+        y = _side_by_side(_bmm(M, X).to(wide).addcmul_(x, D[:, None, None]), dtype)
+        ctx.save_for_backward(x, dt, A, B, C, D, sums, fade, scores, M, X, before)
+        return y, state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dstate):
+        with torch.autocast(dy.device.type, enabled=False):
+            *gradients, first = _ssd_gradients(dy, dstate, *ctx.saved_tensors)
+        return *gradients, first if ctx.needs_input_grad[6] else None, None
+
+# %% ../nbs/21_layers.ipynb #9706c076
+def _ssd_gradients(dy, dstate, x, dt, A, B, C, D, sums, fade, scores, M, X, before):
+    "Gradients of x, dt, A, B, C, D and the first state"
+    dtype, wide, Q = X.dtype, dt.dtype, x.shape[3]
+    low = _by_head(dy.to(dtype), len(A)).contiguous()
+    dX, dM = _bmm(M.mT, low), _bmm(low, X.mT)
+    dfaded = dM[..., :Q].to(wide) * fade
+    dscores = dfaded.sum(2).tril_().to(dtype)
+    W = dfaded.mul_(scores[:, :, None])
+    dsums = W.sum(-1) - W.sum(-2)
+    dC, dB, dY, dx = dscores @ B, dscores.mT @ C, low.to(wide), dX[..., :Q, :].to(wide)
+    if before is not None:
+        dread, dbefore = dM[..., Q:].to(wide), dX[..., Q:, :].to(wide)
+        dstate = _ssd_state_gradients(dread, dbefore, dstate, B, C, sums, X[..., :Q, :], before, dx, dB, dC, dsums)
+    dlog = dsums.flip(-1).cumsum(-1).flip(-1)
+    ddt = _dots(dx, x) + dlog * A[:, None]
+    dA, dD = (dlog * dt).sum((0, 1, 3)), _dots(dY, x).sum((0, 1, 3))
+    dx = dx.mul_(dt[..., None]).addcmul_(dY, D[:, None, None])
+    return _side_by_side(dx, dtype), ddt, dA, dB, dC, dD, dstate
+
+
+def _ssd_state_gradients(dread, dbefore, dstate, B, C, sums, X, before, dx, dB, dC, dsums):
+    "Add to dx, dB, dC and dsums what comes through the states; the gradient of the first state"
+    dtype, since, end, kept = B.dtype, sums.exp2()[..., None], _to_end(sums), sums[..., -1].exp2()
+    dafter, dstate = _carry(kept.flip(1), dbefore.flip(1), dstate)  # From the last chunk to the first
+    dafter = dafter.flip(1)
+    left, new = B[:, :, None] * end, dafter.to(dtype)
+    dleft = _bmm(X, new.mT).to(dsums.dtype)
+    dx += _bmm(left.to(dtype), new)
+    dC += (dread * since).sum(2).to(dtype)
+    dB += (dleft * end).sum(2).to(dtype)
+    each = _dots(dleft, left)
+    dsums += _dots(dread, C[:, :, None] * since) - each
+    dsums[..., -1] += each.sum(-1) + kept * (dafter * before).sum((-1, -2))
+    return dstate
+
+# %% ../nbs/21_layers.ipynb #c07a9ae1
+@torch.compiler.disable  # Its gradient is written out already
+def ssd(
+    x,  # (B,T,E) what comes in, E = H·P
+    dt,  # (B,T,H) steps, positive
+    A,  # (H,) rates, negative
+    B,  # (B,T,N) how the input is written
+    C,  # (B,T,N) how the state is read
+    D=None,  # (H,) what of the input passes by the state
+    state=None,  # What the last call returned; None: nothing came before
+    chunk=64,  # Positions that look at each other directly
+    keep=True,  # Is the state after it wanted? Without it a text of one chunk needs no states at all
+):  # (B,T,E) in the dtype of `x`, and the state after it: (B,N,E), float32 at least, or None if it is not wanted
+    "The scan of Mamba-2; products in the dtype of `x`, sums over chunks in float32"
+    T, wide = x.shape[1], torch.promote_types(x.dtype, torch.float32)
+    if T == 0:
+        return x, state
+    Q = min(chunk, T)
+    D = torch.zeros_like(A) if D is None else D
+    with torch.autocast(x.device.type, enabled=False):
+        x, dt, B, C = (
+            _pad(t.to(kind), -T % Q).unflatten(1, (-1, Q))
+            for t, kind in ((x, x.dtype), (dt, wide), (B, x.dtype), (C, x.dtype))
+        )
+        dt = dt.transpose(2, 3).contiguous()
+        state = None if state is None else state.unflatten(-1, (len(A), -1)).transpose(1, 2)
+        y, state = _SSD.apply(x, dt, A.to(wide), B, C, D.to(wide), state, keep)
+    return y.flatten(1, 2)[:, :T], state.transpose(1, 2).flatten(-2) if keep else None
 
 # %% ../nbs/21_layers.ipynb #3ba826a0
 class Cache:

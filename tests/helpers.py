@@ -80,7 +80,7 @@ class StopAt(Hook):
 
 def train(*stops, **params):
     "Run, stopping after each of the steps `stops`; exit code 0 if it got to the end"
-    return dict(done=0, early_stop=0, interrupted=130)[run(hooks=[StopAt(*stops)], **params).status]
+    return dict(done=0, interrupted=130)[run(hooks=[StopAt(*stops)], **params).status]
 
 
 def lmnotes_command(*words):
@@ -90,7 +90,9 @@ def lmnotes_command(*words):
 
 def run_recipe(notebook, **params):
     "Run a recipe's cells with parameters; 0 if the run got to the end"
-    return dict(done=0, dry_run=0, interrupted=130, diverged=3)[run_notebook(notebook, params)["r"].status]
+    return dict(done=0, early_stop=0, dry_run=0, interrupted=130, diverged=3)[
+        run_notebook(notebook, params)["r"].status
+    ]
 
 
 def recipe_parameters(notebook):

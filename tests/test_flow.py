@@ -8,9 +8,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lmnotes"
-MODELS_MAY_IMPORT = {"lmnotes.lm", "lmnotes.layers", "lmnotes.lora"}
+MODELS_MAY_IMPORT = {"lmnotes.lm", "lmnotes.layers", "lmnotes.lora", "lmnotes.memory"}
 KNOW_THE_WHOLE_CHAIN = {
-    *("lmnotes.setup", "lmnotes.text_config", "lmnotes.runs", "lmnotes.export", "lmnotes.cli"),
+    *("lmnotes.setup", "lmnotes.text_config", "lmnotes.runs", "lmnotes.phases", "lmnotes.export", "lmnotes.cli"),
     *("lmnotes.engine", "lmnotes.__main__"),
 }
 

@@ -1,0 +1,132 @@
+"""One state-space layer, forward and backward: the scan of S6 against the usual loop and a parallel scan, and SSD against S6.
+
+The sizes are those of the NanoThink guide's expert: 4 texts of 256 positions, 768 channels, 16 numbers of state each. Both peers are
+written here. The loop is what transformers does where no kernel is installed: decays and inputs of all positions first, then position by
+position, and autograd takes it from there. The parallel scan is Blelloch's with its gradient written out, as mamba.py has it. All see the
+same numbers in float32 and must agree in value and gradients. SSD has heads of 64 channels; it is timed in bfloat16 too, which is what
+a model computes it in where the chip has it.
+"""
+
+from common import figures, finish, interleave, least, options  # isort: skip
+import torch
+import torch.nn.functional as F
+from torch.autograd import Function
+
+from lmnotes.layers import selective_scan, ssd
+
+
+def loop(x, dt, A, B, C):
+    "Position by position, indexing what autograd remembers"
+    x, dt = x.transpose(1, 2), dt.transpose(1, 2)
+    decay = torch.exp(A[None, :, None] * dt[..., None])
+    added = dt[..., None] * B[:, None] * x[..., None]
+    state, ys = x.new_zeros(*x.shape[:2], A.shape[1]), []
+    for t in range(x.shape[2]):
+        state = decay[:, :, t] * state + added[:, :, t]
+        ys.append(torch.matmul(state, C[:, t, :, None])[..., 0])
+    return torch.stack(ys, 1)
+
+
+def sweep(decay, h, back=False):
+    "Blelloch's scan over the third dimension, a power of two, in place; `back`: from its end"
+
+    def join(of, to):
+        h[:, :, to].addcmul_(decay[:, :, to], h[:, :, of])
+        decay[:, :, to].mul_(decay[:, :, of])
+
+    T, step = h.shape[2], 1
+    while step < T:
+        first, second = slice(step - 1, None, 2 * step), slice(2 * step - 1, None, 2 * step)
+        join(*((slice(step, None, 2 * step), slice(0, None, 2 * step)) if back else (first, second)))
+        step *= 2
+    step = T // 4
+    while step:
+        first, second = slice(2 * step - 1, T - step, 2 * step), slice(3 * step - 1, None, 2 * step)
+        ends = slice(2 * step, None, 2 * step), slice(step, T - 2 * step, 2 * step)
+        join(*(ends if back else (first, second)))
+        step //= 2
+
+
+class ParallelScan(Function):
+    "(b,T,E,N) decays and inputs -> states"
+
+    @staticmethod
+    def forward(ctx, decay, added):
+        a, h = (t.transpose(1, 2).clone(memory_format=torch.contiguous_format) for t in (decay, added))
+        sweep(a, h)
+        h = h.transpose(1, 2)
+        ctx.save_for_backward(decay, h)
+        return h
+
+    @staticmethod
+    def backward(ctx, g):
+        decay, h = ctx.saved_tensors
+        a = F.pad(decay.transpose(1, 2)[:, :, 1:], (0, 0, 0, 1))
+        g = g.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        sweep(a, g, back=True)
+        g = g.transpose(1, 2)
+        return F.pad(g[:, 1:] * h[:, :-1], (0, 0, 0, 0, 1, 0)), g
+
+
+def parallel(x, dt, A, B, C):
+    decay, added = torch.exp(dt[..., None] * A), (dt * x)[..., None] * B[:, :, None]
+    return (ParallelScan.apply(decay, added) @ C[..., None])[..., 0]
+
+
+def inputs(b, T, E, N, H=0, dtype=torch.float32):
+    "x, dt, A, B, C; with `H` heads for SSD"
+    torch.manual_seed(0)
+    x, B, C = (torch.randn(b, T, n).to(dtype) for n in (E, N, N))
+    dt = F.softplus(torch.randn(b, T, H or E) - 3)
+    A = -torch.linspace(1, 16, H) if H else -torch.arange(1.0, N + 1).repeat(E, 1)
+    return [t.requires_grad_() for t in (x, dt, A, B, C)]
+
+
+def both_ways(scan, given):
+    def run():
+        y = scan(*given)
+        return [y, *torch.autograd.grad(y.float().square().mean(), given)]
+
+    return run
+
+
+def main():
+    args = options(__doc__, rounds=(3, "times that each is timed"))
+    size = (2, 32, 64, 8) if args.quick else (4, 256, 768, 16)
+    given = inputs(*size)
+    runs = {
+        "loop": both_ways(loop, given),
+        "parallel scan": both_ways(parallel, given),
+        "S6": both_ways(lambda *t: selective_scan(*t)[0], given),
+    }
+    for dtype in (torch.float32, torch.bfloat16):
+        one = inputs(*size, H=size[2] // 64, dtype=dtype)
+        runs[f"SSD, {str(dtype)[6:]}"] = both_ways(lambda *t: ssd(*t, chunk=32, keep=False)[0], one)
+    wanted = runs["loop"]()
+    for name in ("parallel scan", "S6"):
+        far = max(((a - b).norm() / b.norm()).item() for a, b in zip(runs[name](), wanted))
+        assert far < 1e-5, f"{name} differs from the loop by {far:.1e}"
+    clocks = interleave(runs, 1 if args.quick else args.rounds)
+    quick = {name: run for name, run in runs.items() if name != "loop"}
+    for name, more in interleave(quick, 1 if args.quick else 5 * args.rounds).items():
+        clocks[name] += more
+    tokens = size[0] * size[1]
+    rows = [
+        {"scan": name, **figures(times), "tokens / CPU s": int(tokens / least(times))} for name, times in clocks.items()
+    ]
+    cpu = {name: least(times) for name, times in clocks.items()}
+    ratios = cpu["loop"] / cpu["S6"], cpu["parallel scan"] / cpu["S6"]
+    heads = min(cpu["SSD, float32"], cpu["SSD, bfloat16"])
+    finish(
+        args,
+        rows,
+        [
+            ("S6 at least 20 times as fast as the loop", f"{ratios[0]:.1f}", ratios[0] >= 20),
+            ("S6 at least 1.3 times as fast as the parallel scan", f"{ratios[1]:.2f}", ratios[1] >= 1.3),
+            ("SSD at least 10 times as fast as S6", f"{cpu['S6'] / heads:.1f}", cpu["S6"] / heads >= 10),
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

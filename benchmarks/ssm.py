@@ -1,0 +1,66 @@
+"""A state-space model against the decoder: `arch='ssm'` and `arch='gpt'`, preset `tiny` of both, at most 0.81 M parameters.
+
+Both train by the same recipe on the same 2,000 batches of 12 x 64 characters, in turns of a few steps, so that whatever else the machine
+does falls on both alike. Only the training steps are timed: CPU seconds of this process, on one thread. Both are judged on the whole
+validation split.
+"""
+
+from common import Clock, corpus, finish, options, parts  # isort: skip
+import copy
+
+from lmnotes.evaluation import evaluate
+from lmnotes.lm import n_params
+from lmnotes.trainer import Trainer
+
+
+def main():
+    args = options(
+        __doc__,
+        steps=(2000, "length of both runs"),
+        turn=(25, "steps at a time"),
+        seed=(0, "of both"),
+        preset=("tiny", "of ssm"),
+    )
+    steps, turn = (8, 4) if args.quick else (args.steps, args.turn)
+    cfg, data = corpus(args.quick, steps=steps, preset="tiny", seed=args.seed, ctx_len=64, batch_size=12)
+    runs, clocks = {}, {}
+    for arch in ("gpt", "ssm"):
+        own = copy.copy(cfg)
+        own.arch, own.preset = arch, "tiny" if arch == "gpt" else args.preset
+        lm, batches, val = parts(own, data)
+        runs[arch], clocks[arch] = Trainer(lm, batches, own), Clock()
+    least = dict.fromkeys(runs, float("inf"))
+    for step in range(turn, steps + 1, turn):
+        for arch, trainer in runs.items():
+            before = clocks[arch].cpu
+            with clocks[arch]:
+                trainer.fit(step)
+            least[arch] = min(least[arch], clocks[arch].cpu - before)
+        if step % 500 == 0:
+            print(f"step {step}: {', '.join(f'{arch} {c.cpu:.1f} CPU s' for arch, c in clocks.items())}", flush=True)
+
+    judged = val.limit(2 if args.quick else 0)
+    rows = []
+    for arch, trainer in runs.items():
+        loss = evaluate(trainer.lm, judged, autocast=trainer.autocast)["loss"]
+        row = dict(model=arch, parameters=n_params(trainer.lm), steps=steps, CPU_s=clocks[arch].cpu, loss=loss)
+        rows.append(row | {"least CPU ms / step": 1e3 * least[arch] / turn})
+    gpt, ssm = rows
+    ratio, quietest = ssm["CPU_s"] / gpt["CPU_s"], least["ssm"] / least["gpt"]
+    finish(
+        args,
+        rows,
+        [
+            ("at most 0.81 M parameters", f"{ssm['parameters']:,}", ssm["parameters"] <= 810_000),
+            ("loss at most the decoder's", f"{ssm['loss'] - gpt['loss']:+.4f}", ssm["loss"] <= gpt["loss"]),
+            (
+                "at most 1.5 times the decoder's CPU seconds",
+                f"{ratio:.2f} in all, {quietest:.2f} where least disturbed",
+                ratio <= 1.5,
+            ),
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

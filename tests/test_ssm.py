@@ -1,0 +1,126 @@
+"""What the notebook of the state-space model cannot show in a second: that its cost is flat over thousands of tokens."""
+
+import statistics
+import time
+
+import pytest
+import torch
+
+from lmnotes.batches import Batch
+from lmnotes.layers import selective_scan, ssd
+from lmnotes.lm import n_params, new_lm
+from lmnotes.optim import OptimConfig, make_optimizers
+
+TINY = dict(vocab_size=16, ctx_len=16, d_model=16, n_layers=1, d_state=4, head_dim=8)
+NANOTHINK = dict(d_model=16, d_inner=32, n_layers=2, d_state=4)
+
+
+def numbers(state):
+    return sum(past.conv.numel() + past.scan.numel() for past in state)
+
+
+@pytest.mark.parametrize("kind", ["ssd", "s6"])
+def test_the_cost_is_flat_from_token_1_to_8000(kind):
+    torch.manual_seed(0)
+    m = new_lm("ssm", kind=kind, **TINY).eval()
+    x, state, sizes = torch.randint(16, (1, 8000)), None, set()
+
+    def typical_ms(start, end):
+        nonlocal state
+        seconds = []
+        for t in range(start, end):
+            before = time.process_time()
+            _, state = m.step(x[:, t : t + 1], state)
+            seconds.append(time.process_time() - before)
+            sizes.add(numbers(state))
+        return 1e3 * statistics.median(seconds)
+
+    first = typical_ms(0, 600)
+    _, state = m.step(x[:, 600:7400], state)
+    last = typical_ms(7400, 8000)
+    assert len(sizes) == 1
+    assert last < 2 * first, f"a token costs {first:.2f} ms at the start and {last:.2f} ms at the end"
+
+
+@pytest.mark.parametrize("kind", ["ssd", "s6"])
+def test_a_prefilled_state_is_that_of_single_steps_after_8000_tokens(kind):
+    torch.manual_seed(0)
+    m = new_lm("ssm", kind=kind, **TINY).eval()
+    for p in m.parameters():
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=0.3)
+    x = torch.randint(16, (1, 8000))
+    at_once, _ = m.step(x)
+    _, state = m.step(x[:, :7900])
+    for chunk in (x[:, 7900:7963], *x[:, 7963:].split(1, 1)):
+        in_steps, state = m.step(chunk, state)
+    assert (at_once - in_steps).abs().max() < 1e-3
+
+
+def test_the_experts_trunk_has_as_many_parameters_as_the_guides():
+    with torch.device("meta"):
+        m = new_lm("ssm", "nanothink_s6", vocab_size=259)
+    assert n_params(m) - n_params(m.embed) == 5_573_760
+    assert m.head is None
+
+
+@pytest.mark.parametrize("config", [TINY, dict(TINY, kind="s6"), NANOTHINK | dict(vocab_size=16, ctx_len=16)])
+def test_the_parts_make_the_whole(config):
+    preset = "" if "head_dim" in config else "nanothink_s6"
+    torch.manual_seed(0)
+    m = new_lm("ssm", preset, **config).eval()
+    for block in m.blocks:
+        torch.nn.init.normal_(block.out.weight, std=0.3)
+    x = torch.randint(16, (3, 20))
+    h = m.enter(x)
+    assert torch.equal(m(x), m.logits(m.states(h)))
+    past = m.begin()
+    pieces = torch.cat([m.states(part, past) for part in h.split((7, 1, 12), 1)], 1)
+    torch.testing.assert_close(pieces, m.states(h), atol=1e-4, rtol=1e-4)
+    moved = h.clone()
+    moved[:, 9] += torch.randn(3, 16)
+    change = (m.states(moved) - m.states(h)).abs().amax((0, 2))
+    assert change[:9].max() < 1e-6 < change[9:].min()
+
+
+@pytest.mark.parametrize("kind", ["ssd", "s6"])
+def test_rates_and_steps_do_not_decay_and_are_left_to_adamw(kind):
+    m = new_lm("ssm", kind=kind, **TINY)
+    groups = [group for opt in make_optimizers(m, OptimConfig(weight_decay=0.1)) for group in opt.param_groups]
+    decay = {name: group["weight_decay"] for group in groups for name in group["param_names"]}
+    assert {decay[f"blocks.0.scan.{name}"] for name in ("A_log", "D", "dt_bias", "conv.bias")} == {0.0}
+
+
+@pytest.mark.parametrize("kind", ["ssd", "s6"])
+def test_autocast_changes_only_rounding(kind):
+    torch.manual_seed(0)
+    m = new_lm("ssm", kind=kind, **TINY | dict(dropout=0.0))
+    for block in m.blocks:
+        torch.nn.init.normal_(block.out.weight, std=0.3)
+    torch.nn.init.normal_(m.head.weight, std=0.3)
+    w = torch.randint(16, (4, 41))
+    wanted = m.loss(Batch(w[:, :-1], w[:, 1:]))["loss"]
+    exact = torch.autograd.grad(wanted, m.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = m.loss(Batch(w[:, :-1], w[:, 1:]))["loss"]
+    rounded = torch.autograd.grad(found, m.parameters())
+    assert abs(found - wanted) < 0.02
+    for (name, _), a, b in zip(m.named_parameters(), rounded, exact):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() < 0.1 * b.norm(), f"{name} is off by {((a - b).norm() / b.norm()).item():.2f}"
+
+
+@pytest.mark.parametrize("scan", [selective_scan, ssd])
+def test_a_scan_is_never_run_in_the_precision_of_autocast(scan):
+    torch.manual_seed(0)
+    heads = 8 if scan is selective_scan else 2
+    A = -torch.rand(8, 4) if scan is selective_scan else -torch.rand(2)
+    x, dt, B, C = torch.randn(2, 30, 8), torch.rand(2, 30, heads), torch.randn(2, 30, 4), torch.randn(2, 30, 4)
+    given = [t.requires_grad_() for t in (x, dt, A, B, C)]
+    plain = scan(*given)[0]
+    wanted = torch.autograd.grad(plain.square().sum(), given)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = scan(*given)[0]
+        found = torch.autograd.grad(y.square().sum(), given)
+    assert torch.equal(y, plain)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted))
