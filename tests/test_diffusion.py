@@ -1,0 +1,338 @@
+"""Diffusion: with the true conditionals bound and sampler are the truth, samplers agree with plain loops, runs are runs like any other."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import TINY, call, differences, left_behind, lmnotes_command, log, train, words
+
+from lmnotes.batches import IGNORE, Batch
+from lmnotes.checkpoint import graft
+from lmnotes.generation import Picker, generate, generate_ids
+from lmnotes.lm import new_lm
+from lmnotes.models.diffusion import (
+    Diffusion,
+    DiffusionConfig,
+    Masked,
+    chances,
+    fill,
+    infill,
+    likelihood_bound,
+    write_blocks,
+)
+from lmnotes.runs import load, run
+from lmnotes.tokenizer import ByteTokenizer
+
+SMALL = dict(vocab_size=12, ctx_len=13, d_model=32, n_layers=2, n_heads=2, dropout=0.0)
+FORMS = dict(
+    whole={},
+    confident=dict(sampler="confidence", sample_steps=4),
+    parts=dict(sample_block=4),
+    blocks=dict(block=3),
+    next=dict(block=1),
+    mse=dict(objective="mse"),
+    mse_next=dict(objective="mse", block=1),
+)
+V, T = 2, 4
+ALL = torch.cartesian_prod(*[torch.arange(V)] * (T + 1))  # Every text of five ids
+JOINT = torch.rand(len(ALL), generator=torch.Generator().manual_seed(3)) ** 4 + 0.01
+JOINT = JOINT / JOINT.sum()
+TEXTS = JOINT.multinomial(400, replacement=True, generator=torch.Generator().manual_seed(0))  # As they occur
+
+
+def model(**config):
+    "A tiny model with weights as if trained"
+    torch.manual_seed(0)
+    lm = new_lm("diffusion", **{**SMALL, **config}).eval()
+    for p in lm.parameters():
+        if p.ndim == 2 and not p.any():
+            torch.nn.init.normal_(p, std=2 * p.shape[1] ** -0.5)
+    return lm
+
+
+def conditionals(ids):
+    "(B,T+1) ids, some of them `V` (hidden) -> (B,T+1,V) logarithms of the true probability of each id at each position"
+    fits = ((ids[:, None] == ALL) | (ids[:, None] == V)).all(-1) * JOINT
+    found = torch.stack([fits @ (ALL == v).float() for v in range(V)], -1)
+    return (found / found.sum(-1, keepdim=True)).log()
+
+
+class KnownText(Masked):
+    def enter(self, ids):
+        return F.one_hot(ids, V + 1).float()
+
+    def logits(self, h):
+        return h
+
+
+class Known(Diffusion):
+    "Knows the probability of every text"
+
+    def __init__(self, **config):
+        super().__init__(DiffusionConfig(vocab_size=V, ctx_len=T, d_model=4, n_layers=1, n_heads=1, **config))
+        self.text = KnownText(self.cfg)
+
+    def _together(self, h, real, hidden, t):
+        return conditionals(h.argmax(-1))
+
+    def _streams(self, clean, noisy, at, block, past=None, real=None):
+        clean, noisy = clean.argmax(-1), noisy.argmax(-1)
+        states = []
+        for start in range(1, T + 1, block):
+            own = noisy[:, start - 1 : start - 1 + block]
+            ids = F.pad(torch.cat([clean[:, :start], own], 1), (0, T + 1 - start - own.shape[1]), value=V)
+            states.append(conditionals(ids)[:, start : start + own.shape[1]])
+        return torch.cat(states, 1)
+
+
+def bound(lm, samples=300, **how):
+    ids = ALL[TEXTS]
+    return likelihood_bound(lm, [Batch(ids[:, :-1], ids[:, 1:])], samples, **how)
+
+
+def truth():
+    "Nats of the last four ids given the first, a mean over texts and ids"
+    first = torch.stack([JOINT[ALL[:, 0] == v].sum() for v in range(V)])
+    return -(JOINT.log() - first.log()[ALL[:, 0]])[TEXTS].mean().item() / T
+
+
+@pytest.mark.parametrize("block", [0, 1, 2, 3])
+def test_with_the_true_conditionals_the_bound_is_the_truth(block):
+    found = bound(Known(block=block))
+    assert abs(found["loss"] - truth()) < 4 * found["stderr"] + 1e-6
+    assert found["stderr"] < 0.01 * truth()
+
+
+def test_fewer_steps_are_a_looser_bound():
+    "With the true conditionals too: ids revealed at once do not see each other"
+    bounds = [bound(Known(), steps=steps)["loss"] for steps in (1, 2, 4, 100)]
+    assert bounds[0] > bounds[1] > bounds[2] == bounds[3]
+    assert bounds[0] > 1.02 * truth()
+
+
+def written(steps, rows=6000, seed=0):
+    "How often each text is written after a first id 0, beside how often it should be"
+    lm = Known(sample_steps=steps)
+    ids = torch.tensor(generate_ids(lm, [[0]] * rows, T, temperature=1.0, seed=seed))
+    number = (ids * V ** torch.arange(T - 1, -1, -1)).sum(1)
+    wanted = JOINT[: V**T] / JOINT[: V**T].sum()
+    return number.bincount(minlength=V**T) / rows, wanted
+
+
+@pytest.mark.parametrize("steps", [0, 4, 1000])
+def test_the_ancestral_sampler_draws_from_the_distribution(steps):
+    found, wanted = written(steps)
+    assert (found - wanted).abs().sum() / 2 < 0.03
+
+
+def test_in_one_step_it_does_not():
+    found, wanted = written(1)
+    assert (found - wanted).abs().sum() / 2 > 0.1
+
+
+@torch.no_grad()
+def plain_sampler(lm, prompt, steps, seed, row):
+    "One window, one row, one call of the network at each step"
+    n = lm.cfg.ctx_len + 1 - len(prompt)
+    x = torch.tensor([prompt + [lm.cfg.vocab_size] * n])
+    pick = Picker(seed=seed).start(x, [row])
+    order = torch.rand(n, generator=chances(pick, 1, lm.cfg.vocab_size)[0]).argsort().tolist()
+    for step in range(steps, 0, -1):
+        logits = lm(x)
+        due = range(n - -(-n * step // steps), n - -(-n * (step - 1) // steps))
+        for at in (len(prompt) + order[i] for i in due):
+            x[0, at] = pick(logits[:, at])[0]
+    return x[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("steps", [3, 13, 1000])
+def test_the_sampler_that_skips_calls_writes_what_the_plain_one_writes(steps):
+    lm, prompts = model(sample_steps=steps), [[3, 1], [7, 2], [3, 1]]
+    n, calls, network = 12, [], lm.trunk.forward
+    lm.trunk.forward = lambda *args: calls.append(args) or network(*args)
+    texts = generate_ids(lm, prompts, n, temperature=1.0, seed=5)
+    steps = max(1, steps * n // 13)  # A share of those for a window
+    assert len(calls) == min(steps, n)
+    lm.trunk.forward = network
+    assert texts == [plain_sampler(lm, prompt, steps, 5, row) for row, prompt in enumerate(prompts)]
+    assert texts[0] != texts[2]  # Rows draw for themselves
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_texts_are_their_seeds_and_not_their_neighbours(name):
+    lm, prompts = model(**FORMS[name]), [[1, 2, 3], [4, 5, 6], [1, 2, 3]]
+    for n in (1, 9, 40):
+        texts = generate_ids(lm, prompts, n, temperature=1.0, seed=2)
+        assert [len(text) for text in texts] == [n] * 3 and texts == generate_ids(
+            lm, prompts, n, temperature=1.0, seed=2
+        )
+        assert texts[0] == generate_ids(lm, prompts[:1], n, temperature=1.0, seed=2)[0]
+    assert texts != generate_ids(lm, prompts, n, temperature=1.0, seed=3)
+    for length in (1, 13, 14, 15, 60):
+        (text,) = generate_ids(lm, [list(range(12)) * 5][:length], 20, temperature=0.0)
+        assert len(text) == 20 and max(text) < 12
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_of_other_types(name, dtype):
+    lm, batch = model(**FORMS[name]).to(dtype), torch.randint(12, (2, 14))
+    batch = Batch(batch[:, :-1], batch[:, 1:])
+    assert len(generate_ids(lm, [[1, 2]], 30, seed=1)[0]) == 30
+    lm.train().loss(batch)["loss"].backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in lm.parameters())
+
+
+@torch.no_grad()
+def test_blocks_are_written_from_the_past_that_is_kept_as_from_the_whole_text():
+    lm, x = model(block=3, sampler="confidence"), torch.randint(12, (2, 4))
+    new = torch.cat(list(write_blocks(lm, x, 9, lambda logits: logits.argmax(-1))), 1)
+    whole = x
+    for _ in range(3):
+        block = torch.full((2, 3), 12)
+        for _ in range(3):
+            at = torch.arange(whole.shape[1], whole.shape[1] + 3)
+            logits = lm.logits(lm._streams(lm.enter(whole), lm.enter(block), at, 3))
+            certain = logits.log_softmax(-1).amax(-1).masked_fill(block < 12, -torch.inf).argmax(-1, keepdim=True)
+            block.scatter_(1, certain, logits.argmax(-1).gather(1, certain))
+        whole = torch.cat([whole, block], 1)
+    assert torch.equal(new, whole[:, 4:])
+
+
+def test_what_is_given_stays():
+    lm, left, right = model(), torch.randint(12, (2, 5)), torch.randint(12, (2, 4))
+    pick = Picker(seed=1).start(left)
+    assert infill(lm, left, right, 3, pick).shape == (2, 3)
+    assert infill(lm, left.repeat(1, 9), right.repeat(1, 9), 6, pick).shape == (2, 6)  # The ends nearest to the hole
+    text = torch.randint(12, (2, 14))
+    holes = text.scatter(1, 1 + torch.rand(2, 13).argsort(1)[:, :5], 12)
+    done = fill(lm, holes, Picker(seed=1).start(holes))
+    assert torch.equal(done[holes < 12], text[holes < 12]) and done.max() < 12
+    full = torch.randint(12, (1, 9))
+    assert torch.equal(fill(lm, full, pick), full)
+
+
+def nats(lm, x, y):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        out = lm.loss(Batch(x, y))
+    return out["nll"].item(), int(out["n"])
+
+
+def test_a_target_that_is_skipped_is_given():
+    "It is seen as what it is, costs nothing, and what comes after the last target is seen by nobody"
+    x, y = torch.randint(12, (1, 13)), torch.randint(12, (1, 13))
+    x[:, 1:] = y[:, :-1]
+    y[0, 2] = IGNORE
+    other, y_short, other_end = x.clone(), y.clone(), x.clone()
+    other[0, 3] = (x[0, 3] + 1) % 12
+    y_short[0, 6:] = IGNORE
+    other_end[0, 7:] = (x[0, 7:] + 1) % 12
+    for block in (0, 1, 4):
+        lm = model(block=block)
+        assert nats(lm, x, y)[1] == 12 and nats(lm, x, y) != nats(lm, other, y), block
+        assert abs(nats(lm, x, y_short)[0] - nats(lm, other_end, y_short)[0]) < 1e-4, block
+
+
+@pytest.mark.parametrize("objective", ["masked", "mse"])
+@torch.no_grad()
+def test_a_text_has_no_end(objective):
+    "In blocks of one, past `ctx_len` in chunks of any size, by `step` and by states of a kept past"
+    lm, x = model(block=1, objective=objective), torch.randint(12, (2, 40))
+    full, state, past, at = lm(x), None, lm.begin(), 0
+    for k in (5, 1, 1, 9, 1, 20, 1, 1, 1):
+        logits, state = lm.step(x[:, at : at + k], state)
+        states = lm.states(lm.enter(x[:, at : at + k]), past)
+        at += k
+        assert (logits - full[:, at - 1]).abs().max() < 1e-4
+        assert (lm.logits(states) - full[:, at - k : at]).abs().max() < 1e-4
+
+
+REFUSED = {
+    "block=-1": dict(block=-1),
+    "block=2, but with objective='mse'": dict(block=2, objective="mse"),
+    "causal_share=2.0 is a share": dict(causal_share=2.0),
+    "sampler='best' is not one of ancestral, confidence": dict(sampler="best"),
+    "schedule='sqrt' is not one of cosine, linear": dict(schedule="sqrt"),
+    "inference_steps=200 is not from 1": dict(inference_steps=200),
+    "eval_samples=0, but eval_samples is at least 1": dict(eval_samples=0),
+    "sample_steps=-1, but sample_steps is at least 0": dict(sample_steps=-1),
+    "signal_scale=-1.0 is a size": dict(signal_scale=-1.0),
+    "sample_block=-1, but sample_block is at least 0": dict(sample_block=-1),
+    "n_layers=0, but n_layers is at least 1": dict(n_layers=0),
+    "dropout=1.0, but dropout is at least 0 and less than 1": dict(dropout=1.0),
+    "d_model=32 is not a multiple of n_heads=3": dict(n_heads=3),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_values_that_make_no_model(message):
+    with pytest.raises(ValueError, match=message):
+        model(**REFUSED[message])
+
+
+def test_what_has_no_answer():
+    whole, mse, blocks = model(), model(objective="mse"), model(block=3)
+    ids = torch.randint(12, (1, 5))
+    for use, message in (
+        (lambda: whole.step(ids), "block=0 has no next id; use generate, or set block=1"),
+        (lambda: mse(ids), "objective='mse' denoises embeddings, so ids have no logits"),
+        (lambda: likelihood_bound(mse, []), "no likelihood of the whole window"),
+        (lambda: fill(blocks, ids, None), "block=3 does not see what comes after a block"),
+        (lambda: fill(whole, ids.repeat(1, 9), None), "45 positions, but a window has 14"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
+def test_the_table_is_that_of_a_transformer_and_stays(tmp_path):
+    "Grafted, and not trained"
+    place = tmp_path
+    encoder = run(
+        arch="gpt", model_args="d_model=32 n_layers=1 n_heads=2", data="pydocs", steps=1, batch_size=2, ctx_len=16,
+        tokenizer="bytes", device="cpu", sample_every=0, eval_batches=1, out_dir=str(place), run="encoder",
+    )  # fmt: skip
+    lm = model(objective="mse", vocab_size=encoder.lm.cfg.vocab_size)
+    graft(lm, "text.table", place / "encoder", "embed")
+    before = encoder.lm.embed.weight.detach().clone()
+    assert torch.equal(lm.text.table.weight, before) and not lm.text.table.weight.requires_grad
+    opt = torch.optim.AdamW(lm.parameters(), lr=0.1, weight_decay=0.1)
+    ids = torch.randint(12, (2, 14))
+    lm.train().loss(Batch(ids[:, :-1], ids[:, 1:]))["loss"].backward()
+    opt.step()
+    assert torch.equal(lm.text.table.weight, before)
+
+
+RUNS = dict(
+    masked="d_model=16 n_layers=1 n_heads=2 dropout=0.1 eval_samples=2 causal_share=0.3",
+    blocks="d_model=16 n_layers=1 n_heads=2 dropout=0.1 block=5",
+    mse="d_model=16 n_layers=1 n_heads=2 dropout=0.1 objective=mse inference_steps=3 causal_share=0.3",
+)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_that_was_stopped_ends_the_same(place, name):
+    case = TINY | dict(arch="diffusion", model_args=RUNS[name], steps=20)
+    assert call(place, train, **case) == 0, log(place)
+    whole = left_behind(place / "runs/r")
+    assert call(place, train, 7, **case | dict(run="stopped")) == 130, log(place)
+    assert call(place, train, **dict(run="stopped", out_dir="runs", resume=True)) == 0, log(place)
+    assert not differences(whole, left_behind(place / "runs/stopped"))
+
+
+def test_the_command_line(place):
+    "A bound has its sign, the other objective no perplexity, and one run is asked in both ways"
+    case = TINY | dict(arch="diffusion", model_args=RUNS["masked"], steps=10)
+    assert call(place, lmnotes_command, "train", *words(**case)) == 0, log(place)
+    assert "≤" in log(place)
+    asked = dict(run="runs/r", prompt="a", n=9, dtype="bfloat16")
+    assert call(place, lmnotes_command, "generate", *words(**asked)) == 0, log(place)
+    lm = load(place / "runs/r", model_args="block=1 sampler=confidence").lm
+    assert lm.causal and not lm.bound and lm.cfg.sampler == "confidence"
+    assert len(generate(lm, ByteTokenizer(), "wave", 30, seed=1)) > 0
+    (place / "log").write_text("")
+    assert call(place, lmnotes_command, "train", *words(**case | dict(model_args=RUNS["mse"], run="mse"))) == 0
+    assert "ppl" not in log(place) and "bpb" not in log(place)
+    lines = [json.loads(line) for line in (place / "runs/mse/metrics.jsonl").read_text().splitlines()]
+    assert not any("ppl" in line or "bpb" in line for line in lines) and "rounding" in lines[0]
