@@ -23,4 +23,4 @@ def test_it_runs(script):
 
 
 def test_all_are_there():
-    assert len(SCRIPTS) == 13
+    assert len(SCRIPTS) == 17

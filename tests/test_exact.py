@@ -145,6 +145,11 @@ def test_the_comparison_is_sharp(place, what):
     assert set(expected) <= set(seen) and bool(seen) == (what != "nothing"), seen
 
 
+EXPERT = "d_model=16,n_layers=1,n_heads=2,dropout=0.1"
+NANOTHINK = (
+    f"transformer=gpt,{EXPERT} state_space=ssm,d_model=24,n_layers=1,head_dim=8,d_state=4 "
+    f"diffuser=diffusion,block=1,{EXPERT} d_model=16 n_heads=2 head_dim=8 kv_latent_dim=8 rope_dim=4"
+)
 ARCHITECTURES = {
     "bigram": dict(model_args=""),
     "rnn": dict(model_args="d_model=16 d_hidden=16 n_layers=2 dropout=0.1"),
@@ -154,6 +159,11 @@ ARCHITECTURES = {
     "bytepatch": dict(tokenizer="bytes", model_args="d_model=16 d_byte=16 n_layers=1 n_heads=2 ngram_rows=64"),
     "streams": dict(model_args="d_model=16 n_layers=1 n_heads=2 dropout=0.1"),
     "agiformer": dict(arch="bytepatch", preset="agiformer", model_args="d_model=16 n_layers=1 n_heads=2"),
+    "ssm": dict(model_args="d_model=16 n_layers=2 head_dim=8 d_state=4 dropout=0.1"),
+    "nanothink_s6": dict(arch="ssm", preset="nanothink_s6", model_args="d_model=16 d_inner=32 n_layers=1 d_state=4"),
+    "diffusion": dict(model_args="d_model=16 n_layers=1 n_heads=2 dropout=0.1 causal_share=0.5"),
+    "diffuser": dict(arch="diffusion", preset="nanothink", model_args="d_model=16 n_layers=1 n_heads=2"),
+    "nanothink": dict(model_args=NANOTHINK),
 }
 
 

@@ -1,0 +1,156 @@
+"""NanoThink: three experts of at most 0.81 M parameters, frozen, and a mixture of them, on tinyshakespeare characters.
+
+Each expert learns from 1.54 M characters (2,000 steps of 12 x 64). Then they are frozen, and attention and router of
+`arch='nanothink'` are trained on windows that come again in each epoch, beginning with the expert that is best alone. All are
+judged on the whole validation split, beside the plain averages of the experts' probabilities and of their log-probabilities. At
+last steps of phase two are timed in turns, with the experts asked anew and with what they say of each window kept
+(`KeptActivations`): here, and at the guide's shapes (one window of 256).
+"""
+
+from common import corpus, figures, finish, interleave, least, options, parts  # isort: skip
+import copy
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from lmnotes.batches import IGNORE, CoveringWindows, EpochWindows
+from lmnotes.evaluation import evaluate
+from lmnotes.lm import lm_config, n_params, new_lm, parse_model_args
+from lmnotes.memory import VectorStore
+from lmnotes.models.nanothink import EXPERTS, Documents, KeptActivations, new_expert, remember
+from lmnotes.trainer import Trainer
+
+LEARNT = 810_000  # Parameters at most
+
+
+def train_expert(name, spec, cfg, data, folder):
+    "An expert trained as a model of its own; taken from `folder` if it is there"
+    torch.manual_seed(cfg.seed)
+    lm = new_expert(spec, data.tokenizer.vocab_size, cfg.ctx_len)
+    file = Path(folder) / f"{name}-{spec.replace(':', '-')}-{cfg.steps}.pt" if folder else None
+    if file and file.exists():
+        lm.load_state_dict(torch.load(file, weights_only=True))
+        return lm
+    _, batches, _ = parts(cfg, data)
+    Trainer(lm, batches, cfg).fit()
+    if file:
+        torch.save(lm.state_dict(), file)
+    return lm
+
+
+def mixture(experts, cfg, data, **config):
+    "A new `NanoThink` with frozen experts"
+    torch.manual_seed(cfg.seed)
+    sizes = dict(vocab_size=data.tokenizer.vocab_size, ctx_len=cfg.ctx_len)
+    lm = new_lm("nanothink", "tiny", **sizes, **config)
+    for name, expert in experts.items():
+        lm.experts[name].load_state_dict(expert.state_dict())
+    lm.experts.requires_grad_(False)
+    return lm
+
+
+@torch.no_grad()
+def averages(experts, batches, context):
+    "Loss of the plain averages of probabilities and of log-probabilities, in nats a token"
+    sums, n = torch.zeros(2, dtype=torch.float64), 0
+    for batch in batches:
+        y = batch.y.flatten()
+        with context():
+            said = torch.stack([e.eval()(batch.x).flatten(0, 1).float().log_softmax(-1) for e in experts.values()])
+        for i, mixed in enumerate((said.logsumexp(0), said.mean(0))):
+            sums[i] += F.cross_entropy(mixed, y, ignore_index=IGNORE, reduction="sum")
+        n += batch.n
+    return dict(zip(("average of probabilities", "average of log-probabilities"), (sums / n).tolist()))
+
+
+def speed(lm, windows, cfg, turn, rounds):
+    "{name: clocks} of turns of steps in phase two, from the second epoch on"
+    anew, kept = Trainer(copy.deepcopy(lm), windows, cfg), Trainer(lm, windows, cfg)
+    kept.batches = KeptActivations(lm, windows, autocast=kept.autocast)
+    kept.fit(int(windows.per_epoch))
+
+    def some_steps(t):
+        return lambda: [t.one_step() for _ in range(turn)]
+
+    return interleave({"asked anew": some_steps(anew), "kept": some_steps(kept)}, rounds)
+
+
+def main():
+    args = options(
+        __doc__,
+        steps=(2000, "of each expert"),
+        phase2=(2000, "steps of phase two"),
+        folder=("", "where trained experts are kept between runs of this script"),
+        lr=(0.0, "of phase two"),
+        optimizer=("muon", "of phase two"),
+        config=("", "further values of the mixture, such as 'memory=4 memory_chunk=16'"),
+    )
+    steps, phase2 = (20, 10) if args.quick else (args.steps, args.phase2)
+    cfg, data = corpus(args.quick, steps=steps, preset="tiny", ctx_len=64, batch_size=12)
+    specs = vars(lm_config("nanothink", "tiny"))
+    experts = {name: train_expert(name, specs[name], cfg, data, args.folder) for name in EXPERTS}
+
+    own = copy.copy(cfg)
+    vars(own).update(steps=phase2, lr=args.lr, optimizer=args.optimizer)
+    judged = CoveringWindows(data.tokens["val"].ids, 64, cfg.ctx_len).limit(2 if args.quick else 0)
+    windows = EpochWindows(data.tokens["train"].ids, cfg.batch_size, cfg.ctx_len, cfg.seed)
+    context = Trainer(experts["transformer"], windows, own).autocast
+    losses = {name: evaluate(expert, judged, autocast=context)["loss"] for name, expert in experts.items()}
+    losses |= averages(experts, judged, context)
+    start = min(EXPERTS, key=losses.get)
+    lm = mixture(experts, cfg, data, **dict(start=start) | parse_model_args("nanothink", args.config))
+    trainer = Trainer(lm, windows, own)
+    losses["mixture, untrained"] = evaluate(lm, judged, autocast=context)["loss"]
+    print({k: round(v, 4) for k, v in losses.items()}, flush=True)
+    documents = None
+    if lm.recall:
+        lm.store = remember(lm, VectorStore(lm.experts["transformer"].cfg.d_model), data.tokens["train"], context)
+        documents = Documents(data.tokens["train"], lm.cfg)
+        print(f"memory: {len(lm.store):,} vectors")
+    trainer.batches = KeptActivations(lm, windows, autocast=context, documents=documents)
+    trainer.fit()
+    print({k: round(v, 4) for k, v in trainer.last.items()})
+    losses["mixture"] = evaluate(lm, judged, autocast=context)["loss"]
+
+    sizes = {name: n_params(e) for name, e in experts.items()} | {"mixture": n_params(lm, trainable=True)}
+    rows = [dict(model=name, trained=sizes.get(name, ""), loss=loss) for name, loss in losses.items()]
+    turn, rounds = (2, 1) if args.quick else (20, 8)
+    few = EpochWindows(data.tokens["train"].ids[: 64 * 12 * 10 + 1], cfg.batch_size, cfg.ctx_len)
+    clocks = speed(mixture(experts, cfg, data), few, own, turn, rounds)
+    rows += [dict(model=f"step, experts {name}", **figures(clocks[name], calls=turn)) for name in clocks]
+    if not args.quick:
+        large = new_lm("nanothink", vocab_size=data.tokenizer.vocab_size, ctx_len=256)
+        large.experts.requires_grad_(False)
+        guide = speed(large, EpochWindows(data.tokens["train"].ids[:1025], 1, 256), own, 1, 4)
+        rows += [dict(model=f"guide's shapes, experts {name}", **figures(guide[name])) for name in guide]
+
+    best, average = min(losses[name] for name in EXPERTS), min(v for k, v in losses.items() if "average" in k)
+    faster = least(clocks["asked anew"]) / least(clocks["kept"])
+    finish(
+        args,
+        rows,
+        [
+            (f"each trains at most {LEARNT:,} parameters", f"{max(sizes.values()):,}", max(sizes.values()) <= LEARNT),
+            (
+                "untrained mixture within 0.02 of the best expert",
+                f"{losses['mixture, untrained'] - best:+.4f}",
+                abs(losses["mixture, untrained"] - best) <= 0.02,
+            ),
+            (
+                "mixture below the best expert by 0.02",
+                f"{best - losses['mixture']:.4f}",
+                best - losses["mixture"] >= 0.02,
+            ),
+            (
+                "mixture at most the better plain average",
+                f"{losses['mixture'] - average:+.4f}",
+                losses["mixture"] <= average,
+            ),
+            ("steps with kept activations 3 times as fast", f"{faster:.2f}", faster >= 3),
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

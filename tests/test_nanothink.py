@@ -1,0 +1,340 @@
+"""Experts, attention and router: laws with frozen experts, what is kept is what would be computed, memories without leaks."""
+
+import copy
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY, call, differences, left_behind, log, train
+
+from lmnotes.batches import IGNORE, Batch, EpochWindows, PackedDocuments
+from lmnotes.lm import law_no_leak, law_padding, law_state, law_step, n_params, new_lm
+from lmnotes.memory import VectorStore
+from lmnotes.models.nanothink import Documents, KeptActivations, NanoThinkConfig, chunk_keys, remember
+from lmnotes.runs import load
+from lmnotes.trainer import TrainConfig, Trainer
+
+EXPERTS = dict(
+    transformer="gpt,d_model=16,n_layers=1,n_heads=2,dropout=0.1",
+    state_space="ssm,d_model=24,n_layers=1,head_dim=8,d_state=4,dropout=0.1",
+    diffuser="diffusion,block=1,d_model=16,n_layers=1,n_heads=2,dropout=0.1",
+)
+GUIDE = dict(
+    transformer="gpt:nanothink,d_model=16,n_layers=1,n_heads=2,d_ff=48",
+    state_space="ssm:nanothink_s6,d_model=16,n_layers=1,d_inner=32,d_state=4",
+    diffuser="diffusion:nanothink,block=1,d_model=16,n_layers=1,n_heads=2",
+)
+SIZE = dict(vocab_size=32, ctx_len=24, d_model=16, n_heads=2, head_dim=8, kv_latent_dim=8, rope_dim=4)
+VARIANTS = [
+    dict(fusion=fusion, feed=feed, kv_latent_dim=latent)
+    for fusion, feed, latent in itertools.product(("mixture", "hidden"), (False, True), (0, 8))
+]
+IDS = np.random.default_rng(0).integers(32, size=24 * 33 + 1)
+
+
+def model(frozen=True, **config):
+    "A mixture of three experts with weights as if trained"
+    torch.manual_seed(0)
+    lm = new_lm("nanothink", **{**SIZE, **EXPERTS, **config})
+    for p in lm.parameters():
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=0.3)
+    lm.experts.requires_grad_(not frozen)
+    return lm
+
+
+def batch(rows=3):
+    w = torch.from_numpy(IDS[: rows * 24 + 1])
+    return Batch(w[:-1].view(rows, 24), w[1:].view(rows, 24))
+
+
+def trainer(lm, batches, **config):
+    return Trainer(lm, batches, TrainConfig(**{**dict(steps=24, dtype="float32", log_every=1000), **config}))
+
+
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("config", VARIANTS, ids=lambda c: " ".join(map(str, c.values())))
+def test_laws(config, frozen):
+    lm = model(frozen, **config)
+    for law in (law_state, law_no_leak, law_step, law_padding):
+        law(lm.eval(), batch())
+
+
+@pytest.mark.parametrize("config", VARIANTS, ids=lambda c: " ".join(map(str, c.values())))
+def test_cached_is_not_cached(config):
+    "To 1e-5, in pieces, past the end of the context too, with experts of the guide's kinds and with the strong ones"
+    for experts in (EXPERTS, GUIDE):
+        _cached_is_not_cached(model(**experts, **config).eval(), config["kv_latent_dim"])
+
+
+def _cached_is_not_cached(lm, latent):
+    x = torch.from_numpy(IDS[:80]).view(2, 40)
+    with torch.no_grad():
+        full, state, at = lm(x), None, 0
+        for k in (5, 1, 1, 9, 1, 20, 1, 1, 1):
+            logits, state = lm.step(x[:, at : at + k], state)
+            at += k
+            assert (logits - full[:, at - 1]).abs().max() < 1e-5 * full.abs().max()
+    assert state.cache.k.shape[1:] == (1, 24, latent + 4 if latent else 2 * 16)
+
+
+@pytest.mark.parametrize("config", VARIANTS, ids=lambda c: " ".join(map(str, c.values())))
+def test_begins_as_its_expert(config):
+    torch.manual_seed(0)
+    lm = new_lm("nanothink", **{**SIZE, **EXPERTS, "start": "state_space", **config}).eval()
+    for p in lm.experts.parameters():
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=0.1)
+    alone = lm.experts["state_space"].loss(batch())["nll"]
+    assert abs(lm.loss(batch())["nll"] - alone) / batch().n < 0.02
+
+
+def test_frozen_experts_are_still():
+    lm = model()
+    before = copy.deepcopy(lm.experts.state_dict())
+    trainer(lm, EpochWindows(IDS, 4, 24), steps=3).fit()
+    assert lm.training and lm.attention.training and not any(e.training for e in lm.experts.values())
+    assert all(torch.equal(t, before[name]) for name, t in lm.experts.state_dict().items())
+    lm.experts["diffuser"].requires_grad_(True)
+    assert [e.training for e in lm.train().experts.values()] == [False, False, True]
+
+
+def test_the_loss_and_its_terms():
+    "`nll` is the text alone; the rest adds up"
+    lm = model(dropout=0.0).eval()
+    out = lm.loss(batch())
+    plain = -lm(batch().x).log_softmax(-1).gather(-1, batch().y[..., None]).sum()
+    assert abs(out["nll"] - plain) < 1e-3
+    c = lm.cfg
+    loss = out["ce"] - c.entropy_reg * out["entropy"] + c.balance * out["balance"] + c.z_loss * out["z"]
+    assert abs(out["loss"] - loss) < 1e-6
+    assert abs(sum(out[f"weight_{name}"] for name in EXPERTS) - 1) < 1e-5
+    for name, expert in lm.experts.items():
+        assert abs(out[f"ce_{name}"] - expert.loss(batch())["loss"]) < 1e-5
+
+
+def test_a_batch_without_targets():
+    b = batch()
+    for fusion in ("mixture", "hidden"):
+        out = model(fusion=fusion).loss(Batch(b.x, torch.full_like(b.y, IGNORE)))
+        assert out["n"] == 0 and all(torch.as_tensor(v).isfinite().all() for v in out.values())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [dict(), dict(fusion="hidden"), dict(dtype="bfloat16"), dict(accum=2), dict(budget=30_000), dict(stride=12)],
+    ids=str,
+)
+def test_kept_is_what_would_be_computed(given):
+    "Bit by bit, over three epochs: all kept, a part kept, in pieces, in bfloat16, windows that overlap"
+    given = dict(given)
+    config = {k: given.pop(k) for k in ("fusion",) if k in given}
+    budget, stride = given.pop("budget", 2**30), given.pop("stride", 0)
+    anew, kept = model(**config), model(**config)
+    windows = EpochWindows(IDS, 4, 24, stride=stride)
+    batches = KeptActivations(kept, windows, budget)
+    t = trainer(kept, batches, **given)
+    batches.autocast = t.autocast
+    trainer(anew, windows, **given).fit()
+    t.fit()
+    assert same(kept, anew)
+    assert batches.bytes <= budget and len(batches.kept) == min(
+        windows.order.n, budget // (batches.bytes // len(batches.kept))
+    )
+
+
+def test_kept_again_after_a_stop():
+    "What is kept is not saved, and a resumed run ends in the same bits, its windows met in other company"
+    windows = EpochWindows(IDS, 4, 24)
+    whole, half = model(), model()
+    trainer(whole, KeptActivations(whole, windows)).fit()
+    t = trainer(half, KeptActivations(half, windows)).fit(11)
+    rest = model()
+    rest.load_state_dict(half.state_dict())
+    u = trainer(rest, KeptActivations(rest, windows))
+    u.load_state_dict(copy.deepcopy(t.state_dict()))
+    u.fit()
+    assert same(rest, whole)
+
+
+def test_kept_documents():
+    "Rows with padding, of the sampler of whole documents"
+    windows = PackedDocuments(IDS, np.arange(0, len(IDS), 10), 4, 24)
+    anew, kept = model(), model()
+    trainer(anew, windows).fit()
+    batches = KeptActivations(kept, windows)
+    trainer(kept, batches).fit()
+    assert same(kept, anew) and batches.per_epoch == windows.per_epoch
+
+
+def test_each_rank_keeps_its_rows():
+    windows = EpochWindows(IDS, 4, 24)
+    lm = model()
+    one = KeptActivations(lm, windows)
+    ranks = [KeptActivations(lm, windows, rank=rank, world=2) for rank in (0, 1)]
+    for step in range(8):
+        for rank, batches in enumerate(ranks):
+            mine, his = one[step].rank(rank, 2).more, batches[step].rank(rank, 2).more
+            assert all(torch.equal(mine[name], his[name]) for name in mine)
+    assert len(ranks[0].kept) + len(ranks[1].kept) <= len(one.kept) + 2
+
+
+def test_what_cannot_be_kept():
+    windows = EpochWindows(IDS, 4, 24)
+    for lm in (model(frozen=False), model(feed=True)):
+        with pytest.raises(ValueError, match="can be kept if they are frozen"):
+            KeptActivations(lm, windows)
+
+
+def test_mistakes_are_named():
+    for config, said in {
+        ("start", "mamba"): "start='mamba' is not one of transformer, state_space, diffuser",
+        ("fusion", "sum"): "fusion='sum' is not one of mixture, hidden",
+        ("transformer", "gpt,ctx_len=5"): "gives ctx_len",
+        ("transformer", "gtp"): "did you mean 'gpt'",
+        ("transformer", "gpt,n_layer=2"): "is not name=value of arch='gpt'",
+        ("transformer", "rnn"): "cannot be asked for the states",
+        ("rope_dim", 3): "odd",
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            new_lm("nanothink", **{**SIZE, **EXPERTS, config[0]: config[1]})
+    with pytest.raises(ValueError, match="needs a transformer expert"):
+        model(memory=2, feed=True)
+
+
+def test_the_guides_sizes():
+    "14,160,768 parameters without embedding and head, and 590,208 for attention as the guide has it, a gain of 384 less"
+    with torch.device("meta"):
+        lm = new_lm("nanothink", vocab_size=1000, ctx_len=512, kv_latent_dim=0)
+    assert n_params(lm.experts["transformer"]) - 1000 * 384 == 14_160_768
+    assert n_params(lm.experts["state_space"]) - 1000 * 384 == 5_573_760
+    assert n_params(lm.attention) == 590_208 - 384
+
+
+def test_a_run(place):
+    "Trained, stopped and taken up by name, to the same bits; and it writes"
+    experts = " ".join(f"{name}={spec}" for name, spec in EXPERTS.items())
+    args = f"{experts} d_model=16 n_heads=2 head_dim=8 kv_latent_dim=8 rope_dim=4"
+    case = TINY | dict(arch="nanothink", model_args=args, steps=12, eval_every=6, save_every=6, sample_every=0)
+    assert call(place, train, **case) == 0, log(place)
+    whole = left_behind(place / "runs/r")
+    assert call(place, train, 5, **case | dict(run="stopped")) == 130, log(place)
+    assert call(place, train, run="stopped", out_dir="runs", resume=True) == 0, log(place)
+    assert not differences(whole, left_behind(place / "runs/stopped"))
+    found = load(place / "runs/r")
+    assert isinstance(found.lm.cfg, NanoThinkConfig) and found.lm.cfg.diffuser == EXPERTS["diffuser"]
+    assert len(found.generate("wave", 20)) > 0
+
+
+def test_two_phases(place):
+    "Experts trained by themselves, then a mixture that begins with their weights and leaves them as they are"
+    small = TINY | dict(steps=6, accum=1, eval_every=6, save_every=6, sample_every=0)
+    specs = dict(transformer=EXPERTS["transformer"], state_space=EXPERTS["state_space"])
+    for name, spec in specs.items():
+        arch, *args = spec.split(",")
+        assert call(place, train, **small | dict(run=name, arch=arch, model_args=" ".join(args))) == 0, log(place)
+    args = " ".join(f"{name}={spec}" for name, spec in {**specs, "diffuser": ""}.items())
+    begin = " ".join(f"experts.{name}=runs/{name}" for name in specs)
+    second = dict(
+        run="two", arch="nanothink", model_args=f"{args} d_model=16 n_heads=2 head_dim=8 kv_latent_dim=8 rope_dim=4"
+    )
+    assert call(place, train, **small | second | dict(init_from=begin, freeze="experts.*")) == 0, log(place)
+    lm, alone = load(place / "runs/two").lm, {name: load(place / "runs" / name).lm for name in specs}
+    for name, expert in alone.items():
+        assert same(lm.experts[name], expert)
+    assert lm.links["transformer"].weight.abs().max() > 0
+
+
+# Memory
+
+MEMORY = dict(memory=2, memory_chunk=6)
+
+
+def remembering(doc_starts=None, **config):
+    tokens = SimpleNamespace(ids=IDS, doc_starts=doc_starts)
+    lm = model(**{**MEMORY, **config})
+    lm.store = remember(lm, VectorStore(16), tokens)
+    return lm, Documents(tokens, lm.cfg)
+
+
+@pytest.mark.parametrize("latent", [0, 8])
+@pytest.mark.parametrize("fusion", ["mixture", "hidden"])
+def test_laws_with_a_memory(latent, fusion):
+    lm, _ = remembering(kv_latent_dim=latent, fusion=fusion)
+    law_step(lm.eval(), batch())
+    with torch.no_grad():
+        base = lm(batch().x)
+        for t in range(24):
+            x = batch().x.clone()
+            x[:, t] = (x[:, t] + 1) % 32
+            assert t == 0 or (lm(x) - base)[:, :t].abs().max() < 1e-5
+        lm.store = None
+        forgetful = (lm(batch().x) - base).abs().amax((0, 2))
+    assert forgetful[:6].max() < 1e-5 and forgetful[6:].max() > 1e-3  # The first chunk has nothing to remember by
+
+
+def test_no_document_retrieves_itself():
+    starts = np.arange(0, len(IDS), 31)  # Seams fall within chunks and between them
+    lm, documents = remembering(starts)
+    at = np.arange(0, len(IDS) - 24, 24)
+    own = documents(at)
+    assert own.shape == (len(at), 3)
+    for i, window in enumerate(at):
+        for j in range(3):
+            inside = starts.searchsorted(range(window + 6 * j, window + 6 * j + 13), "right") - 1
+            assert own[i, j] == (inside[0] if len(set(inside)) == 1 else -1)
+    x = torch.from_numpy(np.stack([IDS[a : a + 24] for a in at]))
+    values, found = lm.retrieve(x[:, :-1], own)
+    assert torch.equal(found.any(-1), own >= 0)
+    keys = chunk_keys(lm.experts["transformer"], x, 6)
+    for i, j, k in found.nonzero().tolist():  # Which entry it is, by its value
+        n = ((keys[:, 1:] - values[i, j, k]).abs().amax(-1) < 1e-5).nonzero().tolist()
+        assert n and all(own[a, b] not in (own[i, j], -1) for a, b in n)
+
+
+def test_what_is_remembered_of_a_document_knows_no_other():
+    "Its keys are those of its chunks alone, whatever else was in their windows"
+    lm, _ = remembering()
+    x = torch.from_numpy(IDS[:24])[None]
+    other = torch.cat([(x[:, :12] + 1) % 32, x[:, 12:]], 1)
+    a, b = (chunk_keys(lm.experts["transformer"], ids, 6) for ids in (x, other))
+    assert torch.equal(a[:, 2:], b[:, 2:]) and (a[:, :2] - b[:, :2]).abs().max() > 0.1
+
+
+def test_one_document_is_taken_in_blocks():
+    "Sixteen windows each; the last chunk of a block, whose last target is in the next, is left out"
+    _, documents = remembering()
+    at = np.array([0, 24 * 15, 24 * 16, 24 * 15 + 12])
+    assert documents(at).tolist() == [[0, 0, 0], [0, 0, -1], [1, 1, 1], [-1, -1, 1]]
+
+
+def test_a_store_beside_the_weights(tmp_path):
+    lm, _ = remembering()
+    lm.store.save(tmp_path / "memory.safetensors")
+    other = model(**MEMORY).eval()
+    other.attach(tmp_path / "elsewhere")
+    assert other.store is None
+    other.attach(tmp_path)
+    assert torch.equal(other(batch().x), lm.eval()(batch().x)) and not any("store" in name for name in lm.state_dict())
+
+
+def test_training_with_a_memory():
+    "Kept or not, the same bits; the log says how often something was found; without documents it is refused"
+    lm, documents = remembering(np.arange(0, len(IDS), 100))
+    none, small = (copy.deepcopy(lm) for _ in range(2))
+    with pytest.raises(ValueError, match="must not retrieve itself"):
+        lm.train().loss(batch())
+    with pytest.raises(ValueError, match="say which documents there are"):
+        KeptActivations(lm, EpochWindows(IDS, 4, 24))
+    t = trainer(lm, KeptActivations(lm, EpochWindows(IDS, 4, 24), documents=documents)).fit()
+    trainer(small, KeptActivations(small, EpochWindows(IDS, 4, 24), 0, documents=documents)).fit()
+    assert same(lm, small) and 0 < t.last["hits"] < 1
+    none.store = None
+    trainer(none, EpochWindows(IDS, 4, 24)).fit()
+    assert not same(lm, none)
