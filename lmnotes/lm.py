@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LMConfig', 'LM', 'n_params', 'arch', 'archs', 'get_arch', 'lm_config', 'new_lm', 'parse_model_args', 'Bigram',
            'law_config', 'law_state', 'law_initial', 'law_fits', 'law_noise', 'law_no_leak', 'law_step', 'law_padding',
-           'law_generate', 'check_lm']
+           'law_generate', 'check_lm', 'IGNORE']
 
-# %% ../nbs/20_lm.ipynb #bc086f6c
+# %% ../nbs/20_lm.ipynb #580f283d
 import json
 import pkgutil
 from dataclasses import asdict, dataclass, fields
@@ -19,6 +19,8 @@ from torch import nn
 
 from .batches import *
 from .core import *
+
+_all_ = ["IGNORE"]  # Models need it, and know no batches
 
 # %% ../nbs/20_lm.ipynb #483e617b
 @dataclass

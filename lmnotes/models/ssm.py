@@ -208,7 +208,7 @@ class Block(nn.Module):
         y, z = self.scan(self.norm(h), past)
         return h + F.dropout(self.out(gated(y, z, self.c.gated_norm)), self.c.dropout, self.training)
 
-# %% ../../nbs/models/30_ssm.ipynb #29faca19
+# %% ../../nbs/models/30_ssm.ipynb #b34359b8
 @arch("ssm")
 class SSM(LM):
     "State-space model"
@@ -264,9 +264,6 @@ class SSM(LM):
         "(B,T,D) -> (B,T,V)"
         logits = F.linear(h, self.embed.weight) if self.head is None else self.head(h)
         return soft_cap(logits.float(), self.cfg.softcap)
-
-    def forward(self, x):
-        return self.logits(self.states(self.enter(x)))
 
     def step(self, x, state=None):
         "(B,k) new ids -> (B,V) logits after them; the state is of the same size always"
