@@ -126,7 +126,7 @@ class EpochWindows(Windows):
     def starts(self, step):
         return self.order[step] * self.stride
 
-# %% ../nbs/13_batches.ipynb #c5928f80
+# %% ../nbs/13_batches.ipynb #8edc2d2b
 class BalancedWindows(Windows):
     "Windows side by side, an equal share of the rows from each domain"
 
@@ -139,7 +139,9 @@ class BalancedWindows(Windows):
         seed=0,
     ):
         for name, span in domains.items():
-            check_length(range(*span), ctx_len, f"domain {name!r}")
+            check_length(
+                range(*span), ctx_len, f"domain {name!r}, which can be left out by naming the others (domains=),"
+            )
         self.ids, self.batch_size, self.ctx_len = ids, batch_size, ctx_len
         self.firsts = np.array([start for start, _ in domains.values()])
         sizes = [(stop - start - 1) // ctx_len for start, stop in domains.values()]

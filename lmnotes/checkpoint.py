@@ -442,7 +442,7 @@ def check_same(
         changes[name] = (old, new)
     return changes
 
-# %% ../nbs/32_checkpoint.ipynb #1423da48
+# %% ../nbs/32_checkpoint.ipynb #15ce9cad
 class SaveWeights(Hook):
     "Writes the model's state dict to `folder/pattern`"
 
@@ -517,7 +517,11 @@ def graft(
     if part not in (modules := dict(lm.named_modules())) or not part:
         raise ValueError(f"this model has no part {part!r}; {nearest(part, modules)}")
     tensors, start = _weights_in(path), f"{inner}." if inner else ""
-    load_weights(modules[part], {n[len(start) :]: t for n, t in tensors.items() if n.startswith(start)}, path)
+    picked = {n[len(start) :]: t for n, t in tensors.items() if n.startswith(start)}
+    if not picked:
+        there = {n.rpartition(".")[0] for n in tensors}
+        raise CheckpointError(f"{path}: there is no part {inner!r} in it; {nearest(inner, there)}")
+    load_weights(modules[part], picked, f"{path}{':' + inner if inner else ''}, for the part {part}")
     return lm
 
 

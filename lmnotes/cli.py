@@ -104,7 +104,7 @@ class FromEnv:
         f.name.upper() for f in fields(TrainingConfig) if f.name != "start_step"
     )
 
-# %% ../nbs/61_cli.ipynb #a43170b2
+# %% ../nbs/61_cli.ipynb #f99c74b5
 def _train(args, argv):
     given = {name: vars(args)[name] for name in _named(argv, vars(args))}
     return _exit_code(run(**given))
@@ -149,10 +149,17 @@ def _upload(args, argv):
     return 0
 
 
+def _with_signs(figures):
+    "Those of a bound with its sign"
+    bounds = ("loss", "ppl", "bpb") if figures.get("bound") else ()
+    return {name: f"≤ {v:.4g}" if name in bounds else v for name, v in figures.items() if name != "bound"}
+
+
 def _evaluate(args, argv):
     r = load(args.run, args.which, args.device)
     result = r.evaluate(args.part, args.by_domain, args.data)
-    rows = [dict(domain=name, **o) for name, o in result.items()] if args.by_domain else [result]
+    by_domain = result if args.by_domain else {"": result}
+    rows = [(dict(domain=name) if name else {}) | _with_signs(o) for name, o in by_domain.items()]
     print(Table(dict(run=r.folder.name, step=r.step, part=args.part, **row) for row in rows))
     return 0
 

@@ -73,24 +73,24 @@ def source_files(
             todo += [*_imports(path), name.rpartition(".")[0]]
     return sorted(found)
 
-# %% ../nbs/60_export.ipynb #11235353
+# %% ../nbs/60_export.ipynb #2c10ff72
 _USED = "lmnotes.checkpoint", "lmnotes.generation", "lmnotes.tokenizer"
 
 
 def _sources(lm):
     "({name in the folder: bytes}, names of other packages to install) of what rebuilds a model and writes with it"
-    module = type(lm).__module__
-    own = _file_of(module)
-    if own is None:
+    own = {type(part).__module__: _file_of(type(part).__module__) for part in lm.modules() if isinstance(part, LM)}
+    if unknown := [module for module, path in own.items() if path is None]:
         raise ValueError(
-            f"arch={lm.arch!r} is defined in {module}, and its source cannot go along; make it a notebook in nbs/models"
+            f"arch={lm.arch!r} is defined in {unknown[0]}, and its source cannot go along; make it a notebook in nbs/models"
         )
-    files = source_files(module, *_USED)
-    others = {"torch", "numpy", "safetensors"}.union(*(_imports(p, everywhere=False) for p in files), _imports(own))
+    files = source_files(*own, *_USED)
+    imported = [*(_imports(p, everywhere=False) for p in files), *(_imports(p) for p in own.values())]
+    others = {"torch", "numpy", "safetensors"}.union(*imported)
     others = {name.split(".")[0] for name in others} - set(sys.stdlib_module_names) - {"lmnotes", ""}
     return {p.relative_to(_ROOT).as_posix(): p.read_bytes() for p in files}, others
 
-# %% ../nbs/60_export.ipynb #57b54504
+# %% ../nbs/60_export.ipynb #acaf9e07
 SCRIPT = '''\
 """Write text with the model in this folder: `python generate.py "Once upon a time" --n 200`."""
 
@@ -115,6 +115,7 @@ def load(folder=HERE, model_args=""):
     about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     lm = new_lm(about["arch"], **{**about["config"], **parse_model_args(about["arch"], model_args)})
     load_weights(lm, load_file(folder / "model.safetensors"), folder / "model.safetensors")
+    lm.attach(folder)
     return lm.eval(), load_tokenizer(folder / "tokenizer"), about
 '''
 
@@ -187,12 +188,13 @@ def _figure_rows(found):
     part = "whole validation part" if found.get("full") else "first batches of the validation part"
     return [*rows, ("measured on", f"{found['tokens']:,} tokens, the {part}")]
 
-# %% ../nbs/60_export.ipynb #31e73fd4
+# %% ../nbs/60_export.ipynb #48e009b1
 def _front_matter(title, lm, found, data):
     "The head of a model card"
     head = dict(library_name="lmnotes", pipeline_tag="text-generation", tags=["lmnotes", lm.arch])
     if "bpb" in found:
-        metric = dict(type="bits_per_byte", name="bits per byte", value=found["bpb"])
+        name = "bits per byte" + (" (upper bound)" if found.get("bound") else "")
+        metric = dict(type="bits_per_byte", name=name, value=found["bpb"])
         results = [dict(task=dict(type="text-generation"), dataset=dict(name=data, type=data), metrics=[metric])]
         head["model-index"] = [dict(name=title, results=results)]
     return "---\n" + "".join(f"{name}: {json.dumps(value)}\n" for name, value in head.items()) + "---\n"
@@ -317,7 +319,7 @@ def _curve(r):
 def _json(value):
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
-# %% ../nbs/60_export.ipynb #18568a64
+# %% ../nbs/60_export.ipynb #94daefc7
 def _write_model(r, lm, to, state_dict):
     "Write all files of an export but the manifest"
     from safetensors.torch import save_file
@@ -334,6 +336,9 @@ def _write_model(r, lm, to, state_dict):
     for name, data in {**files, **sources}.items():
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         (to / name).write_bytes(data)
+    for name in lm.files:
+        if (r.folder / name).exists():
+            shutil.copy2(r.folder / name, to)
     if state_dict:
         save_weights(plain_weights(lm), to / state_dict)
 

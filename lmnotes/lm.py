@@ -30,7 +30,7 @@ class LMConfig:
     vocab_size: int = 256  # Ids are in `range(vocab_size)`
     ctx_len: int = 64  # Longest window the model is trained on
 
-# %% ../nbs/20_lm.ipynb #f3c15287
+# %% ../nbs/20_lm.ipynb #720f5fc8
 class LM(nn.Module):
     "A language model, as the rest of the library sees it"
 
@@ -41,6 +41,7 @@ class LM(nn.Module):
     published = ()  # Names of weights that others have trained; a new run begins with those of its preset, or the first
     tokenizer = ""  # Specification of the tokenizer that those were trained with
     optional = ()  # Patterns of parameters that weights to begin with may lack, or have in excess
+    files = ()  # Names of files in a run's folder that belong to the weights; `attach` reads them
     bound = False  # Is `nll` an upper bound that is estimated by drawing, not the likelihood itself?
     lora = None  # Configuration of its adapters, if it has any (notebook `22_lora`)
 

@@ -6,9 +6,10 @@
 __all__ = ['IDENTITY', 'FREE', 'TOKEN_FILES', 'DataConfig', 'RunConfig', 'resolve', 'given_names', 'changed', 'RunData',
            'get_data', 'tokenizer_beside', 'learn_tokenizer', 'runs_folder', 'Setup', 'same_data', 'same_tokenizer']
 
-# %% ../nbs/46_setup.ipynb #b309518a
+# %% ../nbs/46_setup.ipynb #e15f69a5
 import math
 import os
+import shlex
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -228,7 +229,7 @@ def _first90(whole):
     ids = dict(train=whole.ids[:cut], val=whole.ids[cut:])
     return {part: Tokens(ids[part], whole.vocab_size, whole.path, whole.tokenizer) for part in ids}
 
-# %% ../nbs/46_setup.ipynb #82f54466
+# %% ../nbs/46_setup.ipynb #963769d0
 def runs_folder(out_dir=""):
     "Where runs are: `out_dir`, else `$LMNOTES_OUT_DIR`, else `checkpoints/` in the project"
     out_dir = out_dir or os.environ.get("LMNOTES_OUT_DIR")
@@ -263,17 +264,23 @@ def _beginning(cfg):
 def _part_sources(cfg):
     "[(part, path, part there)] of an `init_from` such as 'experts.transformer=checkpoints/tf table=checkpoints/tf:embed'"
     found = []
-    for item in cfg.init_from.split():
+    for item in shlex.split(cfg.init_from):
         part, eq, source = item.partition("=")
-        source, _, inner = source.partition(":")
-        paths = [p for p in (*places(source), runs_folder(cfg.out_dir) / source) if source and p.exists()]
-        if not eq or not paths:
+        whole, cut = _source(source, cfg), source.rpartition(":")
+        path, inner = (whole, "") if whole else (_source(cut[0], cfg), cut[2])
+        if not eq or not path:
             raise CheckpointError(
                 f"init_from has {item!r}, and there is no such run, checkpoint or file; it is PART=PATH, or PART=PATH:PART, "
-                "separated by spaces"
+                "separated by spaces (a path with spaces is quoted), where PATH is under checkpoints/, or as it stands"
             )
-        found.append((part, paths[0], inner))
+        found.append((part, path, inner))
     return found
+
+
+def _source(source, cfg):
+    "A run, checkpoint or file under the folder of runs, else elsewhere; None if there is none"
+    places_ = (runs_folder(cfg.out_dir) / source, *places(source))
+    return next((p for p in places_ if source and p.exists()), None)
 
 
 def _its_tokenizer(cfg):
