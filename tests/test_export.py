@@ -21,12 +21,17 @@ from safetensors.torch import load_file
 
 from lmnotes import export as module
 from lmnotes.export import export, read_manifest, source_files, train_command, upload
+from lmnotes.lm import LM
 from lmnotes.lora import to_plain
 from lmnotes.runs import load, run
 
 TOKEN = "hf_" + "sEcReT0123" * 3
 SMALL = TINY | dict(steps=20, eval_every=5, save_every=5, keep=0, prompt="3: ", eval_batches=1)
 SHAPE = "d_model=16 n_layers=1 n_heads=2"
+NANOTHINK = (
+    "transformer=gpt,d_model=16,n_layers=1,n_heads=2 state_space=ssm,d_model=16,n_layers=1,head_dim=8 "
+    "diffuser= d_model=16 n_heads=2 head_dim=8 kv_latent_dim=8 rope_dim=4"
+)
 
 
 def trained(folder, **params):
@@ -100,10 +105,26 @@ def test_the_same_logits_and_the_same_text(r, exported, tmp_path):
         dict(arch="bytepatch", model_args=SHAPE + " d_byte=16 ngram_rows=64"),
         dict(arch="bytepatch", model_args=SHAPE + " d_byte=16 mixer=hybrid byte_path=gru", run="guide"),
         dict(arch="streams", model_args=SHAPE + " inputs=internal_voice,touch"),
+        dict(arch="ssm", model_args="d_model=16 n_layers=1 head_dim=8"),
+        dict(arch="diffusion", model_args=SHAPE, run="masked"),
+        dict(arch="diffusion", model_args=SHAPE + " objective=mse block=1"),
+        dict(arch="nanothink", model_args=NANOTHINK),
         dict(tokenizer="bpe:300", model_args=SHAPE + " tie=True"),
         dict(tokenizer="chars", preset="nanogpt", model_args=SHAPE),
     ],
-    ids=["rnn", "gpt2", "bytepatch", "the guide's", "streams", "bpe and tied", "chars"],
+    ids=[
+        "rnn",
+        "gpt2",
+        "bytepatch",
+        "the guide's",
+        "streams",
+        "ssm",
+        "masked",
+        "diffuser",
+        "nanothink",
+        "bpe and tied",
+        "chars",
+    ],
 )
 def test_other_models_and_tokenizers(params, place, tmp_path):
     name = params.get("arch", params.get("tokenizer", "gpt").partition(":")[0])
@@ -112,7 +133,8 @@ def test_other_models_and_tokenizers(params, place, tmp_path):
     logits, text = alone(folder, tmp_path)
     torch.testing.assert_close(logits, here(r)[0], atol=1e-6, rtol=1e-5)
     assert text == here(r)[1]
-    assert not [p for p in (folder / "lmnotes/models").glob("*.py") if p.stem not in ("__init__", r.config.arch)]
+    models = {type(m).__module__.rpartition(".")[2] for m in r.lm.modules() if isinstance(m, LM)}
+    assert {p.stem for p in (folder / "lmnotes/models").glob("*.py")} == models | {"__init__"}
     packages = re.search(r"pip install (.*)", (folder / "README.md").read_text())[1].split()
     assert ("transformers" in packages) == (name == "gpt2") and ("tokenizers" in packages) == (name == "bpe")
 
