@@ -3,7 +3,7 @@
 Each expert learns from 1.54 M characters (2,000 steps of 12 x 64). Then they are frozen, and attention and router of
 `arch='nanothink'` are trained on windows that come again in each epoch, beginning with the expert that is best alone. All are
 judged on the whole validation split, beside the plain averages of the experts' probabilities and of their log-probabilities. At
-last steps of phase two are timed in turns, with the experts asked anew and with what they say of each window kept
+last, steps of phase two are timed in turns, with the experts asked anew and with what they say of each window kept
 (`KeptActivations`): here, and at the guide's shapes (one window of 256).
 """
 
@@ -105,7 +105,8 @@ def main():
     print({k: round(v, 4) for k, v in losses.items()}, flush=True)
     documents = None
     if lm.recall:
-        lm.store = remember(lm, VectorStore(lm.experts["transformer"].cfg.d_model), data.tokens["train"], context)
+        store = VectorStore(lm.experts["transformer"].cfg.d_model, lm.cfg.max_vectors)
+        lm.store = remember(lm, store, data.tokens["train"], context)
         documents = Documents(data.tokens["train"], lm.cfg)
         print(f"memory: {len(lm.store):,} vectors")
     trainer.batches = KeptActivations(lm, windows, autocast=context, documents=documents)

@@ -70,9 +70,9 @@ def generate_config(
         raise ValueError(f"preset={preset!r} is not one of a text's; {nearest(preset, GENERATE_PRESETS)}")
     return GenerateConfig(**{**GENERATE_PRESETS.get(preset, {}), **given})
 
-# %% ../nbs/40_generation.ipynb #14e8dd32
+# %% ../nbs/40_generation.ipynb #96673d6e
 class Picker:
-    "A function from logits (B,V) or (B,k,V) to ids (B) or (B,k); row `i` draws from its own stream of random numbers"
+    "A function from logits (B,V) or (B,k,V) to ids (B) or (B,k); row `i` draws from its own generator, `rows[i]`"
 
     def __init__(
         self,
@@ -119,7 +119,9 @@ class Picker:
 
     def _seen(self, logits):
         if self.seen is None:
-            self.seen = torch.zeros(logits.shape, dtype=torch.bool).scatter_(1, self.prompt.cpu(), True)
+            prompt = self.prompt.cpu()
+            wide = max(logits.shape[1], int(prompt.max()) + 1)  # A prompt may hold ids that are never drawn
+            self.seen = torch.zeros(len(prompt), wide, dtype=torch.bool).scatter_(1, prompt, True)[:, : logits.shape[1]]
         return self.seen
 
     def _draw(self, logits):

@@ -210,7 +210,7 @@ def _by_doubling(links, h, back=False):
         links = links[:-far] * links[far:]
         far *= 2
 
-# %% ../nbs/21_layers.ipynb #d3bf8770
+# %% ../nbs/21_layers.ipynb #77f4103b
 def _scan_states(dt, u, A, B, before, join, decay, h):
     "Fill `decay` and `h` (n,b,N,E) with the decays and states of `n` positions"
     torch.mul(dt[:, :, None], A * _LOG2E, out=decay).exp2_()
@@ -237,8 +237,7 @@ def _scan_gradients(dy, g_last, chunk, join, dt, A, B, C, x, u, *before):
         past = g.mul_(decay)  # From here on the gradient of each exponent: g · decay · the state before
         past[1:].mul_(h[:-1])
         past[0].mul_(before[at // chunk])
-        for each, step in zip(past.unbind(0), dt[now, :, None].unbind(0)):
-            dA.addcmul_(each, step)
+        dA += torch.mul(past, dt[now, :, None], out=decay).sum(0)
         torch.sum(past.mul_(A), 2, out=ddt[now])
     return du * dt, ddt.addcmul_(du, x), dA.sum(0), dB, dC, g_last
 
@@ -289,7 +288,10 @@ def selective_scan(
         y = y if D is None else torch.addcmul(y, x, D.to(wide))
     return y.transpose(0, 1).to(dtype), state
 
-# %% ../nbs/21_layers.ipynb #2535f549
+# %% ../nbs/21_layers.ipynb #672c2c2d
+_FORGOTTEN = -60.0  # In powers of two
+
+
 def _by_head(x, H):
     "(b,K,Q,E) -> (b,K,H,Q,P)"
     return x.unflatten(-1, (H, -1)).transpose(2, 3)
@@ -322,14 +324,14 @@ def _carry(kept, added, state):
         state = torch.addcmul(new, state, share)
     return before, state
 
-# %% ../nbs/21_layers.ipynb #b8264c4e
+# %% ../nbs/21_layers.ipynb #21b7eadb
 class _SSD(Function):
     "In chunks of Q: x (b,K,Q,E), dt (b,K,H,Q), A, D (H), B, C (b,K,Q,N), state (b,H,N,P) or None; `sums` are powers of two"
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, state, keep):
         dtype, wide, H, before = x.dtype, dt.dtype, len(A), None
-        sums = (dt * (A * _LOG2E)[:, None]).cumsum(-1)
+        sums = (dt * (A * _LOG2E)[:, None]).clamp_(min=_FORGOTTEN).cumsum(-1)
         fade = (sums[..., :, None] - sums[..., None, :]).clamp_(-120, 0).exp2_()  # Later keys: one, masked below
         scores = (C @ B.mT).to(wide).tril_()
         M = (fade * scores[:, :, None]).to(dtype)
@@ -352,7 +354,7 @@ class _SSD(Function):
             *gradients, first = _ssd_gradients(dy, dstate, *ctx.saved_tensors)
         return *gradients, first if ctx.needs_input_grad[6] else None, None
 
-# %% ../nbs/21_layers.ipynb #9706c076
+# %% ../nbs/21_layers.ipynb #c830cdb6
 def _ssd_gradients(dy, dstate, x, dt, A, B, C, D, sums, fade, scores, M, X, before):
     "Gradients of x, dt, A, B, C, D and the first state"
     dtype, wide, Q = X.dtype, dt.dtype, x.shape[3]
@@ -366,7 +368,7 @@ def _ssd_gradients(dy, dstate, x, dt, A, B, C, D, sums, fade, scores, M, X, befo
     if before is not None:
         dread, dbefore = dM[..., Q:].to(wide), dX[..., Q:, :].to(wide)
         dstate = _ssd_state_gradients(dread, dbefore, dstate, B, C, sums, X[..., :Q, :], before, dx, dB, dC, dsums)
-    dlog = dsums.flip(-1).cumsum(-1).flip(-1)
+    dlog = dsums.flip(-1).cumsum(-1).flip(-1) * (dt * (A * _LOG2E)[:, None] > _FORGOTTEN)
     ddt = _dots(dx, x) + dlog * A[:, None]
     dA, dD = (dlog * dt).sum((0, 1, 3)), _dots(dY, x).sum((0, 1, 3))
     dx = dx.mul_(dt[..., None]).addcmul_(dY, D[:, None, None])
@@ -388,7 +390,7 @@ def _ssd_state_gradients(dread, dbefore, dstate, B, C, sums, X, before, dx, dB, 
     dsums[..., -1] += each.sum(-1) + kept * (dafter * before).sum((-1, -2))
     return dstate
 
-# %% ../nbs/21_layers.ipynb #c07a9ae1
+# %% ../nbs/21_layers.ipynb #ffd372b1
 @torch.compiler.disable  # Its gradient is written out already
 def ssd(
     x,  # (B,T,E) what comes in, E = H·P
@@ -401,21 +403,20 @@ def ssd(
     chunk=64,  # Positions that look at each other directly
     keep=True,  # Is the state after it wanted? Without it a text of one chunk needs no states at all
 ):  # (B,T,E) in the dtype of `x`, and the state after it: (B,N,E), float32 at least, or None if it is not wanted
-    "The scan of Mamba-2; products in the dtype of `x`, sums over chunks in float32"
-    T, wide = x.shape[1], torch.promote_types(x.dtype, torch.float32)
+    "The scan of Mamba-2; products in the dtype of `x` (float16: in float32), sums over chunks in float32"
+    T, dtype, wide = x.shape[1], x.dtype, torch.promote_types(x.dtype, torch.float32)
     if T == 0:
         return x, state
-    Q = min(chunk, T)
+    Q, low = min(chunk, T), wide if dtype == torch.float16 else dtype
     D = torch.zeros_like(A) if D is None else D
     with torch.autocast(x.device.type, enabled=False):
         x, dt, B, C = (
-            _pad(t.to(kind), -T % Q).unflatten(1, (-1, Q))
-            for t, kind in ((x, x.dtype), (dt, wide), (B, x.dtype), (C, x.dtype))
+            _pad(t.to(kind), -T % Q).unflatten(1, (-1, Q)) for t, kind in ((x, low), (dt, wide), (B, low), (C, low))
         )
         dt = dt.transpose(2, 3).contiguous()
         state = None if state is None else state.unflatten(-1, (len(A), -1)).transpose(1, 2)
         y, state = _SSD.apply(x, dt, A.to(wide), B, C, D.to(wide), state, keep)
-    return y.flatten(1, 2)[:, :T], state.transpose(1, 2).flatten(-2) if keep else None
+    return y.flatten(1, 2)[:, :T].to(dtype), state.transpose(1, 2).flatten(-2) if keep else None
 
 # %% ../nbs/21_layers.ipynb #3ba826a0
 class Cache:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from .core import *
 
-# %% ../nbs/23_memory.ipynb #848f1dc9
+# %% ../nbs/23_memory.ipynb #50f72b49
 _ROWS = 2**16  # Keys compared at a time
 
 
@@ -49,7 +49,8 @@ class FaissIndex:
 
     def put(self, keys, slots):
         slots = slots.cpu().numpy()
-        self.ids.remove_ids(slots)
+        if len(again := slots[slots < self.ids.ntotal]):  # It goes through all that is there
+            self.ids.remove_ids(again)
         self.ids.add_with_ids(keys[slots].cpu().numpy(), slots)
 
     def nearest(self, q, n, size):
@@ -136,7 +137,7 @@ def _read_store(path):
         raise CheckpointError(f"{path}: its content is not what was written (SHA-256 differs); fill the store again")
     return tensors
 
-# %% ../nbs/23_memory.ipynb #3d350d5e
+# %% ../nbs/23_memory.ipynb #c25d62f3
 class VectorStore:
     "Vectors by their keys; the oldest make room for new ones"
 
@@ -181,6 +182,8 @@ class VectorStore:
     ):  # Values (B,k,D), scores (B,k), found (B,k); zeros where there are fewer than `k`
         "The nearest vectors by cosine similarity, nearest first"
         B = len(queries)
+        if k < 1:
+            raise ValueError(f"k={k} vectors are not searched for; ask for at least 1")
         q = unit(self._check("queries", queries, B, self.dim))
         exclude = self._check("exclude", torch.full((B,), -1) if exclude is None else exclude, B)
         if not len(self) or not B:
@@ -207,6 +210,10 @@ class VectorStore:
         return store
 
     def _check(self, name, x, *shape):
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(
+                f"{name} are a {type(x).__name__} where a tensor {shape} is needed; torch.tensor makes one"
+            )
         if tuple(x.shape) != shape:
             raise ValueError(f"{name} are {tuple(x.shape)} where {shape} is needed")
         if x.is_floating_point() and not x.isfinite().all():

@@ -15,10 +15,10 @@ from lmnotes.models.diffusion import (
     Diffusion,
     DiffusionConfig,
     Masked,
-    chances,
     fill,
     infill,
     likelihood_bound,
+    row_generators,
     write_blocks,
 )
 from lmnotes.runs import load, run
@@ -137,7 +137,7 @@ def plain_sampler(lm, prompt, steps, seed, row):
     n = lm.cfg.ctx_len + 1 - len(prompt)
     x = torch.tensor([prompt + [lm.cfg.vocab_size] * n])
     pick = Picker(seed=seed).start(x, [row])
-    order = torch.rand(n, generator=chances(pick, 1, lm.cfg.vocab_size)[0]).argsort().tolist()
+    order = torch.rand(n, generator=row_generators(pick, 1)[0]).argsort().tolist()
     for step in range(steps, 0, -1):
         logits = lm(x)
         due = range(n - -(-n * step // steps), n - -(-n * (step - 1) // steps))
@@ -198,6 +198,34 @@ def test_blocks_are_written_from_the_past_that_is_kept_as_from_the_whole_text():
             block.scatter_(1, certain, logits.argmax(-1).gather(1, certain))
         whole = torch.cat([whole, block], 1)
     assert torch.equal(new, whole[:, 4:])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_repetition_penalty_sees_the_text_and_nothing_else(name):
+    lm, x = model(**FORMS[name], vocab_size=100), torch.tensor([[5, 6]])
+    pick = Picker(seed=1, repetition_penalty=1.5).start(x)
+    new = torch.cat(list(lm.generate(x, 20, pick)), 1)
+    assert set(pick.seen[0].nonzero()[:, 0].tolist()) == {5, 6, *new[0].tolist()}
+
+
+def test_a_repetition_penalty_sees_no_holes():
+    lm, x = model(vocab_size=100), torch.tensor([[5, 100, 7, 100]])
+    pick = Picker(seed=1, repetition_penalty=1.5).start(x)
+    done = fill(lm, x, pick)
+    assert set(pick.seen[0].nonzero()[:, 0].tolist()) == set(done[0].tolist())
+
+
+def test_an_error_leaves_the_model_in_training():
+    lm, x = model().train(), torch.tensor([[5, 12, 7]])
+
+    def fails(logits):
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        fill(lm, x, fails)
+    with pytest.raises(IndexError):
+        likelihood_bound(lm, [Batch(torch.full((1, 2), 99), torch.full((1, 2), 99))])
+    assert lm.training
 
 
 def test_what_is_given_stays():
@@ -281,6 +309,11 @@ def test_what_has_no_answer():
         (lambda: likelihood_bound(mse, []), "no likelihood of the whole window"),
         (lambda: fill(blocks, ids, None), "block=3 does not see what comes after a block"),
         (lambda: fill(whole, ids.repeat(1, 9), None), "45 positions, but a window has 14"),
+        (lambda: fill(whole, ids[:, :0], None), "has nothing given"),
+        (lambda: infill(whole, ids, ids, -1, None), "n=-1 ids do not fit"),
+        (lambda: likelihood_bound(whole, [Batch(ids, ids)], samples=0), "samples=0 steps=0, but samples is at least 1"),
+        (lambda: likelihood_bound(whole, [Batch(ids, ids)], steps=-1), "steps at least 0"),
+        (lambda: likelihood_bound(whole, []), "the batches hold no target"),
     ):
         with pytest.raises(ValueError, match=message):
             use()
@@ -302,6 +335,13 @@ def test_the_table_is_that_of_a_transformer_and_stays(tmp_path):
     lm.train().loss(Batch(ids[:, :-1], ids[:, 1:]))["loss"].backward()
     opt.step()
     assert torch.equal(lm.text.table.weight, before)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_batch_without_rows(name):
+    none = torch.zeros(0, 13, dtype=torch.long)
+    out = model(**FORMS[name]).loss(Batch(none, none))
+    assert out["loss"] == 0 and all(torch.as_tensor(v).isfinite() for v in out.values())
 
 
 RUNS = dict(

@@ -124,6 +124,8 @@ def test_a_batch_without_targets():
     for fusion in ("mixture", "hidden"):
         out = model(fusion=fusion).loss(Batch(b.x, torch.full_like(b.y, IGNORE)))
         assert out["n"] == 0 and all(torch.as_tensor(v).isfinite().all() for v in out.values())
+        out = model(fusion=fusion).loss(Batch(b.x[:0], b.y[:0]))
+        assert out["n"] == 0 and out["loss"] == 0
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,10 @@ def test_a_batch_without_targets():
     ids=str,
 )
 def test_kept_is_what_would_be_computed(given):
-    "Bit by bit, over three epochs: all kept, a part kept, in pieces, in bfloat16, windows that overlap"
+    """Over three epochs: all kept, a part kept, in pieces, in bfloat16, windows that overlap.
+
+    Asked anew, experts see the whole batch at once, whose products may be rounded in another way.
+    """
     given = dict(given)
     config = {k: given.pop(k) for k in ("fusion",) if k in given}
     budget, stride = given.pop("budget", 2**30), given.pop("stride", 0)
@@ -143,10 +148,20 @@ def test_kept_is_what_would_be_computed(given):
     batches.autocast = t.autocast
     trainer(anew, windows, **given).fit()
     t.fit()
-    assert same(kept, anew)
+    for p, q in zip(kept.parameters(), anew.parameters()):
+        assert (p - q).norm() <= (0.05 if given.get("dtype") else 1e-3) * q.norm()
     assert batches.bytes <= budget and len(batches.kept) == min(
         windows.order.n, budget // (batches.bytes // len(batches.kept))
     )
+
+
+def test_all_a_part_or_nothing_kept_are_the_same_bits():
+    ends = []
+    for budget in (2**30, 30_000, 0):
+        lm = model()
+        trainer(lm, KeptActivations(lm, EpochWindows(IDS, 4, 24), budget)).fit()
+        ends.append(lm)
+    assert same(ends[0], ends[1]) and same(ends[0], ends[2])
 
 
 def test_kept_again_after_a_stop():
@@ -170,7 +185,9 @@ def test_kept_documents():
     trainer(anew, windows).fit()
     batches = KeptActivations(kept, windows)
     trainer(kept, batches).fit()
-    assert same(kept, anew) and batches.per_epoch == windows.per_epoch
+    for p, q in zip(kept.parameters(), anew.parameters()):
+        assert (p - q).norm() <= 1e-3 * q.norm()
+    assert batches.per_epoch == windows.per_epoch
 
 
 def test_each_rank_keeps_its_rows():
@@ -192,20 +209,36 @@ def test_what_cannot_be_kept():
             KeptActivations(lm, windows)
 
 
-def test_mistakes_are_named():
-    for config, said in {
-        ("start", "mamba"): "start='mamba' is not one of transformer, state_space, diffuser",
-        ("fusion", "sum"): "fusion='sum' is not one of mixture, hidden",
-        ("transformer", "gpt,ctx_len=5"): "gives ctx_len",
-        ("transformer", "gtp"): "did you mean 'gpt'",
-        ("transformer", "gpt,n_layer=2"): "is not name=value of arch='gpt'",
-        ("transformer", "rnn"): "cannot be asked for the states",
-        ("rope_dim", 3): "odd",
-    }.items():
-        with pytest.raises(ValueError, match=said):
-            new_lm("nanothink", **{**SIZE, **EXPERTS, config[0]: config[1]})
-    with pytest.raises(ValueError, match="needs a transformer expert"):
-        model(memory=2, feed=True)
+MISTAKES = {
+    "start='mamba' is not one of transformer, state_space, diffuser": dict(start="mamba"),
+    "fusion='sum' is not one of mixture, hidden": dict(fusion="sum"),
+    "transformer='gpt,ctx_len=5': .*gives ctx_len": dict(transformer="gpt,ctx_len=5"),
+    "transformer='gtp': .*did you mean 'gpt'": dict(transformer="gtp"),
+    "transformer='gpt,n_layer=2': .*is not name=value of arch='gpt'": dict(transformer="gpt,n_layer=2"),
+    "transformer='rnn': .*cannot be asked for the states": dict(transformer="rnn"),
+    "diffuser='gpt:nanogpt': .*cannot read past ctx_len": dict(diffuser="gpt:nanogpt"),
+    "state_space='ssm,d_state=0': d_state=0, but d_state is at least 1": dict(state_space="ssm,d_state=0"),
+    "start='transformer' is not one of state_space, diffuser": dict(transformer=" "),
+    "start='transformer' is not one of the experts: there is none": dict(transformer="", state_space="", diffuser=" "),
+    "rope_dim=3, but rotary positions": dict(rope_dim=3),
+    "rope_dim=0, but rotary positions": dict(rope_dim=0),
+    "head_dim=7, but rotary positions": dict(kv_latent_dim=0, head_dim=7),
+    "n_heads=0, but n_heads is at least 1": dict(n_heads=0),
+    "head_dim=0, but head_dim is at least 1": dict(head_dim=0),
+    "kv_latent_dim=-1, but kv_latent_dim is at least 0": dict(kv_latent_dim=-1),
+    "dropout=1.0, but dropout is at least 0 and less than 1": dict(dropout=1.0),
+    "memory=-1, but memory is at least 0": dict(memory=-1),
+    "max_vectors=0, but max_vectors is at least 1": dict(max_vectors=0),
+    "memory=2 needs a transformer expert": dict(memory=2, feed=True),
+    "memory_chunk=13 does not fit twice into ctx_len=24": dict(memory=2, memory_chunk=13),
+    "memory_chunk=0 does not fit twice .* choose memory_chunk from 1 to 12": dict(memory=2, memory_chunk=0),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_mistakes_are_named(message):
+    with pytest.raises(ValueError, match=message):
+        new_lm("nanothink", **{**SIZE, **EXPERTS, **MISTAKES[message]})
 
 
 def test_the_guides_sizes():
@@ -314,20 +347,21 @@ def test_one_document_is_taken_in_blocks():
     assert documents(at).tolist() == [[0, 0, 0], [0, 0, -1], [1, 1, 1], [-1, -1, 1]]
 
 
-def test_a_store_beside_the_weights(tmp_path):
+def test_a_store_beside_the_weights(tmp_path, capsys):
     lm, _ = remembering()
     lm.store.save(tmp_path / "memory.safetensors")
     other = model(**MEMORY).eval()
     other.attach(tmp_path / "elsewhere")
-    assert other.store is None
+    assert other.store is None and "memory.safetensors is missing, so nothing is retrieved" in capsys.readouterr().out
     other.attach(tmp_path)
+    assert not capsys.readouterr().out and other.files == ("memory.safetensors",) and model().files == ()
     assert torch.equal(other(batch().x), lm.eval()(batch().x)) and not any("store" in name for name in lm.state_dict())
 
 
 def test_training_with_a_memory():
     "Kept or not, the same bits; the log says how often something was found; without documents it is refused"
     lm, documents = remembering(np.arange(0, len(IDS), 100))
-    none, small = (copy.deepcopy(lm) for _ in range(2))
+    small = copy.deepcopy(lm)
     with pytest.raises(ValueError, match="must not retrieve itself"):
         lm.train().loss(batch())
     with pytest.raises(ValueError, match="say which documents there are"):
@@ -335,6 +369,36 @@ def test_training_with_a_memory():
     t = trainer(lm, KeptActivations(lm, EpochWindows(IDS, 4, 24), documents=documents)).fit()
     trainer(small, KeptActivations(small, EpochWindows(IDS, 4, 24), 0, documents=documents)).fit()
     assert same(lm, small) and 0 < t.last["hits"] < 1
-    none.store = None
-    trainer(none, EpochWindows(IDS, 4, 24)).fit()
-    assert not same(lm, none)
+    lm.store = None
+    with pytest.raises(ValueError, match="there is a memory and nothing in it: nbs/recipes/train_mla fills one"):
+        lm.train().loss(batch())
+
+
+@pytest.mark.parametrize("room", [2, 7, 20, 50, 98, 99, 1000])
+def test_what_is_remembered_is_spread_over_the_text(room):
+    lm, documents = remembering()
+    tokens = SimpleNamespace(ids=IDS, doc_starts=np.arange(0, len(IDS), 8 * 24))  # Every document is like any other
+    store = remember(lm, VectorStore(16, room), tokens)
+    whole = remember(lm, VectorStore(16), tokens)
+    assert min(room, len(whole)) - 6 < len(store) <= room
+    at = sorted((whole._values - v).abs().amax(-1).argmin().item() for v in store._values[: len(store)])
+    assert len(set(at)) == len(at) and (room < len(whole) or at == list(range(len(whole))))
+    gaps = np.diff([-1, *at, len(whole)])
+    assert gaps.max() <= 3 * (len(whole) / len(at) + 3)
+
+
+@pytest.mark.parametrize("config", VARIANTS, ids=lambda c: " ".join(map(str, c.values())))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_other_types(dtype, config):
+    "Forward, in steps, and back; with a memory where there can be one"
+    for memory in (False, True) if not config["feed"] else (False,):
+        lm = model(False, **config, **MEMORY if memory else {}).to(dtype).eval()
+        if memory:
+            lm.store = remember(lm, VectorStore(16), SimpleNamespace(ids=IDS, doc_starts=None))
+        with torch.no_grad():
+            full, state = lm(batch().x), None
+            for piece in batch().x.split((7, 1, 16), 1):
+                logits, state = lm.step(piece, state)
+        assert (logits - full[:, -1]).abs().max() < (1e-5 if dtype == torch.float64 else 0.2) * full.abs().max()
+        lm.loss(batch())["loss"].backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in lm.parameters())

@@ -16,7 +16,8 @@ NANOTHINK = dict(d_model=16, d_inner=32, n_layers=2, d_state=4)
 
 
 def numbers(state):
-    return sum(past.conv.numel() + past.scan.numel() for past in state)
+    "What is held, seen or not"
+    return sum(t.untyped_storage().nbytes() // t.element_size() for past in state for t in (past.conv, past.scan))
 
 
 @pytest.mark.parametrize("kind", ["ssd", "s6"])
@@ -55,6 +56,37 @@ def test_a_prefilled_state_is_that_of_single_steps_after_8000_tokens(kind):
     for chunk in (x[:, 7900:7963], *x[:, 7963:].split(1, 1)):
         in_steps, state = m.step(chunk, state)
     assert (at_once - in_steps).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("field", ["ctx_len", "d_model", "n_layers", "d_state", "d_conv", "head_dim"])
+def test_values_that_make_no_model(field):
+    for value, change in ((0, {field: 0}), (-1, {"dt_rank": -1}), (-1, {"d_inner": -1})):
+        (name,) = change
+        with pytest.raises(ValueError, match=f"{name}={value}, but {name} is at least"):
+            new_lm("ssm", **TINY | change)
+    with pytest.raises(ValueError, match="dropout=1.0, but dropout is at least 0 and less than 1"):
+        new_lm("ssm", **TINY | dict(dropout=1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", ["ssd", "s6"])
+def test_weights_of_other_types(kind, dtype):
+    torch.manual_seed(0)
+    m = new_lm("ssm", kind=kind, **TINY | dict(dropout=0.0))
+    for block in m.blocks:
+        torch.nn.init.normal_(block.out.weight, std=0.3)
+    torch.nn.init.normal_(m.head.weight, std=0.3)
+    w = torch.randint(16, (2, 81))
+    with torch.no_grad():
+        wanted = m(w)
+    m = m.to(dtype)
+    with torch.no_grad():
+        _, state = m.step(w[:, :50])
+        logits, _ = m.step(w[:, 50:], state)
+        assert (m(w) - wanted).abs().max() < (1e-4 if dtype == torch.float64 else 0.1) * wanted.abs().max()
+        assert (logits - wanted[:, -1]).abs().max() < (1e-4 if dtype == torch.float64 else 0.1) * wanted.abs().max()
+    m.loss(Batch(w[:, :-1], w[:, 1:]))["loss"].backward()
+    assert all(p.grad.isfinite().all() for p in m.parameters())
 
 
 def test_the_experts_trunk_has_as_many_parameters_as_the_guides():

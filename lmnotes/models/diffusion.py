@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'SCHEDULES', 'SAMPLERS', 'DiffusionConfig', 'Attention', 'Block', 'TimedBlock', 'Trunk', 'attend',
-           'Together', 'Streams', 'levels', 'hide', 'sequence', 'Masked', 'signal', 'passed', 'ddim', 'Embedded',
-           'Gaussian', 'revealed', 'chances', 'reveal', 'check_config', 'Denoiser', 'Diffusion', 'write_windows',
-           'write_blocks', 'fill', 'infill', 'likelihood_bound']
+           'Together', 'Streams', 'levels', 'mask_ids', 'sequence', 'Masked', 'alpha_bar', 'ddim_timesteps', 'ddim',
+           'Embedded', 'Gaussian', 'unmasked_per_step', 'row_generators', 'unmask', 'check_config', 'Denoiser',
+           'Diffusion', 'write_windows', 'write_blocks', 'fill', 'infill', 'likelihood_bound']
 
-# %% ../../nbs/models/50_diffusion.ipynb #8cfbe487
+# %% ../../nbs/models/50_diffusion.ipynb #987d8caf
 import math
 from collections import OrderedDict
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from inspect import isfunction
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from torch import nn
 from ..layers import *
 from ..lm import *
 
-# %% ../../nbs/models/50_diffusion.ipynb #7fcedcc5
+# %% ../../nbs/models/50_diffusion.ipynb #12c66628
 @dataclass
 class DiffusionConfig(LMConfig):
     "Configuration of `Diffusion`; the defaults are masked diffusion of the whole window"
@@ -180,14 +181,14 @@ class Streams:
         own = own & self.real[:, None, None]
         return torch.cat([before.expand(len(own), 1, *before.shape), own], 3)
 
-# %% ../../nbs/models/50_diffusion.ipynb #0e9e9cd9
+# %% ../../nbs/models/50_diffusion.ipynb #dd7b990a
 def levels(rows, columns, draw=0, draws=1, device=None):
     "(rows,columns) numbers in (0,1]: in each column evenly spread over the rows, and over `draws` calls"
     spread = torch.arange(rows, device=device)[:, None] / rows
     return (draw + 1 - (spread + torch.rand(columns, device=device)) % 1) / draws
 
 
-def hide(
+def mask_ids(
     targets,  # (B,T) true where there is something to predict
     t,  # (B,blocks) levels
     block,  # Positions in a block
@@ -213,7 +214,7 @@ def sequence(batch):
     ids = torch.where(targets, y, x.roll(-1, 1))
     return torch.cat([x[:, :1], ids], 1), targets, targets.flip(1).cumsum(1).flip(1) > 0
 
-# %% ../../nbs/models/50_diffusion.ipynb #02fea791
+# %% ../../nbs/models/50_diffusion.ipynb #4b7e6307
 def _nats(h, ids):
     "Nats of each of `ids`, from logits (n,V)"
     return F.cross_entropy(h.float(), ids, reduction="none")
@@ -245,20 +246,20 @@ class Masked(nn.Module):
 
     def sums(self, s, targets, denoise, block, t, steps):
         "Summed `nll`, or its bound, over the targets"
-        hidden, weight = hide(targets, t, block or targets.shape[1], steps)
+        hidden, weight = mask_ids(targets, t, block or targets.shape[1], steps)
         h = denoise(self.enter(torch.where(hidden, self.c.vocab_size, s[:, 1:])))
         nats = _nats(self.logits(h[hidden]), s[:, 1:][hidden])
         return dict(nll=(weight[hidden] * nats).sum(), n=targets.sum())
 
-    def result(self, sums, draws, exact):
+    def result(self, sums, draws):
         "The loss, from parts summed over draws of noise"
         loss = sums["nll"] / sums["n"].clamp(min=1)
         return dict(loss=loss, nll=sums["nll"].detach() / draws, n=sums["n"] // draws)
 
-# %% ../../nbs/models/50_diffusion.ipynb #7b28b475
+# %% ../../nbs/models/50_diffusion.ipynb #d0cc57ef
 @lru_cache
 @torch.inference_mode(False)  # What is kept here serves training too
-def signal(schedule, steps, scale=1.0, device="cpu"):
+def alpha_bar(schedule, steps, scale=1.0, device="cpu"):
     "(steps+1,) ᾱ of each level, of a signal `scale` as large as the noise; at level 0 there is no noise"
     t = torch.arange(steps + 1, dtype=torch.float64)
     if schedule == "cosine":
@@ -269,8 +270,8 @@ def signal(schedule, steps, scale=1.0, device="cpu"):
     a = F.pad((1 - betas).cumprod(0), (1, 0), value=1.0)
     return (scale**2 * a / (scale**2 * a + 1 - a)).float().to(device)
 
-# %% ../../nbs/models/50_diffusion.ipynb #6df391ad
-def passed(steps, calls):
+# %% ../../nbs/models/50_diffusion.ipynb #a685fdcb
+def ddim_timesteps(steps, calls):
     "The levels that `calls` calls of the network pass through, from the last to 0"
     return [steps * i // calls for i in range(calls, -1, -1)]
 
@@ -283,7 +284,7 @@ def ddim(x, a, path, predict):
         x = a[to].sqrt() * clean + (1 - a[to]).sqrt() * noise
     return x
 
-# %% ../../nbs/models/50_diffusion.ipynb #e0acb910
+# %% ../../nbs/models/50_diffusion.ipynb #43601449
 class Embedded(nn.Module):
     "Ids as embeddings of a table that is not trained, and back"
 
@@ -297,9 +298,9 @@ class Embedded(nn.Module):
         self.out, self.head = nn.Linear(D, D), nn.Linear(D, c.vocab_size, bias=False)
         self.register_buffer("noise", torch.randn(D))
 
-    def signal(self):
+    def alpha_bar(self):
         c = self.c
-        return signal(c.schedule, c.training_steps, c.signal_scale or (8 / c.d_model) ** 0.5, self.noise.device)
+        return alpha_bar(c.schedule, c.training_steps, c.signal_scale or (8 / c.d_model) ** 0.5, self.noise.device)
 
     def clean(self, ids):
         "What ids stand for, without noise"
@@ -317,14 +318,14 @@ class Embedded(nn.Module):
         half = self.c.d_model // 2
         frequency = 10000.0 ** (-torch.arange(half, device=t.device) / half)
         angle = torch.stack([torch.zeros_like(t), t], 1)[..., None] * frequency
-        wave = F.pad(torch.cat([angle.sin(), angle.cos()], -1), (0, self.c.d_model % 2))
+        wave = torch.cat([angle.sin(), angle.cos()], -1)
         return self.levels(wave.to(self.noise.dtype)), noisy
 
     def logits(self, h):
         "Rounding: logits of the predicted embedding"
         return soft_cap(self.head(self.out(h)).float(), self.c.softcap)
 
-# %% ../../nbs/models/50_diffusion.ipynb #049418b8
+# %% ../../nbs/models/50_diffusion.ipynb #e1c9d4ca
 class Gaussian(Embedded):
     "Noise on embeddings"
 
@@ -335,7 +336,7 @@ class Gaussian(Embedded):
         given = (2 * torch.rand(len(s), 1, device=s.device) - 1) * targets.shape[1]
         hidden = targets & (torch.arange(targets.shape[1], device=s.device) >= given)
         t = (t[:, 0] * self.c.training_steps).ceil().long()
-        a, x = self.signal()[t][:, None, None], self.clean(s[:, 1:])
+        a, x = self.alpha_bar()[t][:, None, None], self.clean(s[:, 1:])
         noised = a.sqrt() * x + (1 - a).sqrt() * torch.randn_like(x)
         return torch.where(hidden[..., None], noised.to(x.dtype), x), hidden, t
 
@@ -347,28 +348,28 @@ class Gaussian(Embedded):
         mse = (self.out(h).float() - self.clean(ids)).square().mean(-1).sum()
         return dict(mse=mse, rounding=_nats(self.logits(h), ids).sum(), n=hidden.sum())
 
-    def result(self, sums, draws, exact):
+    def result(self, sums, draws):
         "The loss, from parts summed over draws of noise; only next ids have a likelihood"
         n = sums["n"].clamp(min=1)
         mse, rounding = sums["mse"] / n, sums["rounding"] / n
-        likelihood = dict(nll=sums["rounding"].detach(), n=sums["n"]) if exact else {}
+        likelihood = dict(nll=sums["rounding"].detach(), n=sums["n"]) if self.c.block == 1 else {}
         return dict(loss=mse + rounding, mse=mse.detach(), rounding=rounding.detach()) | likelihood
 
-# %% ../../nbs/models/50_diffusion.ipynb #e5ac9f36
-def revealed(n, steps):
+# %% ../../nbs/models/50_diffusion.ipynb #edb3bb42
+def unmasked_per_step(n, steps):
     "How many of `n` holes each of `steps` steps fills; of many steps most fill none"
     left = [-(-n * j // steps) for j in range(steps, -1, -1)]
     return [before - after for before, after in zip(left, left[1:])]
 
 
-def chances(pick, rows, n_ids):
-    "A random generator for each row, seeded by ids that `pick` draws"
-    draws = max(1, math.ceil(30 / math.log2(max(2, n_ids))))
-    drawn = torch.stack([pick(torch.zeros(rows, n_ids)) for _ in range(draws)], 1).tolist()
-    return [torch.Generator().manual_seed(sum(i * n_ids**k for k, i in enumerate(row)) % 2**63) for row in drawn]
+def row_generators(pick, rows):
+    "A generator for each row: those of a `Picker`; beside a plain function, some that torch's own seeds"
+    if isfunction(pick):
+        return [torch.Generator().manual_seed(seed) for seed in torch.randint(2**62, (rows,)).tolist()]
+    return pick.rows
 
 
-def reveal(
+def unmask(
     x,  # (B,T) ids, changed in place
     holes,  # (B,m) positions to fill
     states,  # Function of `x`: (B,T,D)
@@ -382,13 +383,14 @@ def reveal(
     if chance:
         order = torch.stack([torch.rand(holes.shape[1], generator=g) for g in chance]).argsort(1)
         holes = holes.gather(1, order.to(x.device))
-    for n in filter(None, revealed(holes.shape[1], steps)):
-        h = states(x)
+    for n in filter(None, unmasked_per_step(holes.shape[1], steps)):
+        asked = holes[:, :n] if chance else holes
+        said = logits(states(x)[rows, asked])
         if not chance:
-            certain = logits(h[rows, holes]).log_softmax(-1).amax(-1)
-            holes = holes.gather(1, certain.argsort(dim=1, descending=True, stable=True))
+            order = said.log_softmax(-1).amax(-1).argsort(dim=1, descending=True, stable=True)
+            holes, said = holes.gather(1, order), said[rows, order[:, :n]]
         now, holes = holes[:, :n], holes[:, n:]
-        x[rows, now] = pick(logits(h[rows, now]))
+        x[rows, now] = pick(said)
 
 # %% ../../nbs/models/50_diffusion.ipynb #29050dd5
 OBJECTIVES = dict(masked=Masked, mse=Gaussian)
@@ -479,7 +481,7 @@ def _sums(lm, batch, block, draws=1, steps=0):
 def _add(sums, more):
     return {name: sums.get(name, 0) + value for name, value in more.items()}
 
-# %% ../../nbs/models/50_diffusion.ipynb #c4e04554
+# %% ../../nbs/models/50_diffusion.ipynb #bf2ea24e
 @arch("diffusion")
 class Diffusion(Denoiser):
     "Text from noise"
@@ -505,9 +507,9 @@ class Diffusion(Denoiser):
         causal = int(c.causal_share * B + torch.rand(())) if self.training and c.block != 1 else 0
         if causal:
             sums = _sums(self, batch.map(lambda o: o[:causal]), 1)
-        if causal < B:
+        if causal < B or not B:
             sums = _add(sums, _sums(self, batch.map(lambda o: o[causal:]), c.block, draws))
-        return self.text.result(sums, draws, c.block == 1)
+        return self.text.result(sums, draws)
 
     def states(self, h, past=None, newest=False):
         """In blocks of one: states that say what follows each position (`newest`: only the last).
@@ -543,7 +545,7 @@ class Diffusion(Denoiser):
         else:
             yield from (write_blocks if self.cfg.block else write_windows)(self, x, n, pick)
 
-# %% ../../nbs/models/50_diffusion.ipynb #aeb06a46
+# %% ../../nbs/models/50_diffusion.ipynb #be65adb6
 def _steps(c, n):
     "In how many steps `n` holes are filled: their share of those for a window"
     return max(1, c.sample_steps * n // c.ctx_len) if c.sample_steps else n
@@ -554,7 +556,7 @@ def _fill_masked(lm, x, holes, pick, chance):
     c = lm.cfg
     for part in holes.split(c.sample_block or holes.shape[1], 1):
         order = chance if c.sampler == "ancestral" else None
-        reveal(x, part, lambda x: lm.states(lm.enter(x)), lm.logits, pick, _steps(c, part.shape[1]), order)
+        unmask(x, part, lambda x: lm.states(lm.enter(x)), lm.logits, pick, _steps(c, part.shape[1]), order)
         yield part
 
 
@@ -571,14 +573,14 @@ def _fill_gaussian(lm, x, holes, pick, chance):
         states = lm._together(z, None, hidden, torch.full((len(x),), t, device=x.device))
         return lm.text.out(states).float()
 
-    ddim(noise, lm.text.signal(), passed(c.training_steps, c.inference_steps), predict)
+    ddim(noise, lm.text.alpha_bar(), ddim_timesteps(c.training_steps, c.inference_steps), predict)
     rows = torch.arange(len(x), device=x.device)[:, None]
     x[rows, holes] = pick(lm.logits(states[rows, holes]))
     yield holes
 
-# %% ../../nbs/models/50_diffusion.ipynb #f64fea60
+# %% ../../nbs/models/50_diffusion.ipynb #af4241ce
 def _fill(lm, x, holes, pick):
-    chance = chances(pick, len(x), lm.cfg.vocab_size)
+    chance = row_generators(pick, len(x))
     filler = _fill_gaussian if lm.cfg.objective == "mse" else _fill_masked
     return filler(lm, x, holes, pick, chance)
 
@@ -596,7 +598,7 @@ def write_windows(lm, x, n, pick):
 
 def write_blocks(lm, x, n, pick):
     "Yield at least `n` ids after `x` (B,T), block after block, each from the kept past and its own holes"
-    c, past, chance = lm.cfg, lm.begin(), chances(pick, len(x), lm.cfg.vocab_size)
+    c, past, chance = lm.cfg, lm.begin(), row_generators(pick, len(x))
     nowhere = torch.arange(0, device=x.device)
     holes = torch.arange(c.block, device=x.device)
 
@@ -607,10 +609,21 @@ def write_blocks(lm, x, n, pick):
         lm._streams(lm.enter(x), lm.enter(x[:, :0]), nowhere, c.block, past)
         x = torch.full((len(x), c.block), c.vocab_size, device=x.device)
         order = chance if c.sampler == "ancestral" else None
-        reveal(x, holes.expand(len(x), -1), states, lm.logits, pick, _steps(c, c.block), order)
+        unmask(x, holes.expand(len(x), -1), states, lm.logits, pick, _steps(c, c.block), order)
         yield x
 
-# %% ../../nbs/models/50_diffusion.ipynb #4968b889
+# %% ../../nbs/models/50_diffusion.ipynb #22d4b319
+@contextmanager
+def _in_evaluation(lm):
+    "Without dropout; afterwards in the mode that it was in"
+    training = lm.training
+    lm.eval()
+    try:
+        yield
+    finally:
+        lm.train(training)
+
+
 @torch.no_grad()
 def fill(
     lm,
@@ -618,20 +631,21 @@ def fill(
     pick,  # Logits (B,k,V) -> ids (B,k), such as `Picker(seed=1).start(x)`
 ):  # (B,T) ids
     "Fill the holes of a text, each seeing what is given on both sides"
-    c, holes, training = lm.cfg, x == lm.cfg.vocab_size, lm.training
+    c, holes = lm.cfg, x == lm.cfg.vocab_size
     if c.block:
         raise ValueError(f"block={c.block} does not see what comes after a block; set block=0 if it was trained so")
     if x.shape[1] > c.ctx_len + 1:
         raise ValueError(f"{x.shape[1]} positions, but a window has {c.ctx_len + 1}; give the part around the holes")
+    if not x.numel():
+        raise ValueError(f"a text of shape {tuple(x.shape)} has nothing given; give at least one id")
     if holes[:, 0].any() or len(set(holes.sum(1).tolist())) > 1:
         raise ValueError(
             "the first id is always given, and all rows have as many holes; give an id, or rows one by one"
         )
     x, holes = x.clone(), holes.nonzero()[:, 1].view(len(x), -1)
-    lm.eval()
-    for _ in _fill(lm, x, holes, pick) if holes.numel() else ():
-        pass
-    lm.train(training)
+    with _in_evaluation(lm):
+        for _ in _fill(lm, x, holes, pick) if holes.numel() else ():
+            pass
     return x
 
 
@@ -644,14 +658,16 @@ def infill(
 ):  # (B,n) ids
     "What stands between two ends, of which the nearest parts are read that fit into the window"
     room = lm.cfg.ctx_len + 1 - n
-    if room < 1:
-        raise ValueError(f"n={n} ids do not fit into a window of {lm.cfg.ctx_len + 1}, one of which is given")
+    if n < 0 or room < 1:
+        raise ValueError(
+            f"n={n} ids do not fit into a window of {lm.cfg.ctx_len + 1}; choose n from 0 to {lm.cfg.ctx_len}"
+        )
     after = min(right.shape[1], max(room // 2, room - left.shape[1]))
     left = left[:, -(room - after) :]
     x = torch.cat([left, left.new_full((len(left), n), lm.cfg.vocab_size), right[:, :after]], 1)
     return fill(lm, x, pick)[:, left.shape[1] : left.shape[1] + n]
 
-# %% ../../nbs/models/50_diffusion.ipynb #844e849a
+# %% ../../nbs/models/50_diffusion.ipynb #077b3f66
 @torch.no_grad()
 def likelihood_bound(
     lm,
@@ -663,28 +679,26 @@ def likelihood_bound(
     autocast=nullcontext,  # Makes the context to compute in
 ):  # Dict of loss (nats per token), stderr, bpb, bpb_stderr, tokens, bytes
     "An upper bound of minus the log-likelihood of all targets; in blocks of one it is exact, and one pass is made"
-    c, device, training = lm.cfg, lm.text.head.weight.device, lm.training
+    c, device, lengths = (
+        lm.cfg,
+        lm.text.head.weight.device,
+        torch.as_tensor([] if byte_lengths is None else byte_lengths),
+    )
+    if samples < 1 or steps < 0:
+        raise ValueError(f"samples={samples} steps={steps}, but samples is at least 1, and steps at least 0")
     if c.objective == "mse" and c.block != 1:
         raise ValueError("objective='mse' has no likelihood of the whole window; only block=1 has")
     nats, n, size = torch.zeros(samples if c.block != 1 else 1, dtype=torch.float64), 0, 0
-    lm.eval()
-    with torch.random.fork_rng(), autocast():
+    with _in_evaluation(lm), torch.random.fork_rng(), autocast():
         torch.manual_seed(seed)
         for i in range(len(batches)):
             batch = batches[i].to(device)
             for j in range(len(nats)):
                 nats[j] += _sums(lm, batch, c.block, 1, steps)["nll" if c.objective == "masked" else "rounding"].cpu()
             n += batch.n
-            size += (
-                int(torch.as_tensor(byte_lengths)[batch.y[batch.y != IGNORE].cpu()].sum())
-                if byte_lengths is not None
-                else 0
-            )
-    lm.train(training)
+            size += int(lengths[batch.y[batch.y != IGNORE].cpu()].sum()) if len(lengths) else 0
+    if not n:
+        raise ValueError("the batches hold no target, so there is nothing to bound; give at least one window")
     mean, error = nats.mean().item(), nats.std().item() / len(nats) ** 0.5 if len(nats) > 1 else 0.0
-    found = dict(loss=mean / n, stderr=error / n, tokens=n)
-    return (
-        found
-        if not size
-        else found | dict(bpb=mean / size / math.log(2), bpb_stderr=error / size / math.log(2), bytes=size)
-    )
+    found, bits = dict(loss=mean / n, stderr=error / n, tokens=n), size * math.log(2)
+    return found | dict(bpb=mean / bits, bpb_stderr=error / bits, bytes=size) if size else found
