@@ -6,6 +6,10 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -158,17 +162,18 @@ def stopped(place, at, work, run, **params):
     assert finish(process) == 130, log(place)
 
 
-LONG = dict(max_epochs=30, patience=0, log_interval=1)
+LONG = dict(max_epochs=12, patience=0, log_interval=1)
 
 
 @pytest.mark.parametrize("name", ["transformer", "diffuser"])
 def test_stopped_and_resumed(experts, tmp_path_factory, name):
     "Ctrl+C leaves a file and the way on; the resumed run ends in the same bits"
     run = f"{name}_expert"
-    stopped(experts, 20, expert, run, expert=name, **LONG)
+    stopped(experts, 8, expert, run, expert=name, **LONG)
     held = kept(experts, f"{run}_interrupted.pt")
-    assert 0 < held["step"] < 30 * info(experts, run)["config"]["eval_every"]
-    assert call(experts, expert, expert=name, resume="True", **LONG) == 0, log(experts)
+    assert f"go on with: papermill nbs/recipes/pretrain_expert.ipynb -p expert {name} -p resume True" in log(experts)
+    assert 0 < held["step"] < 12 * info(experts, run)["config"]["eval_every"]
+    assert call(experts, run_recipe, EXPERT, expert=name, resume="True") == 0, log(experts)  # All else is as it was
     assert f"Resuming from {run}_interrupted.pt: epoch {held['epoch']}, step {held['step']}" in log(experts)
     whole = tmp_path_factory.mktemp("whole")
     shutil.copytree(experts / "data", whole / "data")
@@ -210,13 +215,120 @@ def test_resume_from_what_is_not_there(place):
     assert call(place, expert, resume="checkpoints/transformer_expert.pt")
     assert "there is no such file" in log(place)
     assert call(place, expert, resume="True")
-    assert "there is nothing to resume: no transformer_expert_interrupted.pt" in log(place)
+    assert "there is nothing to resume: no whole transformer_expert_interrupted.pt" in log(place)
     assert not (place / "checkpoints/transformer_expert").exists()
 
 
 def test_a_checkpoint_of_another_expert(experts):
     assert call(experts, expert, resume="checkpoints/state_space_expert.pt")
     assert "a checkpoint of the run 'state_space_expert', not of 'transformer_expert'" in log(experts)
+    run = experts / "checkpoints/transformer_expert"
+    step = sorted(run.glob("step_*"))[-1]
+    assert call(experts, expert, resume=str(step))
+    assert "is a folder; give True, or one of the files beside transformer_expert: transformer_expert.pt" in log(
+        experts
+    )
+
+
+def test_what_is_not_given_is_as_it_was(place):
+    "A parameter made of several takes the others from the run, not from the cell's defaults"
+    assert call(place, expert, max_epochs=1) == 0, log(place)
+    assert call(place, run_recipe, EXPERT, resume="True", max_epochs=2, lr=1e-3) == 0, log(place)
+    record = info(place, "transformer_expert")
+    assert record["config"]["batch_size"] == 16 and record["config"]["lr"] == 1e-3 and record["model"]["d_model"] == 16
+    recipe = json.loads((place / "checkpoints/transformer_expert/recipe.json").read_bytes())
+    assert recipe == kept(place, "transformer_expert.pt")["recipe"] and recipe["lr"] == 1e-3
+    assert recipe.keys() | {"resume"} == recipe_parameters(EXPERT).keys()
+    assert "Resuming from transformer_expert.pt: epoch 1" in log(place)
+    assert "the earlier run is now" not in log(place)
+    assert call(place, run_recipe, EXPERT, resume="True", n_layers=2)
+    assert "this run has n_layers=1, not 2, and that cannot change" in log(place)
+
+
+def test_two_runs_of_one_name(place, tmp_path_factory):
+    "Files of another run are passed over; asked for, the run in the folder goes aside"
+    assert call(place, expert, max_epochs=5, patience=0) == 0, log(place)
+    first, files = info(place, "transformer_expert")["started"], place / "checkpoints"
+    epoch5 = (files / "transformer_expert_epoch5.pt").read_bytes()
+    until(lambda: int(time.time()) > datetime.fromisoformat(first).timestamp() + 1)
+    assert call(place, expert, max_epochs=2, seed=1) == 0, log(place)
+    (files / "transformer_expert_epoch5.pt").write_bytes(epoch5)
+    assert call(place, run_recipe, EXPERT, resume="True", max_epochs=3) == 0, log(place)
+    assert "transformer_expert_epoch5.pt is passed over: its run began" in log(place)
+    assert info(place, "transformer_expert")["config"]["seed"] == 1
+    path = "checkpoints/transformer_expert_epoch5.pt"
+    assert call(place, run_recipe, EXPERT, resume=path, max_epochs=6) == 0, log(place)
+    assert "it is now transformer_expert-2, beside this one" in log(place)
+    record = info(place, "transformer_expert")
+    assert record["started"] == first and record["config"]["seed"] == 42 and record["status"] == "done"
+    assert (files / "transformer_expert-2/transformer_expert.pt").exists()
+
+
+def test_a_fresh_start_keeps_files(place):
+    "What an earlier run left goes aside, also if its folder is gone"
+    assert call(place, expert, max_epochs=1) == 0, log(place)
+    shutil.rmtree(place / "checkpoints/transformer_expert")
+    assert call(place, expert, max_epochs=1, seed=1) == 0, log(place)
+    assert torch.load(place / "checkpoints/transformer_expert-1/transformer_expert.pt", weights_only=True)
+
+
+def test_damaged_files(experts):
+    "A bare resume takes the one before; what is needed is not taken damaged"
+    files = experts / "checkpoints"
+    shutil.rmtree(files / "transformer_expert")
+    held = kept(experts, "transformer_expert.pt")
+    whole = (files / "transformer_expert.pt").read_bytes()
+    held["model_state"]["embed.weight"][0, 0] += 1
+    torch.save({**held, "step": held["step"] + 1}, files / "transformer_expert_epoch5.pt")
+    assert call(experts, run_recipe, EXPERT, resume="True", max_epochs=3) == 0, log(experts)
+    assert "transformer_expert_epoch5.pt: damaged" in log(experts)
+    assert "Resuming from transformer_expert.pt" in log(experts)
+    torch.save(held, files / "transformer_expert.pt")
+    assert call(experts, join)
+    assert "transformer_expert.pt: damaged, its content is not what was written" in log(experts)
+    for content, message in ((b"", "the file is empty"), (whole[:-100], "not a whole file of tensors")):
+        (files / "transformer_expert.pt").write_bytes(content)
+        assert call(experts, join) and message in log(experts)
+    torch.save(
+        {n: held[n] for n in ("model_state", "optimizer_state", "step", "epoch")}, files / "transformer_expert.pt"
+    )
+    assert call(experts, join)
+    assert "'counters' is not in it; give another, or begin a new run with its weights: lmnotes train" in log(experts)
+
+
+@pytest.mark.parametrize(
+    "params, message",
+    [
+        (dict(max_epochs=0), "max_epochs=0 is at least 1"),
+        (dict(n_heads=0), "n_heads=0 is at least 1"),
+        (dict(batch_size=-1), "batch_size=-1 is at least 1"),
+        (dict(amp_dtype="half"), "amp_dtype='half' is not one of bf16, fp16"),
+    ],
+    ids=str,
+)
+def test_values_that_make_no_sense(trained, params, message):
+    assert call(trained, expert, expert="state_space", **params) and message in log(trained)
+    assert call(trained, join, **params) and message in log(trained).split("Traceback")[-1]
+
+
+def test_no_experts(trained):
+    assert call(trained, join, transformer_ckpt="", state_space_ckpt="", diffuser_ckpt="")
+    assert "are all empty; give at least one expert" in log(trained)
+
+
+def test_processes_take_turns(place):
+    "Under torchrun only the first touches folders"
+    assert call(place, expert, max_epochs=5, patience=0) == 0, log(place)
+    shutil.rmtree(place / "checkpoints/transformer_expert")
+    given = dict(expert="transformer", resume="checkpoints/transformer_expert_epoch5.pt", max_epochs="6", device="cpu")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--"]
+    command += ["lmnotes", "notebook", "--path", str(EXPERT), "--params", *(f"{n}={v}" for n, v in given.items())]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, env=environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Resuming from transformer_expert_epoch5.pt: epoch 5") == 1
+    record = info(place, "transformer_expert")
+    assert record["status"] == "done" and record["step"] == 6 * record["config"]["eval_every"]
 
 
 def test_half_precision_keeps_its_scaler(place, monkeypatch):
@@ -240,6 +352,20 @@ def test_the_diffuser_needs_the_transformer(place):
     assert "train that first: papermill nbs/recipes/pretrain_expert.ipynb -p expert transformer" in log(place)
 
 
+def test_the_diffuser_has_the_transformers_tokens_and_width(place):
+    assert call(place, expert, tokenizer="chars", max_epochs=1) == 0, log(place)
+    assert call(place, expert, expert="diffuser", tokenizer="bytes")
+    assert re.search(r"tokenizer='bytes' is not the one that .*transformer_expert.pt was trained with", log(place))
+    assert call(place, expert, expert="diffuser", tokenizer="chars", d_model=32)
+    assert "have 16; give -p d_model 16" in log(place)
+    free = {n: v for n, v in QUICK.items() if n != "tokenizer"}
+    its = info(place, "transformer_expert")["tokenizer"]["fingerprint"]
+    for name in ("diffuser", "state_space"):
+        assert call(place, run_recipe, EXPERT, expert=name, **free | dict(max_epochs=1)) == 0, log(place)
+        assert info(place, f"{name}_expert")["tokenizer"]["fingerprint"] == its
+    assert "mse" in log(place) and "given, and of no use to this state_space: " in log(place)
+
+
 def test_the_diffuser_stands_on_its_embeddings(experts):
     "They are the transformer's, they stay, and what is lost is not called a perplexity"
     table = kept(experts, "diffuser_expert.pt")["model_state"]["text.table.weight"]
@@ -252,6 +378,11 @@ def test_the_diffuser_stands_on_its_embeddings(experts):
 def test_early_stopping(place):
     assert call(place, expert, lr=1e-30, patience=2, max_epochs=20) == 0, log(place)
     assert info(place, "transformer_expert")["status"] == "early_stop"
+    assert "the best by validation, of step" in log(place)
+    step = info(place, "transformer_expert")["step"]
+    assert call(place, run_recipe, EXPERT, resume="True") == 0, log(place)
+    assert "had stopped early, after patience=2" in log(place)
+    assert info(place, "transformer_expert")["step"] == step
 
 
 def test_together(experts):
@@ -280,17 +411,25 @@ def test_together(experts):
 def test_together_stopped_and_resumed(experts, tmp_path_factory):
     whole = tmp_path_factory.mktemp("whole")
     shutil.copytree(experts, whole, dirs_exist_ok=True)
-    stopped(experts, 20, join, "nanothink_mla", use_vector_store=True, **LONG)
-    assert call(experts, join, use_vector_store=True, resume="True", **LONG) == 0, log(experts)
+    stopped(experts, 8, join, "nanothink_mla", use_vector_store=True, **LONG)
+    (experts / "checkpoints/nanothink_mla/memory.safetensors").write_bytes(b"of another store")
+    assert call(experts, run_recipe, JOIN, resume="True") == 0, log(experts)  # All else is as it was
+    assert re.search(r"\| hits \d\.\d\d", log(experts).split("Resuming from")[1])
     assert call(whole, join, use_vector_store=True, **LONG) == 0, log(whole)
     a, b = (lmnotes.load(p / "checkpoints/nanothink_mla") for p in (experts, whole))
     assert a.step == b.step and equal(a.lm.state_dict(), b.lm.state_dict())
     assert len(a.lm.store) == len(b.lm.store) > 0
+    recipe = json.loads((experts / "checkpoints/nanothink_mla/recipe.json").read_bytes())
+    assert recipe.keys() | {"resume"} == recipe_parameters(JOIN).keys()
+    for changed in (dict(use_vector_store=False), dict(d_model=32)):
+        assert call(experts, run_recipe, JOIN, resume="True", **changed)
+        (name,) = changed
+        assert re.search(rf"this run has {name}=\w+, not \w+, and that cannot change", log(experts))
 
 
 def test_the_vector_store_changes_the_run(experts):
     assert call(experts, join, log_interval=1) == 0, log(experts)
-    assert call(experts, join, use_vector_store=True, log_interval=1) == 0, log(experts)
+    assert call(experts, join, use_vector_store=True, max_vectors=50, log_interval=1) == 0, log(experts)
     assert re.search(r"vector store: [1-9][\d,]* vectors", log(experts)) and re.search(
         r"\| hits \d\.\d\d", log(experts)
     )
@@ -298,6 +437,7 @@ def test_the_vector_store_changes_the_run(experts):
     assert (with_store / "memory.safetensors").exists() and not (without / "memory.safetensors").exists()
     a, b = (records(folder / "metrics.jsonl")[-2]["entropy"] for folder in (with_store, without))
     assert a != b
+    assert info(experts, "nanothink_mla")["model"]["max_vectors"] == 50 >= len(lmnotes.load(with_store).lm.store)
     r = lmnotes.load(with_store)  # What was trained with a memory has it
     assert len(r.lm.store) > 0 and r.generate("sea", 20, seed=1)
 
@@ -308,17 +448,25 @@ def test_an_expert_is_missing(experts):
     assert "state_space_expert.pt is not there; train that expert first" in log(experts)
     assert call(experts, join, state_space_ckpt="") == 0, log(experts)
     assert info(experts, "nanothink_mla")["model"]["state_space"] == ""
+    assert "was trained on other data" not in log(experts)
+    assert call(experts, join, state_space_ckpt="", domains="sea") == 0, log(experts)
+    assert "warning: transformer_expert.pt was trained on other data or domains" in log(experts)
 
 
 def test_experts_of_different_tokens(experts):
     shutil.rmtree(experts / "checkpoints/state_space_expert")
     assert call(experts, expert, expert="state_space", tokenizer="chars") == 0, log(experts)
     assert call(experts, join)
-    assert "was trained with the tokenizer" in log(experts)
+    assert re.search(r"state_space_expert.pt was trained with the tokenizer chars", log(experts))
+    assert "-p tokenizer checkpoints/transformer_expert/tokenizer" in log(experts)
 
 
 def test_strong_experts(place):
     assert call(place, expert, expert="diffuser", strong=True) == 0, log(place)
     record = info(place, "diffuser_expert")
     assert record["model"]["objective"] == "masked" and record["config"]["optimizer"] == "muon"
+    assert record["config"]["weight_decay"] == 0.0
+    assert call(place, expert, expert="state_space", strong=True, weight_decay=0.1, max_epochs=1) == 0, log(place)
+    assert info(place, "state_space_expert")["config"]["weight_decay"] == 0.1
+    assert "given, and of no use to this state_space: " in log(place)
     assert record["result"]["last"]["bound"]
