@@ -80,7 +80,7 @@ class StopAt(Hook):
 
 def train(*stops, **params):
     "Run, stopping after each of the steps `stops`; exit code 0 if it got to the end"
-    return dict(done=0, interrupted=130)[run(hooks=[StopAt(*stops)], **params).status]
+    return dict(done=0, early_stop=0, interrupted=130)[run(hooks=[StopAt(*stops)], **params).status]
 
 
 def lmnotes_command(*words):
