@@ -82,7 +82,7 @@ def _check_goes_on(spec, expert):
     except (ValueError, IndexError) as e:
         raise ValueError(f"expert {spec!r} cannot read past ctx_len ({e}); choose one with rotary positions") from None
 
-# %% ../../nbs/models/60_nanothink.ipynb #64942d66
+# %% ../../nbs/models/60_nanothink.ipynb #2237db96
 def trains(module):
     "Is any of its parameters trained?"
     return any(p.requires_grad for p in module.parameters())
@@ -90,6 +90,9 @@ def trains(module):
 
 class Experts(nn.ModuleDict):
     "Language models of one vocabulary, by name"
+
+    def __init__(self, experts):  # {name: `LM`}
+        super().__init__(experts)
 
     def train(self, mode=True):
         super().train(mode)
