@@ -39,31 +39,23 @@ class BytePatchConfig(LMConfig):
     ngrams: int = 4  # `local`: longest run of bytes that has an embedding; 1: only bytes
     ngram_rows: int = 8192  # `local`: rows of each table of those, found by a hash
 
-# %% ../../nbs/models/41_bytepatch.ipynb #32288d2f
+# %% ../../nbs/models/41_bytepatch.ipynb #b5c8054d
 _LEAST = dict(patch_size=1, d_model=1, n_layers=1, n_heads=1, window=1, thinking_steps=0)
 _LEAST |= dict(d_byte=1, byte_layers=0, byte_window=1, ngrams=1, ngram_rows=1)
-
-
-def _check_least(c, *names):
-    "Raise unless these values of a configuration are large enough"
-    for name in names:
-        if (value := vars(c)[name]) < _LEAST[name]:
-            raise ValueError(f"{name}={value}, but {name} is at least {_LEAST[name]}")
 
 
 def check_config(
     c,  # A `BytePatchConfig`
 ):
     "Raise ValueError, naming the field, unless a model can be made"
-    _check_least(c, *_LEAST)
+    check_least(c, **_LEAST)
     if c.ctx_len < c.patch_size:
         raise ValueError(f"ctx_len={c.ctx_len} holds no patch of {c.patch_size}; ctx_len is at least patch_size")
-    if not 0 <= c.dropout < 1:
-        raise ValueError(f"dropout={c.dropout}, but dropout is at least 0 and less than 1")
+    check_dropout(c)
     if c.d_model % c.n_heads:
         raise ValueError(f"d_model={c.d_model} is not a multiple of n_heads={c.n_heads}")
 
-# %% ../../nbs/models/41_bytepatch.ipynb #e92485f2
+# %% ../../nbs/models/41_bytepatch.ipynb #1a1cbd6f
 class Whole:
     "The cache of a layer that reads everything at once: nothing came before, nothing is kept"
 
@@ -86,7 +78,7 @@ class State:
     "What a model remembers between two pieces"
 
     def __init__(self, c, x, kind):
-        _check_least(c, "thinking_steps")  # It may have been changed since the model was made
+        check_least(c, thinking_steps=0)  # It may have been changed since the model was made
         self.seen = 0  # Bytes read
         self.tail = x[:, :0]  # The last of them, as many as the n-grams need
         self.pending = None  # Stream of the unfinished patch

@@ -392,7 +392,7 @@ def unmask(
         now, holes = holes[:, :n], holes[:, n:]
         x[rows, now] = pick(said)
 
-# %% ../../nbs/models/50_diffusion.ipynb #29050dd5
+# %% ../../nbs/models/50_diffusion.ipynb #19f9877d
 OBJECTIVES = dict(masked=Masked, mse=Gaussian)
 SCHEDULES = "cosine", "linear"
 SAMPLERS = "ancestral", "confidence"
@@ -401,11 +401,8 @@ _LEAST = dict(ctx_len=1, d_model=1, n_layers=1, n_heads=1, d_ff=0, eval_samples=
 
 def check_config(c):
     "Raise ValueError, naming the field, unless a model can be made"
-    for field, least in _LEAST.items():
-        if (value := vars(c)[field]) < least:
-            raise ValueError(f"{field}={value}, but {field} is at least {least}")
-    if not 0 <= c.dropout < 1:
-        raise ValueError(f"dropout={c.dropout}, but dropout is at least 0 and less than 1")
+    check_least(c, **_LEAST)
+    check_dropout(c)
     for field, known in dict(objective=OBJECTIVES, schedule=SCHEDULES, sampler=SAMPLERS).items():
         if (value := vars(c)[field]) not in known:
             raise ValueError(f"{field}={value!r} is not one of {', '.join(known)}")

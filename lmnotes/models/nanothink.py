@@ -400,17 +400,14 @@ class Remembering(LM):
             states = dict(zip(self.experts, more["states"].split(list(self.experts.widths().values()), -1)))
         return states, more.get("said"), recalled
 
-# %% ../../nbs/models/60_nanothink.ipynb #76e4f528
+# %% ../../nbs/models/60_nanothink.ipynb #c286fea2
 _LEAST = dict(ctx_len=1, d_model=1, n_heads=1, head_dim=1, kv_latent_dim=0, memory=0, max_vectors=1)
 
 
 def check_config(c):
     "Raise ValueError, naming the field, unless a model can be made"
-    for field, least in _LEAST.items():
-        if (value := vars(c)[field]) < least:
-            raise ValueError(f"{field}={value}, but {field} is at least {least}")
-    if not 0 <= c.dropout < 1:
-        raise ValueError(f"dropout={c.dropout}, but dropout is at least 0 and less than 1")
+    check_least(c, **_LEAST)
+    check_dropout(c)
     turned = "rope_dim" if c.kv_latent_dim else "head_dim"
     if (value := vars(c)[turned]) < 2 or value % 2:
         raise ValueError(

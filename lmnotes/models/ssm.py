@@ -212,17 +212,14 @@ class Block(nn.Module):
         y, z = self.scan(self.norm(h), past)
         return h + F.dropout(self.out(gated(y, z, self.c.gated_norm)), self.c.dropout, self.training)
 
-# %% ../../nbs/models/30_ssm.ipynb #efdeae75
+# %% ../../nbs/models/30_ssm.ipynb #d1debb24
 _LEAST = dict(ctx_len=1, d_model=1, n_layers=1, d_inner=0, d_state=1, d_conv=1, head_dim=1, dt_rank=0)
 
 
 def check_config(c):
     "Raise ValueError, naming the field, unless a model can be made"
-    for field, least in _LEAST.items():
-        if (value := vars(c)[field]) < least:
-            raise ValueError(f"{field}={value}, but {field} is at least {least}")
-    if not 0 <= c.dropout < 1:
-        raise ValueError(f"dropout={c.dropout}, but dropout is at least 0 and less than 1")
+    check_least(c, **_LEAST)
+    check_dropout(c)
     if c.kind not in KINDS:
         raise ValueError(f"kind={c.kind!r} is not one of {', '.join(KINDS)}")
 
