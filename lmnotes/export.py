@@ -173,7 +173,7 @@ def train_command(
     told, default = _told(info)["config"], asdict(RunConfig())
     return shlex.join(["lmnotes", "train", *flags({n: v for n, v in told.items() if v != default[n]})])
 
-# %% ../nbs/60_export.ipynb #005b890f
+# %% ../nbs/60_export.ipynb #7e8180ed
 def figures_at(r):
     "The validation figures of a run at its step; empty if it was not evaluated there"
     there = [m for m in r.metrics if m["split"] == "val" and m["step"] == r.step]
@@ -183,7 +183,7 @@ def figures_at(r):
 def _figure_rows(found):
     "Names and texts of an evaluation's figures"
     rows = [("loss, nats per token" if "ppl" in found else "loss", plus_minus(found, "loss", "stderr"))]
-    rows += [("perplexity", at_most(found) + f"{found['ppl']:.4g}")] if "ppl" in found else []
+    rows += [("perplexity", perplexity(found))] if "ppl" in found else []
     rows += [("bits per byte", plus_minus(found, "bpb", "bpb_stderr"))] if "bpb" in found else []
     part = "whole validation part" if found.get("full") else "first batches of the validation part"
     return [*rows, ("measured on", f"{found['tokens']:,} tokens, the {part}")]

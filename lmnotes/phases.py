@@ -472,7 +472,7 @@ def joined(
 
     return make
 
-# %% ../nbs/54_phases.ipynb #cb68d811
+# %% ../nbs/54_phases.ipynb #8c794eee
 def best_of(
     r,  # A `Run`
     device="auto",
@@ -496,7 +496,7 @@ def domain_table(r):
             "domain": domain,
             "tokens": found["tokens"],
             "loss": plus_minus(found, "loss", "stderr"),
-            "perplexity": found.get("ppl", ""),
+            "perplexity": perplexity(found),
             "bits per byte": plus_minus(found, "bpb", "bpb_stderr") if "bpb" in found else "",
         }
         for domain, found in figures.items()

@@ -530,7 +530,7 @@ def _prepare_file(path, corpus, tokenizer, split, data_dir):
     )
     return tokens
 
-# %% ../nbs/50_runs.ipynb #762a29b1
+# %% ../nbs/50_runs.ipynb #f746798c
 def summary(r):
     "The figures of a run as a table"
     last, train = r.result.get("last", {}), [m for m in r.metrics if m["split"] == "train"]
@@ -542,7 +542,7 @@ def summary(r):
         "validation loss": plus_minus(last, "loss", "stderr") + (" nats per token" if "ppl" in last else "")
         if last
         else "not evaluated",
-        "perplexity": at_most(last) + f"{last['ppl']:.4g}" if "ppl" in last else "",
+        "perplexity": perplexity(last),
         "bits per byte": plus_minus(last, "bpb", "bpb_stderr") if "bpb" in last else "",
         "training loss": train[-1]["loss"] if train else "",
         "tokens per second": round(train[-1]["tok_per_s"]) if train else "",
