@@ -1,0 +1,41 @@
+"""A real browser for the tests of pages: Chromium without a window. Where there is none, these tests say so and are skipped."""
+
+import os
+import shutil
+from contextlib import contextmanager
+
+import pytest
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+
+
+def chromium():
+    "Path of a Chromium or Chrome; a test that asks for it is skipped where there is none"
+    found = os.environ.get("CHROMIUM") or next((path for path in map(shutil.which, NAMES) if path), None)
+    if not found:
+        pytest.skip("needs a browser: install chromium, or name one in CHROMIUM")
+    return found
+
+
+@contextmanager
+def open_browser(**context):
+    "A fresh browser context; arguments as for Playwright's `new_context`"
+    from playwright.sync_api import sync_playwright
+
+    path = chromium()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=QUIET.split())
+        try:
+            yield browser.new_context(**context)
+        finally:
+            browser.close()
+
+
+def watch(page, home):
+    "Note what goes wrong on a page: (console errors and exceptions, requests to other hosts than `home`), filled as it is used"
+    errors, outside = [], []
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda r: None if r.url.startswith((home, "data:", "blob:")) else outside.append(r.url))
+    return errors, outside
