@@ -99,7 +99,7 @@ def main():
     losses = {name: evaluate(expert, judged, autocast=context)["loss"] for name, expert in experts.items()}
     losses |= averages(experts, judged, context)
     start = min(EXPERTS, key=losses.get)
-    lm = mixture(experts, cfg, data, **dict(start=start) | parse_model_args("nanothink", args.config))
+    lm = mixture(experts, cfg, data, **dict(default_expert=start) | parse_model_args("nanothink", args.config))
     trainer = Trainer(lm, windows, own)
     losses["mixture, untrained"] = evaluate(lm, judged, autocast=context)["loss"]
     print({k: round(v, 4) for k, v in losses.items()}, flush=True)

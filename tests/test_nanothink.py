@@ -28,8 +28,8 @@ GUIDE = dict(
 )
 SIZE = dict(vocab_size=32, ctx_len=24, d_model=16, n_heads=2, head_dim=8, kv_latent_dim=8, rope_dim=4)
 VARIANTS = [
-    dict(fusion=fusion, feed=feed, kv_latent_dim=latent)
-    for fusion, feed, latent in itertools.product(("mixture", "hidden"), (False, True), (0, 8))
+    dict(fusion=fusion, attention_first=first, kv_latent_dim=latent)
+    for fusion, first, latent in itertools.product(("mixture", "hidden"), (False, True), (0, 8))
 ]
 IDS = np.random.default_rng(0).integers(32, size=24 * 33 + 1)
 
@@ -87,7 +87,7 @@ def _cached_is_not_cached(lm, latent):
 @pytest.mark.parametrize("config", VARIANTS, ids=lambda c: " ".join(map(str, c.values())))
 def test_begins_as_its_expert(config):
     torch.manual_seed(0)
-    lm = new_lm("nanothink", **{**SIZE, **EXPERTS, "start": "state_space", **config}).eval()
+    lm = new_lm("nanothink", **{**SIZE, **EXPERTS, "default_expert": "state_space", **config}).eval()
     for p in lm.experts.parameters():
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=0.1)
@@ -112,7 +112,7 @@ def test_the_loss_and_its_terms():
     plain = -lm(batch().x).log_softmax(-1).gather(-1, batch().y[..., None]).sum()
     assert abs(out["nll"] - plain) < 1e-3
     c = lm.cfg
-    loss = out["ce"] - c.entropy_reg * out["entropy"] + c.balance * out["balance"] + c.z_loss * out["z"]
+    loss = out["ce"] - c.entropy_reg * out["entropy"] + c.balance_loss * out["balance"] + c.z_loss * out["z"]
     assert abs(out["loss"] - loss) < 1e-6
     assert abs(sum(out[f"weight_{name}"] for name in EXPERTS) - 1) < 1e-5
     for name, expert in lm.experts.items():
@@ -204,13 +204,13 @@ def test_each_rank_keeps_its_rows():
 
 def test_what_cannot_be_kept():
     windows = EpochWindows(IDS, 4, 24)
-    for lm in (model(frozen=False), model(feed=True)):
+    for lm in (model(frozen=False), model(attention_first=True)):
         with pytest.raises(ValueError, match="can be kept if they are frozen"):
             KeptActivations(lm, windows)
 
 
 MISTAKES = {
-    "start='mamba' is not one of transformer, state_space, diffuser": dict(start="mamba"),
+    "default_expert='mamba' is not one of transformer, state_space, diffuser": dict(default_expert="mamba"),
     "fusion='sum' is not one of mixture, hidden": dict(fusion="sum"),
     "transformer='gpt,ctx_len=5': .*gives ctx_len": dict(transformer="gpt,ctx_len=5"),
     "transformer='gtp': .*did you mean 'gpt'": dict(transformer="gtp"),
@@ -218,8 +218,10 @@ MISTAKES = {
     "transformer='rnn': .*cannot be asked for the states": dict(transformer="rnn"),
     "diffuser='gpt:nanogpt': .*cannot read past ctx_len": dict(diffuser="gpt:nanogpt"),
     "state_space='ssm,d_state=0': d_state=0, but d_state is at least 1": dict(state_space="ssm,d_state=0"),
-    "start='transformer' is not one of state_space, diffuser": dict(transformer=" "),
-    "start='transformer' is not one of the experts: there is none": dict(transformer="", state_space="", diffuser=" "),
+    "default_expert='transformer' is not one of state_space, diffuser": dict(transformer=" "),
+    "default_expert='transformer' is not one of the experts: there is none": dict(
+        transformer="", state_space="", diffuser=" "
+    ),
     "rope_dim=3, but rotary positions": dict(rope_dim=3),
     "rope_dim=0, but rotary positions": dict(rope_dim=0),
     "head_dim=7, but rotary positions": dict(kv_latent_dim=0, head_dim=7),
@@ -229,7 +231,7 @@ MISTAKES = {
     "dropout=1.0, but dropout is at least 0 and less than 1": dict(dropout=1.0),
     "memory=-1, but memory is at least 0": dict(memory=-1),
     "max_vectors=0, but max_vectors is at least 1": dict(max_vectors=0),
-    "memory=2 needs a transformer expert": dict(memory=2, feed=True),
+    "memory=2 needs a transformer expert": dict(memory=2, attention_first=True),
     "memory_chunk=13 does not fit twice into ctx_len=24": dict(memory=2, memory_chunk=13),
     "memory_chunk=0 does not fit twice .* choose memory_chunk from 1 to 12": dict(memory=2, memory_chunk=0),
 }
@@ -391,7 +393,7 @@ def test_what_is_remembered_is_spread_over_the_text(room):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_weights_of_other_types(dtype, config):
     "Forward, in steps, and back; with a memory where there can be one"
-    for memory in (False, True) if not config["feed"] else (False,):
+    for memory in (False, True) if not config["attention_first"] else (False,):
         lm = model(False, **config, **MEMORY if memory else {}).to(dtype).eval()
         if memory:
             lm.store = remember(lm, VectorStore(16), SimpleNamespace(ids=IDS, doc_starts=None))

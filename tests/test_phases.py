@@ -400,9 +400,9 @@ def test_together(experts):
             },
         )
     single = {name: kept(experts, f"{name}_expert.pt")["counters"]["best"] for name in ("transformer", "state_space")}
-    assert info(experts, "nanothink_mla")["model"]["start"] == min(single, key=single.get)
+    assert info(experts, "nanothink_mla")["model"]["default_expert"] == min(single, key=single.get)
     first = next(r for r in records(experts / "checkpoints/nanothink_mla/metrics.jsonl") if r["split"] == "train")
-    start = info(experts, "nanothink_mla")["model"]["start"]
+    start = info(experts, "nanothink_mla")["model"]["default_expert"]
     assert abs(first["ce"] - first[f"ce_{start}"]) < 0.02
     assert held["counters"]["best"] < min(single.values())
     assert all({"entropy", "balance", "z", "weight_diffuser"} <= set(r) for r in [first])

@@ -74,7 +74,7 @@ def test_weights_of_other_types(kind, dtype):
     torch.manual_seed(0)
     m = new_lm("ssm", kind=kind, **TINY | dict(dropout=0.0))
     for block in m.blocks:
-        torch.nn.init.normal_(block.out.weight, std=0.3)
+        torch.nn.init.normal_(block.out_proj.weight, std=0.3)
     torch.nn.init.normal_(m.head.weight, std=0.3)
     w = torch.randint(16, (2, 81))
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_the_parts_make_the_whole(config):
     torch.manual_seed(0)
     m = new_lm("ssm", preset, **config).eval()
     for block in m.blocks:
-        torch.nn.init.normal_(block.out.weight, std=0.3)
+        torch.nn.init.normal_(block.out_proj.weight, std=0.3)
     x = torch.randint(16, (3, 20))
     h = m.enter(x)
     assert torch.equal(m(x), m.logits(m.states(h)))
@@ -128,7 +128,7 @@ def test_autocast_changes_only_rounding(kind):
     torch.manual_seed(0)
     m = new_lm("ssm", kind=kind, **TINY | dict(dropout=0.0))
     for block in m.blocks:
-        torch.nn.init.normal_(block.out.weight, std=0.3)
+        torch.nn.init.normal_(block.out_proj.weight, std=0.3)
     torch.nn.init.normal_(m.head.weight, std=0.3)
     w = torch.randint(16, (4, 41))
     wanted = m.loss(Batch(w[:, :-1], w[:, 1:]))["loss"]

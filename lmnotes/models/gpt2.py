@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['GPT2Config', 'hf_config', 'GPT2', 'to_hf', 'save_hf']
 
-# %% ../../nbs/models/22_gpt2.ipynb #3a440216
+# %% ../../nbs/models/22_gpt2.ipynb #a7b436cf
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ..blocks import check_heads
 from ..layers import *
 from ..lm import *
 
-# %% ../../nbs/models/22_gpt2.ipynb #7fa7b3aa
+# %% ../../nbs/models/22_gpt2.ipynb #e7fdfba1
 @dataclass
 class GPT2Config(LMConfig):
     "Configuration of `GPT2`; the defaults are the smallest of those published"
@@ -29,7 +30,7 @@ class GPT2Config(LMConfig):
     dropout: float = 0.1  # Of embeddings, attention and both branches of a block
     tie: bool = True  # Embedding and head are one matrix
 
-
+# %% ../../nbs/models/22_gpt2.ipynb #469ca399
 _THEIRS = dict(
     vocab_size="vocab_size",
     n_positions="n_positions",
@@ -39,9 +40,6 @@ _THEIRS = dict(
     dropout="resid_pdrop",
     tie="tie_word_embeddings",
 )
-
-
-# What else decides what a GPT-2 computes, and the values it may have
 _ACT = "activation_function"
 _FIXED = {
     _ACT: ("gelu_new", "gelu_pytorch_tanh"),  # One function; the second is a single kernel
@@ -62,16 +60,21 @@ def hf_config(cfg):
     end = 50256 if cfg.vocab_size > 50256 else None
     return HFConfig(**values, **dropout, bos_token_id=end, eos_token_id=end, activation_function=_FIXED[_ACT][1])
 
-# %% ../../nbs/models/22_gpt2.ipynb #6056e94f
+# %% ../../nbs/models/22_gpt2.ipynb #db46f6ef
 def _check(cfg):
     "Raise unless the numbers fit together"
-    if cfg.d_model % cfg.n_heads:
-        raise ValueError(f"d_model={cfg.d_model} is not a multiple of n_heads={cfg.n_heads}")
+    check_heads(cfg.d_model, cfg.n_heads)
     if cfg.ctx_len > cfg.n_positions:
         raise ValueError(
             f"ctx_len={cfg.ctx_len} is more than the n_positions={cfg.n_positions} that the model has; "
             f"give ctx_len={cfg.n_positions} or less"
         )
+
+
+def _check_length(cfg, T):
+    "Raise unless there are vectors for so many positions"
+    if T > cfg.n_positions:
+        raise ValueError(f"{T} positions given, and n_positions={cfg.n_positions} have been learned")
 
 
 def _new_hf(cfg):
@@ -92,21 +95,35 @@ def _use_our_attention(model):
 
     AttentionInterface.register("lmnotes", _attend)
     model.set_attn_implementation("lmnotes")
+    return model
 
-# %% ../../nbs/models/22_gpt2.ipynb #69095d3d
+# %% ../../nbs/models/22_gpt2.ipynb #6d0b3558
+def _states(lm, x, state):
+    "(B,k,D) states of new ids, and what `step` remembers: the cache, while there is one, and the last ids"
+    from transformers import DynamicCache
+
+    cache, ids = state or (DynamicCache(config=lm.transformer.config), x[:, :0])
+    ids = torch.cat([ids, x], 1)
+    if cache is not None and ids.shape[1] <= lm.cfg.ctx_len:
+        return lm.transformer(x, past_key_values=cache, use_cache=True).last_hidden_state, (cache, ids)
+    ids = ids[:, -lm.cfg.ctx_len :]
+    return lm.transformer(ids, use_cache=False).last_hidden_state, (None, ids)
+
+
+_PRESETS = {
+    "gpt2": dict(d_model=768, n_layers=12, n_heads=12),
+    "gpt2-medium": dict(d_model=1024, n_layers=24, n_heads=16),
+    "gpt2-large": dict(d_model=1280, n_layers=36, n_heads=20),
+    "gpt2-xl": dict(d_model=1600, n_layers=48, n_heads=25),
+}
+
+# %% ../../nbs/models/22_gpt2.ipynb #0e9904ed
 @arch("gpt2")
 class GPT2(LM):
     "transformers' GPT-2 under the contract"
 
     Config = GPT2Config
-    published = "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"
-    tokenizer = "gpt2"
-    presets = {
-        "gpt2": dict(d_model=768, n_layers=12, n_heads=12),
-        "gpt2-medium": dict(d_model=1024, n_layers=24, n_heads=16),
-        "gpt2-large": dict(d_model=1280, n_layers=36, n_heads=20),
-        "gpt2-xl": dict(d_model=1600, n_layers=48, n_heads=25),
-    }
+    presets, published, tokenizer = _PRESETS, tuple(_PRESETS), "gpt2"
 
     def __init__(
         self,
@@ -115,8 +132,7 @@ class GPT2(LM):
     ):
         super().__init__(cfg)
         _check(cfg)
-        model = model or _new_hf(cfg)
-        _use_our_attention(model)
+        model = _use_our_attention(model or _new_hf(cfg))
         self.transformer, self.lm_head = model.transformer, model.lm_head
 
     @classmethod
@@ -126,40 +142,17 @@ class GPT2(LM):
         **config,  # The tokenizer's vocab_size, ctx_len, dropout; a shape must be the source's
     ):
         "A model with the weights of `source`"
-        cfg = _config_from(source, config)
-        model = _read_hf(source, cfg)
-        cfg.vocab_size = config.get("vocab_size", cfg.vocab_size)
-        if cfg.vocab_size < len(model.lm_head.weight):
-            model.resize_token_embeddings(cfg.vocab_size)
-        return cls(cfg, model).train()
+        return cls(*_read_pretrained(source, config)).train()
 
     def forward(self, x):
-        self._check_length(x.shape[1])
+        _check_length(self.cfg, x.shape[1])
         return self.lm_head(self.transformer(x, use_cache=False).last_hidden_state)
 
+    @inference_step
     def step(self, x, state=None):
         "(B,k) new ids -> (B,V) logits after them; the state is the cache, while there is one, and the last ids"
-        with torch.inference_mode():
-            h, state = self._step(x, state)
-            logits = self.lm_head(h[:, -1]).float()
-        return logits.clone(), state  # Outside inference mode again, so that the caller may change them
-
-    def _step(self, x, state):
-        cache, ids = state or (self._new_cache(), x[:, :0])
-        ids = torch.cat([ids, x], 1)
-        if cache is not None and ids.shape[1] <= self.cfg.ctx_len:
-            return self.transformer(x, past_key_values=cache, use_cache=True).last_hidden_state, (cache, ids)
-        ids = ids[:, -self.cfg.ctx_len :]
-        return self.transformer(ids, use_cache=False).last_hidden_state, (None, ids)
-
-    def _new_cache(self):
-        from transformers import DynamicCache
-
-        return DynamicCache(config=self.transformer.config)
-
-    def _check_length(self, T):
-        if T > self.cfg.n_positions:
-            raise ValueError(f"{T} positions given, and n_positions={self.cfg.n_positions} have been learned")
+        h, state = _states(self, x, state)
+        return self.lm_head(h[:, -1]).float(), state
 
 # %% ../../nbs/models/22_gpt2.ipynb #e1de6f21
 def to_hf(lm):
@@ -279,7 +272,7 @@ def _config_from(source, given):
     values["ctx_len"] = values["n_positions"]
     return lm_config("gpt2", **{**values, **given, "vocab_size": values["vocab_size"]})
 
-# %% ../../nbs/models/22_gpt2.ipynb #b38d8fc0
+# %% ../../nbs/models/22_gpt2.ipynb #43f0b0e4
 def _weight_files(source):
     "The files of weights in a folder, or the name"
     files = [p for pattern in ("*.safetensors", "*.bin") for p in sorted(Path(source).glob(pattern))]
@@ -302,6 +295,16 @@ def _read_hf(source, cfg):
     return model
 
 
+def _read_pretrained(source, given):
+    "(configuration, `GPT2LMHeadModel`) of a source, with as many tokens as the tokenizer has"
+    cfg = _config_from(source, given)
+    model = _read_hf(source, cfg)
+    cfg.vocab_size = given.get("vocab_size", cfg.vocab_size)
+    if cfg.vocab_size < len(model.lm_head.weight):
+        model.resize_token_embeddings(cfg.vocab_size)
+    return cfg, model
+
+# %% ../../nbs/models/22_gpt2.ipynb #2bd1a9d5
 def _check_weights(where, model, info):
     "Raise unless every tensor came from the file, and every tensor of the file is used"
     wrong = [

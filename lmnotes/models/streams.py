@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['JOINTS', 'ENCODERS', 'HEADS', 'TARGETS', 'INPUTS', 'OUTPUTS', 'TEXTS', 'StreamsConfig', 'Encoder', 'check_ids',
-           'ExternalVoice', 'Touch', 'Proprioception', 'Audio', 'Vision', 'Sound', 'Animation', 'sees', 'Attention',
-           'Block', 'sort_tensors', 'sort_inputs', 'sort_targets', 'sense', 'look_causally', 'look_at', 'look_back',
-           'StreamsParts', 'StreamsHeads', 'Part', 'StreamsLayout', 'StreamsBody', 'StreamsAnswers', 'StreamsWriter',
-           'StreamsLoss', 'Streams', 'parameter_report']
+           'ExternalVoice', 'Touch', 'Proprioception', 'Audio', 'Vision', 'Sound', 'Animation', 'sees', 'sort_tensors',
+           'sort_inputs', 'sort_targets', 'sense', 'look_at', 'look_back', 'text_weight', 'text_logits', 'StreamsParts',
+           'Part', 'lay_out', 'through_blocks', 'all_states', 'answer', 'senses_of', 'StreamsReader', 'Streams',
+           'parameter_report']
 
-# %% ../../nbs/models/70_streams.ipynb #429b5dcb
+# %% ../../nbs/models/70_streams.ipynb #8b9d7187
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..blocks import *
 from ..layers import *
 from ..lm import *
 from ..lora import *
@@ -246,39 +247,6 @@ def sees(
     oldest = torch.where(asks[:, None] > 0, 0, i - window)
     return (j <= i) & ((j == 0) | (j > oldest)) & ((asks == 0) | (asks == asks[:, None]))
 
-# %% ../../nbs/models/70_streams.ipynb #97f9aeb8
-class Attention(nn.Module):
-    "Self-attention (B,S,D) -> (B,S,D)"
-
-    def __init__(self, c):
-        super().__init__()
-        if c.d_model % c.n_heads:
-            raise ValueError(f"d_model={c.d_model} is not a multiple of n_heads={c.n_heads}")
-        check_rope(c.d_model // c.n_heads)
-        self.c = c
-        self.qkv = nn.Linear(c.d_model, 3 * c.d_model, bias=False)
-        self.out = nn.Linear(c.d_model, c.d_model, bias=False)
-
-    def forward(self, x, table, look):
-        c, (B, S, D) = self.c, x.shape
-        qk, (v,) = self.qkv(x).view(B, S, 3, c.n_heads, D // c.n_heads).permute(2, 0, 3, 1, 4).split((2, 1))
-        q, k = rope(rms_norm(qk.float()), table).to(qk.dtype, memory_format=torch.contiguous_format)
-        y = look(q, k, v).transpose(1, 2).reshape(B, S, D)
-        return F.dropout(self.out(y.to(x.dtype)), c.dropout, self.training)
-
-
-class Block(nn.Module):
-    "Attention, then feed-forward"
-
-    def __init__(self, c):
-        super().__init__()
-        self.attn = Attention(c)
-        self.ffn = FeedForward(c.d_model, c.d_ff or 4 * c.d_model, dropout=c.dropout)
-
-    def forward(self, x, table, look):
-        x = x + self.attn(rms_norm(x), table, look)
-        return x + self.ffn(rms_norm(x))
-
 # %% ../../nbs/models/70_streams.ipynb #7b39ffa7
 def _names(text, known, first, what):
     "The names in a string; the text that the model goes on with must be among them"
@@ -397,50 +365,36 @@ def sense(
     there = torch.ones(h.shape[:2], dtype=torch.bool, device=device) if there is None else there
     return h, torch.where(missing[:, None], policy != "absent", there)
 
-# %% ../../nbs/models/70_streams.ipynb #5278c704
-def _scale(c):
-    "Normalised vectors have length √d; 1.2 sharpens what the normalisation blunts"
-    return 1.2 * (c.d_model // c.n_heads) ** -0.5
-
-
-def look_causally(c, dropout):
-    "Of text alone"
-    return lambda q, k, v: attention(q, k, v, c.ctx_len, _scale(c), dropout)
-
-
+# %% ../../nbs/models/70_streams.ipynb #8080e334
 def look_at(
-    c,
     mask,  # (S,S), from `sees`
     there,  # (B,S)
-    dropout,
 ):
     "Of several streams"
     itself = torch.eye(len(mask), dtype=torch.bool, device=mask.device)
     mask = (mask & (there[:, None] | itself))[:, None]
-    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=_scale(c))
+    return lambda q, k, v, scale, dropout: attend(q, k, v, mask, scale, dropout)
 
-# %% ../../nbs/models/70_streams.ipynb #587509c7
+# %% ../../nbs/models/70_streams.ipynb #67ea055f
 def look_back(
-    c,
+    window,
     cache,  # A `Cache`
-    senses,  # Keys, values (B,H,N,d) and which are there (B,N), or None
+    senses,  # Keys, values (B,H,N,d) and which are there (B,N)
 ):
-    "Of a text that is being written"
+    "Of a text that is being written beside what is sensed"
 
-    def look(q, k, v):
+    def look(q, k, v, scale, dropout):
         k, v = cache(k, v)
-        if senses is None:
-            return attention(q.to(k.dtype), k, v, c.ctx_len, _scale(c))
         before_k, before_v, there = senses
         (B, _, T, _), S = q.shape, k.shape[2]
-        text = causal_mask(T, S, c.ctx_len, q.device).expand(B, 1, T, S)
+        text = causal_mask(T, S, window, q.device).expand(B, 1, T, S)
         mask = torch.cat([there[:, None, None].expand(B, 1, T, -1), text], -1)
         k, v = torch.cat([before_k.to(k.dtype), k], 2), torch.cat([before_v.to(v.dtype), v], 2)
-        return F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, scale=_scale(c))
+        return attend(q.to(k.dtype), k, v, mask, scale, dropout)
 
     return look
 
-# %% ../../nbs/models/70_streams.ipynb #39af37a8
+# %% ../../nbs/models/70_streams.ipynb #4bca5220
 INPUTS = ["internal_voice", *ENCODERS]
 OUTPUTS = ["internal_text", "external_text", *HEADS]
 TEXTS = dict(internal_text="internal_voice", external_text="external_voice")  # What each text goes on from
@@ -456,10 +410,44 @@ def _check(c, inputs, outputs, weights):
         raise ValueError(f"loss_weights={c.loss_weights!r} leaves outputs={c.outputs!r} with nothing to train")
 
 
+def _block(c):
+    check_heads(c.d_model, c.n_heads, rotary=True)
+    ffn = FeedForward(c.d_model, c.d_ff or 4 * c.d_model, dropout=c.dropout)
+    return Block(Attention(c.d_model, c.n_heads, c.dropout), ffn)
+
+
 def _new_head(name, c):
     return HEADS[name](c) if name in HEADS else nn.Linear(c.d_model, c.vocab_size, bias=False)
 
-# %% ../../nbs/models/70_streams.ipynb #9020d739
+# %% ../../nbs/models/70_streams.ipynb #5ea4381a
+def text_weight(lm, name):
+    "(V,D) of a text's head"
+    if lm.cfg.tie:
+        return lm.embed.weight if name == "internal_text" else lm.encoders["external_voice"].embed.weight
+    head = lm.heads[f"{name}_head"]
+    if isinstance(head, LoRALinear):  # Its dropout, which is of the states, has no place here
+        return torch.addmm(head.weight, head.lora_B, head.lora_A, alpha=head.scale)
+    return head.weight
+
+
+def text_logits(lm, name, h):
+    "(B,N,V) logits of a text"
+    return soft_cap(F.linear(h, text_weight(lm, name)).float(), lm.cfg.softcap)
+
+# %% ../../nbs/models/70_streams.ipynb #571f6450
+def _init_weights(lm):
+    "Unit embeddings, uniform matrices, and zeros where something leads back into the stream or to a text"
+    c = lm.cfg
+    for name, p in lm.named_parameters():
+        if name.endswith(("attn.out.weight", "down.weight", "text_head.weight")):
+            nn.init.zeros_(p)
+        elif name.startswith("blocks"):
+            nn.init.uniform_(p, -((3 / c.d_model) ** 0.5), (3 / c.d_model) ** 0.5)
+    for name in TEXTS:
+        if c.tie and name in lm.outputs:
+            nn.init.normal_(text_weight(lm, name), std=0.02)
+
+
 class StreamsParts(LM):
     "The parts of a model of several streams"
 
@@ -473,39 +461,12 @@ class StreamsParts(LM):
         _check(cfg, inputs, self.outputs, self.weights)
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.encoders = nn.ModuleDict({name: ENCODERS[name](cfg) for name in inputs[1:]})
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.blocks = nn.ModuleList(_block(cfg) for _ in range(cfg.n_layers))
         heads = {f"{name}_head": _new_head(name, cfg) for name in self.outputs if name in HEADS or not cfg.tie}
         self.heads = nn.ModuleDict(heads)
-        self._init_weights()
+        _init_weights(self)
 
-    def _init_weights(self):
-        "Unit embeddings, uniform matrices, and zeros where something leads back into the stream or to a text"
-        for name, p in self.named_parameters():
-            if name.endswith(("attn.out.weight", "down.weight", "text_head.weight")):
-                nn.init.zeros_(p)
-            elif name.startswith("blocks"):
-                nn.init.uniform_(p, -((3 / self.cfg.d_model) ** 0.5), (3 / self.cfg.d_model) ** 0.5)
-        for name in TEXTS:
-            if self.cfg.tie and name in self.outputs:
-                nn.init.normal_(self._text_weight(name), std=0.02)
-
-# %% ../../nbs/models/70_streams.ipynb #34f77405
-class StreamsHeads(StreamsParts):
-    "The texts' heads"
-
-    def _text_weight(self, name):
-        "(V,D) of a text's head"
-        if self.cfg.tie:
-            return self.embed.weight if name == "internal_text" else self.encoders["external_voice"].embed.weight
-        head = self.heads[f"{name}_head"]
-        if isinstance(head, LoRALinear):  # Its dropout, which is of the states, has no place here
-            return torch.addmm(head.weight, head.lora_B, head.lora_A, alpha=head.scale)
-        return head.weight
-
-    def _logits(self, name, h):
-        return soft_cap(F.linear(h, self._text_weight(name)).float(), self.cfg.softcap)
-
-# %% ../../nbs/models/70_streams.ipynb #4d3d5c92
+# %% ../../nbs/models/70_streams.ipynb #336f8ae2
 class Part(NamedTuple):
     "Positions that lie side by side"
 
@@ -520,118 +481,207 @@ class Part(NamedTuple):
         "(N) their positions"
         return torch.arange(self.start, self.start + self.h.shape[1], device=self.h.device)
 
-# %% ../../nbs/models/70_streams.ipynb #725d3c1d
-class StreamsLayout(StreamsHeads):
-    "What is looked at, in order"
 
-    def _lay(self, x, streams, frames):
-        "Parts: the senses, the texts, the questions"
-        everywhere, last = torch.ones_like(x, dtype=torch.bool), x.shape[1]
-        senses, texts, start = [], [Part("internal_voice", rms_norm(self.embed(x)), everywhere, 0)], 0
-        for name, encoder in self.encoders.items():
-            if name not in streams and self.cfg.null == "absent":
-                continue
-            h, there = sense(encoder, streams.get(name), self.cfg.null, len(x), x.device)
-            if name == "external_voice" and name in streams:
-                texts, last = [*texts, Part(name, h, there, 0)], max(last, h.shape[1])
-            else:
-                start -= h.shape[1]
-                senses.insert(0, Part(name, h, there, start))
-        return senses + texts + [self._ask(name, n, x, last) for name, n in frames.items()]
+def _ask(lm, name, n, x, last):
+    "The questions of a head"
+    h = rms_norm(lm.heads[f"{name}_head"].question).expand(len(x), n, -1)
+    return Part(f"{name}_frames", h, x.new_ones(len(x), n, dtype=torch.bool), last, 1 + OUTPUTS.index(name))
 
-    def _ask(self, name, n, x, last):
-        "The questions of a head"
-        h = rms_norm(self.heads[f"{name}_head"].question).expand(len(x), n, -1)
-        return Part(f"{name}_frames", h, x.new_ones(len(x), n, dtype=torch.bool), last, 1 + OUTPUTS.index(name))
+# %% ../../nbs/models/70_streams.ipynb #0fd65f3b
+def lay_out(
+    lm,
+    x,  # (B,T) ids
+    streams,  # {stream: {field: tensor}}
+    frames,  # {head: frames that it is asked for}
+):  # List of `Part`
+    "What is looked at, in order: the senses, the texts, the questions"
+    everywhere, last = torch.ones_like(x, dtype=torch.bool), x.shape[1]
+    senses, texts, start = [], [Part("internal_voice", rms_norm(lm.embed(x)), everywhere, 0)], 0
+    for name, encoder in lm.encoders.items():
+        if name not in streams and lm.cfg.null == "absent":
+            continue
+        h, there = sense(encoder, streams.get(name), lm.cfg.null, len(x), x.device)
+        if name == "external_voice" and name in streams:
+            texts, last = [*texts, Part(name, h, there, 0)], max(last, h.shape[1])
+        else:
+            start -= h.shape[1]
+            senses.insert(0, Part(name, h, there, start))
+    return senses + texts + [_ask(lm, name, n, x, last) for name, n in frames.items()]
 
-# %% ../../nbs/models/70_streams.ipynb #476730ca
-class StreamsBody(StreamsLayout):
-    "The states of all streams"
+# %% ../../nbs/models/70_streams.ipynb #ba02e7b2
+def through_blocks(lm, h, positions, looks):
+    "(B,S,D) through all blocks, each with its own look, and normalised"
+    c = lm.cfg
+    table = rope_table(positions, c.d_model // c.n_heads, c.rope_base)
+    h = F.dropout(h, c.dropout, lm.training)
+    for block, look in zip(lm.blocks, looks):
+        h, _ = block(h, look, table)
+    return rms_norm(h)
 
-    def _states(self, x, streams, frames):
-        "{stream, or frames of an answer: states (B,N,D)}"
-        c, parts = self.cfg, self._lay(x, streams, frames)
-        dropout, at = c.dropout if self.training else 0.0, torch.cat([part.at for part in parts])
-        look = look_causally(c, dropout)
-        if len(parts) > 1:
-            asks = torch.cat([torch.full_like(part.at, part.asks) for part in parts])
-            mask = sees((at + 1).clamp(min=0), asks, c.ctx_len)
-            look = look_at(c, mask, torch.cat([part.there for part in parts], 1), dropout)
-        h = self._run(torch.cat([part.h for part in parts], 1), at, [look] * c.n_layers)
-        return {part.name: states for part, states in zip(parts, h.split([len(part.at) for part in parts], 1))}
 
-    def _run(self, h, positions, looks):
-        "Through all blocks, and normalised"
-        c = self.cfg
-        table = rope_table(positions, c.d_model // c.n_heads, c.rope_base)
-        h = F.dropout(h, c.dropout, self.training)
-        for block, look in zip(self.blocks, looks):
-            h = block(h, table, look)
-        return rms_norm(h)
+def all_states(lm, x, streams, frames):
+    "{stream, or frames of an answer: states (B,N,D)}"
+    c, parts = lm.cfg, lay_out(lm, x, streams, frames)
+    at, look = torch.cat([part.at for part in parts]), causal_look(c.ctx_len)
+    if len(parts) > 1:
+        asks = torch.cat([torch.full_like(part.at, part.asks) for part in parts])
+        mask = sees((at + 1).clamp(min=0), asks, c.ctx_len)
+        look = look_at(mask, torch.cat([part.there for part in parts], 1))
+    h = through_blocks(lm, torch.cat([part.h for part in parts], 1), at, [look] * c.n_layers)
+    return {part.name: states for part, states in zip(parts, h.split([len(part.at) for part in parts], 1))}
 
-# %% ../../nbs/models/70_streams.ipynb #ab4b80eb
-class StreamsAnswers(StreamsBody):
+# %% ../../nbs/models/70_streams.ipynb #38303d5e
+def answer(
+    lm,
+    internal_voice_tokens,  # (B,T) ids
+    return_hidden_states=False,  # Among the outputs, the states of each stream
+    audio_frames=0,  # Frames to answer
+    animation_frames=0,
+    **inputs,  # Tensors by name, such as touch_forces
+):  # dict
     "All outputs"
+    frames = {name: n for name, n in dict(audio=audio_frames, animation=animation_frames).items() if n}
+    for name, n in frames.items():
+        if name not in lm.outputs or n < 0:
+            raise ValueError(f"{name}_frames={n} is at least 0, and more needs {name} in outputs={lm.cfg.outputs!r}")
+    streams = sort_inputs(lm.encoders, inputs, len(internal_voice_tokens))
+    states = all_states(lm, internal_voice_tokens, streams, frames)
+    out = {}
+    for text, voice in TEXTS.items():
+        if text in lm.outputs and voice in ("internal_voice", *streams):
+            out[f"logits_{text}"] = text_logits(lm, text, states[voice])
+    for name in frames:
+        out.update(lm.heads[f"{name}_head"](states[f"{name}_frames"]))
+    return out | dict(hidden_states=states) if return_hidden_states else out
 
-    def answer(
+# %% ../../nbs/models/70_streams.ipynb #53008fa2
+def senses_of(
+    lm,
+    rows,
+    device,
+    inputs,  # {name: tensor}
+):  # For each layer keys, values and which are there; or None
+    "What a text is written beside"
+    streams, kept = sort_inputs(lm.encoders, inputs, rows), []
+    if "external_voice" in streams:
+        raise ValueError("a text is written beside the senses, not beside another voice; use forward for that")
+    nothing = torch.zeros(rows, 0, dtype=torch.long, device=device)
+    senses = [part for part in lay_out(lm, nothing, streams, {}) if part.start < 0]
+    if not senses:
+        return [None] * lm.cfg.n_layers
+    there, positions = torch.cat([part.there for part in senses], 1), torch.cat([part.at for part in senses])
+    look = look_at(there.new_ones(there.shape[1], there.shape[1]), there)
+
+    def look_and_keep(q, k, v, scale, dropout):
+        kept.append((k, v, there))
+        return look(q, k, v, scale, dropout)
+
+    through_blocks(lm, torch.cat([part.h for part in senses], 1), positions, [look_and_keep] * lm.cfg.n_layers)
+    return kept
+
+# %% ../../nbs/models/70_streams.ipynb #01b0e50c
+def _sorted_batch(lm, batch):
+    "({stream: tensors}, {output that has a weight: targets}) of a batch"
+    asked = {name: t for name, t in batch.more.items() if name.startswith("target_")}
+    more = {name: t for name, t in batch.more.items() if name not in asked}
+    asked = sort_targets(lm.outputs, asked, len(batch.x))
+    asked = {name: targets for name, targets in asked.items() if lm.weights.get(name)}
+    streams = sort_inputs(lm.encoders, more, len(batch.x))
+    if "external_text" in asked and "external_voice" not in streams:
+        raise ValueError("target_external_text is given, and external_voice_tokens, which it goes on from, is not")
+    return streams, asked
+
+
+def _nll(lm, name, states, y):
+    "(summed nats, targets) of a text"
+    with torch.set_grad_enabled(torch.is_grad_enabled() and lm.weights.get(name, 0.0) > 0):
+        return summed_nll(states[TEXTS[name]], text_weight(lm, name), y, lm.cfg.softcap), (y != IGNORE).sum()
+
+# %% ../../nbs/models/70_streams.ipynb #1ec3f7af
+def _losses(lm, asked, states):
+    "{output: loss} of all that is asked beside the internal text"
+    losses = {}
+    for name, targets in asked.items():
+        if name in HEADS:
+            losses[name] = lm.heads[f"{name}_head"].loss(states[f"{name}_frames"], **targets)
+        else:
+            y = targets[name]
+            check_ids(f"target_{name}", torch.where(y == IGNORE, 0, y), lm.cfg.vocab_size)
+            nll, n = _nll(lm, name, states, y)
+            losses[name] = nll / n.clamp(min=1)
+    return losses
+
+
+def _weighted(lm, losses):
+    if torch.is_grad_enabled() and not any(lm.weights.get(name) for name in losses):
+        raise ValueError(
+            f"a batch without a target that loss_weights={lm.cfg.loss_weights!r} gives a weight to; nothing to learn"
+        )
+    return sum(lm.weights.get(name, 0.0) * loss for name, loss in losses.items())
+
+# %% ../../nbs/models/70_streams.ipynb #3bc95e83
+_TINY = dict(vocab_size=50257, ctx_len=2048, d_model=512, n_layers=6, n_heads=8, d_ff=2048)
+_PRESETS = dict(
+    tiny=_TINY,
+    creature=dict(_TINY, inputs=" ".join(INPUTS), outputs=" ".join(OUTPUTS)),
+    creature_100m=dict(vocab_size=50257, ctx_len=512, d_model=768, n_layers=12, n_heads=12, d_ff=3072),
+    creature_1b=dict(vocab_size=50257, ctx_len=512, d_model=1536, n_layers=24, n_heads=16, d_ff=6144),
+)
+
+
+def _check_call(x, named):
+    "Raise unless there are ids alone, or all is named"
+    if (x is None) != ("internal_voice_tokens" in named) or (x is not None and named):
+        found = f"{'ids and ' if x is not None else ''}{', '.join(named) or 'nothing'}"
+        raise ValueError(
+            f"called with {found}; give ids and nothing else, or all by names: internal_voice_tokens=ids, ..."
+        )
+
+# %% ../../nbs/models/70_streams.ipynb #80ab0d18
+class StreamsReader(StreamsParts):
+    "What it makes of a text, and of all that is given beside it"
+
+    def forward(
         self,
-        internal_voice_tokens,  # (B,T) ids
-        return_hidden_states=False,  # Among the outputs, the states of each stream
-        audio_frames=0,  # Frames to answer
-        animation_frames=0,
-        **inputs,  # Tensors by name, such as touch_forces
-    ):  # dict
-        "All outputs"
-        frames = {name: n for name, n in dict(audio=audio_frames, animation=animation_frames).items() if n}
-        for name, n in frames.items():
-            if name not in self.outputs or n < 0:
-                raise ValueError(
-                    f"{name}_frames={n} is at least 0, and more needs {name} in outputs={self.cfg.outputs!r}"
-                )
-        streams = sort_inputs(self.encoders, inputs, len(internal_voice_tokens))
-        states = self._states(internal_voice_tokens, streams, frames)
-        out = {}
-        for text, voice in TEXTS.items():
-            if text in self.outputs and voice in ("internal_voice", *streams):
-                out[f"logits_{text}"] = self._logits(text, states[voice])
-        for name in frames:
-            out.update(self.heads[f"{name}_head"](states[f"{name}_frames"]))
-        return out | dict(hidden_states=states) if return_hidden_states else out
+        x=None,  # (B,T) ids -> logits (B,T,V)
+        **named,  # Or what `answer` takes -> a dict of outputs
+    ):
+        "Logits of the internal text; or, called by names, all outputs"
+        _check_call(x, named)
+        if x is None:
+            return answer(self, **named)
+        return text_logits(self, "internal_text", all_states(self, x, {}, {})["internal_voice"])
 
-# %% ../../nbs/models/70_streams.ipynb #d6414136
-class StreamsWriter(StreamsAnswers):
-    "Step by step"
+    def loss(self, batch):
+        "The weighted sum of the losses of all outputs that have a target; `nll` and `n` are those of the internal text"
+        streams, asked = _sorted_batch(self, batch)
+        frames = {name: next(iter(targets.values())).shape[1] for name, targets in asked.items() if name in HEADS}
+        states = all_states(self, batch.x, streams, frames)
+        nll, n = _nll(self, "internal_text", states, batch.y)
+        losses = dict(internal_text=nll / n.clamp(min=1)) | _losses(self, asked, states)
+        parts = {f"loss_{name}": loss.detach() for name, loss in losses.items()}
+        return dict(loss=_weighted(self, losses), nll=nll.detach(), n=n, **parts)
+
+# %% ../../nbs/models/70_streams.ipynb #b7ada722
+@arch("streams")
+class Streams(StreamsReader):
+    "A transformer of several streams"
+
+    optional = "encoders.*", "heads.external_text_head.*", "heads.audio_head.*", "heads.animation_head.*"
+    presets = _PRESETS
 
     def begin(self, rows, device, **inputs):
         "The state in which a text begins: caches, and what is sensed meanwhile"
-        c, streams, kept = self.cfg, sort_inputs(self.encoders, inputs, rows), []
-        if "external_voice" in streams:
-            raise ValueError("a text is written beside the senses, not beside another voice; use forward for that")
-        nothing = torch.zeros(rows, 0, dtype=torch.long, device=device)
-        senses = [part for part in self._lay(nothing, streams, {}) if part.start < 0]
-        caches = [Cache(c.ctx_len) for _ in self.blocks]
-        if not senses:
-            return caches, [None] * c.n_layers
-        there = torch.cat([part.there for part in senses], 1)
-        look = look_at(c, there.new_ones(there.shape[1], there.shape[1]), there, 0.0)
+        return [Cache(self.cfg.ctx_len) for _ in self.blocks], senses_of(self, rows, device, inputs)
 
-        def look_and_keep(q, k, v):
-            kept.append((k, v, there))
-            return look(q, k, v)
-
-        positions = torch.cat([part.at for part in senses])
-        self._run(torch.cat([part.h for part in senses], 1), positions, [look_and_keep] * c.n_layers)
-        return caches, kept
-
+    @inference_step
     def step(self, x, state=None):
         "(B,k) new ids -> (B,V) logits after them; the state is the caches and the senses"
-        with torch.inference_mode():
-            caches, kept = state or self.begin(len(x), x.device)
-            positions = torch.arange(caches[0].seen, caches[0].seen + x.shape[1], device=x.device)
-            looks = [look_back(self.cfg, cache, senses) for cache, senses in zip(caches, kept)]
-            h = self._run(rms_norm(self.embed(x)), positions, looks)
-            logits = self._logits("internal_text", h[:, -1:])[:, 0]
-        return logits.clone(), (caches, kept)  # Outside inference mode again, so that the caller may change them
+        caches, kept = state or self.begin(len(x), x.device)
+        positions, window = torch.arange(caches[0].seen, caches[0].seen + x.shape[1], device=x.device), self.cfg.ctx_len
+        looks = [look_back(window, *o) if o[1] else causal_look(window, o[0]) for o in zip(caches, kept)]
+        h = through_blocks(self, rms_norm(self.embed(x)), positions, looks)
+        return text_logits(self, "internal_text", h[:, -1:])[:, 0], (caches, kept)
 
     @torch.no_grad()
     def generate(self, x, n, pick, **inputs):
@@ -641,79 +691,6 @@ class StreamsWriter(StreamsAnswers):
             logits, state = self.step(x, state)
             x = pick(logits)[:, None]
             yield x
-
-# %% ../../nbs/models/70_streams.ipynb #5302eac2
-class StreamsLoss(StreamsWriter):
-    "The weighted sum of the losses of all outputs that have a target"
-
-    def loss(self, batch):
-        "`nll` and `n` are those of the internal text"
-        asked = {name: t for name, t in batch.more.items() if name.startswith("target_")}
-        more = {name: t for name, t in batch.more.items() if name not in asked}
-        asked = sort_targets(self.outputs, asked, len(batch.x))
-        asked = {name: targets for name, targets in asked.items() if self.weights.get(name)}
-        frames = {name: next(iter(targets.values())).shape[1] for name, targets in asked.items() if name in HEADS}
-        streams = sort_inputs(self.encoders, more, len(batch.x))
-        if "external_text" in asked and "external_voice" not in streams:
-            raise ValueError("target_external_text is given, and external_voice_tokens, which it goes on from, is not")
-        states = self._states(batch.x, streams, frames)
-        nll, n = self._nll("internal_text", states, batch.y)
-        losses = dict(internal_text=nll / n.clamp(min=1))
-        for name, targets in asked.items():
-            if name in HEADS:
-                losses[name] = self.heads[f"{name}_head"].loss(states[f"{name}_frames"], **targets)
-            else:
-                y = targets[name]
-                check_ids(f"target_{name}", torch.where(y == IGNORE, 0, y), self.cfg.vocab_size)
-                other, count = self._nll(name, states, y)
-                losses[name] = other / count.clamp(min=1)
-        total = self._weighted(losses)
-        return dict(loss=total, nll=nll.detach(), n=n, **{f"loss_{name}": x.detach() for name, x in losses.items()})
-
-    def _weighted(self, losses):
-        if torch.is_grad_enabled() and not any(self.weights.get(name) for name in losses):
-            raise ValueError(
-                f"a batch without a target that loss_weights={self.cfg.loss_weights!r} gives a weight to; nothing to learn"
-            )
-        return sum(self.weights.get(name, 0.0) * loss for name, loss in losses.items())
-
-    def _nll(self, name, states, y):
-        "(summed nats, targets) of a text"
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.weights.get(name, 0.0) > 0):
-            return summed_nll(states[TEXTS[name]], self._text_weight(name), y, self.cfg.softcap), (y != IGNORE).sum()
-
-# %% ../../nbs/models/70_streams.ipynb #09e612c3
-_TINY = dict(vocab_size=50257, ctx_len=2048, d_model=512, n_layers=6, n_heads=8, d_ff=2048)
-
-
-@arch("streams")
-class Streams(StreamsLoss):
-    "A transformer of several streams"
-
-    optional = "encoders.*", "heads.external_text_head.*", "heads.audio_head.*", "heads.animation_head.*"
-    presets = dict(
-        tiny=_TINY,
-        creature=dict(_TINY, inputs=" ".join(INPUTS), outputs=" ".join(OUTPUTS)),
-        creature_100m=dict(vocab_size=50257, ctx_len=512, d_model=768, n_layers=12, n_heads=12, d_ff=3072),
-        creature_1b=dict(vocab_size=50257, ctx_len=512, d_model=1536, n_layers=24, n_heads=16, d_ff=6144),
-    )
-
-    def forward(
-        self,
-        x=None,  # (B,T) ids -> logits (B,T,V)
-        **named,  # Or what `answer` takes -> a dict of outputs
-    ):
-        "Logits of the internal text; or, called by names, all outputs"
-        if (x is None) != ("internal_voice_tokens" in named) or (x is not None and named):
-            raise ValueError(
-                f"called with {'ids and ' if x is not None else ''}{', '.join(named) or 'nothing'}; give ids and nothing else, "
-                "or all by names: internal_voice_tokens=ids, ..."
-            )
-        return (
-            self.answer(**named)
-            if x is None
-            else self._logits("internal_text", self._states(x, {}, {})["internal_voice"])
-        )
 
 # %% ../../nbs/models/70_streams.ipynb #a0e3dacc
 def _serves_text(lm, name):

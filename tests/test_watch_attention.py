@@ -1,0 +1,91 @@
+"""Every model that has attention shows it to who watches, and nothing is kept of it otherwise."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from lmnotes.layers import watch_attention
+from lmnotes.lm import new_lm
+
+SMALL = dict(vocab_size=20, ctx_len=12, d_model=16, n_layers=2, n_heads=2)
+PART = "d_model=16,n_layers=1"
+CASES = {
+    "gpt": (dict(SMALL), 2),
+    "gpt nanogpt": (dict(SMALL), 2),
+    "scratch_gpt": (dict(SMALL), 2),
+    "gpt2": (dict(SMALL), 2),
+    "streams": (dict(SMALL), 2),
+    "diffusion": (dict(SMALL, block=1), 4),  # A call for the clean stream, and one for the noisy one
+    "bytepatch": (dict(SMALL, vocab_size=256, d_byte=16, byte_layers=1, thinking_steps=1), 2 + 2 + 1),
+    "bytepatch agiformer": (dict(SMALL, vocab_size=256, d_byte=16), 2),
+    "nanothink": (
+        dict(
+            **dict(vocab_size=20, ctx_len=12, d_model=16, n_heads=2, head_dim=8, kv_latent_dim=8, rope_dim=4),
+            **dict(transformer=f"gpt,{PART},n_heads=2", state_space=f"ssm,{PART},head_dim=8", diffuser=""),
+        ),
+        2,
+    ),
+}
+
+
+def built(name):
+    torch.manual_seed(0)
+    config, calls = CASES[name]
+    return new_lm(*name.split(), **config).eval(), calls
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_each_call_is_seen(name, dtype):
+    lm, calls = built(name)
+    x = torch.randint(20, (3, 12))
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        before = lm(x)
+        with watch_attention() as weights:
+            assert torch.equal(lm(x), before)
+        n = len(weights)
+        lm(x)
+    assert len(weights) == n == calls
+    for w in weights:
+        B, H, T, S = w.shape
+        assert (B, H, w.dtype) == (3, 2, torch.float32) and T <= 12
+        assert torch.allclose(w.sum(-1), torch.ones(B, H, T), atol=1e-5)
+        if S == T:
+            assert not w.triu(1).any()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(("diffusion", "bytepatch"))])
+def test_steps_attend_to_what_the_whole_attends_to(name):
+    "In blocks and patches a step makes other calls than the whole: of the newest position, of a finished patch"
+    lm, _ = built(name)
+    x = torch.randint(20, (1, 6))
+    with watch_attention() as whole, torch.no_grad():
+        lm(x)
+    state = None
+    for t in range(6):
+        with watch_attention() as now:
+            _, state = lm.step(x[:, t : t + 1], state)
+        for a, b in zip(whole, now):
+            assert torch.allclose(a[:, :, t : t + 1, : t + 1], b, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rnn", "ssm", "bigram"])
+def test_without_attention_there_is_nothing_to_see(name):
+    lm = new_lm(name, vocab_size=20, ctx_len=12)
+    with watch_attention() as weights, torch.no_grad():
+        lm(torch.randint(20, (1, 12)))
+    assert weights == []
+
+
+def test_who_watches_trains_the_same():
+    "The weights are no part of the graph, and dropout draws what it drew"
+    x, losses = torch.randint(20, (2, 12), generator=torch.Generator().manual_seed(1)), []
+    for watched in (False, True):
+        lm, _ = built("gpt")
+        torch.manual_seed(2)
+        with watch_attention() if watched else nullcontext([]) as weights:
+            lm.train()(x).square().sum().backward()
+        assert len(weights) == 2 * watched and not any(w.requires_grad for w in weights)
+        losses.append(lm.embed.weight.grad)
+    assert torch.equal(*losses)
