@@ -246,18 +246,33 @@ def show_diagnostics(
         print(f"{line}: {mine[name]:.4f} (untrained: {fresh[name]:.4f})")
     print(f"{mine['verdict']} (untrained: {fresh['verdict']})")
 
-# %% ../nbs/42_inspect.ipynb #747647de
+# %% ../nbs/42_inspect.ipynb #cce3ba84
+def _rows_of_parameters(lm, depth):
+    "A row for each part, without shares"
+    rows, first = {}, {}
+    for name, p in lm.named_parameters(remove_duplicate=False):
+        part = ".".join(name.split(".")[:-1][:depth]) or name if depth else name
+        again = first.setdefault(p, name) != name
+        row = rows.setdefault(part, dict(part=part, shape=tuple(p.shape), parameters=0, trainable=0))
+        if row["parameters"]:
+            row["shape"] = ""  # Of several there is not one
+        row["parameters"] += 0 if again else p.numel()
+        row["trainable"] += 0 if again or not p.requires_grad else p.numel()
+        if again:
+            row["tied"] = f"is {first[p]}"
+    return list(rows.values())
+
+
 def parameter_table(
     lm,
-    depth=1,  # Of the parts: 1 for those of the model, 2 for their parts ...
+    depth=1,  # Of the parts: 1 for those of the model, 2 for their parts ...; 0: each tensor
 ):
-    "How many numbers each part of a model holds (tied ones counted where they stand first): all, trained, and in embeddings"
-    embeddings = {p for m in lm.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    rows = {}
-    for name, p in lm.named_parameters():
-        for part in (".".join(name.split(".")[:-1][:depth]) or name, "all"):
-            row = rows.setdefault(part, dict(part=part, total=0, trained=0, embedding=0))
-            row["total"] += p.numel()
-            row["trained"] += p.numel() * p.requires_grad
-            row["embedding"] += p.numel() * (p in embeddings)
-    return Table([row for part, row in rows.items() if part != "all"] + [rows["all"]])
+    "Which part of a model holds how many numbers, in which shape, how many of them are trained, and their share of all"
+    rows = _rows_of_parameters(lm, depth)
+    tables = set(embeddings_of(lm))
+    kinds = dict(all=list(lm.parameters()), without_embeddings=[p for p in lm.parameters() if p not in tables])
+    for kind, ps in kinds.items():
+        sizes = dict(parameters=sum(p.numel() for p in ps), trainable=sum(p.numel() for p in ps if p.requires_grad))
+        rows.append(dict(part=kind.replace("_", " "), shape="", **sizes))
+    total = n_params(lm)
+    return Table(dict(row, share=f"{row['parameters'] / total:.1%}") for row in rows)

@@ -186,13 +186,17 @@ def test_models_that_do_not_think(val):
 def test_parameters_are_counted_once(tie):
     lm = new_lm("gpt", vocab_size=50, d_model=16, n_layers=2, n_heads=2, tie=tie)
     rows = {row["part"]: row for row in parameter_table(lm).rows}
-    assert rows["all"]["total"] == n_params(lm) == sum(row["total"] for part, row in rows.items() if part != "all")
-    assert rows["embed"] == dict(part="embed", total=800, trained=800, embedding=800)
+    parts = [row["parameters"] for part, row in rows.items() if part not in ("all", "without embeddings")]
+    assert rows["all"]["parameters"] == n_params(lm) == sum(parts)
+    assert rows["without embeddings"]["parameters"] == n_params(lm) - 800
+    assert {n: rows["embed"][n] for n in ("shape", "parameters", "trainable")} == dict(
+        shape=(50, 16), parameters=800, trainable=800
+    )
     assert ("head" in rows) != tie
 
 
 def test_parts_of_parts():
     lm = new_lm("bytepatch", **FACES["strong"])
-    parts = {row["part"]: row["total"] for row in parameter_table(lm, 2).rows}
+    parts = {row["part"]: row["parameters"] for row in parameter_table(lm, 2).rows}
     assert parts["patches.thinking"] == n_params(lm.patches.thinking)
-    assert sum(parts.values()) == 2 * n_params(lm)
+    assert sum(parts.values()) - parts["without embeddings"] == 2 * n_params(lm)
