@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 __all__ = [
     "run",
     "load",
+    "attach",
     "fork",
     "from_env",
     "generate",
@@ -20,6 +21,7 @@ __all__ = [
 _HOMES = dict(
     run="runs",
     load="runs",
+    attach="view",
     fork="runs",
     from_env="runs",
     generate="generation",

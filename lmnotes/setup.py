@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['IDENTITY', 'FREE', 'TOKEN_FILES', 'DataConfig', 'RunConfig', 'resolve', 'given_names', 'changed', 'RunData',
-           'get_data', 'tokenizer_beside', 'learn_tokenizer', 'runs_folder', 'Setup', 'same_data', 'same_tokenizer']
+           'get_data', 'tokenizer_beside', 'learn_tokenizer', 'runs_folder', 'last_run', 'find_run', 'Setup',
+           'same_data', 'same_tokenizer']
 
 # %% ../nbs/46_setup.ipynb #e15f69a5
 import math
@@ -26,7 +27,8 @@ from .tokenizer import *
 from .tokens import *
 from .trainer import *
 
-# %% ../nbs/46_setup.ipynb #50837f63
+# %% ../nbs/46_setup.ipynb #7588ea78
+# Long: a parameter a line
 @dataclass
 class DataConfig:
     "What is trained on what"
@@ -56,7 +58,7 @@ class RunConfig(TrainConfig, DataConfig):
     eval_every: int = 0  # Steps between evaluations; 0: ten in the run
     eval_batches: int = 20  # Batches in an evaluation on the way; 0: all. The last one covers the whole split
     patience: int = 0  # Evaluations without a better one before the run stops; 0: never
-    sample_every: int = 0  # Steps between samples; 0: only at the end
+    sample_every: int = 0  # Steps between samples; 0: five in the run
     prompt: str = ""  # What samples go on from
     save_every: int = 0  # Steps between checkpoints; 0: a tenth of the run, at most 1000
     keep: int = 2  # Newest checkpoints that stay, beside the best; 0: all
@@ -75,7 +77,7 @@ class RunConfig(TrainConfig, DataConfig):
     dry_run: bool = False  # Ten steps, a checkpoint written and read back, an estimate
     out_dir: str = ""  # Folder of runs; empty: checkpoints/
 
-
+# %% ../nbs/46_setup.ipynb #e3cb7489
 IDENTITY = (
     *("arch", "preset", "model_args", "tokenizer", "ctx_len", "init_from", "freeze", "optimizer"),
     *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_train"),
@@ -84,7 +86,7 @@ FREE = set(
     "run resume allow_change dry_run out_dir data_dir device procs keep save_every sample_every prompt log_every".split()
 )
 
-# %% ../nbs/46_setup.ipynb #f019b33b
+# %% ../nbs/46_setup.ipynb #1fb2216f
 def _typed(name, value, kind):
     "`value` in the type of the parameter `name`"
     try:
@@ -114,7 +116,7 @@ def resolve(
             values[name], origins[name] = _typed(name, value, types[name]), origin
     return RunConfig(**values), origins
 
-
+# %% ../nbs/46_setup.ipynb #93e13696
 def given_names():
     "Names of the parameters that papermill or `lmnotes notebook` was given; None in JupyterLab, where the cell says it all"
     given = os.environ.get("LMNOTES_GIVEN")
@@ -129,7 +131,7 @@ def changed(
     default, given = asdict(config()), given_names() or ()
     return {n: values[n] for n in default if n in values and (values[n] != default[n] or n in given)}
 
-# %% ../nbs/46_setup.ipynb #4733a4bb
+# %% ../nbs/46_setup.ipynb #ab04ec34
 TOKEN_FILES = ".bin", ".npy", ".pt"
 
 
@@ -159,7 +161,7 @@ def _locate(cfg):
     "The path of `data`, if it is one"
     return next((p for p in places(cfg.data, cfg.data_dir) if p.exists()), Path(cfg.data))
 
-
+# %% ../nbs/46_setup.ipynb #bffcfc02
 def get_data(cfg, tokenizer=None, say=print):
     "The data that a configuration names; with a given tokenizer, none is learned"
     path = _locate(cfg)
@@ -181,7 +183,7 @@ def get_data(cfg, tokenizer=None, say=print):
     fingerprint = sha256_json([corpus.fingerprint, resolve_split(corpus, cfg.split)])
     return RunData(tokens, tokenizer, fingerprint, corpus.name)
 
-
+# %% ../nbs/46_setup.ipynb #770246bf
 def tokenizer_beside(path):
     "The folder in which a token file's tokenizer is kept"
     return path.with_name(f"{path.stem}.tokenizer")
@@ -203,7 +205,7 @@ def _kept(folder, cfg, say):
         say(f"{cfg.data}: tokenizer={asked!r} learns nothing here; its own is used, {kept}")
     return kept
 
-
+# %% ../nbs/46_setup.ipynb #7626cce0
 def learn_tokenizer(corpus, spec, split, data_dir=""):
     "The tokenizer that `spec` names, learned on the training part of a corpus if it is of that kind"
 
@@ -229,13 +231,34 @@ def _first90(whole):
     ids = dict(train=whole.ids[:cut], val=whole.ids[cut:])
     return {part: Tokens(ids[part], whole.vocab_size, whole.path, whole.tokenizer) for part in ids}
 
-# %% ../nbs/46_setup.ipynb #963769d0
+# %% ../nbs/46_setup.ipynb #0ff5cc10
 def runs_folder(out_dir=""):
     "Where runs are: `out_dir`, else `$LMNOTES_OUT_DIR`, else `checkpoints/` in the project"
     out_dir = out_dir or os.environ.get("LMNOTES_OUT_DIR")
     return Path(out_dir).expanduser().resolve() if out_dir else root() / "checkpoints"
 
 
+def last_run(folder):
+    "The name of the run that was last worked on"
+    noted = Path(folder) / ".last"
+    name = noted.read_text().strip() if noted.exists() else ""
+    if name and (Path(folder) / name / "run.json").exists():
+        return name
+    times = {p.parent.name: read_json(p).get("updated", "") for p in Path(folder).glob("[!.]*/run.json")}
+    if not times:
+        raise CheckpointError(
+            f"{folder}: there is no run to resume; start one without resume, or name its folder with run= or out_dir="
+        )
+    return max(times, key=times.get)
+
+
+def find_run(path):
+    "The folder that a path, or a run's name, means; empty: the run that was last worked on"
+    if not path:
+        return runs_folder() / last_run(runs_folder())
+    return next((p for p in (Path(path), root() / path) if p.exists()), runs_folder() / path)
+
+# %% ../nbs/46_setup.ipynb #743ffa17
 def _is_published(folder):
     "Does a folder hold weights as Hugging Face's libraries write them, and not a run or a checkpoint of ours?"
     return (folder / "config.json").is_file() and not (folder / "manifest.json").exists()
@@ -260,7 +283,7 @@ def _beginning(cfg):
     known = f"the published weights are {', '.join(published)}" if published else "give the path of one"
     raise CheckpointError(f"init_from={source!r}: there is no such run, checkpoint or file; {known}")
 
-
+# %% ../nbs/46_setup.ipynb #928b1dfa
 def _part_sources(cfg):
     "[(part, path, part there)] of an `init_from` such as 'experts.transformer=checkpoints/tf table=checkpoints/tf:embed'"
     found = []
@@ -282,7 +305,7 @@ def _source(source, cfg):
     places_ = (runs_folder(cfg.out_dir) / source, *places(source))
     return next((p for p in places_ if source and p.exists()), None)
 
-
+# %% ../nbs/46_setup.ipynb #c9908f32
 def _its_tokenizer(cfg):
     "The tokenizer that a run begins to learn with: that of the weights it begins with, where it is known; else None"
     kind, source = _beginning(cfg)
@@ -300,7 +323,7 @@ def _its_tokenizer(cfg):
         )
     return load_tokenizer(found) if found else None
 
-
+# %% ../nbs/46_setup.ipynb #122c58e8
 def _first_model(cfg, vocab_size):
     "The model that a new run begins with"
     args = {"vocab_size": vocab_size, "ctx_len": cfg.ctx_len, **parse_model_args(cfg.arch, cfg.model_args)}
@@ -319,7 +342,7 @@ def _first_model(cfg, vocab_size):
         return lm
     return init_from(lm, source) if kind else lm
 
-
+# %% ../nbs/46_setup.ipynb #8a045d01
 def _new_model(cfg, tokenizer, step_folder=None):
     "The model of a run; that of a resumed one is made as its checkpoint says, and gets its weights later"
     seed_step(cfg.seed)
@@ -364,7 +387,7 @@ def _merge(info, cfg, origins):
     }
     return RunConfig(**{**saved, **given, "allow_change": cfg.allow_change, "resume": True}), origins
 
-# %% ../nbs/46_setup.ipynb #0d12215e
+# %% ../nbs/46_setup.ipynb #6e9e5e50
 def _check(cfg, world):
     "Raise unless the numbers make sense, and fit together"
     for name in ("batch_size", "ctx_len", "steps", "accum", "procs"):
@@ -388,7 +411,8 @@ def _check(cfg, world):
         )
     check_optim(cfg)
 
-# %% ../nbs/46_setup.ipynb #5d85c25d
+# %% ../nbs/46_setup.ipynb #a87643ca
+# Long: the order in which a run is made, in one place
 class Setup:
     "What a run needs, made from its configuration"
 
@@ -480,11 +504,18 @@ class Setup:
         return [
             Log(metrics, self.bytes_per_token),
             Evaluate(self.val, every, cfg.eval_batches, cfg.patience, tok.byte_lengths, metrics),
-            Sample(tok, cfg.prompt or data.start, cfg.sample_every, samples=samples, temperature=0.8, top_p=0.95),
+            Sample(
+                tok,
+                cfg.prompt or data.start,
+                cfg.sample_every or math.ceil(cfg.steps / 5),
+                samples=samples,
+                temperature=0.8,
+                top_p=0.95,
+            ),
             Save(folder, cfg.save_every, cfg.keep, metrics, kept, **self._origin()),
         ]
 
-
+# %% ../nbs/46_setup.ipynb #a315ce69
 def _same_model(lm, info, step_folder):
     "Raise unless a checkpoint holds the model that the run is about"
     its, ours = dict(asdict(lm.cfg), arch=lm.arch), dict(info["model"], arch=info["config"]["arch"])

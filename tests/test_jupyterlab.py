@@ -1,0 +1,130 @@
+"""JupyterLab in a real browser, used as a newcomer would: open the training notebook, run all cells, look on, press stop."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+
+from browser import chromium, open_browser, watch
+from helpers import ROOT
+
+# A run that lasts until it is stopped, small and often sampled
+LONG = dict(
+    steps=1_000_000,
+    tokenizer="bytes",
+    model_args="d_model=16 n_layers=1 n_heads=2",
+    ctx_len=32,
+    batch_size=4,
+    log_every=20,
+    sample_every=100,
+    eval_every=200,
+    eval_batches=2,
+    run="seen",
+    prompt="The ",
+)
+
+
+@contextmanager
+def jupyterlab(place):
+    "JupyterLab over a folder with the notebooks, on loopback; its address with the token"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    (place / "nbs").mkdir()
+    (place / "nbs" / "train.ipynb").write_bytes((ROOT / "nbs" / "train.ipynb").read_bytes())
+    settings = {f"LMNOTES_{name.upper()}": str(value) for name, value in LONG.items()}
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")} | settings
+    environ |= dict(
+        LMNOTES_OUT_DIR=str(place / "runs"), JUPYTER_CONFIG_DIR=str(place / "config"), IPYTHONDIR=str(place / "ipython")
+    )
+    environ |= dict(
+        JUPYTER_RUNTIME_DIR=str(place / "runtime"),
+        JUPYTER_DATA_DIR=str(place / "share"),
+        JUPYTERLAB_WORKSPACES_DIR=str(place / "w"),
+    )
+    command = f"-m jupyter lab --allow-root --no-browser --ip=127.0.0.1 --port={port} --ServerApp.port_retries=0 --IdentityProvider.token=abc"
+    with open(place / "server.log", "w") as log:
+        server = subprocess.Popen([sys.executable, *command.split()], cwd=place, env=environ, stdout=log, stderr=log)
+        try:
+            for _ in range(600):
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token=abc")
+                    break
+                except OSError:
+                    assert server.poll() is None, (place / "server.log").read_text()
+                    time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}/lab/tree/nbs/train.ipynb?token=abc"
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def until(page, condition, seconds=180):
+    "Look again and again, letting the page work"
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "what was waited for did not happen"
+        page.wait_for_timeout(100)
+    return found
+
+
+def kernel(address):
+    "What the notebook's kernel does, as the server says: starting, idle, busy"
+    base, token = address.split("/lab")[0], address.split("token=")[1]
+    sessions = json.load(urllib.request.urlopen(f"{base}/api/sessions?token={token}"))
+    return sessions[0]["kernel"]["execution_state"] if sessions else "starting"
+
+
+def test_a_newcomer_trains_looks_on_and_stops(tmp_path):
+    chromium()
+    with jupyterlab(tmp_path) as address, open_browser(viewport=dict(width=1400, height=1000)) as browser:
+        page = browser.new_page()
+        errors, outside = watch(page, address.split("/lab")[0])
+        page.goto(address)
+        page.set_default_timeout(120_000)
+        page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+        until(page, lambda: kernel(address) == "idle")
+        page.locator(".lm-MenuBar-item", has_text="Run").click()
+        page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
+        cell = page.locator(".jp-CodeCell", has_text="runs.run(")
+        images = cell.locator(".jp-OutputArea-output img")
+        pictures = set()
+
+        def drawn():
+            cell.scroll_into_view_if_needed()
+            if images.count():
+                pictures.add(images.first.get_attribute("src"))
+            return len(pictures) > 3
+
+        until(page, drawn)
+        assert cell.locator(".jp-OutputArea-child").count() == 1
+        samples = tmp_path / "runs" / "seen" / "samples.jsonl"
+        until(page, lambda: samples.exists() and len(samples.read_text().splitlines()) > 2)
+        page.screenshot(path=tmp_path / "running.png")
+        page.locator("[data-command='notebook:interrupt-kernel']").click()
+        record = tmp_path / "runs" / "seen" / "run.json"
+        until(page, lambda: json.loads(record.read_text())["status"] == "interrupted")
+        until(page, lambda: kernel(address) == "idle")
+        page.keyboard.press("Control+s")
+        notebook = tmp_path / "nbs" / "train.ipynb"
+        until(page, lambda: "interrupted at step" in notebook.read_text())
+        page.screenshot(path=tmp_path / "stopped.png")
+    cells = [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
+    (training,) = [c for c in cells if "runs.run(" in "".join(c["source"])]
+    (output,) = training["outputs"]  # However many updates
+    text = "".join(output["data"]["text/plain"])
+    assert output["data"]["image/png"] and "interrupted at step" in text
+    assert len(re.findall(r"step [\d,]+ \| 'The ", text)) >= 3  # Samples of the same prompt
+    for after in cells[cells.index(training) + 1 :]:
+        assert after["outputs"], after["source"]  # The cells below ran
+    kinds = {kind for c in cells for o in c["outputs"] for kind in o.get("data", {})}
+    assert not any("widget" in kind for kind in kinds)
+    assert all("text/plain" in o["data"] for c in cells for o in c["outputs"] if "data" in o)  # Readable anywhere
+    assert (tmp_path / "runs" / "seen" / "interrupted").exists()
+    assert not outside, outside
+    assert not [e for e in errors if "404" not in e], errors

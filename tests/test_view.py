@@ -1,0 +1,93 @@
+"""A view of a run that goes on in another process: what it shows is what the run has written, and the run does not know of it."""
+
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT, TINY, call, differences, finish, left_behind, lmnotes_command, start, train, until, words
+
+import lmnotes
+from lmnotes.core import CheckpointError
+
+CASE = TINY | dict(steps=60, sample_every=10)
+
+
+def last_step(folder):
+    "Of the last whole line of metrics.jsonl"
+    whole = (folder / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
+    return json.loads(whole[-1])["step"] if whole else 0
+
+
+def test_a_view_shows_the_last_record_and_changes_no_bit(place, corpus, tmp_path_factory):
+    alone = tmp_path_factory.mktemp("alone")
+    (alone / "corpus").symlink_to(corpus)
+    assert call(alone, train, **CASE) == 0
+    process, folder = start(place, train, **CASE), place / "runs" / "r"
+    until(lambda: (folder / "metrics.jsonl").exists(), process)
+    seen, view = set(), lmnotes.attach(folder)
+    while process.is_alive():
+        before = last_step(folder)
+        view.refresh()
+        assert before <= view.step <= last_step(folder)
+        seen.add((view.status, view.step))
+        if len(seen) % 5 == 0:
+            view._repr_mimebundle_()
+    assert finish(process) == 0
+    assert len({step for status, step in seen if status == "running" and 0 < step < 60}) > 3, seen
+    view.refresh()
+    assert (view.status, view.step, view.left) == ("done", last_step(folder), 0.0)
+    assert view.samples[-1]["step"] == 60 and {r["prompt"] for r in view.samples} == {view.samples[0]["prompt"]}
+    assert not differences(left_behind(alone / "runs" / "r"), left_behind(folder))
+
+
+def test_a_killed_run_is_seen_to_be_gone_and_comes_back(place):
+    process, folder = start(place, train, **CASE | dict(steps=100_000)), place / "runs" / "r"
+    until(lambda: (folder / "last").exists(), process)
+    view = lmnotes.attach(folder)
+    assert view.status == "running" and view.left > 0
+    process.kill()
+    finish(process)
+    assert view.refresh().status == "killed" and "go on with resume=True run=r" in str(view)
+    assert view.follow() is view  # It does not wait for what will not come
+    resumed = dict(out_dir="runs", resume=True, allow_change="steps", steps=last_step(folder) + 5)
+    assert call(place, train, **resumed) == 0
+    assert view.refresh().status == "done" and view.step == resumed["steps"]
+
+
+def test_in_a_terminal_it_is_written_in_its_place(place):
+    process = start(place, lmnotes_command, "train", *words(**CASE | dict(steps=100_000)))
+    until(lambda: (place / "runs" / "r" / "last").exists(), process)
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "lmnotes", "watch", "--run", "runs/r", "--seconds", "0.1"]
+    watching = subprocess.Popen(
+        command, cwd=place, stdout=theirs, stderr=theirs, env=os.environ | dict(PYTHONPATH=str(ROOT))
+    )
+    os.close(theirs)
+    text, stopped = "", False
+    try:
+        while watching.poll() is None or select.select([ours], [], [], 0)[0]:
+            if select.select([ours], [], [], 0.1)[0]:
+                try:
+                    text += os.read(ours, 10_000).decode(errors="replace")
+                except OSError:  # The other end is closed
+                    break
+            if not stopped and text.count("\x1b[J") >= 2:
+                process.terminate()
+                stopped = True
+    finally:
+        os.close(ours)
+        watching.kill()
+    assert stopped and finish(process) == 128 + 15
+    steps = [int(n.replace(",", "")) for n in re.findall(r"at step ([\d,]+) of 100,000", text)]
+    assert steps == sorted(steps) and len(set(steps)) > 1
+    assert "r: gpt on corpus | running at step" in text and "r: gpt on corpus | interrupted at step" in text
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="no run here to look at; there are none"):
+        lmnotes.attach(tmp_path / "other")
