@@ -1,0 +1,252 @@
+"""Comparisons: what is spent is counted right and is the same, a stop changes no number, and a new architecture needs no edit."""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, call, finish, log, recipe_parameters, start, until
+
+from lmnotes.batches import Batch
+from lmnotes.cli import run_notebook
+from lmnotes.compare import CompareConfig, Comparison, Contestant, compare, comparison_table, count_flops, results
+from lmnotes.core import seed_step
+from lmnotes.lm import archs, get_arch, new_lm
+
+NOTEBOOK = ROOT / "nbs/compare.ipynb"
+TINY = dict(
+    archs="gpt rnn",
+    data="corpus",
+    ctx_len=16,
+    batch_size=4,
+    budget=2e9,
+    seeds=2,
+    evals=3,
+    model_args="d_model=32 n_layers=1 n_heads=2 d_hidden=32 dropout=0.0",
+    out_dir="c",
+)
+TOY = """
+from dataclasses import dataclass
+from torch import nn
+from lmnotes.lm import LM, LMConfig, arch
+
+@dataclass
+class ToyConfig(LMConfig):
+    d_model: int = 4
+
+@arch("toy")
+class Toy(LM):
+    Config, reach = ToyConfig, 1
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.embed, self.head = nn.Embedding(cfg.vocab_size, cfg.d_model), nn.Linear(cfg.d_model, cfg.vocab_size)
+    def forward(self, x):
+        return self.head(self.embed(x))
+"""
+
+
+def compared(**params):
+    "Compare in the current folder; 0 if all runs got to the end"
+    c = compare(**params)
+    print(comparison_table(c))
+    return 0 if all(len(c.done(name)) == c.cfg.seeds for name in c.steps) else 130
+
+
+def compared_with_toy(**params):
+    "The same where an architecture is registered by a module of the user's"
+    sys.path.insert(0, os.getcwd())
+    import toy_model  # noqa: F401
+
+    assert "toy" in archs()
+    return compared(**params)
+
+
+def said(function, *args, **kwargs):
+    "Exit code 0 if a call fails with a ValueError, which is printed"
+    try:
+        function(*args, **kwargs)
+    except ValueError as e:
+        print(e)
+        return 0
+    return 1
+
+
+def numbers(folder):
+    "{run: all its validation figures} of a comparison, but times"
+    lines = {p.parent.name: p.read_text().splitlines() for p in Path(folder).glob("*/metrics.jsonl")}
+    records = {name: [json.loads(line) for line in lines[name]] for name in lines}
+    return {name: [(r["step"], r["bpb"]) for r in rs if r["split"] == "val"] for name, rs in records.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, corpus):
+    "The folder of a comparison that nothing has stopped"
+    place = tmp_path_factory.mktemp("compare")
+    (place / "corpus").symlink_to(corpus)
+    assert call(place, compared, **TINY) == 0, log(place)
+    return place / "c"
+
+
+# A transformer of L layers of width D on T positions: six times its matrices for each token, and seven products of attention
+B, T, D, L, V = 2, 128, 48, 2, 256
+TRANSFORMER = B * T * (6 * (12 * L * D**2 + V * D) + 7 * 2 * T * D * L)
+# State-space duality in chunks of Q: E channels in H heads, N numbers of state for each
+E, N, H, Q = 2 * D, 32, 3, 64
+SCAN = 6 * (Q * N + Q * E + 2 * N * E)  # For each token: scores, what they read, and the state, written and read
+SSM = B * T * (6 * (L * (D * (2 * E + 2 * N + H) + E * D) + V * D) + L * SCAN)
+
+
+@pytest.mark.parametrize(
+    "name, by_hand",
+    [*((name, TRANSFORMER) for name in ("gpt", "scratch_gpt", "gpt2", "streams")), ("ssm", SSM)],
+)
+def test_flops_are_those_worked_out_by_hand(name, by_hand):
+    has = get_arch(name).Config.__dataclass_fields__
+    shape = dict(d_model=D, n_layers=L, n_heads=2, dropout=0.0, n_positions=T)
+    lm = new_lm(name, vocab_size=V, ctx_len=T, **{k: v for k, v in shape.items() if k in has})
+    x = torch.randint(V, (B, T))
+    products, pointwise = count_flops(lambda: lm.loss(Batch(x, x))["loss"].backward())
+    assert products == pytest.approx(by_hand, rel=0.05)
+    assert pointwise < 0.1 * products
+
+
+def test_what_was_planned_was_spent(whole):
+    rows = results(Comparison(whole))
+    assert {row["name"] for row in rows} == {"gpt", "rnn"}
+    for row in rows:
+        assert row["flops"] == pytest.approx(TINY["budget"], rel=0.02)
+
+
+def test_what_a_model_of_random_depth_spends_is_known(place, monkeypatch):
+    "The bytes-in-patches model thinks for a random number of steps; all seeds spend what was planned"
+    monkeypatch.chdir(place)
+    shape = "d_model=16 n_layers=3 n_heads=2 d_byte=16 ngram_rows=16"
+    cfg = CompareConfig("bytepatch", "corpus", ctx_len=64, batch_size=4, model_args=shape, out_dir="c")
+    contestant = Contestant(cfg, "bytepatch")
+    planned, _ = contestant.count()
+    depth_of = type(contestant.trainer.lm.patches).depth
+    costs = {}
+    for depth in range(4):
+        monkeypatch.setattr(type(contestant.trainer.lm.patches), "depth", lambda patches, depth=depth: depth)
+        costs[depth] = sum(count_flops(contestant.trainer.one_step))
+    assert 1.03 * costs[1] < costs[2] < costs[3]
+    for seed in range(3):
+        spent = 0
+        for step in range(300):
+            seed_step(seed, step, 0, 0)
+            spent += costs[depth_of(contestant.trainer.lm.patches)]
+        assert spent / 300 == pytest.approx(planned, rel=0.02)
+
+
+def test_seeds_differ_and_runs_are_whole(whole):
+    found = numbers(whole)
+    assert set(found) == {"gpt-0", "gpt-1", "rnn-0", "rnn-1"}
+    for name in ("gpt", "rnn"):
+        assert found[f"{name}-0"] != found[f"{name}-1"]
+        assert len(found[f"{name}-0"]) == 3
+    for row in results(Comparison(whole)):
+        assert row["seeds"] == 2 and row["error"] > 0 and row["bytes_per_s"] > 0 and row["memory"] > 0
+
+
+def test_every_seed_reads_the_same_bytes(whole):
+    "Of two architectures with the same seed"
+    a, b = (json.loads((whole / f"{name}-1/run.json").read_text()) for name in ("gpt", "rnn"))
+    same = "data tokenizer ctx_len batch_size seed sampler optimizer lr schedule cooldown".split()
+    assert [a["config"][n] for n in same] == [b["config"][n] for n in same]
+    assert a["data"]["fingerprint"] == b["data"]["fingerprint"]
+
+
+def test_a_stopped_comparison_goes_on_to_the_same_numbers(place, whole):
+    slow = start(place, compared, **TINY)
+    until(lambda: (place / "c/gpt-0/metrics.jsonl").exists(), slow)
+    os.kill(slow.pid, signal.SIGINT)
+    assert finish(slow) == 130, log(place)
+    assert "the same call goes on" in log(place)
+    stopped = [
+        p.parent for p in (place / "c").glob("*/run.json") if json.loads(p.read_text())["status"] == "interrupted"
+    ]
+    assert stopped, "no run was cut short"
+    assert len(numbers(place / "c")) < 4, "all runs had begun"
+    assert call(place, compared, **TINY) == 0, log(place)
+    assert numbers(place / "c") == numbers(whole)
+
+
+def test_what_is_finished_is_found_again_and_seeds_are_added(place):
+    few = TINY | dict(archs="rnn", budget=5e8, seeds=1)
+    assert call(place, compared, **few) == 0, log(place)
+    before = (place / "c/rnn-0/run.json").stat().st_mtime_ns
+    assert call(place, compared, **few | dict(seeds=2)) == 0, log(place)
+    assert (place / "c/rnn-0/run.json").stat().st_mtime_ns == before
+    assert set(numbers(place / "c")) == {"rnn-0", "rnn-1"}
+    assert call(place, said, compare, **few | dict(ctx_len=8)) == 0, log(place)
+    assert "begun with ctx_len=16, and now ctx_len=8" in log(place)
+
+
+def test_a_new_architecture_is_compared_without_an_edit(place):
+    (place / "toy_model.py").write_text(TOY)
+    assert call(place, compared_with_toy, **TINY | dict(archs="toy rnn", budget=5e8, max_steps=60, seeds=1)) == 0, log(
+        place
+    )
+    rows = {row["name"]: row for row in results(Comparison(place / "c"))}
+    assert rows["toy"]["n_params"] == 256 * 32 * 2 + 256  # It took d_model from what is shared
+    assert rows["toy"]["bpb"] < 8
+
+
+def test_the_same_seconds(place):
+    assert call(place, compared, **TINY | dict(compute="seconds", budget=0.5, seeds=1)) == 0, log(place)
+    for row in results(Comparison(place / "c")):
+        assert row["seconds"] == pytest.approx(0.5, rel=0.02) or not row["whole"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(archs="gtp"), "did you mean 'gpt'?"),
+        (dict(model_args="d_model=x"), "d_model is a int"),
+        (dict(own_args="gpt: width=3"), "'width=3'"),
+        (dict(own_args="gtp: d_model=3"), "did you mean 'gpt'?"),
+        (dict(compute="hours"), "compute='hours' is not one of flops, seconds"),
+        (dict(seeds=0), "seeds=0 is at least 1"),
+    ],
+)
+def test_errors_come_before_any_work(place, monkeypatch, change, message):
+    monkeypatch.chdir(place)
+    with pytest.raises(ValueError) as e:
+        compare(**TINY | change)
+    assert message in str(e.value)
+    assert not (place / "c/compare.json").exists()
+
+
+def test_a_budget_below_some_steps_says_how_much_is_needed(place):
+    assert call(place, said, compare, **TINY | dict(archs="rnn", budget=1e6)) == 0, log(place)
+    assert "budget=1e+06 FLOPs is 0." in log(place) and "give at least" in log(place)
+
+
+def test_a_child_that_fails_says_why(place):
+    wrong = TINY | dict(archs="gpt", model_args="d_model=30 n_heads=4")
+    process = call(place, compared, **wrong)
+    assert process == 1
+    assert "costs could not be measured: ValueError: d_model=30 is not a multiple of n_heads=4" in log(place)
+
+
+def test_the_notebook(place, monkeypatch):
+    small = TINY | dict(budget=5e8, seeds=1, own_args="")
+    assert call(place, notebook, **small) == 0, log(place)
+    assert (place / "c/figure.png").stat().st_size > 5000
+    assert (place / "c/table.md").read_text().startswith("| architecture | bits per byte |")
+
+
+def notebook(**params):
+    "The notebook's cells, with parameters"
+    names = run_notebook(NOTEBOOK, params)
+    return 0 if len(names["c"].done("gpt")) == 1 else 1
+
+
+def test_the_notebooks_parameters_are_those_of_a_comparison():
+    cell, defaults = recipe_parameters(NOTEBOOK), asdict(CompareConfig())
+    assert list(cell) == list(defaults)
+    assert {n for n in cell if cell[n] != defaults[n]} == {"own_args"}
