@@ -38,29 +38,23 @@ def fenced(text, head=""):
     return f"{fence}{head}\n{text}\n{fence}"
 
 
-def without_links(markdown):
-    "Markdown whose Python blocks hold no links: nbdev also puts them on names in comments there"
-    link = re.compile(r"\[(`[^`]+`)\]\([^)]*\)")
-    return re.sub(r"^```python\n.*?^```", lambda block: link.sub(r"\1", block[0]), markdown, flags=re.M | re.S)
-
-
-def output_markdown(output, picture):
-    "One output of a cell; `picture(bytes, ending)` stores an image and returns its path"
+def output_markdown(output, picture, head="text", alt=""):
+    "One output of a cell; `picture(bytes, ending)` stores an image and returns its path, `head` is a text block's first line"
     kind = output["output_type"]
     if kind == "stream":
-        return fenced(as_on_a_terminal(joined(output["text"])), "text")
+        return fenced(as_on_a_terminal(joined(output["text"])), head)
     if kind == "error":
-        return fenced(as_on_a_terminal("\n".join(output["traceback"])), "text")
+        return fenced(as_on_a_terminal("\n".join(output["traceback"])), head)
     data = output["data"]
     found = next((name for name in FORMATS if name in data), None)
     if found is None:
         return ""
     text = joined(data[found])
     if found in ("image/png", "image/jpeg"):
-        return f"![]({picture(base64.b64decode(text), found.split('/')[1])})"
+        return f"![{alt}]({picture(base64.b64decode(text), found.split('/')[1])})"
     if found in ("text/html", "image/svg+xml"):
-        return f"<div>{text}</div>"
-    return fenced(as_on_a_terminal(text), "text") if found == "text/plain" else without_links(text)
+        return f'<div class="output">{text}</div>'
+    return fenced(as_on_a_terminal(text), head) if found == "text/plain" else text
 
 
 def cell_markdown(cell, picture):
@@ -73,18 +67,8 @@ def cell_markdown(cell, picture):
         return []
     blocks = [fenced(code, "python")] if code and marks.get("echo") != "false" else []
     if marks.get("output") != "false":
-        blocks += [output_markdown(output, picture) for output in cell["outputs"]]
+        blocks += [output_markdown(output, picture, alt=marks.get("fig-alt", "")) for output in cell["outputs"]]
     return [block for block in blocks if block]
-
-
-def front_matter(notebook):
-    "What nbdev noted in a raw cell at the top: title, description, output-file"
-    import yaml
-
-    first = notebook["cells"][0]
-    if first["cell_type"] != "raw":
-        return {}
-    return yaml.safe_load(joined(first["source"]).strip().strip("-")) or {}
 
 
 def read_notebook(path):

@@ -1,4 +1,4 @@
-"""Write README.md from nbs/index.ipynb: `python docs/readme.py`."""
+"""Write README.md, and the pictures in it, from nbs/index.ipynb and its saved outputs: `python docs/readme.py`."""
 
 from pathlib import Path
 
@@ -8,17 +8,21 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTE = "<!-- Made from nbs/index.ipynb by docs/readme.py: edit the notebook, not this file. -->"
 
 
-def no_pictures(data, ending):
-    raise ValueError("nbs/index.ipynb: a README has no place for pictures; remove that output")
-
-
 def readme():
-    "The README's text"
-    title, *rest = [
-        block for cell in read_notebook(ROOT / "nbs/index.ipynb")["cells"] for block in cell_markdown(cell, no_pictures)
-    ]
-    return "\n\n".join([NOTE, title, *rest]) + "\n"
+    "{path: content} of the README and its pictures"
+    files = {}
+
+    def picture(data, ending):
+        path = f"docs/pictures/readme_{len(files) + 1}.{ending}"
+        files[path] = data
+        return path
+
+    cells = read_notebook(ROOT / "nbs/index.ipynb")["cells"]
+    title, *rest = [block for cell in cells for block in cell_markdown(cell, picture)]
+    return files | {"README.md": ("\n\n".join([NOTE, title, *rest]) + "\n").encode()}
 
 
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(readme(), encoding="utf-8")
+    for path, content in readme().items():
+        (ROOT / path).parent.mkdir(exist_ok=True)
+        (ROOT / path).write_bytes(content)

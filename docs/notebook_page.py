@@ -1,0 +1,193 @@
+"""A notebook as a page of the site: its prose, its code, its outputs, and a reference of what it exports. Nothing is executed."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import reference
+from pages import directives, fenced, joined, output_markdown, read_notebook
+
+FOLD = 25  # Longer cells are folded
+OUTPUT = "{ .text .shown }"
+
+
+@dataclass
+class Notebook:
+    "A notebook, what it is called, and where its page is"
+
+    path: Path
+    name: str  # Without an ending, relative to the project: `nbs/models/20_gpt`
+    page: str  # `models/gpt.md`
+    title: str
+    lead: str  # The sentence below the title
+    module: str  # `lmnotes.models.gpt`; empty if it exports nothing
+    cells: list
+
+    @property
+    def number(self):
+        "Its place in the reading order; None for one that has no number"
+        found = re.match(r"\d+", self.path.stem)
+        return int(found[0]) if found else None
+
+
+def read(path, nbs):
+    "A notebook and its names"
+    cells = read_notebook(path)["cells"]
+    inside = path.relative_to(nbs)
+    page = inside.with_name(re.sub(r"^\d+[a-zA-Z]*_", "", path.stem) + ".md").as_posix()
+    first = joined(cells[0]["source"])
+    head = re.match(r"# (.+)\n+> (.+)\n*", first)
+    if not head:
+        raise ValueError(f"{path}: the first cell must begin with `# Title` and `> subtitle`, found {first[:40]!r}")
+    rest = re.sub(r"\A(- \w+: .*\n?)+", "", first[head.end() :])
+    modules = [re.search(r"^#\| *default_exp (\S+)", joined(cell["source"]), re.M) for cell in cells]
+    module = next((f"lmnotes.{match[1]}" for match in modules if match), "")
+    cells = [dict(cell, defines=defined(cell)) for cell in [dict(cells[0], source=rest), *cells[1:]]]
+    number_anchors([definition for cell in cells for definition in cell["defines"]])
+    name = f"{nbs.name}/{inside.with_suffix('').as_posix()}"
+    return Notebook(path, name, page, head[1].strip(), head[2].strip(), module, cells)
+
+
+def is_exported(marks):
+    return bool(marks.keys() & {"export", "exports"})
+
+
+def defined(cell):
+    "The definitions that a cell exports"
+    marks, code = directives(joined(cell["source"]))
+    return reference.definitions(code) if cell["cell_type"] == "code" and is_exported(marks) else []
+
+
+def number_anchors(definitions):
+    "Give names that differ only in their capitals anchors of their own: `Download`, `download`"
+    taken = set()
+    for definition in definitions:
+        if definition.anchor in taken:
+            definition.anchor += "-2"
+        taken.add(definition.anchor)
+
+
+def plain(text):
+    "Text of a docstring or a comment: only its code is Markdown"
+    parts = re.split(r"(`[^`]+`)", text)
+    for i in range(0, len(parts), 2):
+        parts[i] = re.sub(r"([*_$\\])", r"\\\1", parts[i]).replace("<", "&lt;")
+    return "".join(parts)
+
+
+def table(parameters, first="Parameter"):
+    "A table of parameters; columns in which nothing stands are left out"
+    rows = [
+        (
+            f"<code class='parameter'>{p.name}</code>",
+            p.type and f"`{p.type}`",
+            p.default and f"`{p.default}`",
+            plain(p.comment),
+        )
+        for p in parameters
+    ]
+    titles = (first, "Type", "Default", "What it is")
+    kept = [column for column in range(4) if any(row[column] for row in rows)]
+    if kept in ([], [0], [0, 2]):
+        return ""
+    lines = [[titles[column] for column in kept], ["---"] * len(kept)]
+    lines += [[re.sub(r"(?<!\\)\|", r"\\|", row[c]) if c == 3 else row[c] for c in kept] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def folded(text, title):
+    "Code that opens on a click"
+    body = "\n".join(f"    {line}".rstrip() for line in fenced(text, "python").split("\n"))
+    return f'??? code "{title}"\n\n{body}'
+
+
+def entry(definition, source_url, level=3):
+    "The reference of one definition, and of its methods"
+    blocks = [f"{'#' * level} {definition.name} {{ #{definition.anchor} .api }}"]
+    if definition.name in source_url:
+        blocks.append(f"[source]({source_url[definition.name]}){{ .source data-search-exclude }}")
+    blocks.append(fenced(definition.head, "python"))
+    if definition.doc:
+        blocks.append(plain(definition.doc))
+    is_data = re.search(r"@dataclass|NamedTuple", definition.head)
+    blocks += [table(definition.fields, "Field" if is_data else "Attribute"), table(definition.parameters)]
+    if definition.returns:
+        blocks.append(f"Returns: {plain(definition.returns)}\n{{ .returns }}")
+    for member in definition.members:
+        blocks += entry(member, source_url, level + 1)
+    return [block for block in blocks if block]
+
+
+def code_blocks(cell, source_url):
+    "What the code of a cell becomes"
+    marks, code = directives(joined(cell["source"]))
+    if not code or marks.get("echo") == "false":
+        return []
+    if cell["defines"]:
+        entries = [block for definition in cell["defines"] for block in entry(definition, source_url)]
+        return [*entries, folded(code, "Source")]
+    if reference.only_imports(code):
+        return [folded(code, "Imports")]
+    if "parameters" in cell["metadata"].get("tags", []):
+        return [table(reference.variables(code)), folded(code, "Source")]
+    if is_exported(marks) and (names := reference.helpers(code)):
+        return [folded(code, f"Source of {', '.join(names)}")]
+    lines = code.count("\n") + 1
+    if lines > FOLD or marks.get("code-fold") == "true":
+        return [folded(code, f"{lines} lines of code")]
+    return [fenced(code, "python")]
+
+
+def cell_blocks(cell, picture, about, source_url):
+    "The blocks of Markdown that a cell becomes; `about` describes its pictures"
+    if cell["cell_type"] != "code":
+        return [joined(cell["source"])] if cell["cell_type"] == "markdown" else []
+    marks, _ = directives(joined(cell["source"]))
+    if marks.keys() & {"hide", "default_exp", "exporti"} or marks.get("include") == "false":
+        return []
+    blocks = code_blocks(cell, source_url)
+    if marks.get("output") != "false":
+        blocks += [output_block(output, picture, marks.get("fig-alt", about)) for output in cell["outputs"]]
+    return [block for block in blocks if block]
+
+
+def output_block(output, picture, about):
+    "One output, set apart from code and prose"
+    text = output_markdown(output, picture, OUTPUT)
+    if text.startswith("![]"):
+        return f"![{about}]{text[3:]}{{ .figure }}"
+    if not text or text.startswith(("`", "<div")):
+        return text
+    return f'<div class="output" markdown="1">\n\n{text}\n\n</div>'
+
+
+def output_blocks(notebook, picture):
+    "The tables and pictures that a notebook shows"
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    blocks = [output_block(output, picture, notebook.title) for output in outputs]
+    return [block for block in blocks if block and not block.startswith("`")]
+
+
+def heading(cell, before):
+    "The nearest heading above a cell"
+    found = re.findall(r"^#+ (.+)$", joined(cell["source"]), re.M) if cell["cell_type"] == "markdown" else []
+    return found[-1] if found else before
+
+
+def page_text(notebook, picture, source_url, blob_url):
+    "The page of a notebook; `picture(bytes, ending)` stores an image and returns its path"
+    front = f"---\ntitle: {json.dumps(notebook.title)}\ndescription: {json.dumps(notebook.lead)}\n---"
+    where = f"Notebook [`{notebook.name}`]({blob_url}/{notebook.name}.ipynb)"
+    where += f" · module `{notebook.module}`" if notebook.module else ""
+    blocks = [
+        front,
+        f"# {notebook.title}",
+        f"{notebook.lead}\n{{ .lead }}",
+        f"{where}\n{{ .where data-search-exclude }}",
+    ]
+    about = notebook.title
+    for cell in notebook.cells:
+        about = heading(cell, about)
+        blocks += cell_blocks(cell, picture, about, source_url)
+    return "\n\n".join(block for block in blocks if block.strip()) + "\n"

@@ -1,0 +1,463 @@
+"""The site: built once, without warnings; every link leads somewhere; and in a browser it shows what it should, without the network."""
+
+import ast
+import dataclasses
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections import Counter
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+
+import build_docs
+import notebook_page
+import pytest
+import reference
+from browser import chromium, open_browser, watch
+from names import Names
+from pages import as_on_a_terminal, directives, fenced
+
+ROOT = Path(__file__).parent.parent
+
+# Parts: what a cell defines
+
+
+CELL = """
+@dataclass
+class Wide(Narrow, Low):
+    "A `Wide` one"
+
+    width: int = 1 << 4  # How wide; a | b
+    _hidden: int = 0  # Nobody's business
+    kind: str = "x"
+
+    def grow(self, by=1e-4):  # Metres -> metres
+        "Become wider"
+
+    @classmethod
+    def read(
+        cls,
+        path,  # A file
+        *,
+        strict=True,  # Refuse what is not known
+    ):  # A `Wide`
+        "From a file"
+
+    def _secret(self): ...
+
+
+def area(a, b=(1, 2), *rest, key=None, **more) -> float: ...
+
+
+def open(file): ...
+
+
+class Door(Wide):
+    open = False  # Is it?
+
+    def __init__(
+        self,
+        height=2,  # Metres
+    ): ...
+"""
+
+
+def test_definitions_are_read_from_the_source():
+    wide, area, _, door = reference.definitions(CELL)
+    assert wide.head == "@dataclass\nclass Wide(Narrow, Low)"
+    assert [(p.name, p.type, p.default, p.comment) for p in wide.fields] == [
+        ("width", "int", "1 << 4", "How wide; a | b"),
+        ("kind", "str", '"x"', ""),
+    ]
+    grow, read = wide.members
+    assert grow.head == "def grow(by=1e-4)  # Metres -> metres"
+    assert (read.name, read.anchor) == ("Wide.read", "wide.read")
+    assert read.head == "@classmethod\ndef read(path, *, strict=True)"
+    assert [p.comment for p in read.parameters] == ["A file", "Refuse what is not known"]
+    assert read.returns == "A `Wide`"
+    assert area.head == "def area(a, b=(1, 2), *rest, key=None, **more) -> float"
+    assert door.head == "class Door(Wide)\nDoor(height=2)"
+    assert ([p.name for p in door.fields], [p.comment for p in door.parameters]) == (["open"], ["Metres"])
+
+
+def test_a_table_has_only_the_columns_that_say_something():
+    wide = reference.definitions(CELL)[0]
+    lines = notebook_page.table(wide.fields, "Field").split("\n")
+    assert lines[0] == "| Field | Type | Default | What it is |"
+    assert lines[2] == r"| <code class='parameter'>width</code> | `int` | `1 << 4` | How wide; a \| b |"
+    assert notebook_page.table(wide.members[1].parameters).startswith("| Parameter | Default | What it is |")
+    assert notebook_page.table(wide.members[0].parameters) == ""
+
+
+def test_imports_are_known():
+    assert reference.only_imports("import os\n_all_ = ['x']")
+    assert not reference.only_imports("import os\nx = 1")
+
+
+# Parts: names
+
+
+@pytest.fixture
+def names():
+    names = Names(ROOT, "https://host/blob")
+    names.add_page("a.md", "lmnotes.a", "nbs/00_a")
+    names.add_page("results.md", "docs/results.md")
+    names.add_page("models/b.md", "lmnotes.models.b", "nbs/models/10_b", "10_b")
+    for page, code in {"a.md": CELL, "models/b.md": "def area(): ...\ndef volume(): ..."}.items():
+        for definition in reference.definitions(code):
+            names.add(page, definition)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("text", "page", "shown"),
+    [
+        ("`volume`", "a.md", "[`volume`](models/b.md#volume)"),
+        ("`volume()`, `b`", "models/b.md", "[`volume()`](#volume), `b`"),
+        ("`open` `open()`", "models/b.md", "`open` [`open()`](../a.md#open)"),  # A field and a function have this name
+        ("`Wide.grow`", "models/b.md", "[`Wide.grow`](../a.md#wide.grow)"),
+        ("`grow`", "a.md", "[`grow`](#wide.grow)"),
+        ("`grow`", "models/b.md", "`grow`"),  # A method is known by its name only on its page
+        ("`area`", "LOG.md", "`area`"),  # Two have this name
+        ("`lmnotes.models.b.area`", "LOG.md", "[`lmnotes.models.b.area`](models/b.md#area)"),
+        ("`nbs/models/10_b.ipynb` `10_b`", "a.md", "[`nbs/models/10_b.ipynb`](models/b.md) [`10_b`](models/b.md)"),
+        ("`tests/browser.py::watch`", "a.md", "[`tests/browser.py::watch`](https://host/blob/tests/browser.py)"),
+        ("[`volume`](x) `no/such.py`", "a.md", "[`volume`](x) `no/such.py`"),
+        ("[next](models/10_b.ipynb)", "a.md", "[next](models/b.md)"),
+        ("[back](../00_a.ipynb)", "models/b.md", "[back](../a.md)"),
+        ("[all](docs/results.md)", "index.md", "[all](results.md)"),
+        ("[all](../results.md)", "guides/c.md", "[all](../results.md)"),
+        (
+            "```\n`volume`\n```\n\n    `volume`\n\n# `volume`",
+            "a.md",
+            "```\n`volume`\n```\n\n    `volume`\n\n# `volume`",
+        ),
+    ],
+)
+def test_names_in_prose_become_links(names, text, page, shown):
+    assert names.in_prose(text, page) == shown
+
+
+def test_names_in_code_become_links(names):
+    code = (
+        '<div class="language-python highlight"><pre><code>{}<span class="n">volume</span>{}</code></pre></div>'.format
+    )
+    call = '<span class="p">(</span>'
+    assert 'href="models/b.html#volume"' in names.in_code(code("", call), "a.md")
+    assert "href" not in names.in_code(code("", ""), "a.md")  # Perhaps a variable
+    assert "href" not in names.in_code(code('<span class="o">.</span>', call), "a.md")  # Something else's
+
+
+# Parts: text
+
+
+def test_text_of_a_terminal():
+    assert as_on_a_terminal("\x1b[31m10%\r100%\x1b[0m\nend\n") == "100%\nend"
+    assert fenced("```") == "````\n```\n````"
+    assert directives("#| export\n#| code-fold: true\n\nx = 1") == ({"export": "true", "code-fold": "true"}, "x = 1")
+
+
+def test_formulas_become_mathml_and_code_keeps_its_dollars():
+    from markdown import Markdown
+
+    extensions = ["pymdownx.arithmatex", "pymdownx.superfences", "mathml"]
+    convert = Markdown(extensions=extensions, extension_configs={"pymdownx.arithmatex": {"generic": True}}).convert
+    inline = convert(r"so $h_t = \sigma(x)$ is")
+    assert "<math" in inline and "σ" in inline and "$" not in inline
+    assert 'display="block"' in convert("$$\n\\frac{1}{2}\n$$")
+    assert convert("costs `$5` and `$6`") == "<p>costs <code>$5</code> and <code>$6</code></p>"
+    assert "$HOME" in convert("```\necho $HOME $x$\n```") and "<math" not in convert("```\n$x$\n```")
+
+
+def test_a_cell_without_a_title_is_refused(tmp_path):
+    (tmp_path / "x.ipynb").write_text('{"cells": [{"cell_type": "markdown", "metadata": {}, "source": "text"}]}')
+    with pytest.raises(ValueError, match="must begin with `# Title`"):
+        notebook_page.read(tmp_path / "x.ipynb", tmp_path)
+
+
+# The site
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    "The folder of the site, built as `make docs` builds it, and without a warning"
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    command = [sys.executable, str(ROOT / "docs/build_docs.py"), "--to", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return folder
+
+
+class Links(HTMLParser):
+    "Ids, links, and what a page loads"
+
+    def __init__(self, path):
+        super().__init__()
+        self.ids, self.links, self.loads = [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        if "id" in given:
+            self.ids.append(given["id"])
+        if tag == "a" and "href" in given:
+            self.links.append(given["href"])
+        elif tag != "a" and given.get("rel") != "canonical":
+            self.loads += [given[key] for key in ("src", "href") if given.get(key)]
+
+
+@pytest.fixture(scope="module")
+def pages(site):
+    "Path -> what is in it; MkDocs' own page for wrong addresses aside, which knows where it is published"
+    return {path: Links(path) for path in sorted(site.rglob("*.html")) if path.name != "404.html"}
+
+
+def test_every_notebook_and_text_has_a_page(site, pages):
+    expected = {notebook_page.read(path, ROOT / "nbs").page for path in build_docs.notebooks()}
+    expected |= {f"{name}.md" for name in build_docs.PROJECT_PAGES} | {"results.md"}
+    expected |= {f"guides/{path.name}" for path in (ROOT / "docs/guides").glob("*.md")}
+    found = {path.relative_to(site).with_suffix(".md").as_posix() for path in pages}
+    assert found == expected
+
+
+def test_links_lead_somewhere(site, pages):
+    wrong = []
+    for path, page in pages.items():
+        for link in page.links + page.loads:
+            if re.match(r"https?:|mailto:|data:", link):
+                continue
+            target, anchor = urldefrag(unquote(link))
+            file = Path(os.path.normpath(path.parent / target)) if target else path
+            file = file / "index.html" if file.is_dir() else file
+            if not file.is_file() or (anchor and file in pages and anchor not in (*pages[file].ids, "__codelineno")):
+                wrong.append(f"{path.relative_to(site)}: {link}")
+    assert not wrong
+
+
+def test_ids_are_unique(site, pages):
+    for path, page in pages.items():
+        assert [id for id, count in Counter(page.ids).items() if count > 1] == [], path.relative_to(site)
+
+
+def test_nothing_is_loaded_from_elsewhere(pages):
+    assert not [link for page in pages.values() for link in page.loads if re.match("(https?:)?//", link)]
+
+
+def test_nbdevs_own_links_are_right_too(site, pages):
+    "`nbdev` notes in lmnotes/_modidx.py where each definition is in the site"
+    from lmnotes._modidx import d
+
+    missing = []
+    for symbols in d["syms"].values():
+        for name, (link, _) in symbols.items():
+            target, anchor = urldefrag(link.removeprefix(d["settings"]["doc_baseurl"]).lstrip("/"))
+            public = not any(part.startswith("_") for part in name.rpartition("lmnotes.")[2].split("."))
+            if public and anchor not in pages[site / target].ids:
+                missing.append(name)
+    assert not missing
+
+
+def test_no_page_shows_where_it_was_made(site):
+    for path in site.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        assert str(ROOT) not in text and str(site) not in text, path
+
+
+@pytest.mark.parametrize("link", ["nowhere.md", "index.md#nothing"])
+def test_a_link_that_leads_nowhere_stops_the_build(tmp_path, link):
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages/index.md").write_text(f"# Title\n\n[link]({link})\n")
+    places = {"docs_dir": str(tmp_path / "pages"), "site_dir": str(tmp_path / "site")}
+    config = {"INHERIT": str(ROOT / "docs/mkdocs.yml"), "nav": ["index.md"], "extra_css": [], "extra_javascript": []}
+    (tmp_path / "mkdocs.yml").write_text(json.dumps(config | places))
+    with pytest.raises(SystemExit, match=link.partition("#")[2] or link):
+        build_docs.make_site(tmp_path / "mkdocs.yml")
+
+
+def test_pages_do_not_share_a_name(tmp_path):
+    one = notebook_page.read(ROOT / "nbs/20_lm.ipynb", ROOT / "nbs")
+    site = build_docs.Site(tmp_path)
+    site.notebooks = [one, dataclasses.replace(one, path=Path("nbs/lm.ipynb"))]
+    with pytest.raises(ValueError, match="would both be lm.md; rename one of them"):
+        site.learn_names()
+
+
+# nbdev's own way to a site, which needs Quarto for its last step
+
+QUARTO = """
+import warnings
+from execnb.nbio import read_nb
+from nbdev.processors import FilterDefaults
+from nbdev.quarto import refresh_quarto_yml
+
+warnings.simplefilter("error", UserWarning)
+refresh_quarto_yml()
+notebook = read_nb("nbs/41_evaluation.ipynb")
+FilterDefaults()(notebook)
+print([output for cell in notebook.cells for output in cell.get("outputs", []) if "evaluate" in str(output)])
+"""
+
+
+def test_nbdevs_way_to_quarto_is_open(tmp_path):
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    (tmp_path / "nbs").mkdir()
+    shutil.copy(ROOT / "nbs/41_evaluation.ipynb", tmp_path / "nbs")
+    done = subprocess.run([sys.executable, "-c", QUARTO], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "source" in done.stdout and "evaluate" in done.stdout
+    assert (tmp_path / "nbs/_quarto.yml").is_file()
+
+
+@pytest.mark.parametrize("path", build_docs.notebooks(), ids=lambda path: path.stem)
+def test_import_cells_hold_only_imports(path):
+    "nbdev runs cells with imports when it makes its site, and must not run anything else"
+    for cell in notebook_page.read_notebook(path)["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code" or "nbdev_export()" in source or "#| export" in source:
+            continue
+        nodes = list(ast.walk(ast.parse(source)))
+        imports = any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in nodes)
+        assert not (imports and any(isinstance(node, (ast.Expr, ast.Assign)) for node in nodes)), source
+
+
+# The site in a browser
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def home(site):
+    "Address of the site"
+    chromium()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser(home):
+    with open_browser() as context:
+        yield context.browser
+
+
+@pytest.fixture
+def page(browser, home, request):
+    "A page that must do nothing wrong; by day, unless the test says `dark`"
+    scheme = request.param if hasattr(request, "param") else "light"
+    context = browser.new_context(color_scheme=scheme, reduced_motion="reduce")
+    page = context.new_page()
+    errors, outside = watch(page, home)
+    yield page
+    context.close()
+    assert (errors, outside) == ([], [])
+
+
+def test_every_page_loads(page, home, site, pages):
+    index = json.loads((site / "search/search_index.json").read_text(encoding="utf-8"))
+    little = index | {"docs": index["docs"][:1]}  # What is searched takes a second to prepare on each page
+    page.route("**/search_index.json", lambda route: route.fulfill(json=little))
+    for path in pages:
+        address = home + path.relative_to(site).as_posix()
+        assert page.goto(address).status == 200
+        assert page.locator("article h1").count() == 1, address
+        width = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+        assert width <= 0, f"{address} is {width} pixels too wide"
+
+
+def test_search_finds_a_definition(page, home):
+    page.goto(home + "index.html")
+    page.locator("input.md-search__input").click()
+    page.keyboard.type("parse_model_args")
+    first = page.locator(".md-search-result__item a").first
+    first.wait_for(timeout=30_000)
+    first.click()
+    page.wait_for_url("**/lm.html**")
+    assert page.locator("#parse_model_args").count() == 1
+
+
+def test_math_is_drawn(page, home):
+    page.goto(home + "layers.html")
+    boxes = [formula.bounding_box() for formula in page.locator("math").all()[:5]]
+    assert len(boxes) == 5 and all(box["width"] > 5 and box["height"] > 5 for box in boxes)
+    assert page.locator("math msub").count() > 5
+    assert "\\(" not in page.locator("article").inner_text()
+
+
+def test_folded_code_opens(page, home):
+    page.goto(home + "lm.html")
+    code = page.locator("details.code").first.locator("pre")
+    assert not code.is_visible()
+    page.locator("details.code summary").first.click()
+    assert code.is_visible()
+    page.locator("button.fold-all").click()
+    assert page.locator("details.code:not([open])").count() == 0
+    page.goto(home + "optim.html")
+    assert page.locator("details.code:not([open])").count() == 0  # The choice is kept
+    page.locator("button.fold-all").click()
+    assert page.locator("details.code[open]").count() == 0
+
+
+def test_a_name_leads_to_its_definition(page, home):
+    page.goto(home + "models/gpt.html")
+    page.locator("article a.name", has_text="LMConfig").first.click()
+    page.wait_for_url("**/lm.html#lmconfig")
+    assert "vocab_size" in page.locator("#lmconfig ~ div table").first.inner_text()
+
+
+# Contrast by WCAG, of the text of elements against what is painted behind them
+CONTRAST = """(selector) => {
+  const canvas = Object.assign(document.createElement("canvas"), {width: 1, height: 1})
+  const paint = canvas.getContext("2d", {willReadFrequently: true})
+  const colour = (layers) => {
+    paint.clearRect(0, 0, 1, 1)
+    for (const layer of layers) { paint.fillStyle = layer; paint.fillRect(0, 0, 1, 1) }
+    return [...paint.getImageData(0, 0, 1, 1).data].slice(0, 3)
+  }
+  const light = (rgb) => rgb.map((v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0)
+  return [...document.querySelectorAll(selector)].filter((e) => e.offsetParent && e.textContent.trim()).slice(0, 60).map((e) => {
+    const behind = []
+    for (let node = e; node; node = node.parentElement) behind.unshift(getComputedStyle(node).backgroundColor)
+    const under = light(colour(behind)), over = light(colour([...behind, getComputedStyle(e).color]))
+    const ratio = (Math.max(under, over) + 0.05) / (Math.min(under, over) + 0.05)
+    return [Math.round(ratio * 100) / 100, e.textContent.trim().slice(0, 30)]
+  })
+}"""
+READ = {"article p, article td, article th, article li, article summary": 4.5, "article code, article code span": 3}
+
+
+@pytest.mark.parametrize("name", ["index", "lm", "looks", "train", "results"])
+def test_both_schemes_can_be_read(page, home, name):
+    page.goto(f"{home}{name}.html")
+    backgrounds = []
+    for scheme in ("default", "slate"):
+        assert page.locator("body").get_attribute("data-md-color-scheme") == scheme
+        backgrounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        for selector, least in READ.items():
+            found = page.evaluate(CONTRAST, selector)
+            assert found
+            assert not [pair for pair in found if pair[0] < least], f"{scheme} {selector}"
+        page.locator("form[data-md-component=palette] label:visible").click()
+    assert backgrounds[0] != backgrounds[1]
+    page.wait_for_function("document.body.dataset.mdColorScheme == 'default'")
+
+
+@pytest.mark.parametrize("page", ["dark"], indirect=True)
+def test_pictures_keep_a_light_ground_in_the_dark(page, home):
+    page.goto(home + "optim.html")
+    assert page.locator("body").get_attribute("data-md-color-scheme") == "slate"
+    picture = page.locator("article img.figure").first
+    assert picture.evaluate("e => getComputedStyle(e).backgroundColor") == "rgb(255, 255, 255)"
+    assert picture.evaluate("e => e.complete && e.naturalWidth") > 100
+    assert picture.get_attribute("alt")
