@@ -199,7 +199,8 @@ class PackedDocuments:
                 at += self.n[p]
         return Batch(torch.from_numpy(x), torch.from_numpy(y))
 
-# %% ../nbs/13_batches.ipynb #b959a9e0
+# %% ../nbs/13_batches.ipynb #6db4f39c
+# Long: what `__init__` decides about targets, `__getitem__` carries out
 class CoveringWindows:
     "A fixed list of batches whose targets are every id of `ids[start:stop]` but the first, once"
 

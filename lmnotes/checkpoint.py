@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BASE', 'POINTERS', 'WEIGHT_KEYS', 'check_plain', 'check_finite', 'weights_of', 'load_weights', 'write_base',
-           'check_space', 'step_name', 'save_checkpoint', 'verify', 'checkpoints', 'latest', 'find_checkpoint', 'point',
+           'check_space', 'step_name', 'save_checkpoint', 'verify', 'checkpoints', 'latest', 'point', 'find_checkpoint',
            'read_weights', 'read_state', 'rebuild', 'load_lm', 'prune', 'sweep', 'Save', 'resume', 'names_in',
-           'check_same', 'SaveWeights', 'plain_weights', 'save_weights', 'init_from', 'graft', 'freeze']
+           'check_same', 'plain_weights', 'save_weights', 'SaveWeights', 'init_from', 'graft', 'freeze']
 
 # %% ../nbs/32_checkpoint.ipynb #46054a4e
 import errno
@@ -52,7 +52,7 @@ def check_finite(tensors, what):
                 f"{what}: {name} holds NaN or infinity; it is not saved, the last good checkpoint stays"
             )
 
-# %% ../nbs/32_checkpoint.ipynb #73e0231f
+# %% ../nbs/32_checkpoint.ipynb #82701fac
 def weights_of(lm):
     "The model's tensors by name, on the CPU, each storage once"
     seen, out = set(), {}
@@ -63,7 +63,7 @@ def weights_of(lm):
             out[name] = t.detach().cpu().contiguous()
     return out
 
-
+# %% ../nbs/32_checkpoint.ipynb #a5861905
 def load_weights(
     lm,
     tensors,  # {name: tensor}
@@ -95,7 +95,7 @@ def _check_tied(lm, tensors, need, where):
                 f"{where}: {name} and {first} differ, and in this model they are one; untie them (tie=False in model_args)"
             )
 
-# %% ../nbs/32_checkpoint.ipynb #eac97668
+# %% ../nbs/32_checkpoint.ipynb #4d69be7a
 def _write(path, data):
     "Write and flush one file; its size and hash"
     with open(path, "wb") as f:
@@ -120,7 +120,7 @@ def _safetensors(tensors):
 
     return save(tensors, dict(format="pt"))  # Several keys would come in an order of chance
 
-
+# %% ../nbs/32_checkpoint.ipynb #6ed81a95
 BASE = "base.safetensors"
 _bases = WeakKeyDictionary()  # Model -> (what its base is, path of the file that holds it, SHA-256)
 
@@ -143,7 +143,7 @@ def write_base(run, lm):
     _bases[lm] = stamp, path, sha256
     return sha256
 
-
+# %% ../nbs/32_checkpoint.ipynb #87494f45
 def check_space(folder, size):
     "Raise unless `size` bytes fit"
     free = shutil.disk_usage(folder).free
@@ -152,7 +152,7 @@ def check_space(folder, size):
             f"disk full: {folder} needs {size / 1e6:.1f} MB for a checkpoint and has {free / 1e6:.1f} MB free"
         )
 
-
+# %% ../nbs/32_checkpoint.ipynb #6eb580c7
 def step_name(step):
     return f"step_{step:08d}"
 
@@ -171,23 +171,9 @@ def _is_there(folder, files):
         return False
     return all(known[name]["sha256"] == hashlib.sha256(data).hexdigest() for name, data in files.items())
 
-
-def save_checkpoint(
-    run,  # Run folder
-    lm,
-    step,
-    state=None,  # What `Trainer.state_dict` gives
-    **about,  # More for config.json
-):  # The step folder
-    "Write `run/step_NNNNNNNN`; one that is there with the same content is left as it is"
-    run, name = Path(run), step_name(step)
-    about = dict(format=1, arch=lm.arch, config=asdict(lm.cfg), step=step, versions=versions(), **about)
-    if lm.lora:
-        about.update(lora=asdict(lm.lora), base=write_base(run, lm))
-    files = _serialize(lm, state or {}, about)
-    if _is_there(run / name, files):
-        return run / name
-    check_space(run, sum(len(d) for d in files.values()))
+# %% ../nbs/32_checkpoint.ipynb #1e3730da
+def _appear(run, name, step, files):
+    "Write `run/name` with its manifest, whole or not at all, in the place of an earlier one"
     tmp, old = run / f".{name}.{os.getpid()}.tmp", run / f".{name}.old.tmp"
     try:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -206,9 +192,28 @@ def save_checkpoint(
         shutil.rmtree(tmp, ignore_errors=True)
         why = "disk full" if e.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) else str(e)
         raise CheckpointError(f"{run / name} could not be written: {why}; earlier checkpoints are untouched") from None
+
+# %% ../nbs/32_checkpoint.ipynb #2d339a86
+def save_checkpoint(
+    run,  # Run folder
+    lm,
+    step,
+    state=None,  # What `Trainer.state_dict` gives
+    **about,  # More for config.json
+):  # The step folder
+    "Write `run/step_NNNNNNNN`; one that is there with the same content is left as it is"
+    run, name = Path(run), step_name(step)
+    about = dict(format=1, arch=lm.arch, config=asdict(lm.cfg), step=step, versions=versions(), **about)
+    if lm.lora:
+        about.update(lora=asdict(lm.lora), base=write_base(run, lm))
+    files = _serialize(lm, state or {}, about)
+    if _is_there(run / name, files):
+        return run / name
+    check_space(run, sum(len(d) for d in files.values()))
+    _appear(run, name, step, files)
     return run / name
 
-# %% ../nbs/32_checkpoint.ipynb #850e425d
+# %% ../nbs/32_checkpoint.ipynb #6d4d96f2
 def verify(folder):
     "The step folder, if every file is what the manifest says; else `CheckpointError` naming the file"
     folder = Path(folder)
@@ -232,7 +237,7 @@ def verify(folder):
         _verify_base(folder)
     return folder
 
-
+# %% ../nbs/32_checkpoint.ipynb #59ac9780
 def _verify_base(folder):
     "Raise unless the weights that a step's adapter was made for are there"
     path, base = folder.parent / BASE, read_json(folder / "config.json", CheckpointError)["base"]
@@ -241,7 +246,7 @@ def _verify_base(folder):
     if sha256_file(path) != base:
         raise CheckpointError(f"{path}: damaged, or another run's; {folder.name} was made with other weights (SHA-256)")
 
-
+# %% ../nbs/32_checkpoint.ipynb #9a1dcf4d
 def checkpoints(run):
     "Step folders of a run, oldest first, unverified"
     return sorted(p for p in Path(run).glob("step_*") if p.is_dir() and p.name[5:].isdigit())
@@ -258,7 +263,15 @@ def latest(run):
             print(f"warning: {e}; falling back to the checkpoint before it")
     raise CheckpointError(f"{run}: there is no whole checkpoint in this folder ({error})")
 
+# %% ../nbs/32_checkpoint.ipynb #b278a443
+POINTERS = "best", "last", "interrupted", "final"
 
+
+def point(run, which, folder):
+    "Make the one-line file `run/which` name a step folder"
+    write_atomic(Path(run) / which, folder.name + "\n")
+
+# %% ../nbs/32_checkpoint.ipynb #ffd5cf1c
 def find_checkpoint(
     path,  # A run folder, or a step folder
     which="",  # For a run folder: best | last | interrupted | final; empty: the newest whole one
@@ -279,15 +292,7 @@ def find_checkpoint(
         )
     return verify(path / Path((path / which).read_text().strip()).name)
 
-# %% ../nbs/32_checkpoint.ipynb #10aaeb9c
-POINTERS = "best", "last", "interrupted", "final"
-
-
-def point(run, which, folder):
-    "Make the one-line file `run/which` name a step folder"
-    write_atomic(Path(run) / which, folder.name + "\n")
-
-
+# %% ../nbs/32_checkpoint.ipynb #e23c107f
 def read_weights(folder):
     "{name: tensor} of a verified step folder"
     from safetensors.torch import load_file
@@ -311,7 +316,7 @@ def rebuild(
     lm = new_lm(about["arch"], **{**about["config"], **parse_model_args(about["arch"], model_args)})
     return add_lora(lm, LoRAConfig(**about["lora"])) if "lora" in about else lm
 
-
+# %% ../nbs/32_checkpoint.ipynb #47a344ed
 def load_lm(
     path,  # A run folder, or a step folder
     which="",  # best | last | interrupted | final; empty: the newest whole one
@@ -322,7 +327,7 @@ def load_lm(
     folder = find_checkpoint(path, which)
     return load_weights(rebuild(folder, model_args), read_weights(folder), folder).to(device).eval()
 
-# %% ../nbs/32_checkpoint.ipynb #8ecd13ec
+# %% ../nbs/32_checkpoint.ipynb #bcdf3b3f
 def prune(
     run,
     keep,  # How many of the newest stay; 0: all
@@ -336,19 +341,20 @@ def prune(
             (folder / "manifest.json").unlink(missing_ok=True)  # From here on it is not a checkpoint
             shutil.rmtree(folder)
 
-
+# %% ../nbs/32_checkpoint.ipynb #a7ffcae1
 def sweep(run):
     "Remove what an interrupted save left behind; only for the owner of the run folder"
     for tmp in Path(run).glob(".*.tmp"):
         shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink()
 
-# %% ../nbs/32_checkpoint.ipynb #ac48feb2
+# %% ../nbs/32_checkpoint.ipynb #465ec308
 def _not_saved(t, why):
     "Say it, and count it for the run's last line"
     t.counters["unsaved"] = t.counters.get("unsaved", 0) + 1
     print(f"warning: step {t.step} is not saved: {why}")
 
-
+# %% ../nbs/32_checkpoint.ipynb #899572ec
+# Long: when a turn comes and what is written then depend on each other
 class Save(Hook):
     "Checkpoints of a run"
 
@@ -361,14 +367,8 @@ class Save(Hook):
         also=(),  # Names of checkpoints that are never deleted
         **about,  # More for config.json
     ):
-        self.run, self.every, self.keep, self.metrics, self.also, self.about = (
-            Path(run),
-            every,
-            keep,
-            metrics,
-            also,
-            about,
-        )
+        self.run, self.every, self.keep = Path(run), every, keep
+        self.metrics, self.also, self.about = metrics, also, about
 
     def after_step(self, t):
         every = self.every or min(1000, max(1, t.cfg.steps // 10))
@@ -442,7 +442,26 @@ def check_same(
         changes[name] = (old, new)
     return changes
 
-# %% ../nbs/32_checkpoint.ipynb #15ce9cad
+# %% ../nbs/32_checkpoint.ipynb #dbf9b07a
+def plain_weights(lm, prefixes=()):
+    "The state dict of a model, adapters added to its weights, on the CPU"
+    lm = to_plain(lm) if lm.lora else lm
+    return {_renamed(k, prefixes): v.detach().cpu() for k, v in lm.state_dict().items()}
+
+
+def save_weights(content, path):
+    "Write tensors and plain values, loadable with `torch.load(weights_only=True)`, whole or not at all"
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def _renamed(name, prefixes):
+    old, new = next(((a, b) for a, b in prefixes if name.startswith(a)), ("", ""))
+    return new + name.removeprefix(old)
+
+# %% ../nbs/32_checkpoint.ipynb #2f098c5a
+# Long: four occasions to write one file
 class SaveWeights(Hook):
     "Writes the model's state dict to `folder/pattern`"
 
@@ -474,7 +493,7 @@ class SaveWeights(Hook):
     def _write(self, t):
         self.had_turn(t)
         if t.rank == 0:
-            path = self.folder / self.pattern.format(step=t.step, epoch=int(t.step // t.batches.per_epoch))
+            path = self.folder / self.pattern.format(step=t.step, epoch=t.epoch)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 content = plain_weights(t.lm, self.prefixes)
@@ -483,76 +502,7 @@ class SaveWeights(Hook):
             except OSError as e:
                 _not_saved(t, f"{path.name}: {e.strerror}")
 
-
-def plain_weights(lm, prefixes=()):
-    "The state dict of a model, adapters added to its weights, on the CPU"
-    lm = to_plain(lm) if lm.lora else lm
-    return {_renamed(k, prefixes): v.detach().cpu() for k, v in lm.state_dict().items()}
-
-
-def save_weights(content, path):
-    "Write tensors and plain values, loadable with `torch.load(weights_only=True)`, whole or not at all"
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_atomic(path, buffer.getvalue())
-
-
-def _renamed(name, prefixes):
-    old, new = next(((a, b) for a, b in prefixes if name.startswith(a)), ("", ""))
-    return new + name.removeprefix(old)
-
-
-def init_from(lm, path):
-    "Load the weights of a run, a step folder, or a `.pt` / `.safetensors` file into `lm`"
-    return load_weights(lm, _fitted(lm, _weights_in(path), path), path)
-
-
-def graft(
-    lm,
-    part,  # Name of a module in it, such as experts.transformer
-    path,  # A run, a step folder, or a `.pt` / `.safetensors` file
-    inner="",  # Name of the module there whose weights are meant; empty: the whole model
-):
-    "Load the weights of one model into a part of another"
-    if part not in (modules := dict(lm.named_modules())) or not part:
-        raise ValueError(f"this model has no part {part!r}; {nearest(part, modules)}")
-    tensors, start = _weights_in(path), f"{inner}." if inner else ""
-    picked = {n[len(start) :]: t for n, t in tensors.items() if n.startswith(start)}
-    if not picked:
-        there = {n.rpartition(".")[0] for n in tensors}
-        raise CheckpointError(f"{path}: there is no part {inner!r} in it; {nearest(inner, there)}")
-    load_weights(modules[part], picked, f"{path}{':' + inner if inner else ''}, for the part {part}")
-    return lm
-
-
-def _weights_in(path):
-    "{name: tensor} of a run, a step folder, or a file"
-    path = Path(path)
-    if path.suffix not in (".pt", ".pth", ".safetensors"):
-        return weights_of(to_plain(load_lm(path)))
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
-    return _read_foreign(path)
-
-
-def _fitted(lm, tensors, path):
-    "`tensors` without those of optional parts that the model lacks, and with its own for those that the source lacks"
-    ours, known = weights_of(lm), lm.state_dict()
-    optional = {n for n in {*tensors, *ours} if any(fnmatch.fnmatch(n, p) for p in lm.optional)}
-    begun = {n: t for n, t in ours.items() if n in optional - set(tensors)}
-    left = (set(tensors) - set(known)) & optional
-    if begun or left:
-        print(
-            f"{Path(path).name}: {_parts(begun) or 'nothing'} not in it, begun anew; {_parts(left) or 'nothing'} in it left out"
-        )
-    return {n: t for n, t in tensors.items() if n not in left} | begun
-
-
-def _parts(names):
-    "The modules that parameters belong to"
-    return ", ".join(sorted({".".join(n.split(".")[:2]) for n in names}))
-
-
+# %% ../nbs/32_checkpoint.ipynb #0a6da8eb
 WEIGHT_KEYS = "model_state_dict", "model_state"  # Under which guides' files keep weights among other things
 
 
@@ -576,7 +526,58 @@ def _read_foreign(path):
         raise CheckpointError(f"{path}: it does not hold a state dict, that is, names and tensors only")
     return tensors
 
+# %% ../nbs/32_checkpoint.ipynb #5bf5c1e7
+def _fitted(lm, tensors, path):
+    "`tensors` without those of optional parts that the model lacks, and with its own for those that the source lacks"
+    ours, known = weights_of(lm), lm.state_dict()
+    optional = {n for n in {*tensors, *ours} if any(fnmatch.fnmatch(n, p) for p in lm.optional)}
+    begun = {n: t for n, t in ours.items() if n in optional - set(tensors)}
+    left = (set(tensors) - set(known)) & optional
+    if begun or left:
+        print(
+            f"{Path(path).name}: {_parts(begun) or 'nothing'} not in it, begun anew; {_parts(left) or 'nothing'} in it left out"
+        )
+    return {n: t for n, t in tensors.items() if n not in left} | begun
 
+
+def _parts(names):
+    "The modules that parameters belong to"
+    return ", ".join(sorted({".".join(n.split(".")[:2]) for n in names}))
+
+# %% ../nbs/32_checkpoint.ipynb #7062e2fe
+def _weights_in(path):
+    "{name: tensor} of a run, a step folder, or a file"
+    path = Path(path)
+    if path.suffix not in (".pt", ".pth", ".safetensors"):
+        return weights_of(to_plain(load_lm(path)))
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file")
+    return _read_foreign(path)
+
+
+def init_from(lm, path):
+    "Load the weights of a run, a step folder, or a `.pt` / `.safetensors` file into `lm`"
+    return load_weights(lm, _fitted(lm, _weights_in(path), path), path)
+
+# %% ../nbs/32_checkpoint.ipynb #b5aad192
+def graft(
+    lm,
+    part,  # Name of a module in it, such as experts.transformer
+    path,  # A run, a step folder, or a `.pt` / `.safetensors` file
+    inner="",  # Name of the module there whose weights are meant; empty: the whole model
+):
+    "Load the weights of one model into a part of another"
+    if part not in (modules := dict(lm.named_modules())) or not part:
+        raise ValueError(f"this model has no part {part!r}; {nearest(part, modules)}")
+    tensors, start = _weights_in(path), f"{inner}." if inner else ""
+    picked = {n[len(start) :]: t for n, t in tensors.items() if n.startswith(start)}
+    if not picked:
+        there = {n.rpartition(".")[0] for n in tensors}
+        raise CheckpointError(f"{path}: there is no part {inner!r} in it; {nearest(inner, there)}")
+    load_weights(modules[part], picked, f"{path}{':' + inner if inner else ''}, for the part {part}")
+    return lm
+
+# %% ../nbs/32_checkpoint.ipynb #32ef1bc0
 def freeze(lm, patterns):
     "Stop training the parameters whose names match one of the patterns, such as 'embed* blocks.0.*'; how many there are"
     frozen = set()

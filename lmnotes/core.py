@@ -117,7 +117,7 @@ def pick_device(
         raise ValueError(f"device={device!r} is not available here; device='auto' would choose {pick_device()!r}")
     return device
 
-# %% ../nbs/00_core.ipynb #f1553ef5
+# %% ../nbs/00_core.ipynb #a3a19b20
 def _matmul_ms(device, dtypes, n=512, repeats=5):
     "Milliseconds of an `n`×`n` product in each dtype: the least of `repeats`, taken in turn"
     sync = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
@@ -132,7 +132,7 @@ def _matmul_ms(device, dtypes, n=512, repeats=5):
             best[d] = min(best[d], 1e3 * (time.perf_counter() - t))
     return best
 
-
+# %% ../nbs/00_core.ipynb #8a0ef274
 @lru_cache
 def _auto_dtype(device):
     "(dtype name, reason) for a device"
@@ -175,7 +175,7 @@ def describe_device(device, dtype, why):
     "One line: device, dtype and the reason for it"
     return f"device {device} ({device_name(device)}), {dtype}: {why}"
 
-# %% ../nbs/00_core.ipynb #548f0705
+# %% ../nbs/00_core.ipynb #e7a5ab74
 def fsync_path(path):
     "Flush a file, or a folder's list of names, to the disk"
     fd = os.open(path, os.O_RDONLY)
@@ -205,7 +205,7 @@ def write_atomic(
     if durable:
         fsync_path(path.parent)
 
-
+# %% ../nbs/00_core.ipynb #4eb8e7e9
 def write_json(path, obj, durable=True):
     "Write `obj` as indented JSON, whole or not at all"
     write_atomic(path, json.dumps(obj, indent=1, ensure_ascii=False) + "\n", durable)
@@ -223,7 +223,7 @@ def read_json(
     except (ValueError, RecursionError) as e:
         raise error(f"{path}: not valid JSON ({e})") from None
 
-
+# %% ../nbs/00_core.ipynb #0eb03f53
 def sha256_file(path):
     "SHA-256 of a file's content, in hex"
     h = hashlib.sha256()

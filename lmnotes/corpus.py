@@ -221,7 +221,8 @@ def _digest(source):
             h.update(chunk)
     return h.hexdigest()
 
-# %% ../nbs/10_corpus.ipynb #452b985a
+# %% ../nbs/10_corpus.ipynb #2698ba89
+# Long: seven short answers to questions about one list of sources
 class Corpus:
     "Documents in a fixed order, domain by domain"
 
@@ -360,7 +361,8 @@ class Download(NamedTuple):
     sha256: str = ""
     sources: tuple = ()  # (kind, member, part) of each source in it
 
-# %% ../nbs/10_corpus.ipynb #6de30e7c
+# %% ../nbs/10_corpus.ipynb #3fcf1458
+# Long: a table of addresses, sizes and checksums
 DOWNLOADS = {
     "tinyshakespeare": [
         Download(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TWO_VALUES', 'ONE_VALUE', 'PLAIN_NAME', 'project_of', 'read_command', 'given_parameters', 'last_run', 'new_run',
-           'trains', 'checkpoints_of', 'output_path', 'parameters_of', 'check_parameters', 'completed', 'signals_to',
-           'run_of', 'environment', 'kernel_class', 'GracefulEngine', 'is_papermill']
+           'parameters_of', 'trains', 'default_run', 'checkpoints_of', 'output_path', 'check_parameters', 'completed',
+           'signals_to', 'run_of', 'environment', 'kernel_class', 'GracefulEngine', 'is_papermill']
 
 # %% ../nbs/52_engine.ipynb #dc7701f2
 import base64
@@ -118,17 +118,28 @@ def new_run(
         return name
     raise ValueError(f"{checkpoints} holds a thousand runs of one second; name yours with `-p run NAME`")
 
-# %% ../nbs/52_engine.ipynb #12a50e8d
-PLAIN_NAME = re.compile(r"[\w-][\w.-]*")
-
-
-def trains(notebook):
-    "Whether a notebook has the parameters `run` and `resume`, and so works on a run folder"
+# %% ../nbs/52_engine.ipynb #02cf410f
+def parameters_of(
+    notebook,  # Path of a notebook
+):  # {name: annotation}, empty where there is none
+    "The parameters that a notebook has"
     cells = json.loads(Path(notebook).read_bytes())["cells"]
     sources = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
-    return any(re.search(r"^run\b", s, re.M) and re.search(r"^resume\b", s, re.M) for s in sources)
+    return {name: kind for s in sources for name, kind in re.findall(r"^(\w+)(?: *: *(\w+))? *=", s, re.M)}
+
+# %% ../nbs/52_engine.ipynb #eb965ef8
+def trains(notebook):
+    "Whether a notebook has the parameters `run` and `resume`, and so works on a run folder"
+    return {"run", "resume"} <= set(parameters_of(notebook))
 
 
+def default_run(notebook):
+    "The name that a notebook's own cell gives its run; empty: none"
+    cells = json.loads(Path(notebook).read_bytes())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    return next((name for s in sources for name in re.findall(r"^run\b[^=\n]*= *[\"']([^\"'\n]*)[\"']", s, re.M)), "")
+
+# %% ../nbs/52_engine.ipynb #d1206c36
 def checkpoints_of(
     project,  # The project's folder
     out_dir=None,  # The parameter `out_dir`, if given
@@ -136,6 +147,9 @@ def checkpoints_of(
     "The folder of all runs: `out_dir`, else `$LMNOTES_OUT_DIR`, else the project's `checkpoints/`"
     out_dir = out_dir or os.environ.get("LMNOTES_OUT_DIR")
     return Path(out_dir).expanduser().resolve() if out_dir else Path(project) / "checkpoints"
+
+# %% ../nbs/52_engine.ipynb #53d44a01
+PLAIN_NAME = re.compile(r"[\w-][\w.-]*")
 
 
 def output_path(
@@ -149,6 +163,8 @@ def output_path(
         run = "notebooks"
     elif "run" in parameters:
         run = str(parameters["run"])
+    elif default_run(notebook):
+        run = default_run(notebook)
     elif str(parameters.get("resume")) == "True":
         run = last_run(checkpoints)
     else:
@@ -158,16 +174,7 @@ def output_path(
     (checkpoints / run).mkdir(parents=True, exist_ok=True)
     return checkpoints / run / Path(notebook).name
 
-# %% ../nbs/52_engine.ipynb #58d4393a
-def parameters_of(
-    notebook,  # Path of a notebook
-):  # {name: annotation}, empty where there is none
-    "The parameters that a notebook has"
-    cells = json.loads(Path(notebook).read_bytes())["cells"]
-    sources = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
-    return {name: kind for s in sources for name, kind in re.findall(r"^(\w+)(?: *: *(\w+))? *=", s, re.M)}
-
-
+# %% ../nbs/52_engine.ipynb #62c22d27
 def _fits(kind, value):
     "Is a value, as papermill is given it, one of its parameter's type?"
     if kind == "bool":
@@ -263,7 +270,7 @@ def signals_to(
         for number, handler in before.items():
             signal.signal(number, handler)
 
-# %% ../nbs/52_engine.ipynb #8699147a
+# %% ../nbs/52_engine.ipynb #1329125d
 def run_of(
     notebook,  # Path of the notebook that is executed
     output,  # Path of its output
@@ -276,7 +283,7 @@ def run_of(
     folder = Path(output).resolve().parent
     return folder.name if folder.parent == checkpoints_of(project, out_dir).resolve() else None
 
-
+# %% ../nbs/52_engine.ipynb #62d448ed
 @contextmanager
 def environment(
     **variables,  # None leaves a variable as it is
@@ -292,7 +299,7 @@ def environment(
             if value is not None:
                 os.environ[name] = value
 
-
+# %% ../nbs/52_engine.ipynb #28fd852f
 def kernel_class(
     folder,  # Where the connection file and the sockets are; short, as a socket's path may have 107 characters
 ):  # A subclass of jupyter_client's; `running` is its latest instance
@@ -318,7 +325,7 @@ def kernel_class(
 
     return Kernel
 
-
+# %% ../nbs/52_engine.ipynb #3cd36a59
 class GracefulEngine:
     "Papermill engine (`--engine lmnotes`): a stopped notebook is finished, not killed"
 

@@ -38,7 +38,16 @@ def figures(
         out["bytes"] = int(size.sum())
     return out
 
-# %% ../nbs/41_evaluation.ipynb #2d029513
+# %% ../nbs/41_evaluation.ipynb #0ddafdfb
+def _sums(lm, batch, lengths, autocast):
+    "(nats, targets, bytes of text, is it a likelihood?) of a batch"
+    with autocast():
+        out = lm.loss(batch)
+    n, likelihood = batch.n, "nll" in out
+    size = int(lengths[batch.y[batch.y != IGNORE]].sum()) if lengths is not None and likelihood else 0
+    return float(out["nll"] if likelihood else out["loss"] * n), n, size, likelihood
+
+# %% ../nbs/41_evaluation.ipynb #09e9ca91
 @torch.no_grad()
 def evaluate(
     lm,
@@ -58,14 +67,8 @@ def evaluate(
         if signals and world == 1:
             lm.train(training)
             return None
-        batch = batches[i].to(device)
         seed_step(seed, i)
-        with autocast():
-            out = lm.loss(batch)
-        n, likelihood = batch.n, "nll" in out
-        sums[i, 0], sums[i, 1], sums[i, 3] = float(out["nll"] if likelihood else out["loss"] * n), n, likelihood
-        if lengths is not None and likelihood:
-            sums[i, 2] = int(lengths[batch.y[batch.y != IGNORE]].sum())
+        sums[i] = torch.tensor(_sums(lm, batches[i].to(device), lengths, autocast), dtype=torch.float64)
     lm.train(training)
     if world > 1:
         sums = sums.to(device)
@@ -137,7 +140,8 @@ def _shown(value):
         return f"{value:.4g}"
     return f"{value:,}" if type(value) is int else str(value).replace("\n", " ")
 
-# %% ../nbs/41_evaluation.ipynb #a911bce3
+# %% ../nbs/41_evaluation.ipynb #a82328e3
+# Long: when to look, what is the best, and when to stop are one decision
 class Evaluate(Hook):
     "Validation on the way and at the end, and early stopping"
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GENERATE_PRESETS', 'top_k', 'top_p', 'min_p', 'penalize', 'GenerateConfig', 'generate_config', 'Picker',
-           'generate_ids', 'stream', 'prompt_ids', 'generate', 'Sample']
+           'generate_ids', 'prompt_ids', 'stream', 'generate', 'Sample']
 
 # %% ../nbs/40_generation.ipynb #e9747703
 import codecs
@@ -39,7 +39,7 @@ def penalize(logits, seen, penalty):
     "Divide positive logits of `seen` ids by `penalty`, multiply negative ones by it"
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
-# %% ../nbs/40_generation.ipynb #8c99aa59
+# %% ../nbs/40_generation.ipynb #f432c3e4
 @dataclass
 class GenerateConfig:
     "How a text is written"
@@ -54,7 +54,7 @@ class GenerateConfig:
     seed: int = 0
     stop: str = ""  # The text ends before this
 
-
+# %% ../nbs/40_generation.ipynb #5dbac7f7
 GENERATE_PRESETS = dict(
     agiformer=dict(prompt="The history of ", n=200, temperature=0.7),
     text_only=dict(prompt="Once upon a time", n=50, temperature=0.0),
@@ -70,7 +70,21 @@ def generate_config(
         raise ValueError(f"preset={preset!r} is not one of a text's; {nearest(preset, GENERATE_PRESETS)}")
     return GenerateConfig(**{**GENERATE_PRESETS.get(preset, {}), **given})
 
-# %% ../nbs/40_generation.ipynb #96673d6e
+# %% ../nbs/40_generation.ipynb #54c59a08
+def _check_sampling(temperature, top_k, top_p, min_p, repetition_penalty):
+    "Raise, naming the setting, unless each is in its range"
+    for name, value, ok in [
+        ("temperature", temperature, temperature >= 0),
+        ("top_k", top_k, top_k >= 0),
+        ("top_p", top_p, 0 < top_p <= 1),
+        ("min_p", min_p, 0 <= min_p <= 1),
+        ("repetition_penalty", repetition_penalty, repetition_penalty > 0),
+    ]:
+        if not ok:
+            raise ValueError(f"{name}={value} is out of range")
+
+# %% ../nbs/40_generation.ipynb #32f999ee
+# Long: the settings, the seeds and the ids seen so far are one state
 class Picker:
     "A function from logits (B,V) or (B,k,V) to ids (B) or (B,k); row `i` draws from its own generator, `rows[i]`"
 
@@ -84,15 +98,7 @@ class Picker:
         seed=0,
         n_ids=None,  # Only ids below this; a model may have more than its tokenizer
     ):
-        for name, value, ok in [
-            ("temperature", temperature, temperature >= 0),
-            ("top_k", top_k, top_k >= 0),
-            ("top_p", top_p, 0 < top_p <= 1),
-            ("min_p", min_p, 0 <= min_p <= 1),
-            ("repetition_penalty", repetition_penalty, repetition_penalty > 0),
-        ]:
-            if not ok:
-                raise ValueError(f"{name}={value} is out of range")
+        _check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
         self.repetition_penalty, self.seed, self.n_ids = repetition_penalty, seed, n_ids
         self.rows, self.seen = [], None
@@ -133,7 +139,7 @@ class Picker:
         u = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in self.rows]) * total[:, -1:]
         return torch.searchsorted(total, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
-# %% ../nbs/40_generation.ipynb #518ffe58
+# %% ../nbs/40_generation.ipynb #10dd4907
 def generate_ids(
     lm,
     prompts,  # Lists of ids, none empty
@@ -151,7 +157,7 @@ def generate_ids(
             out[i] = new[: new.index(stop_id)] if stop_id in new else new
     return out
 
-
+# %% ../nbs/40_generation.ipynb #c5a527dd
 def _chunks(lm, prompts, n, stop_id, stop, rows, sampling):
     "Chunks (B,k) of new ids, until every row is done"
     if not len(prompts[0]):
@@ -170,12 +176,20 @@ def _chunks(lm, prompts, n, stop_id, stop, rows, sampling):
     finally:
         lm.train(training)
 
-# %% ../nbs/40_generation.ipynb #9a541182
+# %% ../nbs/40_generation.ipynb #7a90b9e1
+def prompt_ids(tokenizer, prompt):
+    "Ids of a prompt; for an empty one, what a document begins after"
+    ids = list(tokenizer.encode(prompt))
+    if ids:
+        return ids
+    return [tokenizer.eot_id] if tokenizer.eot_id is not None else list(tokenizer.encode("\n"))
+
+# %% ../nbs/40_generation.ipynb #831342bb
 def _hold(text, stops):
     "How much of the end of `text` could be the beginning of a stop string"
     return max((k for s in stops for k in range(1, len(s)) if text.endswith(s[:k])), default=0)
 
-
+# %% ../nbs/40_generation.ipynb #9d6c9e7f
 def stream(
     lm,
     tokenizer,
@@ -206,15 +220,7 @@ def stream(
             text = text[ready:]
     yield text + decoder.decode(b"", final=True)
 
-
-def prompt_ids(tokenizer, prompt):
-    "Ids of a prompt; for an empty one, what a document begins after"
-    ids = list(tokenizer.encode(prompt))
-    if ids:
-        return ids
-    return [tokenizer.eot_id] if tokenizer.eot_id is not None else list(tokenizer.encode("\n"))
-
-
+# %% ../nbs/40_generation.ipynb #e4a65e76
 def generate(
     lm,
     tokenizer,

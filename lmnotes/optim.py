@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULES', 'DEFAULT_LR', 'OptimConfig', 'check_optim', 'peak_lr', 'lr_at', 'split_params', 'orthogonalize', 'Muon',
            'make_optimizers', 'set_lr']
 
-# %% ../nbs/30_optim.ipynb #c5ca3a9c
+# %% ../nbs/30_optim.ipynb #3c3249e2
 import math
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .core import *
+from .lm import *
 
 # %% ../nbs/30_optim.ipynb #ba122147
 @dataclass
@@ -31,7 +32,7 @@ class OptimConfig:
     betas: str = "0.9 0.95"  # AdamW's two decay rates
     clip: float = 1.0  # Largest gradient norm; 0: no clipping
 
-# %% ../nbs/30_optim.ipynb #244a3fcb
+# %% ../nbs/30_optim.ipynb #8be81803
 SCHEDULES = dict(
     wsd=lambda r, cooldown: min(1.0, (1 - r) / cooldown) if cooldown else 1.0,
     cosine=lambda r, cooldown: (1 + math.cos(math.pi * r)) / 2,
@@ -40,7 +41,7 @@ SCHEDULES = dict(
 )
 DEFAULT_LR = dict(muon=0.02, adamw=0.002)
 
-
+# %% ../nbs/30_optim.ipynb #83f788ce
 def check_optim(cfg):
     "Raise unless the settings make sense"
     for field, known in dict(optimizer=DEFAULT_LR, schedule=SCHEDULES).items():
@@ -49,7 +50,7 @@ def check_optim(cfg):
     if not 0 <= cfg.cooldown <= 1:
         raise ValueError(f"cooldown={cfg.cooldown} is a fraction of the run, from 0 to 1")
 
-
+# %% ../nbs/30_optim.ipynb #9b57ab62
 def peak_lr(cfg):
     "The peak learning rate: the one given, or the optimizer's own"
     return cfg.lr or DEFAULT_LR[cfg.optimizer]
@@ -66,10 +67,10 @@ def lr_at(
     r = min(1.0, (step - warmup) / max(1, cfg.steps - warmup))
     return cfg.min_lr + (peak_lr(cfg) - cfg.min_lr) * SCHEDULES[cfg.schedule](r, cfg.cooldown)
 
-# %% ../nbs/30_optim.ipynb #7e3f6a11
+# %% ../nbs/30_optim.ipynb #7ed2be07
 def split_params(lm):
     "`hidden` matrices, `head`, and the `rest` (embeddings, norms, biases, scalars): three lists of (name, parameter)"
-    embeddings = {id(m.weight) for m in lm.modules() if isinstance(m, nn.Embedding)}
+    embeddings = {id(p) for p in embeddings_of(lm)}
     kinds = dict(hidden=[], head=[], rest=[])
     for name, p in lm.named_parameters():
         if p.requires_grad:

@@ -86,7 +86,8 @@ class ByteTokenizer(Tokenizer):
         "What is saved"
         return dict(format=TOKENIZER_FORMAT, version=1, kind="bytes")
 
-# %% ../nbs/11_tokenizer.ipynb #9b70ebe1
+# %% ../nbs/11_tokenizer.ipynb #22d61a2b
+# Long: one table over code points, made here and used by every method
 class CharTokenizer(Tokenizer):
     "One id per character; the last id, `unk_id`, stands for every other character"
 
@@ -258,7 +259,8 @@ def _save_bpe(tok, folder):
     write_atomic(folder / "merges.txt", "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in tok.merges))
     write_atomic(folder / "tokenizer.json", hf.to_str(pretty=True))
 
-# %% ../nbs/11_tokenizer.ipynb #00c8f43d
+# %% ../nbs/11_tokenizer.ipynb #2cc70898
+# Long: the whole of `Tokenizer`, for the one kind that has more than a table
 class BPETokenizer(Tokenizer):
     "Byte-level BPE: any bytes in, the same bytes out"
 

@@ -24,7 +24,7 @@ from lmnotes.trainer import Hook
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("forkserver")
-PRELOAD = "lmnotes.cli lmnotes.models.gpt safetensors.torch tokenizers tyro filelock torch._dynamo"
+PRELOAD = "lmnotes.cli lmnotes.models.gpt nbformat safetensors.torch tokenizers tyro filelock torch._dynamo"
 FORK.set_forkserver_preload(PRELOAD.split())
 STARTED = []  # Processes, which a test that fails may leave behind
 

@@ -8,10 +8,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lmnotes"
-MODELS_MAY_IMPORT = {"lmnotes.lm", "lmnotes.layers", "lmnotes.lora", "lmnotes.memory"}
+MODELS_MAY_IMPORT = {"lmnotes.lm", "lmnotes.layers", "lmnotes.lora", "lmnotes.memory", "lmnotes.blocks"}
 KNOW_THE_WHOLE_CHAIN = {
     *("lmnotes.setup", "lmnotes.text_config", "lmnotes.runs", "lmnotes.phases", "lmnotes.export", "lmnotes.cli"),
-    *("lmnotes.engine", "lmnotes.__main__"),
+    *("lmnotes.view", "lmnotes.compare", "lmnotes.card", "lmnotes.engine", "lmnotes.__main__"),
 }
 
 

@@ -1,6 +1,7 @@
 """The notebooks are the source: the package, the README and the saved outputs are what they say."""
 
 import ast
+import base64
 import filecmp
 import json
 import os
@@ -129,6 +130,31 @@ def test_imports_have_cells_of_their_own(path):
         assert not imports or len(imports) == len(tree.body), f"cell {cell.id} holds imports and other code"
 
 
+@each_notebook
+def test_exported_cells_are_short(path):
+    "One idea a cell; what is better read in one piece says why"
+    for cell in code_cells(path):
+        if marks(cell) & {"export", "exporti"}:
+            lines = [line for line in cell.source.splitlines() if line.strip() and not line.startswith("#|")]
+            assert len(lines) <= 30 or re.match(r"# Long: .+ .+", lines[0]), (
+                f"the cell {cell.id}, {lines[0]!r}, has {len(lines)} lines; split it, or say why after `#| export`: # Long: ..."
+            )
+
+
+ROAD = [path for folder in ("nbs", "nbs/models") for path in sorted((ROOT / folder).glob("[0-9]*.ipynb"))]
+
+
+@pytest.mark.parametrize("path, after", zip(ROAD, ROAD[1:]), ids=[path.stem for path in ROAD[:-1]])
+def test_each_notebook_names_the_next(path, after):
+    "Whoever reads from 00_core on is led through all of them"
+    last = [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown"][-1]
+    address = os.path.relpath(after, path.parent)
+    wanted = f"Next: [`{after.stem}`]({address}), what it is about."
+    assert re.fullmatch(rf"Next: \[`{after.stem}`\]\({address}\), .+\.", last), (
+        f"the last text of {path.name} is {wanted!r}"
+    )
+
+
 def test_the_style_is_kept():
     run("ruff", "check", ".")
     run("ruff", "format", "--check", ".")
@@ -141,14 +167,20 @@ def shell_lines(text):
 
 
 def test_readme_is_made_from_the_index():
-    done = subprocess.run(
-        [sys.executable, "-c", "import readme, sys; sys.stdout.write(readme.readme())"],
-        cwd=ROOT / "docs",
-        capture_output=True,
-        text=True,
-        check=True,
+    code = "import base64, json, readme; print(json.dumps({n: base64.b64encode(c).decode() for n, c in readme.readme().items()}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "docs", capture_output=True, text=True, check=True)
+    for name, content in json.loads(done.stdout).items():
+        assert base64.b64decode(content) == (ROOT / name).read_bytes(), f"{name}: run python docs/readme.py"
+
+
+def test_the_index_shows_what_the_notebooks_show():
+    texts = {
+        name: (ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8") for name in ("index", "train", "compare")
+    }
+    pictures = {name: set(re.findall(r'"image/png": "(\w{40,}[^"]*)"', text)) for name, text in texts.items()}
+    assert len(pictures["index"]) == 2 and pictures["index"] <= pictures["train"] | pictures["compare"], (
+        "run nbs/index.ipynb again"
     )
-    assert done.stdout == (ROOT / "README.md").read_text(encoding="utf-8"), "run python docs/readme.py"
 
 
 def test_readme_begins_with_the_two_commands():

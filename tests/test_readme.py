@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHELL = re.findall(r"^lmnotes (?:train|evaluate|generate) .*", README, re.M)
+SHELL = re.findall(r"^lmnotes (?:train|watch|evaluate|generate) .*", README, re.M)
 COMMANDS = re.findall(r"^papermill .*", README, re.M)
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 
@@ -62,8 +62,9 @@ def test_the_shell(project):
     "The lines for a shell, one after the other"
     said = [run(["bash", "-c", line], project).stdout for line in SHELL]
     assert "done at step 50 of 50" in said[0]
-    assert "bpb" in said[1]
-    assert said[2].startswith("The")
+    assert "small: gpt on pydocs | done at step 50 of 50" in said[1]
+    assert "bpb" in said[2]
+    assert said[3].startswith("The")
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
