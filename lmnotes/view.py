@@ -6,14 +6,16 @@
 __all__ = ['WIDTH', 'SAMPLES', 'is_alive', 'seconds_per_step', 'best_of', 'plot_metrics', 'in_notebook', 'print_over', 'Screen',
            'View', 'sample_lines', 'below_curves', 'attach', 'Notes', 'Live']
 
-# %% ../nbs/47_view.ipynb #ab1cbfb7
+# %% ../nbs/47_view.ipynb #522b3329
 import io
 import os
 import socket
 import sys
+import textwrap
 import time
 import warnings
 from base64 import b64encode
+from collections import deque
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import datetime
 from pathlib import Path
@@ -169,13 +171,14 @@ class Screen:
             print_over(self.last, text)
             self.last = text
 
-# %% ../nbs/47_view.ipynb #296bfb5d
+# %% ../nbs/47_view.ipynb #aeca1e04
 # Long: what can be seen of a run, in one place
 class View:
     "What a run's folder shows of it: `step`, `status`, `left` (seconds), `metrics`, `samples`, `figure()`, and `str(view)`"
 
     def __init__(self, folder):
-        self.folder, self.notes = Path(folder), []  # Notes are what the training cell has printed
+        self.folder = Path(folder)
+        self.notes = deque(maxlen=1000)  # What the training cell has printed
         self.refresh()
 
     def refresh(self):
@@ -224,10 +227,10 @@ class View:
 
     def figure(self):
         "The curves, with the last samples under them"
-        return plot_metrics(self.metrics, f"{self.title}\n{self.line}", below_curves(self))
+        return plot_metrics(self.metrics, f"{self.title}\n{textwrap.fill(self.line, 115)}", below_curves(self))
 
     def __str__(self):
-        return "\n".join([f"{self.title} | {self.line}", *sample_lines(self.samples), *self.notes])
+        return "\n".join([f"{self.title} | {self.line}", *sample_lines(self.samples), *[*self.notes][-60:]])
 
     __repr__ = __str__
 
@@ -246,13 +249,8 @@ class View:
         best, key = best_of(self.metrics), "bpb" if any("bpb" in r for r in self.metrics) else "loss"
         parts = [f"{self.status} at step {self.step:,} of {self.steps:,}"]
         parts += [f"{key} {train[-1][key]:.3f}"] if train and train[-1].get(key) is not None else []
-        parts += (
-            [
-                f"best validation {plus_minus(best, key, 'bpb_stderr' if key == 'bpb' else 'stderr')} at step {best['step']:,}"
-            ]
-            if best
-            else []
-        )
+        error = "bpb_stderr" if key == "bpb" else "stderr"
+        parts += [f"best validation {plus_minus(best, key, error)} at step {best['step']:,}"] if best else []
         parts += [f"{train[-1]['tok_per_s']:,.0f} tokens/s"] if train else []
         parts += [f"{duration(self.left)} left"] if self.left else []
         go_on = self.status in ("interrupted", "killed", "failed")
