@@ -232,25 +232,18 @@ def plan_steps(
             assert abs(steps[name] * each / budget - 1) <= 0.02
     return steps
 
-# %% ../nbs/56_comparison.ipynb #73a7fb1b
-def _resident():
-    "Bytes of memory that this process has had in use at most"
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
+# %% ../nbs/56_comparison.ipynb #84a1f068
 class PeakMemory(Hook):
     "Writes down how much memory a run has taken, beyond what the process had before it"
 
     files = ("memory.json",)
 
     def __init__(self, folder):
-        self.path, self.before = Path(folder) / self.files[0], _resident()
+        self.path, self.before = Path(folder) / self.files[0], peak_memory("cpu")
 
     def at_end(self, t):
         earlier = read_json(self.path)["bytes"] if self.path.exists() else 0  # Before the run was stopped
-        write_json(self.path, dict(bytes=max(earlier, _resident() - self.before)))
+        write_json(self.path, dict(bytes=max(earlier, peak_memory("cpu") - self.before)))
 
 
 def _in_child(values):

@@ -7,6 +7,7 @@ import re
 import select
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import ROOT, TINY, call, differences, finish, left_behind, lmnotes_command, start, train, until, words
@@ -86,6 +87,40 @@ def test_in_a_terminal_it_is_written_in_its_place(place):
     steps = [int(n.replace(",", "")) for n in re.findall(r"at step ([\d,]+) of 100,000", text)]
     assert steps == sorted(steps) and len(set(steps)) > 1
     assert "r: gpt on corpus | running at step" in text and "r: gpt on corpus | interrupted at step" in text
+
+
+@pytest.mark.parametrize("way", ["papermill", "torchrun"])
+def test_a_run_elsewhere_is_seen_while_it_goes_on(place, way):
+    params = CASE | dict(steps=100_000, out_dir=str(place / "runs"), data=str(place / "corpus"))
+    given = [word for name, value in params.items() for word in ("-p", name, str(value))]
+    lines = dict(
+        papermill=[
+            str(Path(sys.executable).parent / "papermill"),
+            str(ROOT / "nbs/train.ipynb"),
+            "report.ipynb",
+            *given,
+        ],
+        torchrun=[sys.executable, "-m", "lmnotes", "train", *words(**params, procs=2)],
+    )
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
+    environ |= dict(PYTHONPATH=str(ROOT), IPYTHONDIR=str(place / "ipython"))
+    with open(place / "said", "w") as said:
+        process = subprocess.Popen(
+            lines[way], cwd=place, env=environ, stdout=said, stderr=said, stdin=subprocess.DEVNULL
+        )
+    folder = place / "runs" / "r"
+    try:
+        until(lambda: process.poll() is not None or (folder / "last").exists(), seconds=180)
+        assert process.poll() is None, (place / "said").read_text()
+        view = lmnotes.attach(folder)
+        first = view.step
+        until(lambda: view.refresh().step > first, seconds=60)
+        assert view.status == "running" and view.left > 0
+        process.terminate()
+        process.wait(120)
+        assert view.refresh().status == "interrupted" and view.step == last_step(folder)
+    finally:
+        process.kill()
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
