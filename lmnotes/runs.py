@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILES', 'ATTENDED', 'Record', 'Run', 'load', 'run', 'fork', 'peak_memory', 'launch', 'flags', 'prepare_data', 'setup',
-           'summary', 'inside', 'from_env']
+           'cost', 'summary', 'inside', 'from_env']
 
 # %% ../nbs/50_runs.ipynb #75de8101
 import math
@@ -176,11 +176,10 @@ def run(
             s = Setup(cfg, origins, folder, device, print if rank == 0 else _silent)
             return _run(s, signals, [*hooks, live] if live else hooks, lines, batches)
 
-# %% ../nbs/50_runs.ipynb #2b99db78
+# %% ../nbs/50_runs.ipynb #523fdf03
 def _shown(live, lines):
     "The context in which a view is shown, with nothing printed beside it unless it was asked for, or is kept in papermill's log"
-    headless = "LMNOTES_GIVEN" in os.environ
-    return live.shown(quiet=lines is None and not headless) if live else nullcontext()
+    return live.shown(quiet=lines is None and not headless()) if live else nullcontext()
 
 
 def _silent(*args):
@@ -481,6 +480,15 @@ def setup(**params):  # A `Setup`, with `lm`, `batches`, `data`, `val`, `cfg` an
     "What a run with these parameters would begin with; for one process"
     cfg, origins = resolve(params)
     return Setup(cfg, origins, runs_folder(cfg.out_dir) / _run_name(cfg), pick_device(cfg.device), _silent)
+
+# %% ../nbs/50_runs.ipynb #414feb4a
+def cost(s):
+    "Memory and time of what `setup` has made (see `looks.estimate`), measured on a copy; not where nobody looks on, who would wait for it"
+    return (
+        "not measured where nobody looks on; --dry-run does"
+        if headless()
+        else estimate(s.lm, s.batches, s.cfg, s.device)
+    )
 
 # %% ../nbs/50_runs.ipynb #66be672c
 def summary(r):

@@ -21,6 +21,7 @@ from helpers import ROOT, call, log, state_hash
 
 from lmnotes import checkpoint
 from lmnotes.batches import Batch
+from lmnotes.blocks import causal_look
 from lmnotes.core import CheckpointError
 from lmnotes.env import FIELDS, FUNCTIONS, TrainingConfig, load_config_fresh_from_env, run_params
 from lmnotes.lm import get_arch, new_lm
@@ -275,7 +276,7 @@ def test_mistake_11_the_attention_scale_of_the_whole_width():
     q, k, v = a.qkv(x).view(1, 8, 3, 4, 4).permute(2, 0, 3, 1, 4)
     scores = (q @ k.mT / 4**0.5).masked_fill(torch.ones(8, 8).triu(1).bool(), -torch.inf)
     y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(1, 8, 16)
-    assert torch.allclose(a(x, lambda k, v: (k, v)), a.out(y), atol=1e-6)
+    assert torch.allclose(a(x, causal_look())[0], a.out(y), atol=1e-6)
 
 
 def test_mistake_12_no_best_checkpoint_and_noisy_figures(place):

@@ -236,11 +236,14 @@ class Reader:
         return "" if tests else "there is no test"
 
     def figure(self, row, about):
-        "The figures stand in the README or the log, in a line with the command"
+        "The figures stand in the results or the log, in a line with the command"
         command = next((c for c in re.findall(r"\w+\.py", row[2]) if (ROOT / "benchmarks" / c).exists()), None)
         if command is None:
             return "there is no such command in benchmarks/"
-        lines = [*(ROOT / "README.md").read_text().splitlines(), *(ROOT / "LOG.md").read_text().splitlines()]
+        lines, last = (ROOT / "LOG.md").read_text().splitlines(), ""
+        for line in (ROOT / "docs/results.md").read_text().splitlines():
+            last = last if line.endswith("| the same |") else line
+            lines.append(f"{line} {last.rpartition('|')[0].rpartition('|')[2]}")  # With the command that it means
         known = " ".join(line for line in lines if command in line)
         lacking = [
             n
