@@ -152,7 +152,7 @@ def check_space(folder, size):
             f"disk full: {folder} needs {size / 1e6:.1f} MB for a checkpoint and has {free / 1e6:.1f} MB free"
         )
 
-# %% ../nbs/32_checkpoint.ipynb #6eb580c7
+# %% ../nbs/32_checkpoint.ipynb #56748769
 def step_name(step):
     return f"step_{step:08d}"
 
@@ -165,7 +165,7 @@ def _is_there(folder, files):
         known = read_json(verify(folder) / "manifest.json")["files"]
     except CheckpointError as e:
         aside = folder.with_name(f"damaged_{folder.name}")
-        print(f"{e}; it is put aside as {aside.name} and written again")
+        print(f"warning: {e}; it is put aside as {aside.name} and written again")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(folder, aside)
         return False

@@ -453,7 +453,12 @@ def _curve(runs):
                 points.setdefault(r["step"], []).append(r["bpb"])
     return [(step, mean(values), _error(values)) for step, values in sorted(points.items())]
 
-# %% ../nbs/56_comparison.ipynb #28d5b48a
+# %% ../nbs/56_comparison.ipynb #9852739d
+def _figure(x, decimals=0):
+    "A number with so many decimals, or with two significant digits where those would show fewer"
+    return f"{x:.2g}" if 0 < x < 10 ** (1 - decimals) else f"{x:,.{decimals}f}"
+
+# %% ../nbs/56_comparison.ipynb #bfd9a45c
 def comparison_table(c):
     "A `Table` of a comparison, the best first"
     rows = results(c)
@@ -471,12 +476,12 @@ def _row(row, least):
         "seeds": row["seeds"],
         "parameters": row["n_params"],
         "steps": row["steps"],
-        "MB read": f"{row['bytes'] / 1e6:.2f}",
-        "TFLOP": f"{row['flops'] / 1e12:.3f}",
-        "CPU s": f"{row['seconds']:.1f}",
-        f"bits per byte in {least:.0f} s": "" if on_the_way is None else sign + f"{on_the_way:.3f}",
-        "MB of memory": round(row["memory"] / 1e6),
-        "bytes written per s": round(row["bytes_per_s"]),
+        "MB read": _figure(row["bytes"] / 1e6, 2),
+        "TFLOP": _figure(row["flops"] / 1e12, 3),
+        "CPU s": _figure(row["seconds"], 1),
+        f"bits per byte in {_figure(least)} s": "" if on_the_way is None else sign + f"{on_the_way:.3f}",
+        "MB of memory": _figure(row["memory"] / 1e6),
+        "bytes written per CPU s": _figure(row["bytes_per_s"]),
     }
 
 # %% ../nbs/56_comparison.ipynb #0e8ab620

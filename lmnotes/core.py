@@ -270,12 +270,13 @@ class RunLock:
         (self.folder / ".owner.json").unlink(missing_ok=True)
         self.lock.release()
 
-# %% ../nbs/00_core.ipynb #c4bf3e11
+# %% ../nbs/00_core.ipynb #22b761dd
 class StopSignals:
     "Context manager that is true once SIGINT or SIGTERM has arrived; the previous handlers come back at the end"
 
     def __init__(self):
         self.signum, self.at, self.old = 0, 0.0, {}
+        self.say = True  # On stderr, at once
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -290,7 +291,7 @@ class StopSignals:
         again, self.at = time.monotonic() - self.at > 1, time.monotonic()
         if self.signum and again:
             raise KeyboardInterrupt
-        if not self.signum:
+        if not self.signum and self.say:
             os.write(2, f"\n{signal.Signals(signum).name}: stopping at the end of this step\n".encode())
         self.signum = self.signum or signum
 

@@ -426,19 +426,26 @@ def attention_maps(
         raise ValueError(f"arch={lm.arch!r} has no attention; look at one that has, such as gpt")
     return [w[0].cpu() for w in weights]
 
-# %% ../nbs/43_looks.ipynb #897753c4
+# %% ../nbs/43_looks.ipynb #cc181927
+def _short(name, most=8):
+    "The beginning of a token's text, with nothing in it that matplotlib takes for a formula"
+    return (name if len(name) <= most else name[: most - 1] + "…").replace("$", r"\$")
+
+
 def _label(axis, names, outer):
-    "Tokens along an edge of the figure, or positions where there are too many"
-    if names and len(names) <= 40:
-        names = [name.replace("$", r"\$") for name in names]
-        axis.set_ticks(range(len(names)), names if outer else [], fontsize=7, fontfamily="monospace")
+    "Tokens along an edge of a panel, or positions where they are not known, or too many; words only where it is an outer edge"
+    if names:
+        axis.set_ticks(range(len(names)), map(_short, names) if outer else [""] * len(names))
+        axis.set_tick_params(labelsize=7, labelfontfamily="monospace")
+    elif outer:
+        axis.set_label_text("position", fontsize=8)
 
 
 def _panel(ax, weights, tokens, first, last):
-    "One head: tokens beside it if it is the first of its row, below it if its row is the last"
+    "One head: tokens beside it if it is the first of its row, below it if nothing below it has the same"
     from matplotlib.colors import PowerNorm
 
-    tokens = tokens or []
+    tokens = tokens if tokens and len(tokens) <= 40 else []
     queries, keys = (tokens if n == len(tokens) else [] for n in weights.shape)
     image = ax.imshow(weights, cmap="Blues", norm=PowerNorm(0.5, 0, 1), aspect="auto")
     _label(ax.yaxis, queries, first)
@@ -446,25 +453,42 @@ def _panel(ax, weights, tokens, first, last):
     ax.tick_params(axis="x", rotation=90 if max(map(len, keys), default=0) > 2 else 0)
     return image
 
-# %% ../nbs/43_looks.ipynb #fe8a982b
+
+def _grid(maps, tokens):
+    "A figure with room for all panels: a line of text for each token"
+    import matplotlib.pyplot as plt
+
+    H, L = max(len(m) for m in maps), len(maps)
+    side = max(1.8, 0.12 * min(40, max(max(m.shape[1:]) for m in maps)))  # Of a panel, in inches
+    words = 0.7 if tokens else 0.3  # Beside the panels
+    size = 1.4 + words + (side + 0.1) * H, 1.0 + words + (side + 0.3) * L
+    return plt.subplots(L, H, figsize=size, layout="constrained", squeeze=False)
+
+# %% ../nbs/43_looks.ipynb #c4f19938
 def plot_attention(
     maps,  # From `attention_maps`; for some of the layers and heads, take maps[-1:], or [m[:2] for m in maps]
     tokens=None,  # Their texts, such as [token_text(tokenizer, i) for i in ids]; None: positions
     title="Attention",
+    names=None,  # Of the maps, such as "layer 3 of 4", where some are left out; None: by their number
 ):  # A matplotlib figure
     "Where each position looks: a row of panels for each map, mostly a layer, and a panel for each head"
     import matplotlib.pyplot as plt
 
-    H, L = max(len(m) for m in maps), len(maps)
-    fig, axes = plt.subplots(L, H, figsize=(1.5 + 2.2 * H, 0.8 + 2.2 * L), layout="constrained", squeeze=False)
+    names = names or [f"attention {at}" for at in range(len(maps))]
+    if len(names) != len(maps):
+        raise ValueError(f"{len(names)} names for {len(maps)} maps; give one for each, or none")
+    fig, axes = _grid(maps, tokens)
     plt.close(fig)  # Shown by whoever asked for it, once
-    for at, head in np.ndindex(L, H):
-        if head < len(maps[at]):
-            image = _panel(axes[at, head], maps[at][head], tokens, head == 0, at == L - 1)
-            axes[at, head].set_title(f"attention {at}, head {head}", fontsize=9)
+    for at, head in np.ndindex(axes.shape):
+        ax, m = axes[at, head], maps[at]
+        if head < len(m):
+            below = maps[at + 1] if at + 1 < len(maps) else m[:0]
+            last = head >= len(below) or below.shape[2] != m.shape[2]
+            image = _panel(ax, m[head], tokens, head == 0, last)
+            ax.set_title(f"{names[at]}, head {head}", fontsize=9)
         else:
-            axes[at, head].set_axis_off()
-    fig.colorbar(image, ax=axes, label="share of attention", shrink=0.8)
+            ax.set_axis_off()
+    fig.colorbar(image, ax=axes, label="share of attention", shrink=0.8, aspect=20 * len(maps))
     fig.supxlabel("key (is looked at)")
     fig.supylabel("query (looks)")
     fig.suptitle(title)

@@ -6,7 +6,8 @@
 __all__ = ['FILES', 'ATTENDED', 'Record', 'Run', 'load', 'run', 'fork', 'peak_memory', 'launch', 'flags', 'prepare_data', 'setup',
            'cost', 'summary', 'inside', 'from_env']
 
-# %% ../nbs/50_runs.ipynb #75de8101
+# %% ../nbs/50_runs.ipynb #0a05c747
+import html
 import math
 import os
 import re
@@ -146,7 +147,7 @@ def load(
     lm.attach(folder)
     return Run(folder, lm.to(getattr(torch, pick_dtype(pick_device(device), dtype)[0])), tokenizer, info)
 
-# %% ../nbs/50_runs.ipynb #2c0f447a
+# %% ../nbs/50_runs.ipynb #fe98f387
 def run(
     recipe=None,  # Values of a recipe: stronger than defaults, weaker than the environment
     hooks=(),  # More hooks, called last
@@ -171,15 +172,16 @@ def run(
         folder = runs_folder(cfg.out_dir) / agree_on(_run_name(cfg))
         if cfg.dry_run:
             return _dry_run(Setup(cfg, origins, folder, device), signals, lines)
-        live = Live(folder) if view and rank == 0 and in_notebook() else None
-        with _owned(folder) if rank == 0 else nullcontext(), _shown(live, lines):
+        live = _live(folder, lines) if view and rank == 0 else None
+        signals.say = not (live and live.quiet)
+        with _owned(folder) if rank == 0 else nullcontext(), live.shown() if live else nullcontext():
             s = Setup(cfg, origins, folder, device, print if rank == 0 else _silent)
             return _run(s, signals, [*hooks, live] if live else hooks, lines, batches)
 
-# %% ../nbs/50_runs.ipynb #523fdf03
-def _shown(live, lines):
-    "The context in which a view is shown, with nothing printed beside it unless it was asked for, or is kept in papermill's log"
-    return live.shown(quiet=lines is None and not headless()) if live else nullcontext()
+# %% ../nbs/50_runs.ipynb #f383e323
+def _live(folder, lines=None):
+    "What shows a run in a notebook, with nothing printed beside it unless it was asked for, or is kept in papermill's log"
+    return Live(folder, quiet=lines is None and not headless()) if in_notebook() else None
 
 
 def _silent(*args):
@@ -350,11 +352,14 @@ def _record_at(then, step_folder):
     info["data"]["fingerprint"] = then.get("data", info["data"]["fingerprint"])
     return {name: value for name, value in info.items() if name not in ("result", "tokens", "error", "signal")}
 
-# %% ../nbs/50_runs.ipynb #0376aeeb
+# %% ../nbs/50_runs.ipynb #ee4c0c18
 def peak_memory(device):
     "Bytes at most in use so far"
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # `ru_maxrss` would begin with what the parent process once had
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -385,7 +390,7 @@ def _dry_run(s, signals, lines, steps=10):
     )
     return Run(s.folder, s.lm, s.data.tokenizer, dict(s.about(), status="dry_run", step=trainer.step))
 
-# %% ../nbs/50_runs.ipynb #ff3cbe92
+# %% ../nbs/50_runs.ipynb #a110a502
 def launch(cfg, origins, view):
     "Run the same configuration under torchrun; returns the `Run` from its folder"
     folder = runs_folder(cfg.out_dir) / _run_name(cfg)
@@ -395,15 +400,16 @@ def launch(cfg, origins, view):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cfg.procs}"]
     before = _when(folder)
     # Without `--`, torchrun takes --run for the beginning of its own --run-path
-    process = subprocess.Popen([*command, "-m", "--", "lmnotes", "train", *words])
-    live = Live(folder) if view and in_notebook() else None
+    live = _live(folder) if view else None
+    out = subprocess.DEVNULL if live and live.quiet else None
+    process = subprocess.Popen([*command, "-m", "--", "lmnotes", "train", *words], stdout=out)
 
     def look():
         if live and _when(folder) != before:
             live.screen.if_due()
 
     try:
-        with _shown(live, None):
+        with live.shown() if live else nullcontext():
             _wait(process, look)
     finally:
         if process.poll() is None:
@@ -413,10 +419,13 @@ def launch(cfg, origins, view):
         raise RuntimeError(f"the {cfg.procs} processes ended with exit code {process.returncode}; they said why above")
     return load(folder)
 
-# %% ../nbs/50_runs.ipynb #58c880c6
+# %% ../nbs/50_runs.ipynb #8c3fb740
 def _when(folder):
     "When the record of a run was last written"
-    return read_json(folder / "run.json").get("updated") if (folder / "run.json").exists() else None
+    try:
+        return read_json(folder / "run.json").get("updated")
+    except DataError:  # There is none, or it is being moved aside
+        return None
 
 
 def _wait(process, look):
@@ -511,7 +520,7 @@ def summary(r):
     }
     return Table(dict(what=k, value=v) for k, v in rows.items())
 
-# %% ../nbs/50_runs.ipynb #c249259c
+# %% ../nbs/50_runs.ipynb #c85fdee0
 def inside(
     r,  # A `Run`
     text,  # To read, such as what it has written
@@ -519,28 +528,34 @@ def inside(
 ):  # Yields a `Look` or a figure for each thing that the architecture has
     "How it judges a text token by token, where it attends, whom its router asks, and what its thinking does"
     val = get_data(r.config, r.tokenizer, say=None).tokens["val"]
-    if r.lm.causal and not r.lm.bound and len(r.tokenizer.encode(text)):
-        yield show_probabilities(r.lm, r.tokenizer, text, given)
-    x = torch.as_tensor(val.ids[:ATTENDED].astype("int64"))
-    if maps := _maps(r.lm, x):
-        tokens = [token_text(r.tokenizer, int(i)) for i in x]
-        yield plot_attention([m[:4] for m in maps[-2:]], tokens, "Attention on the first validation tokens")
+    yield _or_why(lambda: show_probabilities(r.lm, r.tokenizer, text, given))
+    yield _or_why(lambda: _attention(r, val.ids[:ATTENDED]))
     if isinstance(r.lm, Routes):
         yield plot_router(router_use(r.lm, val))
     if isinstance(r.lm, Thinks) and r.lm.cfg.thinking_steps:
         windows = CoveringWindows(val.ids, r.config.batch_size, r.config.ctx_len).limit(10)
         yield plot_thinking(inspect_thinking(r.lm, windows, r.tokenizer.byte_lengths), "What thinking does")
 
+# %% ../nbs/50_runs.ipynb #d8d8392a
+ATTENDED = 16  # Tokens whose attention is shown
 
-ATTENDED = 24  # Tokens whose attention is shown
+
+def _attention(r, ids):
+    "The first heads of the last layers on a few tokens"
+    x = torch.as_tensor(ids.astype("int64"))
+    maps = attention_maps(r.lm, x)
+    names = [f"map {n} of {len(maps)}" for n in range(1, len(maps) + 1)]
+    tokens = [token_text(r.tokenizer, int(i)) for i in x]
+    title = "Attention of the last layers, at most four heads each, on the first validation tokens"
+    return plot_attention([m[:4] for m in maps[-2:]], tokens, title, names=names[-2:])
 
 
-def _maps(lm, x):
-    "The attention of a model; none if it has none"
+def _or_why(make):
+    "What `make` makes, or why there is nothing to see"
     try:
-        return attention_maps(lm, x)
-    except ValueError:
-        return []
+        return make()
+    except ValueError as e:
+        return Look(f"<em>{html.escape(str(e))}</em>", str(e))
 
 # %% ../nbs/50_runs.ipynb #4f3b5378
 def from_env(

@@ -411,7 +411,7 @@ def _check(cfg, world):
         )
     check_optim(cfg)
 
-# %% ../nbs/46_setup.ipynb #a87643ca
+# %% ../nbs/46_setup.ipynb #c9c97d0f
 # Long: the order in which a run is made, in one place
 class Setup:
     "What a run needs, made from its configuration"
@@ -462,6 +462,7 @@ class Setup:
 
     def _first_data(self, say):
         "Those of a new run: ids must mean to a trained model what they meant when it was trained"
+        self._check_tokenizer()
         its = _its_tokenizer(self.cfg)
         data = get_data(self.cfg, its if self.origins["tokenizer"] == "default" else None, say)
         if its and its.fingerprint != data.tokenizer.fingerprint:
@@ -470,6 +471,16 @@ class Setup:
                 "leave tokenizer out to take that, or begin from other weights"
             )
         return data
+
+    def _check_tokenizer(self):
+        "Raise, before anything is fetched, where published weights meet a tokenizer that cannot be theirs"
+        cfg, (kind, source) = self.cfg, _beginning(self.cfg)
+        learned = cfg.tokenizer.split(":")[0] in ("bytes", "chars", "bpe")
+        if kind == "published" and not isinstance(source, Path) and learned and self.origins["tokenizer"] != "default":
+            raise TokenizerError(
+                f"tokenizer={cfg.tokenizer!r} is not that of the published weights with which arch={cfg.arch!r} begins; "
+                "leave tokenizer out, or begin with random weights: init_from=random"
+            )
 
     def about(self):
         "What run.json says of the data and the tokenizer"

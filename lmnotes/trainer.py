@@ -77,7 +77,7 @@ class Hook:
     key = ""  # Its name in the counters; the trainer numbers hooks of one class
     files = ()  # Patterns of the files that it writes into the run's folder, beside those of every run
 
-# %% ../nbs/31_trainer.ipynb #f5d0af13
+# %% ../nbs/31_trainer.ipynb #f73129cf
 @dataclass(frozen=True)
 class Lines:
     "Templates of what a run prints"
@@ -91,7 +91,9 @@ class Lines:
     # When a `SaveWeights` has written a file
     saved: str = "step {step} | saved {file}"
     # When an update is refused
-    bad: str = "step {step}: loss {loss:.4g} or its gradient is not finite; update refused ({bad} of {max_bad})"
+    bad: str = (
+        "warning: step {step}: loss {loss:.4g} or its gradient is not finite; update refused ({bad} of {max_bad})"
+    )
     # When memory runs out
     memory: str = (
         "{device} ran out of memory at step {step} with {rows} rows of {ctx_len} tokens at a time (batch_size={batch_size}, "

@@ -42,6 +42,7 @@ def jupyterlab(place):
     environ |= dict(
         LMNOTES_OUT_DIR=str(place / "runs"), JUPYTER_CONFIG_DIR=str(place / "config"), IPYTHONDIR=str(place / "ipython")
     )
+    environ.pop("PYTEST_CURRENT_TEST", None)  # With it a kernel does not show what is written to its stderr
     environ |= dict(
         JUPYTER_RUNTIME_DIR=str(place / "runtime"),
         JUPYTER_DATA_DIR=str(place / "share"),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch.profiler import ProfilerActivity, profile
 
 from lmnotes.batches import IGNORE, Batch
@@ -170,6 +171,24 @@ def test_each_layers_attention(name):
     figure = plot_attention(maps, [f"${token_text(TOKENIZER, i)}_$" for i in ids], name)
     figure.savefig(BytesIO())
     assert len(figure.axes) == len(maps) * max(len(m) for m in maps) + 1
+
+
+def test_a_picture_of_attention_names_its_maps_and_can_be_read():
+    "Where the bytes-in-patches model attends among patches there are no tokens to name"
+    words = [f"word {i} is long" for i in range(24)]
+    maps = attention_maps(new("bytepatch"), range(24))
+    figure = plot_attention(maps[-2:], words, names=["patches", "bytes"])
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    patches, *_, last = figure.axes[: 2 * max(len(m) for m in maps[-2:])]
+    assert patches.get_title() == "patches, head 0" and last.get_title().startswith("bytes")
+    assert patches.get_xlabel() == patches.get_ylabel() == "position" and not last.get_xlabel()
+    labels = last.get_xticklabels()
+    assert [label.get_text() for label in labels][:2] == ["word 0 …", "word 1 …"]
+    boxes = [label.get_window_extent(canvas.get_renderer()) for label in labels]
+    assert all(label.get_fontsize() >= 7 for label in labels)
+    assert all(a.x1 <= b.x0 for a, b in zip(boxes, boxes[1:]))
+    assert last.get_window_extent().height > 2 * max(box.height for box in boxes)
 
 
 @pytest.mark.parametrize("name", sorted(NO_ATTENTION))

@@ -54,7 +54,7 @@ def test_a_killed_run_is_seen_to_be_gone_and_comes_back(place):
     process.kill()
     finish(process)
     assert view.refresh().status == "killed" and "go on with resume=True run=r" in str(view)
-    assert view.follow() is view  # It does not wait for what will not come
+    view.follow()  # It does not wait for what will not come
     resumed = dict(out_dir="runs", resume=True, allow_change="steps", steps=last_step(folder) + 5)
     assert call(place, train, **resumed) == 0
     assert view.refresh().status == "done" and view.step == resumed["steps"]
@@ -87,6 +87,16 @@ def test_in_a_terminal_it_is_written_in_its_place(place):
     steps = [int(n.replace(",", "")) for n in re.findall(r"at step ([\d,]+) of 100,000", text)]
     assert steps == sorted(steps) and len(set(steps)) > 1
     assert "r: gpt on corpus | running at step" in text and "r: gpt on corpus | interrupted at step" in text
+
+
+def test_the_end_is_shown_however_seldom_one_looks(place, capsys):
+    process, folder = start(place, train, **CASE | dict(steps=300)), place / "runs" / "r"
+    until(lambda: (folder / "last").exists(), process)
+    view = lmnotes.attach(folder)
+    assert view.status == "running"
+    view.follow(seconds=1.5)
+    assert finish(process) == 0
+    assert view.status == "done" and "done at step 300 of 300" in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize("way", ["papermill", "torchrun"])
