@@ -352,7 +352,7 @@ def _record_at(then, step_folder):
     info["data"]["fingerprint"] = then.get("data", info["data"]["fingerprint"])
     return {name: value for name, value in info.items() if name not in ("result", "tokens", "error", "signal")}
 
-# %% ../nbs/50_runs.ipynb #ee4c0c18
+# %% ../nbs/50_runs.ipynb #d212ff3a
 def peak_memory(device):
     "Bytes at most in use so far"
     if device.startswith("cuda"):
@@ -364,7 +364,7 @@ def peak_memory(device):
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-
+# %% ../nbs/50_runs.ipynb #795f5654
 def _dry_run(s, signals, lines, steps=10):
     "Try a run out and leave nothing behind"
     steps = min(steps, s.cfg.steps)

@@ -62,7 +62,7 @@ def seconds_per_step(
         return rs[-1]["tokens"] / rs[-1]["step"] / rs[-1]["tok_per_s"]
     return seconds / max(1, steps)
 
-# %% ../nbs/47_view.ipynb #87f0b267
+# %% ../nbs/47_view.ipynb #4fc6047e
 def _curve(ax, records, key, style, label=""):
     "Draw one figure of the records that have it"
     rs = [r for r in records if r.get(key) is not None]
@@ -83,7 +83,7 @@ def _losses(ax, records):
     if ax.lines:
         ax.legend(fontsize=8)
 
-
+# %% ../nbs/47_view.ipynb #d50c5ea8
 def figure_of(records):
     "The name of the figure to show: bits per byte if both training and validation have it, else the loss"
     known = [any("bpb" in r for r in records if r["split"] == s) for s in {r["split"] for r in records}]
@@ -154,7 +154,8 @@ def print_over(last, text):
     back = f"\x1b[{last.count(chr(10)) + 1}A\x1b[J" if last else ""
     print(back + "\n".join(line[:width] for line in text.split("\n")), flush=True)
 
-# %% ../nbs/47_view.ipynb #2de98fb8
+# %% ../nbs/47_view.ipynb #7b5ea250
+# Long: all that is remembered between two looks
 class Screen:
     "Shows a view again and again, in its place; drawing takes at most a twentieth of the time"
 
@@ -168,9 +169,7 @@ class Screen:
             self.view.refresh()
             self._in_notebook() if in_notebook() else self._in_terminal()
         except Exception as e:
-            if not self.warned:
-                print(f"warning: the view cannot be shown ({type(e).__name__}: {e}); the run goes on", file=sys.stderr)
-            self.warned = True
+            self._warn(f"warning: the view cannot be shown ({type(e).__name__}: {e}); the run goes on")
         now = time.perf_counter()
         self.next = now + max(self.seconds, 20 * (now - start))
 
@@ -186,6 +185,11 @@ class Screen:
             self.handle = display(self.view, display_id=True)
         else:
             self.handle.update(self.view)
+
+    def _warn(self, text):
+        if not self.warned:
+            print(text, file=sys.stderr)
+        self.warned = True
 
     def _in_terminal(self):
         text = str(self.view)
@@ -319,7 +323,7 @@ def attach(
         raise CheckpointError(f"{folder}: there is no run here to look at; there are {', '.join(there) or 'none'}")
     return View(folder).refresh()
 
-# %% ../nbs/47_view.ipynb #f5db7dfb
+# %% ../nbs/47_view.ipynb #02a53e68
 class Notes(io.TextIOBase):
     "Keeps the lines that are written; passes warnings on"
 
@@ -334,7 +338,7 @@ class Notes(io.TextIOBase):
                 print(line, file=self.warn, flush=True)
         return len(text)
 
-
+# %% ../nbs/47_view.ipynb #39a657d6
 class Live(Hook):
     "Shows a run in the cell that trains it"
 
