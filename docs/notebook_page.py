@@ -86,6 +86,7 @@ def table(parameters, first="Parameter"):
             plain(p.comment),
         )
         for p in parameters
+        if p.type or p.default or p.comment  # The signature names the others
     ]
     titles = (first, "Type", "Default", "What it is")
     kept = [column for column in range(4) if any(row[column] for row in rows)]

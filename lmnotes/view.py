@@ -197,7 +197,7 @@ class Screen:
             print_over(self.last, text)
             self.last = text
 
-# %% ../nbs/47_view.ipynb #d96922ed
+# %% ../nbs/47_view.ipynb #3d770aaa
 # Long: what can be seen of a run, in one place
 class View:
     "What a run's folder shows of it: `step`, `status`, `left` (seconds), `metrics`, `samples`, `figure()`, and `str(view)`"
@@ -275,7 +275,7 @@ class View:
         best, key = best_of(self.metrics), figure_of(self.metrics)
         at = self.step if self.status in ("running", "killed") else self.info.get("step", 0)
         parts = [f"{self.status} at step {at:,} of {self.steps:,}"]
-        parts += [f"{key} {train[-1][key]:.3f}"] if train and train[-1].get(key) is not None else []
+        parts += [f"training {key} {train[-1][key]:.3f}"] if train and train[-1].get(key) is not None else []
         error = "bpb_stderr" if key == "bpb" else "stderr"
         parts += [f"best validation {plus_minus(best, key, error)} at step {best['step']:,}"] if best else []
         parts += [f"{train[-1]['tok_per_s']:,.0f} tokens/s"] if train else []
