@@ -110,12 +110,19 @@ def test_a_newcomer_trains_looks_on_and_stops(tmp_path):
         page.locator("[data-command='notebook:interrupt-kernel']").click()
         record = tmp_path / "runs" / "seen" / "run.json"
         until(page, lambda: json.loads(record.read_text())["status"] == "interrupted")
-        until(page, lambda: kernel(address) == "idle")
-        page.keyboard.press("Control+s")
         notebook = tmp_path / "nbs" / "train.ipynb"
-        until(page, lambda: "interrupted at step" in notebook.read_text())
+
+        def code_cells():
+            return [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
+
+        def all_have_run():
+            page.keyboard.press("Control+s")
+            page.wait_for_timeout(1000)
+            return all(c["execution_count"] for c in code_cells())
+
+        until(page, all_have_run)
         page.screenshot(path=tmp_path / "stopped.png")
-    cells = [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
+    cells = code_cells()
     (training,) = [c for c in cells if "runs.run(" in "".join(c["source"])]
     (output,) = training["outputs"]  # However many updates
     text = "".join(output["data"]["text/plain"])
