@@ -338,7 +338,7 @@ class Notes(io.TextIOBase):
                 print(line, file=self.warn, flush=True)
         return len(text)
 
-# %% ../nbs/47_view.ipynb #39a657d6
+# %% ../nbs/47_view.ipynb #1b083169
 class Live(Hook):
     "Shows a run in the cell that trains it"
 
@@ -361,7 +361,8 @@ class Live(Hook):
             with redirect_stdout(Notes(notes, out)) if quiet else nullcontext():
                 yield
         except BaseException:
-            print("\n".join(notes))
+            if quiet:
+                print("\n".join(notes))
             raise
         finally:
             if self.screen.handle:
