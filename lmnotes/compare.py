@@ -154,15 +154,15 @@ def run_params(cfg, arch, seed=0, steps=1000):
     args = args_of(cfg, arch)
     return same | how | when | dict(arch=arch, model_args=args, seed=seed, run=f"{arch}-{seed}", out_dir=cfg.out_dir)
 
-# %% ../nbs/56_comparison.ipynb #6c2a344e
+# %% ../nbs/56_comparison.ipynb #c57fd359
 class Contestant:
     "An architecture while its costs are measured"
 
     def __init__(self, cfg, arch):
-        setup = Setup(*resolve(run_params(cfg, arch)), runs_folder(cfg.out_dir) / arch, "cpu", say=lambda *words: None)
-        self.trainer = Trainer(setup.lm, setup.batches, setup.cfg, [], "cpu")
-        self.prompt, self.n = setup.val[0].x[:1, : max(1, cfg.ctx_len // 4)], max(1, cfg.ctx_len // 2)
-        self.n_ids, self.bytes_per_token = setup.data.tokenizer.vocab_size, setup.bytes_per_token
+        s = setup(**run_params(cfg, arch))
+        self.trainer = Trainer(s.lm, s.batches, s.cfg, [], s.device)
+        self.prompt, self.n = s.val[0].x[:1, : max(1, cfg.ctx_len // 4)], max(1, cfg.ctx_len // 2)
+        self.n_ids, self.bytes_per_token = s.data.tokenizer.vocab_size, s.bytes_per_token
         self.step_times, self.speeds = [], []
 
     def count(self, least=12, most=300, error=0.005):

@@ -118,16 +118,21 @@ def new_run(
         return name
     raise ValueError(f"{checkpoints} holds a thousand runs of one second; name yours with `-p run NAME`")
 
-# %% ../nbs/52_engine.ipynb #02cf410f
+# %% ../nbs/52_engine.ipynb #b4a407c4
+def _parameter_cells(notebook):
+    "The sources of the cells tagged `parameters`"
+    cells = json.loads(Path(notebook).read_bytes())["cells"]
+    return ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+
+
 def parameters_of(
     notebook,  # Path of a notebook
 ):  # {name: annotation}, empty where there is none
     "The parameters that a notebook has"
-    cells = json.loads(Path(notebook).read_bytes())["cells"]
-    sources = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    sources = _parameter_cells(notebook)
     return {name: kind for s in sources for name, kind in re.findall(r"^(\w+)(?: *: *(\w+))? *=", s, re.M)}
 
-# %% ../nbs/52_engine.ipynb #eb965ef8
+# %% ../nbs/52_engine.ipynb #bed0f66f
 def trains(notebook):
     "Whether a notebook has the parameters `run` and `resume`, and so works on a run folder"
     return {"run", "resume"} <= set(parameters_of(notebook))
@@ -135,8 +140,7 @@ def trains(notebook):
 
 def default_run(notebook):
     "The name that a notebook's own cell gives its run; empty: none"
-    cells = json.loads(Path(notebook).read_bytes())["cells"]
-    sources = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    sources = _parameter_cells(notebook)
     return next((name for s in sources for name in re.findall(r"^run\b[^=\n]*= *[\"']([^\"'\n]*)[\"']", s, re.M)), "")
 
 # %% ../nbs/52_engine.ipynb #d1206c36

@@ -62,7 +62,7 @@ def seconds_per_step(
         return rs[-1]["tokens"] / rs[-1]["step"] / rs[-1]["tok_per_s"]
     return seconds / max(1, steps)
 
-# %% ../nbs/47_view.ipynb #4fc6047e
+# %% ../nbs/47_view.ipynb #86786edb
 def _curve(ax, records, key, style, label=""):
     "Draw one figure of the records that have it"
     rs = [r for r in records if r.get(key) is not None]
@@ -76,7 +76,8 @@ def _losses(ax, records):
     vals = on_the_way(records)
     _curve(ax, [r for r in records if r["split"] == "train"], key, "-", "train")
     _curve(ax, vals, key, "o-", "validation")
-    _curve(ax, [r for r in records if r["split"] == "val" and r not in vals], key, "D", "its whole split")
+    known = {id(r) for r in vals}
+    _curve(ax, [r for r in records if r["split"] == "val" and id(r) not in known], key, "D", "its whole split")
     if best := best_of(records):
         ax.plot(best["step"], best[key], "*", color="black", markersize=9, label=f"best, step {best['step']:,}")
     ax.set(xlabel="step", ylabel="bits per byte" if key == "bpb" else "loss")
@@ -134,7 +135,7 @@ def plot_metrics(
         text.text(0.01, 1, "\n".join(below), family="monospace", fontsize=7.5, va="top", parse_math=False)
     return fig
 
-# %% ../nbs/47_view.ipynb #204dad09
+# %% ../nbs/47_view.ipynb #ce6de1cf
 def in_notebook():
     "Is a Jupyter kernel showing what we display?"
     shell = sys.modules.get("IPython")
@@ -143,7 +144,7 @@ def in_notebook():
 
 def headless():
     "Does papermill, or `lmnotes notebook`, run this notebook, with nobody looking on?"
-    return "LMNOTES_GIVEN" in os.environ
+    return given_names() is not None
 
 
 def print_over(last, text):
