@@ -84,12 +84,12 @@ def split_params(lm):
 def orthogonalize(
     g,  # (N,rows,columns) updates
     steps=5,
-):  # The same shape, in bfloat16, singular values near 1
-    "Newton–Schulz iterations, with the coefficients of Jordan"
-    x = g.bfloat16()
+):  # The same shape and dtype, singular values near 1
+    "Newton–Schulz iterations in the dtype of `g`, with the coefficients of Jordan"
+    x = g
     flip = x.shape[1] > x.shape[2]
     x = x.mT if flip else x
-    x = x / (x.float().norm(dim=(1, 2), keepdim=True) + 1e-7).bfloat16()
+    x = x / (x.float().norm(dim=(1, 2), keepdim=True) + 1e-7).to(x.dtype)
     for _ in range(steps):
         a = x @ x.mT
         b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
@@ -100,8 +100,15 @@ def orthogonalize(
 class Muon(torch.optim.Optimizer):
     "Momentum, orthogonalised; for hidden matrices only. The same update as `torch.optim.Muon`, batched over equal shapes"
 
-    def __init__(self, groups, lr, momentum=0.95):
+    def __init__(
+        self,
+        groups,
+        lr,
+        momentum=0.95,
+        dtype=torch.float32,  # Of the Newton–Schulz iterations: float32 or bfloat16
+    ):
         super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=0.0))
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
@@ -116,7 +123,8 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
         grads = [p.grad for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        update = orthogonalize(torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"])))
+        nesterov = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))
+        update = orthogonalize(nesterov.to(self.dtype))
         rows, columns = params[0].shape
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         scale = -group["lr"] * max(1, rows / columns) ** 0.5
@@ -129,7 +137,11 @@ def _group(named, weight_decay, lr_scale=1.0):
     )
 
 
-def make_optimizers(lm, cfg):
+def make_optimizers(
+    lm,
+    cfg,  # Has the fields of `OptimConfig`
+    dtype=torch.float32,  # Compute dtype of the run
+):  # A list of torch optimizers
     "The optimizers of a run, in a fixed order"
     check_optim(cfg)
     kinds, lr = split_params(lm), peak_lr(cfg)
@@ -142,7 +154,8 @@ def make_optimizers(lm, cfg):
         return _made(torch.optim.AdamW, groups, **adamw)
     others = [_group(kinds["head"], cfg.weight_decay, 0.5), _group(kinds["rest"], 0.0, 0.5)]
     hidden = [_group(kinds["hidden"], cfg.weight_decay)]
-    return _made(torch.optim.AdamW, others, **adamw, eps=1e-10) + _made(Muon, hidden, lr=lr)
+    low = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # float16 has too few exponents
+    return _made(torch.optim.AdamW, others, **adamw, eps=1e-10) + _made(Muon, hidden, lr=lr, dtype=low)
 
 
 def _made(kind, groups, **settings):

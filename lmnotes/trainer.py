@@ -163,7 +163,7 @@ class Trainer:
         names = [type(h).__name__ for h in self.hooks]
         for i, hook in enumerate(self.hooks):
             hook.key = f"{names[i]} {names[:i].count(names[i]) + 1}".removesuffix(" 1")
-        self.optimizers = make_optimizers(lm, cfg)
+        self.optimizers = make_optimizers(lm, cfg, self.dtype)
         self.scaler = torch.amp.GradScaler(device.split(":")[0], enabled=self.dtype == torch.float16)
         self.objective = self._wrap(Objective(lm))
         self.step, self.stop, self.status, self.last = 0, "", "new", {}

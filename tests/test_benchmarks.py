@@ -23,4 +23,4 @@ def test_it_runs(script):
 
 
 def test_all_are_there():
-    assert len(SCRIPTS) == 17
+    assert len(SCRIPTS) == 18
