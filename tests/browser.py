@@ -5,6 +5,7 @@ import shutil
 from contextlib import contextmanager
 
 import pytest
+from helpers import DEADLINE
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
@@ -18,6 +19,13 @@ def chromium():
     return found
 
 
+def new_context(browser, **options):
+    "A browser context that waits until `DEADLINE`; options as for Playwright's `new_context`"
+    context = browser.new_context(**options)
+    context.set_default_timeout(1000 * DEADLINE)  # Also of navigation
+    return context
+
+
 @contextmanager
 def open_browser(**context):
     "A fresh browser context; arguments as for Playwright's `new_context`"
@@ -25,9 +33,9 @@ def open_browser(**context):
 
     path = chromium()
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=QUIET.split())
+        browser = playwright.chromium.launch(executable_path=path, args=QUIET.split(), timeout=1000 * DEADLINE)
         try:
-            yield browser.new_context(**context)
+            yield new_context(browser, **context)
         finally:
             browser.close()
 

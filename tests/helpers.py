@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -18,15 +19,18 @@ from pathlib import Path
 import nbformat
 import torch
 
+from lmnotes import core
 from lmnotes.cli import command, run_notebook
 from lmnotes.runs import run
-from lmnotes.trainer import Hook
+from lmnotes.trainer import Hook, Trainer
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("forkserver")
 PRELOAD = "lmnotes.cli lmnotes.models.gpt nbformat safetensors.torch tokenizers tyro filelock torch._dynamo"
 FORK.set_forkserver_preload(PRELOAD.split())
 STARTED = []  # Processes, which a test that fails may leave behind
+DEADLINE = 900  # Seconds after which a test stops waiting; no test needs them, however slow the machine is
+os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(DEADLINE)  # What torchrun waits after a signal before it kills
 
 # Small enough for hundreds of runs; dropout, pieces, early-stop counters, evaluations, samples and pruning all at work.
 TINY = dict(
@@ -108,7 +112,7 @@ def run_papermill(place, notebook, **params):
     given = [word for name, value in params.items() for word in ("-p", name, str(value))]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
     done = subprocess.run(
-        [papermill, str(notebook), "report.ipynb", *given, "--no-progress-bar"],
+        [papermill, str(notebook), "report.ipynb", *given, "--no-progress-bar", "--start-timeout", str(DEADLINE)],
         cwd=place,
         env=environ | dict(MPLBACKEND="agg", IPYTHONDIR=str(place / "ipython")),
         capture_output=True,
@@ -118,9 +122,10 @@ def run_papermill(place, notebook, **params):
     return place
 
 
-def _child(function, args, kwargs, folder):
+def _child(function, args, kwargs, folder, dtype):
     os.chdir(folder)
     torch.set_num_threads(1)
+    core._auto_dtype = lambda device: dtype
     os.fsync = lambda descriptor: None  # No power is cut here; what is flushed, and when, is the matter of test_crash
     for name in [n for n in os.environ if n.startswith("LMNOTES_")]:
         del os.environ[name]
@@ -132,15 +137,16 @@ def _child(function, args, kwargs, folder):
 
 def start(folder, function, *args, **kwargs):
     "Call a function in a new process that works in `folder` and writes to `folder/log`; the process"
-    process = FORK.Process(target=_child, args=(function, args, kwargs, str(folder)), daemon=True)
+    dtype = core.pick_dtype("cpu")  # Measured once, so that two processes whose results are compared use the same
+    process = FORK.Process(target=_child, args=(function, args, kwargs, str(folder), dtype), daemon=True)
     process.start()
     STARTED.append(process)
     return process
 
 
-def finish(process, seconds=120):
+def finish(process):
     "The exit code, minus the signal's number if one killed it"
-    process.join(seconds)
+    process.join(DEADLINE)
     assert process.exitcode is not None, "the process did not end"
     return process.exitcode
 
@@ -155,13 +161,60 @@ def log(folder):
     return (Path(folder) / "log").read_text()
 
 
-def until(condition, process=None, seconds=60):
+def until(condition, process=None):
     "Wait for something to be true, while `process` lives"
-    end = time.monotonic() + seconds
+    end = time.monotonic() + DEADLINE
     while not condition():
         assert process is None or process.exitcode is None, "the process ended before what was waited for"
         assert time.monotonic() < end, "what was waited for did not happen"
         time.sleep(0.001)
+
+
+def hold():
+    "Create the file `reached`, then wait until the test creates the file `go`; only the first call waits"
+    if not Path("reached").exists():
+        Path("reached").touch()
+        until(Path("go").exists)
+
+
+def before(owner, name, when, act=hold):
+    "Call `act` before each call of `owner.name` for whose arguments `when` is true"
+    original = getattr(owner, name)
+
+    def held(*args, **kwargs):
+        if when(*args, **kwargs):
+            act()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, held)
+
+
+def after(owner, name, when, act=hold):
+    "Call `act` after each such call"
+    original = getattr(owner, name)
+
+    def held(*args, **kwargs):
+        result = original(*args, **kwargs)
+        if when(*args, **kwargs):
+            act()
+        return result
+
+    setattr(owner, name, held)
+
+
+def held_before_step(step, function, *args, **kwargs):
+    "Call a function that trains, and hold before this step"
+    before(Trainer, "one_step", lambda trainer: trainer.step == step - 1)
+    return function(*args, **kwargs)
+
+
+def stop_before_step(step, folder, function, *args, number=signal.SIGINT, **kwargs):
+    "Call a function that trains in a new process, and send it a signal before this step; its exit code"
+    process = start(folder, held_before_step, step, function, *args, **kwargs)
+    until((folder / "reached").exists, process)
+    os.kill(process.pid, number)
+    (folder / "go").touch()
+    return finish(process)
 
 
 def words(**params):

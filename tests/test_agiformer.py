@@ -1,6 +1,5 @@
 """`nbs/recipes/agiformer.ipynb`: what the AGIFORMER guide promises is there, and the mistakes of the guide's system are not."""
 
-import os
 import re
 import shutil
 import signal
@@ -10,9 +9,9 @@ import nbformat
 import pytest
 import torch
 from helpers import (
+    DEADLINE,
     call,
     differences,
-    finish,
     left_behind,
     lmnotes_command,
     log,
@@ -20,8 +19,7 @@ from helpers import (
     records,
     run_papermill,
     run_recipe,
-    start,
-    until,
+    stop_before_step,
 )
 from test_distributed import torchrun
 
@@ -65,12 +63,6 @@ def recipe(**params):
 
 def folder(place, run="agiformer"):
     return place / "checkpoints" / run
-
-
-def logged(place):
-    "How many lines of the run have been recorded"
-    metrics = folder(place) / "metrics.jsonl"
-    return len(records(metrics)) if metrics.exists() else 0
 
 
 def weights(path):
@@ -139,12 +131,9 @@ def test_the_rate_is_constant_after_warmup(place):
 def test_interrupted_and_resumed(place):
     "Ctrl+C leaves last_model.pth and says so; what is resumed has the bits of what was never stopped"
     many = QUICK | dict(MAX_STEPS=100)
-    process = start(place, recipe, **many)
-    until(lambda: logged(place) > 1, process)
-    os.kill(process.pid, signal.SIGINT)
-    assert finish(process) == 130, log(place)
+    assert stop_before_step(13, place, recipe, **many) == 130, log(place)
     stopped = lmnotes.load(folder(place))
-    assert stopped.status == "interrupted" and 10 <= stopped.step < 100
+    assert stopped.status == "interrupted" and stopped.step == 13
     assert TRAIN.findall(log(place))[0][3] == "3.00e-05"  # The tenth of a hundred steps of warm-up
     last = weights(folder(place) / "last_model.pth")
     assert all(torch.equal(last[name], tensor) for name, tensor in stopped.lm.state_dict().items())
@@ -193,10 +182,8 @@ def test_batches_of_a_function(place):
     "They are written down and trained on in their order, so that a run on them goes on like any other"
     (place / "mine.py").write_text(LOADER)
     (place / "settings.ini").write_text("[DEFAULT]\nlib_name = lmnotes\n")
-    process = start(place, recipe, **QUICK | dict(DATA_FUNCTION="mine:loader", MAX_STEPS=100))
-    until(lambda: logged(place) > 1, process)
-    os.kill(process.pid, signal.SIGTERM)
-    assert finish(process) == 130, log(place)
+    given = QUICK | dict(DATA_FUNCTION="mine:loader", MAX_STEPS=100)
+    assert stop_before_step(13, place, recipe, number=signal.SIGTERM, **given) == 130, log(place)
     assert call(place, recipe, resume=True) == 0, log(place)
     result = lmnotes.load(folder(place))
     assert result.step == 100 and result.info["data"]["tokens"]["train"] == 100 * 2 * 64
@@ -297,7 +284,7 @@ def test_two_processes(place):
     given = [f"{name}={value}" for name, value in QUICK.items()]
     assert call(place, recipe, **QUICK) == 0, log(place)
     process = torchrun(place, "-m", "--", "lmnotes", "notebook", "--path", str(NOTEBOOK), "--params", *given, "run=two")
-    assert process.wait(120) == 0, log(place)
+    assert process.wait(DEADLINE) == 0, log(place)
     assert log(place).count("Creating AGIFORMER model") == 2  # Once by the one process, once by the first of two
     assert len(records(folder(place, "two") / "metrics.jsonl")) == len(records(folder(place) / "metrics.jsonl"))
     assert (folder(place, "two") / "best_model.pth").exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, call, lmnotes_command, log, words
+from helpers import DEADLINE, TINY, call, lmnotes_command, log, words
 from test_distributed import figures, torchrun
 
 from lmnotes.batches import Batch
@@ -199,7 +199,7 @@ def test_two_devices(place, preset, steps):
     case = TINY | dict(arch="bytepatch", preset=preset, steps=10, log_every=1, patience=0)
     case["model_args"] = f"{TINY_ARGS} thinking_steps={steps}"
     process = torchrun(place, "-m", "--", "lmnotes", "train", *words(**case))
-    assert process.wait(120) == 0, log(place)
+    assert process.wait(DEADLINE) == 0, log(place)
     assert len([split for split, _ in figures(place, "r") if split == "train"]) == 10
 
 

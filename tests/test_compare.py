@@ -3,19 +3,24 @@
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, call, finish, log, recipe_parameters, start, until
+from helpers import ROOT, after, call, finish, log, recipe_parameters, start, until
 
+import lmnotes.compare as comparing
 from lmnotes.batches import Batch
 from lmnotes.cli import run_notebook
 from lmnotes.compare import CompareConfig, Comparison, Contestant, compare, comparison_table, count_flops, results
 from lmnotes.core import seed_step
 from lmnotes.lm import archs, get_arch, new_lm
+from lmnotes.trainer import Metrics, Trainer
 
 NOTEBOOK = ROOT / "nbs/compare.ipynb"
 TINY = dict(
@@ -160,17 +165,33 @@ def test_every_seed_reads_the_same_bytes(whole):
     assert a["data"]["fingerprint"] == b["data"]["fingerprint"]
 
 
+def hold_after_each_record():
+    "Make a run wait after each of its records, until the test lets go"
+    after(Metrics, "append", lambda *args, **record: True, lambda: until(Path("go").exists))
+
+
+def compared_and_held(**params):
+    "Compare, with runs that wait after their first record"
+    hold = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    hold += "import test_compare; test_compare.hold_after_each_record()\n"
+
+    def started(words, **how):
+        return subprocess.Popen([*words[:2], hold + words[2], *words[3:]], **how)
+
+    comparing.subprocess = SimpleNamespace(Popen=started, DEVNULL=subprocess.DEVNULL)
+    return compared(**params)
+
+
 def test_a_stopped_comparison_goes_on_to_the_same_numbers(place, whole):
-    slow = start(place, compared, **TINY)
-    until(lambda: (place / "c/gpt-0/metrics.jsonl").exists(), slow)
-    os.kill(slow.pid, signal.SIGINT)
-    assert finish(slow) == 130, log(place)
+    process, first = start(place, compared_and_held, **TINY), ("gpt-0", "rnn-0")  # Two run at a time
+    until(lambda: all((place / "c" / name / "metrics.jsonl").exists() for name in first), process)
+    os.kill(process.pid, signal.SIGINT)
+    until(lambda: all("SIGINT" in (place / f"c/{name}.log").read_text() for name in first), process)
+    (place / "go").touch()
+    assert finish(process) == 130, log(place)
     assert "the same call goes on" in log(place)
-    stopped = [
-        p.parent for p in (place / "c").glob("*/run.json") if json.loads(p.read_text())["status"] == "interrupted"
-    ]
-    assert stopped, "no run was cut short"
-    assert len(numbers(place / "c")) < 4, "all runs had begun"
+    records = {p.parent.name: json.loads(p.read_text()) for p in (place / "c").glob("*/run.json")}
+    assert {name: record["status"] for name, record in records.items()} == dict.fromkeys(first, "interrupted")
     assert call(place, compared, **TINY) == 0, log(place)
     assert numbers(place / "c") == numbers(whole)
 
@@ -196,10 +217,37 @@ def test_a_new_architecture_is_compared_without_an_edit(place):
     assert rows["toy"]["bpb"] < 8
 
 
+SECONDS = {"gpt": 0.004, "rnn": 0.01}  # Of a step
+
+
+def compared_by_a_clock(**params):
+    "Compare where each step takes the time that `SECONDS` gives, on any machine"
+    now, one_step = 0.0, Trainer.one_step
+
+    def timed_step(trainer):
+        nonlocal now
+        now += SECONDS[trainer.cfg.arch]
+        return one_step(trainer)
+
+    def process_time():
+        nonlocal now
+        now += 1e-6
+        return now
+
+    Trainer.one_step = timed_step
+    comparing.time = SimpleNamespace(process_time=process_time, sleep=time.sleep)
+    comparing._measure_new = lambda cfg, names, known: comparing.measure(cfg, names)  # Here, where the clock is
+    return compared(**params)
+
+
 def test_the_same_seconds(place):
-    assert call(place, compared, **TINY | dict(compute="seconds", budget=0.5, seeds=1)) == 0, log(place)
-    for row in results(Comparison(place / "c")):
-        assert row["seconds"] == pytest.approx(0.5, rel=0.02) or not row["whole"]
+    case = TINY | dict(compute="seconds", budget=0.5, seeds=1)
+    assert call(place, compared_by_a_clock, **case) == 0, log(place)
+    comparison = Comparison(place / "c")
+    assert comparison.steps == {"gpt": 125, "rnn": 50}
+    for row in results(comparison):
+        assert row["whole"] and row["seconds"] == pytest.approx(0.5, rel=0.02)
+        assert comparison.record(row["name"], 0)["step"] == comparison.steps[row["name"]]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import TINY, call, lmnotes_command, log, records, until, words
+from helpers import DEADLINE, TINY, call, lmnotes_command, log, records, until, words
 
 TESTS = Path(__file__).parent
 # Dropout draws other numbers on each process, so the comparison is without it; a constant rate, so that more steps change nothing.
@@ -69,7 +69,7 @@ def one(tmp_path_factory, corpus):
 def test_two_processes_are_one(place, one):
     "Ten steps on two; then ten on one, from the checkpoint of two"
     process = torchrun(place, "-m", "--", "lmnotes", "train", *words(**CASE))
-    assert process.wait(120) == 0, log(place)
+    assert process.wait(DEADLINE) == 0, log(place)
     two = figures(place, "r")
     assert [step for split, step in two if split == "train"] == list(range(1, 11))
     assert the_same(two, one), (two, one)
@@ -85,11 +85,11 @@ def test_two_processes_stop_together(place, one):
     "A signal to torchrun, held until one process is about to begin its eighth step"
     (place / "held.py").write_text(HELD)
     process = torchrun(place, "--", "held.py", "train", *words(**CASE | dict(steps=20)))
-    until(lambda: (place / "reached").exists() or process.poll() is not None, seconds=120)
+    until(lambda: (place / "reached").exists() or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
     until(lambda: "SIGTERM" in log(place))
     (place / "go").touch()
-    assert process.wait(120) != 0
+    assert process.wait(DEADLINE) != 0
     record = json.loads((place / "runs/r/run.json").read_bytes())
     assert record["status"] == "interrupted" and record["step"] in (8, 9), log(place)
     assert call(place, lmnotes_command, "train", *words(run="r", out_dir="runs", resume=True)) == 0, log(place)

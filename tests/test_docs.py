@@ -20,7 +20,7 @@ import build_docs
 import notebook_page
 import pytest
 import reference
-from browser import chromium, open_browser, watch
+from browser import chromium, new_context, open_browser, watch
 from names import Names
 from pages import as_on_a_terminal, directives, fenced
 
@@ -355,7 +355,7 @@ def browser(home):
 def page(browser, home, request):
     "A page that must do nothing wrong; by day, unless the test says `dark`"
     scheme = request.param if hasattr(request, "param") else "light"
-    context = browser.new_context(color_scheme=scheme, reduced_motion="reduce")
+    context = new_context(browser, color_scheme=scheme, reduced_motion="reduce")
     page = context.new_page()
     errors, outside = watch(page, home)
     yield page
@@ -380,7 +380,7 @@ def test_search_finds_a_definition(page, home):
     page.locator("input.md-search__input").click()
     page.keyboard.type("parse_model_args")
     first = page.locator(".md-search-result__item a").first
-    first.wait_for(timeout=30_000)
+    first.wait_for()
     first.click()
     page.wait_for_url("**/lm.html**")
     assert page.locator("#parse_model_args").count() == 1

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, lmnotes_command, write_corpus
+from helpers import DEADLINE, TINY, lmnotes_command, write_corpus
 from safetensors.torch import load_file
 
 from lmnotes import export as module
@@ -80,7 +80,7 @@ def alone(folder, tmp_path):
     shutil.copytree(folder, copy)
     command = [sys.executable, "-c", ALONE, str(copy), str(tmp_path / "logits.pt")]
     env = {n: v for n, v in os.environ.items() if n != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=tmp_path, env=env, timeout=120)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=tmp_path, env=env, timeout=DEADLINE)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(tmp_path / "logits.pt", weights_only=True), done.stdout
 
@@ -162,7 +162,9 @@ with torch.no_grad():
 def test_a_model_that_thinks_thinks_longer_when_asked(place, tmp_path):
     r = trained(place, run="thinker", arch="bytepatch", model_args=SHAPE + " d_byte=16 ngram_rows=64", steps=5)
     folder = export(r, tmp_path / "thinker")
-    subprocess.run([sys.executable, "-c", THINKING, str(folder), str(tmp_path / "logits.pt")], check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", THINKING, str(folder), str(tmp_path / "logits.pt")], check=True, timeout=DEADLINE
+    )
     with torch.no_grad():
         three = r.lm.eval()(torch.arange(12)[None])
         r.lm.cfg.thinking_steps = 5
@@ -182,7 +184,7 @@ def test_its_script_writes_text_and_leaves_nothing_that_is_uploaded(exported, tm
     copy = shutil.copytree(exported, tmp_path / "copy")
     command = [sys.executable, str(copy / "generate.py"), "3: ", "--n", "20", "--top-k", "5"]
     env = {n: v for n, v in os.environ.items() if n != "PYTHONDONTWRITEBYTECODE"}
-    done = subprocess.run(command, capture_output=True, env=env, encoding="utf-8", timeout=120)
+    done = subprocess.run(command, capture_output=True, env=env, encoding="utf-8", timeout=DEADLINE)
     assert done.returncode == 0 and done.stdout.startswith("3: "), done.stderr
     assert list(copy.rglob("*.pyc"))  # These hold this machine's paths
     assert upload(copy, "me/x", dry_run=True).keys() == {*read_manifest(copy), "manifest.json"}
@@ -437,7 +439,7 @@ def uploading(folder, home, *repos, port=9, **environment):
     clean |= dict(HF_ENDPOINT=f"http://127.0.0.1:{port}")
     command = [sys.executable, "-c", UPLOAD, str(folder), *repos]
     done = subprocess.run(
-        command, env=clean | environment, cwd=home, capture_output=True, encoding="utf-8", timeout=180
+        command, env=clean | environment, cwd=home, capture_output=True, encoding="utf-8", timeout=DEADLINE
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert TOKEN not in done.stdout + done.stderr

@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from helpers import DEADLINE, call, differences, log, records, state_hash, train
 from helpers import TINY as TINY_RUN
-from helpers import call, differences, log, records, state_hash, train
 from safetensors.torch import load_file, save_file
 
 from lmnotes.checkpoint import load_lm, save_checkpoint
@@ -394,7 +394,7 @@ def fresh(code, home, **environment):
     clean = {n: v for n, v in os.environ.items() if not n.startswith(("HF_", "TRANSFORMERS_", "LMNOTES_"))}
     clean |= dict(HF_HOME=str(home), HF_HUB_DISABLE_TELEMETRY="1", NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
     done = subprocess.run(
-        [sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, timeout=DEADLINE
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

@@ -3,6 +3,7 @@
 import re
 import time
 
+from helpers import DEADLINE
 from jupyter_client.manager import start_new_kernel
 
 TRAIN = """
@@ -16,11 +17,11 @@ AGAIN = "r = runs.run(resume=True, out_dir={folder!r}, allow_change='steps', ste
 USE = "print(r.status, r.step > 10, len(r.generate('The ', 8)), (r.folder / 'interrupted').read_text().strip())"
 
 
-def run_cell(client, code, seen=lambda text: None, seconds=120):
+def run_cell(client, code, seen=lambda text: None):
     "Run a cell to its end; what it printed. `seen` is called with all that was printed so far"
-    request, text, end = client.execute(code), "", time.monotonic() + seconds
+    request, text, end = client.execute(code), "", time.monotonic() + DEADLINE
     while time.monotonic() < end:
-        message = client.get_iopub_msg(timeout=seconds)
+        message = client.get_iopub_msg(timeout=DEADLINE)
         if message["parent_header"].get("msg_id") != request:
             continue
         kind, content = message["msg_type"], message["content"]
@@ -34,7 +35,7 @@ def run_cell(client, code, seen=lambda text: None, seconds=120):
 
 
 def test_the_stop_button_leaves_a_checkpoint_a_model_and_a_next_cell(tmp_path):
-    manager, client = start_new_kernel()
+    manager, client = start_new_kernel(startup_timeout=DEADLINE)
     pressed = []
 
     def press_when_training(text):

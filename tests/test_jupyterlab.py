@@ -11,7 +11,8 @@ import urllib.request
 from contextlib import contextmanager
 
 from browser import chromium, open_browser, watch
-from helpers import ROOT
+from helpers import DEADLINE, ROOT
+from helpers import until as wait_until
 
 # A run that lasts until it is stopped, small and often sampled
 LONG = dict(
@@ -27,6 +28,15 @@ LONG = dict(
     run="seen",
     prompt="The ",
 )
+
+
+def answers(port):
+    "Does the server take requests yet?"
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token=abc")
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -52,22 +62,17 @@ def jupyterlab(place):
     with open(place / "server.log", "w") as log:
         server = subprocess.Popen([sys.executable, *command.split()], cwd=place, env=environ, stdout=log, stderr=log)
         try:
-            for _ in range(600):
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token=abc")
-                    break
-                except OSError:
-                    assert server.poll() is None, (place / "server.log").read_text()
-                    time.sleep(0.1)
+            wait_until(lambda: server.poll() is not None or answers(port))
+            assert server.poll() is None, (place / "server.log").read_text()
             yield f"http://127.0.0.1:{port}/lab/tree/nbs/train.ipynb?token=abc"
         finally:
             server.terminate()
             server.wait()
 
 
-def until(page, condition, seconds=180):
+def until(page, condition):
     "Look again and again, letting the page work"
-    end = time.monotonic() + seconds
+    end = time.monotonic() + DEADLINE
     while not (found := condition()):
         assert time.monotonic() < end, "what was waited for did not happen"
         page.wait_for_timeout(100)
@@ -87,7 +92,6 @@ def test_a_newcomer_trains_looks_on_and_stops(tmp_path):
         page = browser.new_page()
         errors, outside = watch(page, address.split("/lab")[0])
         page.goto(address)
-        page.set_default_timeout(120_000)
         page.wait_for_selector(".jp-Notebook .jp-CodeCell")
         until(page, lambda: kernel(address) == "idle")
         page.locator(".lm-MenuBar-item", has_text="Run").click()

@@ -8,11 +8,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import nbformat
 import pytest
+from helpers import DEADLINE, until
 
 from lmnotes.engine import ONE_VALUE, TWO_VALUES
 
@@ -33,7 +33,7 @@ if mode == "listens":
 if mode == "ignores":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 pathlib.Path("kernel.pid").write_text(str(os.getpid()))
-end = time.time() + 60
+end = time.time() + 900
 while mode != "quick" and not heard and time.time() < end:
     try:
         time.sleep(0.02)
@@ -74,21 +74,13 @@ def project(tmp_path, monkeypatch):
 def papermill(project, *words, **options):
     "Start papermill in the project's folder, or in another"
     options = dict(cwd=project, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) | options
-    return subprocess.Popen([PAPERMILL, *words], **options)
+    return subprocess.Popen([PAPERMILL, *words, "--start-timeout", str(DEADLINE)], **options)
 
 
-def finish(process, seconds=120):
+def finish(process):
     "Exit code and what was said"
-    out, err = process.communicate(timeout=seconds)
+    out, err = process.communicate(timeout=DEADLINE)
     return process.returncode, (out or b"").decode(), (err or b"").decode()
-
-
-def until(condition, seconds=60):
-    "Wait for something to be true"
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end, "what was waited for did not happen"
-        time.sleep(0.02)
 
 
 def report(notebook):
@@ -114,7 +106,7 @@ def on_a_terminal(project, *words):
 
     reader = threading.Thread(target=read)
     reader.start()
-    process.wait(timeout=120)
+    process.wait(timeout=DEADLINE)
     reader.join()
     os.close(ours)
     return process.returncode, said.decode()
@@ -205,7 +197,7 @@ def test_a_signal_lets_the_notebook_finish(project, number):
 def test_a_second_signal_interrupts_the_cell(project):
     process = training(project, "deaf")
     process.send_signal(signal.SIGTERM)
-    until(lambda: (project / "interrupted").exists())
+    until((project / "interrupted").exists)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     code, out, err = finish(process)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from helpers import TINY, call, differences, left_behind, lmnotes_command, log, until, words
+from helpers import DEADLINE, TINY, call, differences, left_behind, lmnotes_command, log, until, words
 
 ROOT = Path(__file__).parent.parent
 PAPERMILL = str(Path(sys.executable).parent / "papermill")
@@ -35,7 +35,7 @@ def papermill(place, *words, **environ):
     settings = dict(OMP_NUM_THREADS="1", IPYTHONDIR=str(place / "ipython"), MPLBACKEND="agg")
     with open(place / "log", "ab") as said:
         return subprocess.Popen(
-            [PAPERMILL, str(ROOT / "nbs/train.ipynb"), *words, "--no-progress-bar"],
+            [PAPERMILL, str(ROOT / "nbs/train.ipynb"), *words, "--no-progress-bar", "--start-timeout", str(DEADLINE)],
             cwd=place,
             env=clean | settings | environ,
             stdin=subprocess.DEVNULL,
@@ -78,7 +78,7 @@ def go_on(place, whole):
     "`papermill nbs/train.ipynb -p resume True`, without an output path, ends as the run that was never stopped"
     (place / "go").touch()
     process = papermill(place, *parameters(resume=True, out_dir=place / "runs"))
-    assert process.wait(180) == 0, log(place)
+    assert process.wait(DEADLINE) == 0, log(place)
     assert "lmnotes: the executed notebook goes to runs/r/train.ipynb" in log(place)
     check(place, "r: done at step 40 of 40")
     assert not differences(whole, left_behind(place / "runs/r"))
@@ -90,7 +90,7 @@ def test_a_signal_to_papermill(place, whole, number):
     process.send_signal(number)
     until(lambda: f"lmnotes: {number.name}, the kernel is asked to finish" in log(place))
     (place / "go").touch()
-    assert process.wait(180) == 0, log(place)
+    assert process.wait(DEADLINE) == 0, log(place)
     assert left_status(place) == ("interrupted", 8)
     check(place, "r: interrupted at step 8 of 40 and saved; go on with resume=True run=r")
     go_on(place, whole)
@@ -105,7 +105,7 @@ def test_papermill_and_its_kernel_are_killed(place, whole):
     process = held(place, *parameters(**CASE | dict(out_dir=place / "runs", save_every=5)))
     os.kill(int((place / "kernel.pid").read_text()), signal.SIGKILL)
     process.kill()
-    process.wait(60)
+    process.wait(DEADLINE)
     assert left_status(place)[0] == "running"
     assert not (place / "runs/r/interrupted").exists() and (place / "runs/r/step_00000005").exists()
     go_on(place, whole)

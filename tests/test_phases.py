@@ -5,7 +5,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import call, finish, log, recipe_parameters, records, run_papermill, run_recipe, start, until
+from helpers import call, log, recipe_parameters, records, run_papermill, run_recipe, stop_before_step, until
 
 import lmnotes
 from lmnotes.batches import get_batches
@@ -153,15 +152,6 @@ def test_domains_and_data_dir(place):
     assert call(place, expert, data_dir="mine", domains="lake") and "its domains are hills sea" in log(place)
 
 
-def stopped(place, at, work, run, **params):
-    "Interrupt a recipe once it has logged step `at`"
-    process = start(place, work, **params)
-    metrics = place / "checkpoints" / run / "metrics.jsonl"
-    until(lambda: metrics.exists() and len(records(metrics)) >= at, process)
-    os.kill(process.pid, signal.SIGINT)
-    assert finish(process) == 130, log(place)
-
-
 LONG = dict(max_epochs=12, patience=0, log_interval=1)
 
 
@@ -169,10 +159,10 @@ LONG = dict(max_epochs=12, patience=0, log_interval=1)
 def test_stopped_and_resumed(experts, tmp_path_factory, name):
     "Ctrl+C leaves a file and the way on; the resumed run ends in the same bits"
     run = f"{name}_expert"
-    stopped(experts, 8, expert, run, expert=name, **LONG)
+    assert stop_before_step(9, experts, expert, expert=name, **LONG) == 130, log(experts)
     held = kept(experts, f"{run}_interrupted.pt")
     assert f"go on with: papermill nbs/recipes/pretrain_expert.ipynb -p expert {name} -p resume True" in log(experts)
-    assert 0 < held["step"] < 12 * info(experts, run)["config"]["eval_every"]
+    assert held["step"] == 9 < 12 * info(experts, run)["config"]["eval_every"]
     assert call(experts, run_recipe, EXPERT, expert=name, resume="True") == 0, log(experts)  # All else is as it was
     assert f"Resuming from {run}_interrupted.pt: epoch {held['epoch']}, step {held['step']}" in log(experts)
     whole = tmp_path_factory.mktemp("whole")
@@ -411,7 +401,7 @@ def test_together(experts):
 def test_together_stopped_and_resumed(experts, tmp_path_factory):
     whole = tmp_path_factory.mktemp("whole")
     shutil.copytree(experts, whole, dirs_exist_ok=True)
-    stopped(experts, 8, join, "nanothink_mla", use_vector_store=True, **LONG)
+    assert stop_before_step(9, experts, join, use_vector_store=True, **LONG) == 130, log(experts)
     (experts / "checkpoints/nanothink_mla/memory.safetensors").write_bytes(b"of another store")
     assert call(experts, run_recipe, JOIN, resume="True") == 0, log(experts)  # All else is as it was
     assert re.search(r"\| hits \d\.\d\d", log(experts).split("Resuming from")[1])

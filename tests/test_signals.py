@@ -6,47 +6,27 @@ signal arrives exactly where the test says, however busy the machine is.
 
 import os
 import signal
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from helpers import TINY, call, differences, finish, left_behind, lmnotes_command, log, start, until, words
+from helpers import (
+    TINY,
+    after,
+    before,
+    call,
+    differences,
+    finish,
+    hold,
+    left_behind,
+    lmnotes_command,
+    log,
+    start,
+    until,
+    words,
+)
 
-from lmnotes import checkpoint, evaluation, generation, runs, tokens, trainer
-
-
-def hold():
-    "Say that the moment has come, and wait until the test lets go"
-    if not Path("reached").exists():
-        Path("reached").touch()
-        end = time.monotonic() + 120
-        while not Path("go").exists() and time.monotonic() < end:
-            time.sleep(0.001)
-
-
-def before(owner, name, when):
-    "Hold at a call of `owner.name` for whose arguments `when` is true"
-    as_it_is = getattr(owner, name)
-
-    def held(*args, **kwargs):
-        if when(*args, **kwargs):
-            hold()
-        return as_it_is(*args, **kwargs)
-
-    setattr(owner, name, held)
-
-
-def after(owner, name, when):
-    "Hold when such a call has done its work"
-    as_it_is = getattr(owner, name)
-
-    def held(*args, **kwargs):
-        result = as_it_is(*args, **kwargs)
-        if when(*args, **kwargs):
-            hold()
-        return result
-
-    setattr(owner, name, held)
+from lmnotes import checkpoint, core, evaluation, generation, runs, tokens, trainer
 
 
 def half(name):
@@ -123,13 +103,21 @@ def whole(tmp_path_factory, corpus):
     return left_behind(folder / "runs/r")
 
 
-@pytest.mark.parametrize("pause, code, step", [(0.1, 143, 13), (1.2, 130, None)])
+def command_by_a_clock(moment, *words):
+    "The same, where the file `clock` holds the time at which a signal arrives"
+    core.time = SimpleNamespace(monotonic=lambda: float(Path("clock").read_text()))
+    return command_held(moment, *words)
+
+
+@pytest.mark.parametrize("pause, code, step", [(0.99, 143, 13), (1.01, 130, None)])
 def test_two_signals(place, whole, pause, code, step):
     "At about the same time they are one, as from a terminal and a cluster; later, the second ends the run within the step"
-    process = start(place, command_held, "between gradient and update", "train", *words(**TINY))
+    (place / "clock").write_text("100")
+    process = start(place, command_by_a_clock, "between gradient and update", "train", *words(**TINY))
     until((place / "reached").exists, process)
     os.kill(process.pid, signal.SIGTERM)
-    time.sleep(pause)  # The process is held, so this is not a race
+    until(lambda: "SIGTERM" in log(place), process)
+    (place / "clock").write_text(str(100 + pause))
     os.kill(process.pid, signal.SIGINT)
     if step:
         (place / "go").touch()

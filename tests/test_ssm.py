@@ -1,10 +1,11 @@
 """What the notebook of the state-space model cannot show in a second: that its cost is flat over thousands of tokens."""
 
-import statistics
-import time
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lmnotes.batches import Batch
 from lmnotes.layers import selective_scan, ssd
@@ -20,27 +21,36 @@ def numbers(state):
     return sum(t.untyped_storage().nbytes() // t.element_size() for past in state for t in (past.conv, past.scan))
 
 
+class Work(TorchDispatchMode):
+    "Count the calls of each operation, and the numbers that it reads and writes"
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.numbers = Counter(), Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        self.calls[operation] += 1
+        self.numbers[operation] += sum(t.numel() for t in tensors)
+        return out
+
+
 @pytest.mark.parametrize("kind", ["ssd", "s6"])
 def test_the_cost_is_flat_from_token_1_to_8000(kind):
     torch.manual_seed(0)
     m = new_lm("ssm", kind=kind, **TINY).eval()
-    x, state, sizes = torch.randint(16, (1, 8000)), None, set()
-
-    def typical_ms(start, end):
-        nonlocal state
-        seconds = []
-        for t in range(start, end):
-            before = time.process_time()
+    x, state, sizes, costs = torch.randint(16, (1, 8000)), None, set(), []
+    for t in [*range(600), *range(7400, 8000)]:
+        if t == 7400:
+            _, state = m.step(x[:, 600:7400], state)
+        with Work() as work:
             _, state = m.step(x[:, t : t + 1], state)
-            seconds.append(time.process_time() - before)
-            sizes.add(numbers(state))
-        return 1e3 * statistics.median(seconds)
-
-    first = typical_ms(0, 600)
-    _, state = m.step(x[:, 600:7400], state)
-    last = typical_ms(7400, 8000)
+        sizes.add(numbers(state))
+        costs.append((work.calls, work.numbers))
     assert len(sizes) == 1
-    assert last < 2 * first, f"a token costs {first:.2f} ms at the start and {last:.2f} ms at the end"
+    assert sum(costs[1][0].values()) > 20  # The work is seen
+    assert all(cost == costs[1] for cost in costs[1:])  # The first step also makes the empty state
 
 
 @pytest.mark.parametrize("kind", ["ssd", "s6"])

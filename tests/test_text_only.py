@@ -1,9 +1,7 @@
 """`nbs/recipes/text_only.ipynb`: what the text-only guide promises is there, and the mistakes of the guide's system are not."""
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import nbformat
@@ -13,15 +11,13 @@ import torch
 from helpers import (
     call,
     differences,
-    finish,
     left_behind,
     log,
     recipe_parameters,
     records,
     run_papermill,
     run_recipe,
-    start,
-    until,
+    stop_before_step,
 )
 
 from lmnotes import load
@@ -173,12 +169,10 @@ def test_mistake_the_generation_script_crashed(whole):
 
 def test_mistake_ctrl_c_saved_nothing(place):
     "And nothing could go on; here it goes on to the same bits"
-    process = start(place, recipe, max_steps=90)
-    until(lambda: (place / "checkpoints/text_only/model_step_10.pt").exists(), process)
-    os.kill(process.pid, signal.SIGINT)
-    assert finish(process) == 130, log(place)
+    assert stop_before_step(13, place, recipe, max_steps=90) == 130, log(place)
+    assert (place / "checkpoints/text_only/model_step_10.pt").exists()
     step = json.loads((place / "checkpoints/text_only/run.json").read_bytes())["step"]
-    assert 10 <= step < 90 and f"Training is interrupted at step {step}; go on with resume=True" in log(place)
+    assert step == 13 and f"Training is interrupted at step {step}; go on with resume=True" in log(place)
     assert call(place, recipe, max_steps=90, resume=True) == 0, log(place)
     assert call(place, recipe, max_steps=90, save_dir="at_once/text_only") == 0, log(place)
     a, b = place / "checkpoints/text_only", place / "at_once/text_only"

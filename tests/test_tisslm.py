@@ -1,9 +1,7 @@
 """`nbs/recipes/tisslm.ipynb`: what the TissLM guide promises is there, and the mistakes of the guide's system are not."""
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import nbformat
@@ -12,15 +10,13 @@ import torch
 from helpers import (
     call,
     differences,
-    finish,
     left_behind,
     log,
     recipe_parameters,
     records,
     run_papermill,
     run_recipe,
-    start,
-    until,
+    stop_before_step,
 )
 
 import lmnotes
@@ -153,11 +149,9 @@ def test_mistake_tokenizer_where_the_guide_does_not_look(whole):
 def test_mistake_no_resume(place, whole):
     "Its checkpoints held weights only: nothing could go on from them"
     params = SMALL | dict(checkpoint_every=10)
-    process = start(place, recipe, **params)
-    until(lambda: (place / "training_output/checkpoint_step_10.pt").exists(), process)
-    os.kill(process.pid, signal.SIGINT)
-    assert finish(process) == 130, log(place)
-    assert 10 <= steps_of(place) < steps_of(whole)
+    assert stop_before_step(13, place, recipe, **params) == 130, log(place)
+    assert (place / "training_output/checkpoint_step_10.pt").exists()
+    assert steps_of(place) == 13 < steps_of(whole)
     assert not (place / "training_output/final_model.pt").exists()
     assert call(place, recipe, **params | dict(resume=True)) == 0, log(place)
     assert call(place, recipe, **params | dict(SAVE_DIR="./at_once")) == 0, log(place)

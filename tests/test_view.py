@@ -10,10 +10,25 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, TINY, call, differences, finish, left_behind, lmnotes_command, start, train, until, words
+from helpers import (
+    DEADLINE,
+    ROOT,
+    TINY,
+    call,
+    differences,
+    finish,
+    held_before_step,
+    left_behind,
+    lmnotes_command,
+    start,
+    train,
+    until,
+    words,
+)
 
 import lmnotes
 from lmnotes.core import CheckpointError
+from lmnotes.trainer import Metrics
 
 CASE = TINY | dict(steps=60, sample_every=10)
 
@@ -24,11 +39,23 @@ def last_step(folder):
     return json.loads(whole[-1])["step"] if whole else 0
 
 
+def train_in_step(**params):
+    "Train; after each record of the training, wait until the test has seen it"
+
+    def append(metrics, **record):
+        original(metrics, **record)
+        if record["split"] == "train":
+            until(Path(f"seen {record['step']}").exists)
+
+    original, Metrics.append = Metrics.append, append
+    return train(**params)
+
+
 def test_a_view_shows_the_last_record_and_changes_no_bit(place, corpus, tmp_path_factory):
     alone = tmp_path_factory.mktemp("alone")
     (alone / "corpus").symlink_to(corpus)
     assert call(alone, train, **CASE) == 0
-    process, folder = start(place, train, **CASE), place / "runs" / "r"
+    process, folder = start(place, train_in_step, **CASE), place / "runs" / "r"
     until(lambda: (folder / "metrics.jsonl").exists(), process)
     seen, view = set(), lmnotes.attach(folder)
     while process.is_alive():
@@ -38,8 +65,9 @@ def test_a_view_shows_the_last_record_and_changes_no_bit(place, corpus, tmp_path
         seen.add((view.status, view.step))
         if len(seen) % 5 == 0:
             view._repr_mimebundle_()
+        (place / f"seen {view.step}").touch()
     assert finish(process) == 0
-    assert len({step for status, step in seen if status == "running" and 0 < step < 60}) > 3, seen
+    assert {("running", step) for step in range(3, 61, 3)} <= seen
     view.refresh()
     assert (view.status, view.step, view.left) == ("done", last_step(folder), 0.0)
     assert view.samples[-1]["step"] == 60 and {r["prompt"] for r in view.samples} == {view.samples[0]["prompt"]}
@@ -60,6 +88,11 @@ def test_a_killed_run_is_seen_to_be_gone_and_comes_back(place):
     assert view.refresh().status == "done" and view.step == resumed["steps"]
 
 
+def steps_in(text):
+    "The steps that a view has shown"
+    return [int(n.replace(",", "")) for n in re.findall(r"at step ([\d,]+) of 100,000", text)]
+
+
 def test_in_a_terminal_it_is_written_in_its_place(place):
     process = start(place, lmnotes_command, "train", *words(**CASE | dict(steps=100_000)))
     until(lambda: (place / "runs" / "r" / "last").exists(), process)
@@ -77,23 +110,23 @@ def test_in_a_terminal_it_is_written_in_its_place(place):
                     text += os.read(ours, 10_000).decode(errors="replace")
                 except OSError:  # The other end is closed
                     break
-            if not stopped and text.count("\x1b[J") >= 2:
+            if not stopped and len(set(steps_in(text))) > 1:
                 process.terminate()
                 stopped = True
     finally:
         os.close(ours)
         watching.kill()
     assert stopped and finish(process) == 128 + 15
-    steps = [int(n.replace(",", "")) for n in re.findall(r"at step ([\d,]+) of 100,000", text)]
-    assert steps == sorted(steps) and len(set(steps)) > 1
+    assert steps_in(text) == sorted(steps_in(text)) and "\x1b[J" in text
     assert "r: gpt on corpus | running at step" in text and "r: gpt on corpus | interrupted at step" in text
 
 
 def test_the_end_is_shown_however_seldom_one_looks(place, capsys):
-    process, folder = start(place, train, **CASE | dict(steps=300)), place / "runs" / "r"
-    until(lambda: (folder / "last").exists(), process)
-    view = lmnotes.attach(folder)
+    process = start(place, held_before_step, 20, train, **CASE | dict(steps=300))
+    until((place / "reached").exists, process)
+    view = lmnotes.attach(place / "runs" / "r")
     assert view.status == "running"
+    (place / "go").touch()
     view.follow(seconds=1.5)
     assert finish(process) == 0
     assert view.status == "done" and "done at step 300 of 300" in capsys.readouterr().out.splitlines()[-1]
@@ -109,6 +142,8 @@ def test_a_run_elsewhere_is_seen_while_it_goes_on(place, way):
             str(ROOT / "nbs/train.ipynb"),
             "report.ipynb",
             *given,
+            "--start-timeout",
+            str(DEADLINE),
         ],
         torchrun=[sys.executable, "-m", "lmnotes", "train", *words(**params, procs=2)],
     )
@@ -120,14 +155,14 @@ def test_a_run_elsewhere_is_seen_while_it_goes_on(place, way):
         )
     folder = place / "runs" / "r"
     try:
-        until(lambda: process.poll() is not None or (folder / "last").exists(), seconds=180)
+        until(lambda: process.poll() is not None or (folder / "last").exists())
         assert process.poll() is None, (place / "said").read_text()
         view = lmnotes.attach(folder)
         first = view.step
-        until(lambda: view.refresh().step > first, seconds=60)
+        until(lambda: view.refresh().step > first)
         assert view.status == "running" and view.left > 0
         process.terminate()
-        process.wait(120)
+        process.wait(DEADLINE)
         assert view.refresh().status == "interrupted" and view.step == last_step(folder)
     finally:
         process.kill()
