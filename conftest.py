@@ -1,6 +1,6 @@
 """Makes every code cell of nbs/**/*.ipynb a test, so that `pytest` alone runs notebooks and process tests.
 
-`pytest nbs/20_lm.ipynb` runs one notebook; `-k "20_lm and cell8"` one cell, after the cells above it. Cells that carry a
+`pytest nbs/nn/20_lm.ipynb` runs one notebook; `-k "20_lm and cell8"` one cell, after the cells above it. Cells that carry a
 test flag of settings.ini (`#| slow`, `#| cuda`) run only with `--flags slow` or `--flags "slow cuda"`; cells with
 `#| eval: false` never run. All notebooks of a worker share one process, each with a namespace of its own.
 """
@@ -21,12 +21,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Runs that tests make without naming a folder stay out of checkpoints/. Workers inherit the controller's folder.
+# Runs that tests make without naming a folder stay out of checkpoints/. Each worker has a folder of its own, so that the last run in
+# it is a run of its own.
 if "LMNOTES_OUT_DIR" not in os.environ:
     scratch = tempfile.mkdtemp(prefix="lmnotes-test-")
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     os.environ["LMNOTES_OUT_DIR"] = f"{scratch}/runs"
     os.environ["IPYTHONDIR"] = f"{scratch}/ipython"
+elif "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["LMNOTES_OUT_DIR"] += f"/{os.environ['PYTEST_XDIST_WORKER']}"
 
 import pytest
 
@@ -93,7 +96,7 @@ class Notebook(pytest.File):
         import torch
         from execnb.shell import CaptureShell
 
-        from lmnotes import lm
+        from lmnotes.nn import lm
 
         lm.archs()
         self.archs = dict(lm._ARCHS)  # A notebook's own classes must not outlive it
@@ -110,7 +113,7 @@ class Notebook(pytest.File):
     def teardown(self):
         import torch
 
-        from lmnotes import lm
+        from lmnotes.nn import lm
 
         environ, folder, path, main, threads = self.before
         self.shell = None

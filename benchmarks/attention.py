@@ -1,4 +1,4 @@
-"""Attention: forward and backward by kernel and shape, the table of `nbs/21_layers`.
+"""Attention: forward and backward by kernel and shape, the table of `nbs/nn/21_layers`.
 
 torch's fused `scaled_dot_product_attention`, and three plain products, in float32 and bfloat16; causal, one thread. The bar
 is that what `layers.attention` chooses here is never more than a quarter slower than the best of them in the same dtype.
@@ -8,7 +8,7 @@ from common import finish, interleave, least, options  # isort: skip
 import torch
 import torch.nn.functional as F
 
-from lmnotes.layers import _attend_products, attention
+from lmnotes.nn.attention import _attend_products, attention
 
 SHAPES = (12, 4, 64, 32), (8, 6, 256, 64), (2, 8, 512, 64), (2, 8, 1024, 64)
 

@@ -9,8 +9,8 @@ from itertools import count
 
 from nanogpt import CPU_BATCH, CPU_RECIPE, Loop, NanoGPT
 
-from lmnotes.batches import get_batches
-from lmnotes.trainer import Trainer
+from lmnotes.data.batches import get_batches
+from lmnotes.training.trainer import Trainer
 
 
 def main():

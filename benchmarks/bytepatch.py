@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lmnotes.batches import CoveringWindows
-from lmnotes.evaluation import evaluate
-from lmnotes.lm import n_params
-from lmnotes.trainer import Trainer
+from lmnotes.data.batches import CoveringWindows
+from lmnotes.inference.evaluation import evaluate
+from lmnotes.nn.lm import n_params
+from lmnotes.training.trainer import Trainer
 
 REDUCED = dict(d_model=128, n_layers=4, n_heads=4)  # Heads 32 wide, as in the guide's own small model
 RATE, WARMUP, CLIP = 3e-4, 100, 0.5

@@ -14,11 +14,12 @@ THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 
 import torch
 
-from lmnotes.batches import CoveringWindows, get_batches
 from lmnotes.core import DataError, versions
-from lmnotes.evaluation import Table
-from lmnotes.lm import new_lm
-from lmnotes.runs import RunConfig, get_data
+from lmnotes.data.batches import CoveringWindows, get_batches
+from lmnotes.inference.evaluation import Table
+from lmnotes.nn.lm import new_lm
+from lmnotes.runs.config import RunConfig
+from lmnotes.runs.data import get_data
 
 torch.set_num_threads(THREADS)
 

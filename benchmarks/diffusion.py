@@ -11,10 +11,10 @@ printed beside the bound.
 from common import corpus, figures, finish, interleave, least, options, parts  # isort: skip
 import torch
 
-from lmnotes.generation import Picker, generate_ids
-from lmnotes.lm import n_params
+from lmnotes.inference.generation import Picker, generate_ids
 from lmnotes.models.diffusion import likelihood_bound, row_generators
-from lmnotes.trainer import Trainer
+from lmnotes.nn.lm import n_params
+from lmnotes.training.trainer import Trainer
 
 
 @torch.no_grad()

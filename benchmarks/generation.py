@@ -12,7 +12,7 @@ from copy import deepcopy
 import torch
 from nanogpt import NanoGPT
 
-from lmnotes.generation import generate_ids
+from lmnotes.inference.generation import generate_ids
 
 
 def speak(lm):

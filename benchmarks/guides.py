@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from nanogpt import full_loss
 from torch import nn
 
-from lmnotes.evaluation import evaluate
-from lmnotes.lm import n_params
-from lmnotes.trainer import Trainer
+from lmnotes.inference.evaluation import evaluate
+from lmnotes.nn.lm import n_params
+from lmnotes.training.trainer import Trainer
 
 TEST_MODE = dict(ctx_len=64, batch_size=32, seed=1337)
 SHAPE = dict(n_embd=128, n_head=4, n_layer=3, dropout=0.2)

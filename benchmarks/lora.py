@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from common import corpus, finish, interleave, least, options
 
-from lmnotes.batches import Batch, CoveringWindows, RandomWindows
 from lmnotes.core import seed_step
-from lmnotes.evaluation import evaluate
-from lmnotes.lm import n_params, new_lm
-from lmnotes.lora import LoRAConfig, LoRALinear, add_lora, lora_layers, save_adapter
+from lmnotes.data.batches import Batch, CoveringWindows, RandomWindows
+from lmnotes.inference.evaluation import evaluate
 from lmnotes.models.gpt2 import to_hf
+from lmnotes.nn.lm import n_params, new_lm
+from lmnotes.nn.lora import LoRAConfig, LoRALinear, add_lora, lora_layers, save_adapter
 
 
 def shape(quick):

@@ -14,10 +14,10 @@ import resource
 import torch
 import torch.nn.functional as F
 
-from lmnotes.batches import Batch
-from lmnotes.layers import soft_cap, summed_nll
-from lmnotes.lm import n_params, new_lm
-from lmnotes.trainer import autocast
+from lmnotes.data.batches import Batch
+from lmnotes.nn.layers import soft_cap, summed_nll
+from lmnotes.nn.lm import n_params, new_lm
+from lmnotes.training.trainer import autocast
 
 BATCH, GB = 32, 1e9
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lmnotes.batches import IGNORE, CoveringWindows, EpochWindows
-from lmnotes.evaluation import evaluate
-from lmnotes.lm import lm_config, n_params, new_lm, parse_model_args
-from lmnotes.memory import VectorStore
+from lmnotes.data.batches import IGNORE, CoveringWindows, EpochWindows
+from lmnotes.inference.evaluation import evaluate
 from lmnotes.models.nanothink import EXPERTS, Documents, KeptActivations, new_expert, remember
-from lmnotes.trainer import Trainer
+from lmnotes.nn.lm import lm_config, n_params, new_lm, parse_model_args
+from lmnotes.nn.vector_store import VectorStore
+from lmnotes.training.trainer import Trainer
 
 LEARNT = 810_000  # Parameters at most
 

@@ -9,7 +9,7 @@ from common import corpus, figures, finish, interleave, least, options, parts  #
 import torch
 
 from lmnotes.core import pick_dtype
-from lmnotes.trainer import Trainer
+from lmnotes.training.trainer import Trainer
 
 
 def main():

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from lmnotes.checkpoint import save_checkpoint
-from lmnotes.lm import n_params
-from lmnotes.trainer import Trainer
+from lmnotes.nn.lm import n_params
+from lmnotes.training.checkpoint import save_checkpoint
+from lmnotes.training.trainer import Trainer
 
 
 def measure(

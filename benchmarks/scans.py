@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
-from lmnotes.layers import selective_scan, ssd
+from lmnotes.nn.scans import selective_scan, ssd
 
 
 def loop(x, dt, A, B, C):

@@ -10,9 +10,9 @@ import copy
 
 import torch
 
-from lmnotes.evaluation import evaluate
-from lmnotes.lm import n_params
-from lmnotes.trainer import Trainer
+from lmnotes.inference.evaluation import evaluate
+from lmnotes.nn.lm import n_params
+from lmnotes.training.trainer import Trainer
 
 
 @torch.no_grad()

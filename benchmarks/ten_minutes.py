@@ -14,9 +14,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 from common import corpus, finish, options, parts  # isort: skip
 
-from lmnotes.evaluation import evaluate
-from lmnotes.lm import n_params
-from lmnotes.trainer import Log, Trainer, duration
+from lmnotes.inference.evaluation import evaluate
+from lmnotes.nn.lm import n_params
+from lmnotes.training.trainer import Log, Trainer, duration
 
 SHAPE = dict(n_layers=6, n_heads=4, d_model=256, dropout=0.1)
 SIZE = dict(ctx_len=256, batch_size=16, lr=0.01)

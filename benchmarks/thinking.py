@@ -8,9 +8,9 @@ each trains from the start for `--steps` steps, and once more for as many as cos
 from common import corpus, figures, finish, interleave, least, options, parts  # isort: skip
 import copy
 
-from lmnotes.batches import CoveringWindows
-from lmnotes.evaluation import evaluate
-from lmnotes.trainer import Trainer
+from lmnotes.data.batches import CoveringWindows
+from lmnotes.inference.evaluation import evaluate
+from lmnotes.training.trainer import Trainer
 
 DEPTHS = 0, 1, 3, 5
 

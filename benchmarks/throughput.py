@@ -11,8 +11,8 @@ from common import corpus, figures, finish, interleave, least, options, parts  #
 import torch
 from nanogpt import Loop, NanoGPT
 
-from lmnotes.lm import n_params
-from lmnotes.trainer import Trainer
+from lmnotes.nn.lm import n_params
+from lmnotes.training.trainer import Trainer
 
 
 def transformers_step(batches, vocab_size, ctx_len, n_layers, n_heads, d_model):

@@ -10,9 +10,9 @@ from common import Clock, corpus, finish, options, parts  # isort: skip
 import torch
 from nanogpt import CPU_BATCH, CPU_RECIPE, CPU_STEPS, Loop, NanoGPT, full_loss
 
-from lmnotes.evaluation import evaluate
-from lmnotes.lm import n_params
-from lmnotes.trainer import Trainer
+from lmnotes.inference.evaluation import evaluate
+from lmnotes.nn.lm import n_params
+from lmnotes.training.trainer import Trainer
 
 
 def main():

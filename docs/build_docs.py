@@ -23,26 +23,25 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 PROJECT_PAGES = ("CONTRIBUTING", "CHANGELOG", "SECURITY", "LOG")
 RUNNABLE = ("train", "generate", "prepare", "compare")
-FOLDERS = {"models": "Architectures", "recipes": "Recipes"}
-GROUPS = {  # Number from which on notebooks belong to a group of the navigation
-    0: "Ground",
-    10: "Text to batches",
-    20: "What models share",
-    30: "Training",
-    40: "Looking",
-    46: "Runs",
-    58: "Export and command line",
+CHAPTERS = {  # Folder in nbs/ -> heading in the navigation, in reading order
+    "": "Core",
+    "data": "Data",
+    "nn": "Model building blocks",
+    "models": "Architectures",
+    "training": "Training",
+    "inference": "Inference",
+    "runs": "Runs",
+    "inspect": "Inspection",
+    "export": "Export",
+    "recipes": "Recipes",
+    "apps": "Command line",
 }
-ORDER = ["Ground", "Text to batches", "What models share", "Architectures", "Training", "Looking", "Runs"]
-ORDER += ["Export and command line", "Recipes"]
 
 
 def group(notebook):
-    "Heading in the navigation; empty for the notebooks that are to be run"
-    if notebook.page.partition("/")[0] in FOLDERS:
-        return FOLDERS[notebook.page.partition("/")[0]]
-    begun = [title for first, title in GROUPS.items() if notebook.number is not None and first <= notebook.number]
-    return begun[-1] if begun else ""
+    "Heading in the navigation; empty for the runnable notebooks in nbs/ itself"
+    folder = notebook.page.rpartition("/")[0]
+    return CHAPTERS[folder] if folder or notebook.number is not None else ""
 
 
 def settings():
@@ -133,7 +132,7 @@ class Site:
     def navigation(self):
         "Write every page; returns the list for MkDocs, in reading order"
         by_stem = {n.path.stem: n for n in self.notebooks}
-        groups = {title: [] for title in ORDER}
+        groups = {title: [] for title in CHAPTERS.values()}
         for notebook in self.notebooks:
             self.write_notebook(notebook)
             if title := group(notebook):

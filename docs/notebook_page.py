@@ -17,7 +17,7 @@ class Notebook:
     "A notebook, what it is called, and where its page is"
 
     path: Path
-    name: str  # Without an ending, relative to the project: `nbs/models/20_gpt`
+    name: str  # Without an ending, relative to the project: `nbs/models/31_gpt`
     page: str  # `models/gpt.md`
     title: str
     lead: str  # The sentence below the title
@@ -35,7 +35,9 @@ def read(path, nbs):
     "A notebook and its names"
     cells = read_notebook(path)["cells"]
     inside = path.relative_to(nbs)
-    page = inside.with_name(re.sub(r"^\d+[a-zA-Z]*_", "", path.stem) + ".md").as_posix()
+    name = re.sub(r"^\d+_", "", path.stem)
+    name = path.stem if path.stem != name and path.with_name(f"{name}.ipynb").exists() else name  # nbs/recipes has both
+    page = inside.with_name(f"{name}.md").as_posix()
     first = joined(cells[0]["source"])
     head = re.match(r"# (.+)\n+> (.+)\n*", first)
     if not head:

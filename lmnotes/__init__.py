@@ -19,20 +19,20 @@ __all__ = [
 ]
 
 _HOMES = dict(
-    run="runs",
-    load="runs",
-    attach="view",
-    fork="runs",
-    from_env="runs",
-    generate="generation",
-    stream="generation",
-    evaluate="evaluation",
-    new_lm="lm",
-    archs="lm",
-    get_corpus="corpus",
-    get_tokenizer="tokenizer",
-    load_tokenizer="tokenizer",
-    open_tokens="tokens",
+    run="runs.run",
+    load="runs.load",
+    attach="runs.monitor",
+    fork="runs.folder",
+    from_env="recipes.fresh_or_resume",
+    generate="inference.generation",
+    stream="inference.generation",
+    evaluate="inference.evaluation",
+    new_lm="nn.lm",
+    archs="nn.lm",
+    get_corpus="data.datasets",
+    get_tokenizer="data.tokenizer_files",
+    load_tokenizer="data.tokenizer_files",
+    open_tokens="data.tokens",
 )
 
 
@@ -41,7 +41,7 @@ def __getattr__(name):
 
     if name not in _HOMES:
         raise AttributeError(
-            f"module 'lmnotes' has no attribute {name!r}; it has {', '.join(__all__)}, and modules such as lmnotes.runs"
+            f"module 'lmnotes' has no attribute {name!r}; it has {', '.join(__all__)}, and chapters such as lmnotes.runs"
         )
     return getattr(import_module(f"lmnotes.{_HOMES[name]}"), name)
 

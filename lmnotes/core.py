@@ -6,16 +6,18 @@
 __all__ = ['DTYPES', 'DataError', 'TokenizerError', 'CheckpointError', 'RunLocked', 'OutOfMemory', 'nearest', 'root', 'data_root',
            'places', 'seed_int', 'seed_step', 'set_deterministic', 'pick_device', 'pick_dtype', 'device_name',
            'describe_device', 'fsync_path', 'write_atomic', 'write_json', 'read_json', 'sha256_file', 'sha256_json',
-           'now', 'RunLock', 'StopSignals', 'versions']
+           'now', 'RunLock', 'StopSignals', 'versions', 'peak_memory']
 
-# %% ../nbs/00_core.ipynb #3ecd7a07
+# %% ../nbs/00_core.ipynb #4775f101
 import difflib
 import hashlib
 import json
 import os
 import platform
+import re
 import signal
 import socket
+import sys
 import threading
 import time
 from datetime import datetime, timezone
@@ -310,3 +312,15 @@ def versions():
     return dict(
         lmnotes=lmnotes.__version__, torch=torch.__version__, numpy=np.__version__, python=platform.python_version()
     )
+
+# %% ../nbs/00_core.ipynb #d212ff3a
+def peak_memory(device):
+    "Bytes at most in use so far"
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # `ru_maxrss` would begin with what the parent process once had
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -20,13 +20,13 @@ import nbformat
 import torch
 
 from lmnotes import core
-from lmnotes.cli import command, run_notebook
-from lmnotes.runs import run
-from lmnotes.trainer import Hook, Trainer
+from lmnotes.apps.cli import command, run_notebook
+from lmnotes.runs.run import run
+from lmnotes.training.trainer import Hook, Trainer
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("forkserver")
-PRELOAD = "lmnotes.cli lmnotes.models.gpt nbformat safetensors.torch tokenizers tyro filelock torch._dynamo"
+PRELOAD = "lmnotes.apps.cli lmnotes.models.gpt nbformat safetensors.torch tokenizers tyro filelock torch._dynamo"
 FORK.set_forkserver_preload(PRELOAD.split())
 STARTED = []  # Processes, which a test that fails may leave behind
 DEADLINE = 900  # Seconds after which a test stops waiting; no test needs them, however slow the machine is

@@ -24,9 +24,9 @@ from helpers import (
 from test_distributed import torchrun
 
 import lmnotes
-from lmnotes.batches import get_batches
-from lmnotes.lm import n_params
-from lmnotes.tokens import open_tokens
+from lmnotes.data.batches import get_batches
+from lmnotes.data.tokens import open_tokens
+from lmnotes.nn.lm import n_params
 
 NOTEBOOK = Path(__file__).parent.parent / "nbs/recipes/agiformer.ipynb"
 DEFAULTS = dict(
@@ -231,7 +231,7 @@ def test_other_thinking_steps_at_generation(place):
 
 def diverging(**params):
     "The recipe with a model whose loss is not a number from the fifth step on"
-    from lmnotes.lm import get_arch
+    from lmnotes.nn.lm import get_arch
 
     cls = get_arch("bytepatch")
     loss, calls = cls.loss, []
@@ -252,7 +252,7 @@ def test_nan_is_said_and_ends_the_run(place):
 
 
 def out_of_memory(**params):
-    from lmnotes.lm import get_arch
+    from lmnotes.nn.lm import get_arch
 
     def loss(self, batch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")

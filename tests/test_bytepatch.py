@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from helpers import DEADLINE, TINY, call, lmnotes_command, log, words
 from test_distributed import figures, torchrun
 
-from lmnotes.batches import Batch
-from lmnotes.generation import generate
-from lmnotes.lm import get_arch, law_no_leak, law_step, new_lm, parse_model_args
-from lmnotes.runs import load
-from lmnotes.tokenizer import ByteTokenizer
+from lmnotes.data.batches import Batch
+from lmnotes.data.tokenizer import ByteTokenizer
+from lmnotes.inference.generation import generate
+from lmnotes.nn.lm import get_arch, law_no_leak, law_step, new_lm, parse_model_args
+from lmnotes.runs.load import load
 
 PRESETS = "", "agiformer"
 TINY_ARGS = "d_model=16 d_byte=16 n_layers=1 n_heads=2 dropout=0.0"

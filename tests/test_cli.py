@@ -12,12 +12,12 @@ import torch
 from helpers import TINY, call, finish, lmnotes_command, log, start, until, words, write_corpus
 from test_signals import command_held
 
-from lmnotes.batches import RandomWindows
-from lmnotes.checkpoint import checkpoints, read_weights
 from lmnotes.core import CheckpointError
-from lmnotes.lm import new_lm
+from lmnotes.data.batches import RandomWindows
 from lmnotes.models.gpt import GPT
-from lmnotes.trainer import TrainConfig, Trainer
+from lmnotes.nn.lm import new_lm
+from lmnotes.training.checkpoint import checkpoints, read_weights
+from lmnotes.training.trainer import TrainConfig, Trainer
 
 RESUME = dict(run="r", out_dir="runs", resume=True)
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 from helpers import ROOT, after, call, finish, log, recipe_parameters, start, until
 
-import lmnotes.compare as comparing
-from lmnotes.batches import Batch
-from lmnotes.cli import run_notebook
-from lmnotes.compare import CompareConfig, Comparison, Contestant, compare, comparison_table, count_flops, results
+from lmnotes.apps.cli import run_notebook
 from lmnotes.core import seed_step
-from lmnotes.lm import archs, get_arch, new_lm
-from lmnotes.trainer import Metrics, Trainer
+from lmnotes.data.batches import Batch
+from lmnotes.inspect.comparison import comparison_table, results
+from lmnotes.nn.lm import archs, get_arch, new_lm
+from lmnotes.runs import compare as comparing
+from lmnotes.runs.compare import CompareConfig, Comparison, Contestant, compare, count_flops
+from lmnotes.training.trainer import Metrics, Trainer
 
 NOTEBOOK = ROOT / "nbs/compare.ipynb"
 TINY = dict(
@@ -37,7 +38,7 @@ TINY = dict(
 TOY = """
 from dataclasses import dataclass
 from torch import nn
-from lmnotes.lm import LM, LMConfig, arch
+from lmnotes.nn.lm import LM, LMConfig, arch
 
 @dataclass
 class ToyConfig(LMConfig):

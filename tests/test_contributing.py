@@ -80,7 +80,7 @@ def clone(tmp_path):
     assert "nbdev_install_hooks" in PAGE
     folder = tmp_path / "clone"
     (folder / "nbs").mkdir(parents=True)
-    for name in ("settings.ini", ".gitattributes", ".gitconfig", "nbs/20_lm.ipynb", "nbs/train.ipynb"):
+    for name in ("settings.ini", ".gitattributes", ".gitconfig", "nbs/nn/20_lm.ipynb", "nbs/train.ipynb"):
         shutil.copy(ROOT / name, folder / name)
     environ = os.environ | dict(
         HOME=str(tmp_path), PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}", GIT_CONFIG_NOSYSTEM="1"

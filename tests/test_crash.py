@@ -17,12 +17,13 @@ import pytest
 import torch
 from helpers import TINY, call, differences, left_behind, lmnotes_command, log, words
 
-from lmnotes import checkpoint, core
-from lmnotes.batches import RandomWindows
-from lmnotes.checkpoint import Save, find_checkpoint, latest, load_lm, read_state, save_checkpoint, verify
+from lmnotes import core
 from lmnotes.core import CheckpointError
-from lmnotes.lm import new_lm
-from lmnotes.trainer import TrainConfig, Trainer
+from lmnotes.data.batches import RandomWindows
+from lmnotes.nn.lm import new_lm
+from lmnotes.training import checkpoint
+from lmnotes.training.checkpoint import Save, find_checkpoint, latest, load_lm, read_state, save_checkpoint, verify
+from lmnotes.training.trainer import TrainConfig, Trainer
 
 STEPS = 1, 2, 3
 ROOT_FOLDER = 0

@@ -12,11 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from lmnotes import corpus as corpus_module
 from lmnotes.core import DataError, TokenizerError, data_root
-from lmnotes.corpus import get_corpus, parts, read_jsonl, read_pieces, split_documents, to_bytes, to_text
-from lmnotes.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, get_tokenizer, load_tokenizer
-from lmnotes.tokens import TokenWriter, open_tokens, prepare
+from lmnotes.data import datasets
+from lmnotes.data.corpus import read_jsonl, read_pieces, to_bytes, to_text
+from lmnotes.data.datasets import get_corpus
+from lmnotes.data.prepare import prepare
+from lmnotes.data.splits import parts, split_documents
+from lmnotes.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+from lmnotes.data.tokenizer_files import get_tokenizer, load_tokenizer
+from lmnotes.data.tokens import TokenWriter, open_tokens
 
 TEXT = "One  two\n\n  three's café 中文 👩‍🚀\r\n" * 30
 
@@ -309,13 +313,13 @@ def test_enwik8_from_a_server_that_breaks_off(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.data, server.breaks = buffer.getvalue(), 30_000
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    item = corpus_module.DOWNLOADS["enwik8"][0]._replace(
+    item = datasets.DOWNLOADS["enwik8"][0]._replace(
         url=f"http://127.0.0.1:{server.server_address[1]}/enwik8.zip",
         size=len(server.data),
         sha256=hashlib.sha256(server.data).hexdigest(),
     )
-    monkeypatch.setitem(corpus_module.DOWNLOADS, "enwik8", [item])
-    monkeypatch.setattr(corpus_module, "ENWIK8_SIZE", len(content))
+    monkeypatch.setitem(datasets.DOWNLOADS, "enwik8", [item])
+    monkeypatch.setattr(datasets, "ENWIK8_SIZE", len(content))
     with pytest.raises(DataError, match="30,000 of"):
         get_corpus("enwik8", tmp_path / "data")
     corpus = get_corpus("enwik8", tmp_path / "data")
@@ -357,8 +361,8 @@ def test_stories_are_cut_at_their_end_marks(tmp_path):
 
 
 def test_offline_says_what_to_put_where(tmp_path, monkeypatch):
-    item = corpus_module.DOWNLOADS["tinyshakespeare"][0]._replace(url="http://127.0.0.1:9/input.txt")
-    monkeypatch.setitem(corpus_module.DOWNLOADS, "tinyshakespeare", [item])
+    item = datasets.DOWNLOADS["tinyshakespeare"][0]._replace(url="http://127.0.0.1:9/input.txt")
+    monkeypatch.setitem(datasets.DOWNLOADS, "tinyshakespeare", [item])
     with pytest.raises(DataError, match="put it at") as e:
         get_corpus("tinyshakespeare", tmp_path)
     assert str(tmp_path / "tinyshakespeare" / "input.txt") in str(e.value)
@@ -375,7 +379,7 @@ def test_real_tinyshakespeare(tmp_path):
     path = need(data_root() / "tinyshakespeare" / "input.txt")
     corpus = get_corpus("tinyshakespeare")
     assert corpus.fingerprint == get_corpus(path).fingerprint
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == corpus_module.DOWNLOADS["tinyshakespeare"][0].sha256
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == datasets.DOWNLOADS["tinyshakespeare"][0].sha256
     chars = get_tokenizer("chars", lambda: (d.text for d in split_documents(corpus)))
     made = prepare(corpus, chars, tmp_path / "chars")
     assert chars.vocab_size == 65 + 2

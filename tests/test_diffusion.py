@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from helpers import TINY, call, differences, left_behind, lmnotes_command, log, train, words
 
-from lmnotes.batches import IGNORE, Batch
-from lmnotes.checkpoint import graft
-from lmnotes.generation import Picker, generate, generate_ids
-from lmnotes.lm import new_lm
+from lmnotes.data.batches import IGNORE, Batch
+from lmnotes.data.tokenizer import ByteTokenizer
+from lmnotes.inference.generation import Picker, generate, generate_ids
 from lmnotes.models.diffusion import (
     Diffusion,
     DiffusionConfig,
@@ -21,8 +20,10 @@ from lmnotes.models.diffusion import (
     row_generators,
     write_blocks,
 )
-from lmnotes.runs import load, run
-from lmnotes.tokenizer import ByteTokenizer
+from lmnotes.nn.lm import new_lm
+from lmnotes.runs.load import load
+from lmnotes.runs.run import run
+from lmnotes.training.weights import graft
 
 SMALL = dict(vocab_size=12, ctx_len=13, d_model=32, n_layers=2, n_heads=2, dropout=0.0)
 FORMS = dict(

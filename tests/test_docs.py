@@ -282,7 +282,7 @@ def test_a_link_that_leads_nowhere_stops_the_build(tmp_path, link):
 
 
 def test_pages_do_not_share_a_name(tmp_path):
-    one = notebook_page.read(ROOT / "nbs/20_lm.ipynb", ROOT / "nbs")
+    one = notebook_page.read(ROOT / "nbs/nn/20_lm.ipynb", ROOT / "nbs")
     site = build_docs.Site(tmp_path)
     site.notebooks = [one, dataclasses.replace(one, path=Path("nbs/lm.ipynb"))]
     with pytest.raises(ValueError, match="would both be lm.md; rename one of them"):
@@ -299,7 +299,7 @@ from nbdev.quarto import refresh_quarto_yml
 
 warnings.simplefilter("error", UserWarning)
 refresh_quarto_yml()
-notebook = read_nb("nbs/41_evaluation.ipynb")
+notebook = read_nb("nbs/inference/51_evaluation.ipynb")
 FilterDefaults()(notebook)
 print([output for cell in notebook.cells for output in cell.get("outputs", []) if "evaluate" in str(output)])
 """
@@ -308,7 +308,7 @@ print([output for cell in notebook.cells for output in cell.get("outputs", []) i
 def test_nbdevs_way_to_quarto_is_open(tmp_path):
     shutil.copy(ROOT / "settings.ini", tmp_path)
     (tmp_path / "nbs").mkdir()
-    shutil.copy(ROOT / "nbs/41_evaluation.ipynb", tmp_path / "nbs")
+    shutil.copy(ROOT / "nbs/inference/51_evaluation.ipynb", tmp_path / "nbs")
     done = subprocess.run([sys.executable, "-c", QUARTO], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "source" in done.stdout and "evaluate" in done.stdout
@@ -378,7 +378,8 @@ def test_every_page_loads(page, home, site, pages):
 def test_search_finds_a_definition(page, home):
     page.goto(home + "index.html")
     page.locator("input.md-search__input").click()
-    page.keyboard.type("parse_model_args")
+    page.keyboard.insert_text("parse_model_args")
+    page.keyboard.press("End")  # The search begins with a key, so this is one search for the whole name
     first = page.locator(".md-search-result__item a").first
     first.wait_for()
     first.click()

@@ -8,18 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from lmnotes import runs
-from lmnotes.env import (
-    ParameterReport,
+from lmnotes.nn.lm import new_lm
+from lmnotes.nn.lora import LoRAConfig, add_lora
+from lmnotes.recipes import fresh_or_resume
+from lmnotes.recipes.fresh_or_resume import ParameterReport, from_env, parameter_statistics
+from lmnotes.recipes.fresh_or_resume_config import (
     TrainingConfig,
     load_config_fresh_from_env,
     load_config_from_checkpoint,
-    parameter_statistics,
     run_params,
 )
-from lmnotes.lm import new_lm
-from lmnotes.lora import LoRAConfig, add_lora
-from lmnotes.runs import Run, from_env
+from lmnotes.runs.load import Run
 
 ALL = {f.name for f in fields(TrainingConfig)}
 GPT2 = dict(MODEL_TYPE="gpt2")
@@ -265,7 +264,7 @@ def test_a_resumed_session_has_its_own_defaults(place, monkeypatch):
         configs.append(load_config_from_checkpoint(checkpoint, environ))
         raise InterruptedError("that was enough")
 
-    monkeypatch.setattr(runs, "load_config_from_checkpoint", look)
+    monkeypatch.setattr(fresh_or_resume, "load_config_from_checkpoint", look)
     with pytest.raises(InterruptedError):
         from_env(dict(CHECKPOINT_PATH=str(first.folder)))
     changed = changes(vars(load_config_fresh_from_env(TINY)), vars(configs[0]))

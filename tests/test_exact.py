@@ -6,10 +6,11 @@ import shutil
 import pytest
 from helpers import TINY, call, differences, left_behind, log, train
 
-from lmnotes import trainer
-from lmnotes.batches import EpochWindows, get_batches
-from lmnotes.runs import RunConfig, get_data
-from lmnotes.trainer import Trainer
+from lmnotes.data.batches import EpochWindows, get_batches
+from lmnotes.runs.config import RunConfig
+from lmnotes.runs.data import get_data
+from lmnotes.training import trainer
+from lmnotes.training.trainer import Trainer
 
 SAMPLERS = "random", "epochs", "domains", "documents"
 TOKENIZERS = "bytes", "bpe:300"

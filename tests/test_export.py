@@ -19,11 +19,15 @@ import torch
 from helpers import DEADLINE, TINY, lmnotes_command, write_corpus
 from safetensors.torch import load_file
 
-from lmnotes import export as module
-from lmnotes.export import export, read_manifest, source_files, train_command, upload
-from lmnotes.lm import LM
-from lmnotes.lora import to_plain
-from lmnotes.runs import load, run
+import lmnotes
+from lmnotes.export import export as module
+from lmnotes.export.export import export, read_manifest, source_files
+from lmnotes.export.hub import upload
+from lmnotes.export.model_card import train_command
+from lmnotes.nn.lm import LM
+from lmnotes.nn.lora import to_plain
+from lmnotes.runs.load import load
+from lmnotes.runs.run import run
 
 TOKEN = "hf_" + "sEcReT0123" * 3
 SMALL = TINY | dict(steps=20, eval_every=5, save_every=5, keep=0, prompt="3: ", eval_batches=1)
@@ -63,7 +67,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import generate, torch
-from lmnotes.generation import generate as write
+from lmnotes.inference.generation import generate as write
 lm, tokenizer, about = generate.load()
 with torch.no_grad():
     torch.save(lm(torch.arange(12)[None] * 3 % lm.cfg.vocab_size), sys.argv[2])
@@ -200,7 +204,7 @@ def test_no_file_names_this_machine(exported, place):
         "private-folder",
         str(Path.home()) + "/",
         str(Path(sys.prefix)),
-        str(Path(module.__file__).parent),
+        str(Path(lmnotes.__file__).parent),
     ]
     for path in exported.rglob("*"):
         if path.is_file():
@@ -337,9 +341,9 @@ def test_what_cannot_be_exported(r, place, tmp_path):
 
 
 def test_imports_inside_functions_go_along():
-    names = {p.relative_to(module._ROOT).as_posix() for p in source_files("lmnotes.lm")}
+    names = {p.relative_to(module._ROOT).as_posix() for p in source_files("lmnotes.nn.lm")}
     assert "lmnotes/models/__init__.py" in names  # `archs` imports it when it is called
-    assert "lmnotes/runs.py" not in names
+    assert "lmnotes/nn/lm.py" in names and not any(name.startswith("lmnotes/runs/") for name in names)
 
 
 def test_the_commands(r, tmp_path, capsys):
@@ -422,7 +426,7 @@ def hub():
 
 UPLOAD = """
 import sys
-from lmnotes.export import upload
+from lmnotes.export.hub import upload
 for repo in sys.argv[2:]:
     try:
         print(sorted(upload(sys.argv[1], repo)))

@@ -1,84 +1,103 @@
-"""The flow runs one way: a module imports only modules with lower numbers, and nothing in the spine knows a model."""
+"""Chapters import in one direction only, models know only the parts of models, and modules stay small."""
 
 import ast
-import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lmnotes"
-MODELS_MAY_IMPORT = {"lmnotes.lm", "lmnotes.layers", "lmnotes.lora", "lmnotes.memory", "lmnotes.blocks"}
-KNOW_THE_WHOLE_CHAIN = {
-    *("lmnotes.setup", "lmnotes.text_config", "lmnotes.runs", "lmnotes.phases", "lmnotes.export", "lmnotes.cli"),
-    *("lmnotes.view", "lmnotes.compare", "lmnotes.card", "lmnotes.engine", "lmnotes.__main__"),
-}
+CHAPTERS = "core data nn models training inference runs inspect export recipes apps".split()
+NOT_BESIDE = {("training", "models"), ("models", "training")}  # Chapters that do not import each other
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "_modidx.py")
+MOST_LINES = 450
 
 
 def module_name(path):
     "lmnotes/models/gpt.py -> lmnotes.models.gpt"
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def notebook_of(path):
-    "The notebook that a module is written from, by its second line"
-    found = re.search(r"File to edit: (?:\.\./)+nbs/(\S+)\.ipynb", path.read_text(encoding="utf-8"))
-    return found and found[1]
+MODULES = {module_name(path): path for path in FILES}
 
 
-MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py")) if notebook_of(path)}
-NUMBERS = {
-    name: int(re.match(r"\d+", notebook_of(path))[0])
-    for name, path in MODULES.items()
-    if not name.startswith("lmnotes.models.")
-}
+def chapter(name):
+    "The chapter of a module; `apps` for `lmnotes.__main__`"
+    part = name.split(".")[1] if "." in name else ""
+    return "apps" if part == "__main__" else part
 
 
 def imports(path):
     "Every module of this package that a file imports, anywhere in it"
-    package = module_name(path).split(".")[:-1]
+    package = path.relative_to(ROOT).parent.parts
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            start = package[: len(package) - node.level + 1] if node.level else []
+            start = package[: len(package) - node.level + 1] if node.level else ()
             base = ".".join([*start, *([node.module] if node.module else [])])
             found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
-    return {name for name in found if name in MODULES}
+    return {name for name in found if name in MODULES and MODULES[name].name != "__init__.py"}
 
 
-@pytest.mark.parametrize("name", NUMBERS)
-def test_a_module_imports_only_lower_numbers(name):
-    for other in imports(MODULES[name]):
-        if name in KNOW_THE_WHOLE_CHAIN and other.startswith("lmnotes.models."):
-            continue
-        assert other in NUMBERS, (
-            f"{name} imports {other}; nothing in the spine knows a model, it asks lm.new_lm by name"
-        )
-        assert NUMBERS[other] < NUMBERS[name], f"{name} ({NUMBERS[name]}) imports {other} ({NUMBERS[other]})"
+IMPORTS = {name: imports(path) for name, path in MODULES.items()}
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name not in NUMBERS])
-def test_a_model_imports_only_lm_and_layers(name):
-    others = imports(MODULES[name]) - MODELS_MAY_IMPORT
-    assert not others, (
-        f"{name} imports {', '.join(sorted(others))}; a model knows {', '.join(sorted(MODELS_MAY_IMPORT))}"
-    )
+@pytest.mark.parametrize("name", [name for name in MODULES if chapter(name)])
+def test_a_module_imports_its_own_chapter_and_those_above_it(name):
+    own = chapter(name)
+    for other in IMPORTS[name]:
+        above = chapter(other)
+        assert CHAPTERS.index(above) <= CHAPTERS.index(own), f"{name} imports {other}, which is in a later chapter"
+        assert (own, above) not in NOT_BESIDE, f"{name} imports {other}; {own} and {above} do not know each other"
+        assert own != "models" or above == "nn", f"{name} imports {other}; models import nn only"
 
 
-def test_only_the_last_modules_know_the_whole_chain():
-    for name in NUMBERS.keys() - KNOW_THE_WHOLE_CHAIN:
-        above = imports(MODULES[name]) & KNOW_THE_WHOLE_CHAIN
-        assert not above, f"{name} imports {', '.join(above)}"
+def test_no_import_is_circular():
+    done, open_ = set(), []
+
+    def visit(name):
+        assert name not in open_, f"circular import: {' -> '.join([*open_[open_.index(name) :], name])}"
+        if name not in done:
+            open_.append(name)
+            for other in IMPORTS[name]:
+                visit(other)
+            done.add(open_.pop())
+
+    for name in MODULES:
+        visit(name)
 
 
-def test_the_engine_stands_alone():
+def test_the_top_level_has_only_core_beside_the_chapters():
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py", "_modidx.py", "core.py"}
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} == {*CHAPTERS[1:]}
+
+
+@pytest.mark.parametrize("path", FILES, ids=[module_name(path) for path in FILES])
+def test_a_module_is_short(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MOST_LINES, f"{lines} lines; split the notebook along its ideas"
+
+
+def test_notebooks_are_in_the_folder_of_their_chapter():
+    for name, path in MODULES.items():
+        text = path.read_text(encoding="utf-8")
+        if "File to edit: " in text:
+            notebook = text.split("File to edit: ")[1].splitlines()[0].rstrip(".").split("nbs/")[1]
+            folder, _, file = notebook.rpartition("/")
+            assert folder == ("" if chapter(name) == "core" else chapter(name)), f"{name} is written from {notebook}"
+            assert file.split("_", 1)[1].removesuffix(".ipynb") in (name.rpartition(".")[2], "main")
+
+
+def test_the_papermill_engine_imports_nothing_of_the_package():
     "Papermill imports it at every start, also for other projects"
-    assert imports(MODULES["lmnotes.engine"]) == set()
+    assert IMPORTS["lmnotes.apps.papermill_engine"] == set()
+    assert all(path.read_text() == "" for path in PACKAGE.glob("*/__init__.py"))
 
 
-def test_runtime_code_does_not_import_the_workshop():
+def test_runtime_code_does_not_import_development_tools():
     for name, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -88,5 +107,5 @@ def test_runtime_code_does_not_import_the_workshop():
 
 
 def test_these_tests_see_imports():
-    assert len(NUMBERS) > 5
-    assert sum(len(imports(path)) for path in MODULES.values()) > 10
+    assert len(MODULES) > 50
+    assert sum(map(len, IMPORTS.values())) > 200

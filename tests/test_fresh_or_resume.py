@@ -19,17 +19,26 @@ import torch
 import torch.nn.functional as F
 from helpers import ROOT, call, log, state_hash
 
-from lmnotes import checkpoint
-from lmnotes.batches import Batch
-from lmnotes.blocks import causal_look
 from lmnotes.core import CheckpointError
-from lmnotes.env import FIELDS, FUNCTIONS, TrainingConfig, load_config_fresh_from_env, run_params
-from lmnotes.lm import get_arch, new_lm
-from lmnotes.lora import LoRAConfig, add_lora
+from lmnotes.data.batches import Batch
+from lmnotes.data.tokenizer import BPETokenizer
 from lmnotes.models.gpt2 import save_hf
-from lmnotes.runs import RunConfig, from_env, load, run
-from lmnotes.tokenizer import BPETokenizer
-from lmnotes.trainer import Trainer
+from lmnotes.nn.blocks import causal_look
+from lmnotes.nn.lm import get_arch, new_lm
+from lmnotes.nn.lora import LoRAConfig, add_lora
+from lmnotes.recipes.fresh_or_resume import from_env
+from lmnotes.recipes.fresh_or_resume_config import (
+    FIELDS,
+    FUNCTIONS,
+    TrainingConfig,
+    load_config_fresh_from_env,
+    run_params,
+)
+from lmnotes.runs.config import RunConfig
+from lmnotes.runs.load import load
+from lmnotes.runs.run import run
+from lmnotes.training import checkpoint
+from lmnotes.training.trainer import Trainer
 
 TINY = dict(
     TRAINING_DATA_SOURCE="text.txt",
@@ -504,8 +513,8 @@ def test_every_variable_has_its_effect(row):
 
 def test_the_functions_exist():
     for row in FUNCTIONS:
-        module, name = row["here"].split(".")
-        assert name in vars(import_module(f"lmnotes.{module}")), row
+        module, _, name = row["here"].rpartition(".")
+        assert hasattr(import_module(module), name), row
 
 
 # What a second reading found
@@ -540,7 +549,7 @@ def test_a_name_with_a_step_in_it(place):
 
 
 def test_runs_of_one_second_have_a_log_each(place, monkeypatch):
-    monkeypatch.setattr("lmnotes.runs.stamp", lambda: "01012026_000000")
+    monkeypatch.setattr("lmnotes.recipes.fresh_or_resume.stamp", lambda: "01012026_000000")
     runs = [from_env(TINY | dict(TRAINING_STEPS="2")) for _ in range(3)]
     assert len(list((place / "logs").iterdir())) == len(list((place / "outputs").iterdir())) == 3
     for r in runs:

@@ -15,11 +15,11 @@ from helpers import DEADLINE, call, differences, log, records, state_hash, train
 from helpers import TINY as TINY_RUN
 from safetensors.torch import load_file, save_file
 
-from lmnotes.checkpoint import load_lm, save_checkpoint
-from lmnotes.generation import generate_ids
-from lmnotes.lm import new_lm
-from lmnotes.lora import LoRAConfig, add_lora, save_adapter, to_plain
+from lmnotes.inference.generation import generate_ids
 from lmnotes.models.gpt2 import GPT2, save_hf, to_hf
+from lmnotes.nn.lm import new_lm
+from lmnotes.nn.lora import LoRAConfig, add_lora, save_adapter, to_plain
+from lmnotes.training.checkpoint import load_lm, save_checkpoint
 
 SHAPE = dict(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None)
 TINY = dict(vocab_size=64, ctx_len=12, n_positions=16, d_model=32, n_layers=2, n_heads=2)
@@ -149,7 +149,7 @@ def test_nothing_is_shifted_twice(source):
     "The loss is what transformers computes from a whole window, which shifts once"
     from transformers import GPT2LMHeadModel
 
-    from lmnotes.batches import IGNORE, Batch
+    from lmnotes.data.batches import IGNORE, Batch
 
     lm, hf, window = GPT2.pretrained(source).eval(), GPT2LMHeadModel.from_pretrained(source), ids(4, 16)
     batch = Batch(window[:, :-1], window[:, 1:].clone())
@@ -401,7 +401,7 @@ def fresh(code, home, **environment):
 
 
 def test_importing_the_module_does_not_load_transformers(tmp_path):
-    code = "import sys; from lmnotes.lm import *; print(archs(), 'gpt2' in archs(), 'transformers' in sys.modules)"
+    code = "import sys; from lmnotes.nn.lm import *; print(archs(), 'gpt2' in archs(), 'transformers' in sys.modules)"
     assert fresh(code, tmp_path).strip().endswith("True False")
 
 

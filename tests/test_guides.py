@@ -17,10 +17,10 @@ from importlib import import_module
 import pytest
 from helpers import ROOT, call, lmnotes_command, recipe_parameters
 
-from lmnotes.engine import completed
-from lmnotes.lm import new_lm
+from lmnotes.apps.papermill_engine import completed
+from lmnotes.data.tokenizer import BPETokenizer
 from lmnotes.models.gpt2 import save_hf
-from lmnotes.tokenizer import BPETokenizer
+from lmnotes.nn.lm import new_lm
 
 PAGES = {path.stem: path for path in sorted((ROOT / "docs/guides").glob("*.md"))}
 NAMES = "agiformer fresh_or_resume nanothink text_only tisslm".split()
@@ -167,7 +167,7 @@ class Reader:
 
     def setting(self, row, about):
         "`name=default` is what the configuration says, and another value of it is found in the run's record"
-        from lmnotes.text_config import KEYS, load_text_config
+        from lmnotes.recipes.text_only_config import KEYS, load_text_config
 
         name, _, default = spans(row[1])[0].partition("=")
         if name not in KEYS or str(KEYS[name]) != default:
@@ -177,7 +177,7 @@ class Reader:
 
     def variable(self, row, about):
         "`NAME=default` is what the environment's reader says, and another value of it is found in the run's record"
-        from lmnotes.env import load_config_fresh_from_env
+        from lmnotes.recipes.fresh_or_resume_config import load_config_fresh_from_env
 
         name, _, default = spans(row[1])[0].partition("=")
         mode, record = about
@@ -518,7 +518,7 @@ WRONG = {
     "| There | Parameter here | In the record | Note |\n|---|---|---|---|\n| `epochs` | `epochs=5` | `config.steps` | |": "config.steps=1",
     "| There | File here | Note |\n|---|---|---|\n| a | `run/*.pt` | |": "there is no run/*.pt",
     "| There | Line here | Note |\n|---|---|---|\n| a | `step #/#` | |": "nobody printed 'step #/#'",
-    "| There | In Python here | Note |\n|---|---|---|\n| a | `lmnotes.runs.runn` | |": "there is no lmnotes.runs.runn",
+    "| There | In Python here | Note |\n|---|---|---|\n| a | `lmnotes.runs.run.runn` | |": "there is no lmnotes.runs.run.runn",
     "| There | Here | Shown by |\n|---|---|---|\n| a | b | `tests/test_guides.py::test_none` |": "there is no tests/test_guides.py::test_none",
     "| There | Type here | Note |\n|---|---|---|\n| a | `exit 3` | |": "exit 3: exit code 3",
     "| There | Type here | Note |\n|---|---|---|\n| a | nothing | |": "there is nothing to type",

@@ -19,12 +19,12 @@ def loaded(code):
     return set(json.loads(done.stdout))
 
 
-@pytest.mark.parametrize("module", ["lmnotes", "lmnotes.engine"])
+@pytest.mark.parametrize("module", ["lmnotes", "lmnotes.apps.papermill_engine"])
 def test_import_loads_no_other_package(module):
     assert loaded(f"import {module}") - loaded("") == {"lmnotes"}
 
 
-@pytest.mark.parametrize("use", ["import lmnotes; lmnotes.run", "import lmnotes.cli"])
+@pytest.mark.parametrize("use", ["import lmnotes; lmnotes.run", "import lmnotes.apps.cli"])
 def test_what_trains_loads_torch_and_nothing_else(use):
     assert loaded(use) - loaded("import torch, torch._dynamo") == {"lmnotes"}
 
@@ -35,8 +35,10 @@ def test_import_loads_only_the_first_module_of_the_package():
     assert json.loads(done.stdout) == ["lmnotes"]
 
 
-@pytest.mark.parametrize("modules", ["lmnotes.engine, papermill.engines", "papermill.engines, lmnotes.engine"])
+@pytest.mark.parametrize(
+    "modules", ["lmnotes.apps.papermill_engine, papermill.engines", "papermill.engines, lmnotes.apps.papermill_engine"]
+)
 def test_papermill_and_its_engine_can_be_imported_in_either_order(modules):
-    code = f"import {modules}; print(papermill.engines.papermill_engines.get_engine('lmnotes') is lmnotes.engine.GracefulEngine)"
+    code = f"import {modules}; print(papermill.engines.papermill_engines.get_engine('lmnotes') is lmnotes.apps.papermill_engine.GracefulEngine)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "True", done.stderr

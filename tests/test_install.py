@@ -46,8 +46,8 @@ def test_metadata(wheel, settings):
     assert "fastcore" not in "".join(
         line for line in metadata.splitlines() if "Requires-Dist" in line and "extra" not in line
     )
-    assert "lmnotes = lmnotes.cli:main" in entries
-    assert "lmnotes = lmnotes.engine:GracefulEngine" in entries
+    assert "lmnotes = lmnotes.apps.cli:main" in entries
+    assert "lmnotes = lmnotes.apps.papermill_engine:GracefulEngine" in entries
 
 
 def test_every_module_is_inside(wheel):
@@ -71,9 +71,9 @@ assert lmnotes.__version__ == {settings["version"]!r}
 names = [m.name for m in pkgutil.walk_packages(lmnotes.__path__, "lmnotes.") if not m.name.endswith("__main__")]
 for name in names:
     importlib.import_module(name)
-from lmnotes.cli import main  # the entry points exist
-from lmnotes.engine import GracefulEngine
-from lmnotes.lm import new_lm
+from lmnotes.apps.cli import main  # the entry points exist
+from lmnotes.apps.papermill_engine import GracefulEngine
+from lmnotes.nn.lm import new_lm
 print(new_lm("gpt", vocab_size=11, ctx_len=8, d_model=32, n_layers=1, n_heads=2).cfg.vocab_size, len(names))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=elsewhere, capture_output=True, text=True)

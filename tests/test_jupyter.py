@@ -7,13 +7,13 @@ from helpers import DEADLINE
 from jupyter_client.manager import start_new_kernel
 
 TRAIN = """
-from lmnotes import runs
-r = runs.run(
+from lmnotes import run
+r = run(
     run="stopped", out_dir={folder!r}, steps=100_000, log_every=10, eval_every=50_000, save_every=50_000,
     tokenizer="bytes", model_args="d_model=16 n_layers=1 n_heads=2", ctx_len=16, batch_size=4,
 )
 """
-AGAIN = "r = runs.run(resume=True, out_dir={folder!r}, allow_change='steps', steps=r.step + 3)"
+AGAIN = "r = run(resume=True, out_dir={folder!r}, allow_change='steps', steps=r.step + 3)"
 USE = "print(r.status, r.step > 10, len(r.generate('The ', 8)), (r.folder / 'interrupted').read_text().strip())"
 
 

@@ -96,7 +96,7 @@ def test_a_newcomer_trains_looks_on_and_stops(tmp_path):
         until(page, lambda: kernel(address) == "idle")
         page.locator(".lm-MenuBar-item", has_text="Run").click()
         page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
-        cell = page.locator(".jp-CodeCell", has_text="runs.run(")
+        cell = page.locator(".jp-CodeCell", has_text="lmnotes.run(")
         images = cell.locator(".jp-OutputArea-output img")
         pictures = set()
 
@@ -127,7 +127,7 @@ def test_a_newcomer_trains_looks_on_and_stops(tmp_path):
         until(page, all_have_run)
         page.screenshot(path=tmp_path / "stopped.png")
     cells = code_cells()
-    (training,) = [c for c in cells if "runs.run(" in "".join(c["source"])]
+    (training,) = [c for c in cells if "lmnotes.run(" in "".join(c["source"])]
     (output,) = training["outputs"]  # However many updates
     text = "".join(output["data"]["text/plain"])
     assert output["data"]["image/png"] and "interrupted at step" in text

@@ -9,13 +9,16 @@ import torch
 from helpers import TINY, call, differences, left_behind, log, train, write_corpus
 from safetensors.torch import load_file, save_file
 
-from lmnotes.batches import Batch
-from lmnotes.checkpoint import SaveWeights, checkpoints, load_lm, load_weights, read_state, weights_of
 from lmnotes.core import CheckpointError
-from lmnotes.lm import n_params, new_lm
-from lmnotes.lora import LoRAConfig, add_lora, load_adapter, lora_layers, merge, save_adapter, to_plain, unmerge
+from lmnotes.data.batches import Batch
 from lmnotes.models.gpt2 import to_hf
-from lmnotes.runs import fork, load, run
+from lmnotes.nn.lm import n_params, new_lm
+from lmnotes.nn.lora import LoRAConfig, add_lora, load_adapter, lora_layers, merge, save_adapter, to_plain, unmerge
+from lmnotes.runs.folder import fork
+from lmnotes.runs.load import load
+from lmnotes.runs.run import run
+from lmnotes.training.checkpoint import checkpoints, load_lm, load_weights, read_state, weights_of
+from lmnotes.training.weights import SaveWeights
 
 GPT2 = dict(vocab_size=23, n_positions=16, ctx_len=16, d_model=16, n_layers=2, n_heads=2, dropout=0.0)
 GPT = dict(vocab_size=23, ctx_len=16, d_model=16, n_layers=2, n_heads=2, dropout=0.0)

@@ -9,12 +9,14 @@ import pytest
 import torch
 from helpers import TINY, call, differences, left_behind, log, train
 
-from lmnotes.batches import IGNORE, Batch, EpochWindows, PackedDocuments
-from lmnotes.lm import law_no_leak, law_padding, law_state, law_step, n_params, new_lm
-from lmnotes.memory import VectorStore
-from lmnotes.models.nanothink import Documents, KeptActivations, NanoThinkConfig, chunk_keys, remember
-from lmnotes.runs import load
-from lmnotes.trainer import TrainConfig, Trainer
+from lmnotes.data.batches import IGNORE, Batch, EpochWindows, PackedDocuments
+from lmnotes.models.nanothink import NanoThinkConfig
+from lmnotes.nn.lm import law_no_leak, law_padding, law_state, law_step, n_params, new_lm
+from lmnotes.nn.mixture import chunk_keys
+from lmnotes.nn.vector_store import VectorStore
+from lmnotes.runs.load import load
+from lmnotes.training.expert_cache import Documents, KeptActivations, remember
+from lmnotes.training.trainer import TrainConfig, Trainer
 
 EXPERTS = dict(
     transformer="gpt,d_model=16,n_layers=1,n_heads=2,dropout=0.1",

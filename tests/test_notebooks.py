@@ -141,7 +141,7 @@ def test_exported_cells_are_short(path):
             )
 
 
-ROAD = [path for folder in ("nbs", "nbs/models") for path in sorted((ROOT / folder).glob("[0-9]*.ipynb"))]
+ROAD = sorted((path for path in NOTEBOOKS if path.name[0].isdigit()), key=lambda path: path.name)
 
 
 @pytest.mark.parametrize("path, after", zip(ROAD, ROAD[1:]), ids=[path.stem for path in ROAD[:-1]])

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from helpers import DEADLINE, until
 
-from lmnotes.engine import ONE_VALUE, TWO_VALUES
+from lmnotes.apps.papermill_engine import ONE_VALUE, TWO_VALUES
 
 ROOT = Path(__file__).parent.parent
 PAPERMILL = str(Path(sys.executable).parent / "papermill")

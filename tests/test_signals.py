@@ -26,7 +26,11 @@ from helpers import (
     words,
 )
 
-from lmnotes import checkpoint, core, evaluation, generation, runs, tokens, trainer
+from lmnotes import core
+from lmnotes.data import prepare
+from lmnotes.inference import evaluation, generation
+from lmnotes.runs import run as run_module
+from lmnotes.training import checkpoint, trainer
 
 
 def half(name):
@@ -57,8 +61,8 @@ def pointed(name, step):
 
 EVALUATE = evaluation.Evaluate
 MOMENTS = {
-    "while data is prepared": lambda: before(tokens, "_write", lambda *args: args[4]["part"] == "val"),
-    "before the run is recorded": lambda: before(runs, "_begin", lambda *args: True),
+    "while data is prepared": lambda: before(prepare, "_write", lambda *args: args[4]["part"] == "val"),
+    "before the run is recorded": lambda: before(run_module, "_begin", lambda *args: True),
     "before the first step": lambda: before(trainer.Trainer, "one_step", lambda t: t.step == 0),
     "before step 8": lambda: before(trainer.Trainer, "one_step", lambda t: t.step == 7),
     "between gradient and update": lambda: after(trainer.Trainer, "_backward", lambda t, batch: t.step == 12),
@@ -152,7 +156,7 @@ CUTS += [(moment, (signal.SIGINT, signal.SIGTERM)[n % 2]) for n, moment in enume
 @pytest.mark.parametrize("moment, number", CUTS, ids=[f"{number.name} {moment}" for moment, number in CUTS])
 def test_a_signal_at_a_moment(place, whole, moment, number):
     code = send(place, moment, number)
-    record = runs.read_json(place / "runs/r/run.json") if (place / "runs/r/run.json").exists() else None
+    record = core.read_json(place / "runs/r/run.json") if (place / "runs/r/run.json").exists() else None
     if moment == "at the end" and number != signal.SIGKILL:  # Too late to interrupt anything
         assert code == 0 and record["status"] == "done"
         return

@@ -7,10 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lmnotes.batches import Batch
-from lmnotes.layers import selective_scan, ssd
-from lmnotes.lm import n_params, new_lm
-from lmnotes.optim import OptimConfig, make_optimizers
+from lmnotes.data.batches import Batch
+from lmnotes.nn.lm import n_params, new_lm
+from lmnotes.nn.scans import selective_scan, ssd
+from lmnotes.training.optim import OptimConfig, make_optimizers
 
 TINY = dict(vocab_size=16, ctx_len=16, d_model=16, n_layers=1, d_state=4, head_dim=8)
 NANOTHINK = dict(d_model=16, d_inner=32, n_layers=2, d_state=4)

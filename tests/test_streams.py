@@ -1,4 +1,4 @@
-"""`models/70_streams`: streams beside the text really train, nothing leaks from them, and a loss never holds all logits."""
+"""`models/38_streams`: streams beside the text really train, nothing leaks from them, and a loss never holds all logits."""
 
 import math
 import re
@@ -9,14 +9,15 @@ import torch.nn.functional as F
 from helpers import call, log
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lmnotes import layers
-from lmnotes.batches import Batch
-from lmnotes.checkpoint import freeze, init_from, save_checkpoint
-from lmnotes.lm import new_lm
-from lmnotes.lora import LoRAConfig, add_lora, to_plain
+from lmnotes.data.batches import Batch
 from lmnotes.models import streams
-from lmnotes.runs import run
-from lmnotes.trainer import TrainConfig, Trainer
+from lmnotes.nn import layers
+from lmnotes.nn.lm import new_lm
+from lmnotes.nn.lora import LoRAConfig, add_lora, to_plain
+from lmnotes.runs.run import run
+from lmnotes.training.checkpoint import save_checkpoint
+from lmnotes.training.trainer import TrainConfig, Trainer
+from lmnotes.training.weights import freeze, init_from
 
 TINY = dict(vocab_size=16, ctx_len=8, d_model=64, n_layers=2, n_heads=2)
 ALL = dict(inputs=" ".join(streams.INPUTS), outputs=" ".join(streams.OUTPUTS))

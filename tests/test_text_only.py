@@ -21,9 +21,9 @@ from helpers import (
 )
 
 from lmnotes import load
-from lmnotes.lm import new_lm
-from lmnotes.runs import prepare_data
-from lmnotes.text_config import KEYS, load_text_config
+from lmnotes.data.prepare import prepare_data
+from lmnotes.nn.lm import new_lm
+from lmnotes.recipes.text_only_config import KEYS, load_text_config
 
 NOTEBOOK = Path(__file__).parent.parent / "nbs/recipes/text_only.ipynb"
 CONFIG = NOTEBOOK.with_name("text_only_config.yaml")

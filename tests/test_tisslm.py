@@ -20,8 +20,9 @@ from helpers import (
 )
 
 import lmnotes
-from lmnotes.runs import RunConfig, get_data
-from lmnotes.tokenizer import load_tokenizer
+from lmnotes.data.tokenizer_files import load_tokenizer
+from lmnotes.runs.config import RunConfig
+from lmnotes.runs.data import get_data
 
 NOTEBOOK = Path(__file__).parent.parent / "nbs/recipes/tisslm.ipynb"
 NAMES = "embed.weight rnn.weight_ih_l0 rnn.weight_hh_l0 rnn.bias_ih_l0 rnn.bias_hh_l0 fc.weight fc.bias".split()

@@ -5,8 +5,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from lmnotes.layers import watch_attention
-from lmnotes.lm import new_lm
+from lmnotes.nn.attention import watch_attention
+from lmnotes.nn.lm import new_lm
 
 SMALL = dict(vocab_size=20, ctx_len=12, d_model=16, n_layers=2, n_heads=2)
 PART = "d_model=16,n_layers=1"

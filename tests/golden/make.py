@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 import lmnotes
-from lmnotes.generation import Picker, prompt_ids
-from lmnotes.trainer import Hook
+from lmnotes.inference.generation import Picker, prompt_ids
+from lmnotes.training.trainer import Hook
 
 HERE = Path(__file__).parent
 TEXT = HERE / "0.1" / "text"  # Every release trains on the same text
