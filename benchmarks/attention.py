@@ -8,7 +8,7 @@ from common import finish, interleave, least, options  # isort: skip
 import torch
 import torch.nn.functional as F
 
-from lmnotes.nn.attention import _attend_products, attention
+from lmnotes.nn.attention import _matmul_attention, causal_attention
 
 SHAPES = (12, 4, 64, 32), (8, 6, 256, 64), (2, 8, 512, 64), (2, 8, 1024, 64)
 
@@ -18,7 +18,7 @@ def fused(q, k, v):
 
 
 def products(q, k, v):
-    return _attend_products(q * q.shape[-1] ** -0.5, k, v, 0, 0.0)
+    return _matmul_attention(q * q.shape[-1] ** -0.5, k, v, 0, 0.0)
 
 
 def there_and_back(kernel, shape, dtype):
@@ -30,7 +30,7 @@ def there_and_back(kernel, shape, dtype):
 
 def main():
     args = options(__doc__, rounds=(9, "timed calls of each"))
-    kernels = dict(fused=fused, products=products, chosen=attention)
+    kernels = dict(fused=fused, products=products, chosen=causal_attention)
     dtypes = dict(fp32=torch.float32, bf16=torch.bfloat16)
     rows, worst = [], 0.0
     for shape in SHAPES[:1] if args.quick else SHAPES:

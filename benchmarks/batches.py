@@ -32,7 +32,7 @@ def main():
     drawing = {name: drawn(source) for name, source in sources.items()}
     drawing["nanoGPT, slices"] = lambda: [peer.batch() for _ in range(many)]
     clocks = interleave(drawing, rounds)
-    step = interleave({"step": Trainer(lm, sources["lmnotes, random"], cfg).one_step}, rounds, warmup=3)["step"]
+    step = interleave({"step": Trainer(lm, sources["lmnotes, random"], cfg).train_step}, rounds, warmup=3)["step"]
     part = {name: least(of) / many / least(step) for name, of in clocks.items()}
     rows = [
         {"batches": name, **figures(of, "µs", many), "part of a step": f"{part[name]:.2%}"}

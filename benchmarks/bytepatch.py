@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lmnotes.data.batches import CoveringWindows
+from lmnotes.data.batches import EvaluationBatches
 from lmnotes.inference.evaluation import evaluate
 from lmnotes.nn.lm import n_params
 from lmnotes.training.trainer import Trainer
@@ -162,7 +162,7 @@ class Loop:
         self.model, self.batches, self.step = model.train(), batches, 0
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
 
-    def one_step(self):
+    def train_step(self):
         for group in self.optimizer.param_groups:
             group["lr"] = RATE * min(1, (self.step + 1) / WARMUP)
         logits, targets = self.model(self.batches[self.step].x)
@@ -210,19 +210,19 @@ def main():
     size = dict(tokenizer="bytes", ctx_len=128 if args.quick else 1024, batch_size=4, steps=steps)
     source = {} if args.quick else dict(data=args.data, split="enwik8")
     cfg, data = corpus(args.quick, **size, **source)
-    runs, val = trainers(args, cfg, data, shape), CoveringWindows(data.tokens["val"].ids, 8, cfg.ctx_len)
+    runs, val = trainers(args, cfg, data, shape), EvaluationBatches(data.tokens["val"].ids, 8, cfg.ctx_len)
     torch.manual_seed(cfg.seed)
     peer = Loop(GuideModel(**shape), runs["strong"].batches)
 
-    def some_steps(one_step):
-        return lambda: [one_step() for _ in range(turn)]
+    def some_steps(train_step):
+        return lambda: [train_step() for _ in range(turn)]
 
-    steppers = {"the guide's": peer.one_step, **{name: t.one_step for name, t in runs.items()}}
-    clocks = interleave({name: some_steps(one_step) for name, one_step in steppers.items()}, rounds)
+    steppers = {"the guide's": peer.train_step, **{name: t.train_step for name, t in runs.items()}}
+    clocks = interleave({name: some_steps(train_step) for name, train_step in steppers.items()}, rounds)
     rows = [dict(model="the guide's", parameters=n_params(peer.model), **figures(clocks["the guide's"], calls=turn))]
     for name, t in runs.items():
         t.fit()
-        result = evaluate(t.lm, val.limit(2 if args.quick else 0), data.tokenizer.byte_lengths, t.autocast)
+        result = evaluate(t.lm, val.subset(2 if args.quick else 0), data.tokenizer.byte_lengths, t.autocast)
         rows.append(dict(model=name, parameters=n_params(t.lm), **figures(clocks[name], calls=turn)))
         rows[-1].update({"bytes": t.counters["tokens"], "bpb": result["bpb"], "±": result["bpb_stderr"]})
         print(f"{name}: {result['bpb']:.4f} bits per byte", flush=True)

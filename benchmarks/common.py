@@ -15,11 +15,11 @@ THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 import torch
 
 from lmnotes.core import DataError, versions
-from lmnotes.data.batches import CoveringWindows, get_batches
+from lmnotes.data.batches import EvaluationBatches, get_batches
 from lmnotes.inference.evaluation import Table
 from lmnotes.nn.lm import new_lm
 from lmnotes.runs.config import RunConfig
-from lmnotes.runs.data import get_data
+from lmnotes.runs.data import load_data
 
 torch.set_num_threads(THREADS)
 
@@ -108,13 +108,13 @@ def corpus(
         **{"tokenizer": "chars", "data": "pydocs" if quick else "tinyshakespeare", "split": "first90", **config}
     )
     try:
-        data = get_data(cfg, say=None)
+        data = load_data(cfg, log_fn=None)
     except DataError as error:
         print(
             f"{error}\nThe embedded corpus takes its place. The bars were set on tinyshakespeare: read ratios, not losses."
         )
         cfg.data = "pydocs"
-        data = get_data(cfg, say=None)
+        data = load_data(cfg, log_fn=None)
     sizes = ", ".join(f"{part} {len(tokens):,}" for part, tokens in data.tokens.items())
     print(f"{cfg.data}: {sizes} characters, {data.tokenizer.vocab_size} different ids")
     return cfg, data
@@ -130,7 +130,7 @@ def parts(
     size = dict(vocab_size=data.tokenizer.vocab_size, ctx_len=cfg.ctx_len)
     lm = new_lm(cfg.arch, cfg.preset, **size, **{"dropout": 0.0, **model})
     batches = get_batches(data.tokens["train"], cfg.batch_size, cfg.ctx_len, cfg.seed, cfg.sampler)
-    return lm, batches, CoveringWindows(data.tokens["val"].ids, 64, cfg.ctx_len)
+    return lm, batches, EvaluationBatches(data.tokens["val"].ids, 64, cfg.ctx_len)
 
 
 def finish(

@@ -11,7 +11,7 @@ printed beside the bound.
 from common import corpus, figures, finish, interleave, least, options, parts  # isort: skip
 import torch
 
-from lmnotes.inference.generation import Picker, generate_ids
+from lmnotes.inference.generation import TokenSampler, generate_ids
 from lmnotes.models.diffusion import likelihood_bound, row_generators
 from lmnotes.nn.lm import n_params
 from lmnotes.training.trainer import Trainer
@@ -23,7 +23,7 @@ def plain(lm, prompts, steps, seed):
     n_ids, n = lm.cfg.vocab_size, lm.cfg.ctx_len + 1 - len(prompts[0])
     given = torch.tensor(prompts)
     x = torch.cat([given, torch.full((len(given), n), n_ids)], 1)
-    pick = Picker(seed=seed).start(given, range(len(given)))
+    pick = TokenSampler(seed=seed).reset(given, range(len(given)))
     chance = row_generators(pick, len(given))
     order = [torch.rand(n, generator=g).argsort().tolist() for g in chance]
     masked = n
@@ -54,7 +54,7 @@ def main():
     t.fit()
     lm.eval()
 
-    val, samples = (val.limit(2), 2) if args.quick else (val, args.samples)
+    val, samples = (val.subset(2), 2) if args.quick else (val, args.samples)
     rows, bounds = [], {}
     for steps in (0, 2, 8) if args.quick else (0, 4, 16, 32):
         found = likelihood_bound(lm, val, samples if not steps else max(2, samples // 4), steps, autocast=t.autocast)

@@ -153,7 +153,7 @@ def main():
         if step % (4 * every) == 0:
             print(f"step {step}: {', '.join(f'{name} {c.cpu:.1f} CPU s' for name, c in clocks.items())}", flush=True)
 
-    judged = val.limit(2 if args.quick else 0)
+    judged = val.subset(2 if args.quick else 0)
     loss = {"the guide's": full_loss(model, judged)}
     loss |= {name: evaluate(t.lm, judged, autocast=t.autocast)["loss"] for name, t in runs.items()}
     size = {"the guide's": n_params(model), **{name: n_params(t.lm) for name, t in runs.items()}}

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from common import corpus, finish, interleave, least, options
 
-from lmnotes.core import seed_step
-from lmnotes.data.batches import Batch, CoveringWindows, RandomWindows
+from lmnotes.core import seed_torch
+from lmnotes.data.batches import Batch, EvaluationBatches, RandomBatches
 from lmnotes.inference.evaluation import evaluate
 from lmnotes.models.gpt2 import to_hf
 from lmnotes.nn.lm import n_params, new_lm
@@ -105,7 +105,7 @@ GUIDE = LoRAConfig(rank=16, alpha=24.0, train="embed.* positions.* *norm*")  # W
 
 def toy(data, steps, lr, lora=None, kind=LoRALinear, seed=0):
     "Validation loss of a small character model after some steps"
-    seed_step(seed)
+    seed_torch(seed)
     sizes = dict(d_model=32, n_layers=2, n_heads=4, dropout=0.0)
     lm = new_lm("scratch_gpt", vocab_size=data.tokenizer.vocab_size, ctx_len=32, **sizes)
     if lora:
@@ -113,12 +113,12 @@ def toy(data, steps, lr, lora=None, kind=LoRALinear, seed=0):
         for layer in lora_layers(lm).values():
             layer.__class__ = kind
     optimizer = torch.optim.AdamW([p for p in lm.parameters() if p.requires_grad], lr=lr)
-    batches = RandomWindows(data.tokens["train"].ids, 32, 32, seed)
+    batches = RandomBatches(data.tokens["train"].ids, 32, 32, seed)
     for i in range(steps):
         lm.loss(batches[i])["loss"].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return evaluate(lm, CoveringWindows(data.tokens["val"].ids, 64, 32).limit(50))["loss"]
+    return evaluate(lm, EvaluationBatches(data.tokens["val"].ids, 64, 32).subset(50))["loss"]
 
 
 def toys(args):
@@ -153,7 +153,11 @@ def main():
     seconds = {name: least(of) for name, of in clocks.items()}
     for name, s in seconds.items():
         rows.append(
-            {"step": name, "tokens per CPU second": batch.n / s, "times all weights": seconds["all weights"] / s}
+            {
+                "step": name,
+                "tokens per CPU second": batch.n_targets / s,
+                "times all weights": seconds["all weights"] / s,
+            }
         )
     bars.append(
         (

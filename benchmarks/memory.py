@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from lmnotes.data.batches import Batch
-from lmnotes.nn.layers import soft_cap, summed_nll
+from lmnotes.nn.layers import chunked_cross_entropy, soft_cap
 from lmnotes.nn.lm import n_params, new_lm
 from lmnotes.training.trainer import autocast
 
@@ -23,7 +23,7 @@ BATCH, GB = 32, 1e9
 
 
 def in_pieces(h, w, y):
-    return summed_nll(h, w, y, 15.0)
+    return chunked_cross_entropy(h, w, y, 15.0)
 
 
 def plain(h, w, y):

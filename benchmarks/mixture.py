@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lmnotes.data.batches import IGNORE, CoveringWindows, EpochWindows
+from lmnotes.data.batches import IGNORE_INDEX, EpochBatches, EvaluationBatches
 from lmnotes.inference.evaluation import evaluate
 from lmnotes.models.nanothink import EXPERTS, Documents, KeptActivations, new_expert, remember
 from lmnotes.nn.lm import lm_config, n_params, new_lm, parse_model_args
@@ -59,8 +59,8 @@ def averages(experts, batches, context):
         with context():
             said = torch.stack([e.eval()(batch.x).flatten(0, 1).float().log_softmax(-1) for e in experts.values()])
         for i, mixed in enumerate((said.logsumexp(0), said.mean(0))):
-            sums[i] += F.cross_entropy(mixed, y, ignore_index=IGNORE, reduction="sum")
-        n += batch.n
+            sums[i] += F.cross_entropy(mixed, y, ignore_index=IGNORE_INDEX, reduction="sum")
+        n += batch.n_targets
     return dict(zip(("average of probabilities", "average of log-probabilities"), (sums / n).tolist()))
 
 
@@ -68,10 +68,10 @@ def speed(lm, windows, cfg, turn, rounds):
     "{name: clocks} of turns of steps in phase two, from the second epoch on"
     anew, kept = Trainer(copy.deepcopy(lm), windows, cfg), Trainer(lm, windows, cfg)
     kept.batches = KeptActivations(lm, windows, autocast=kept.autocast)
-    kept.fit(int(windows.per_epoch))
+    kept.fit(int(windows.steps_per_epoch))
 
     def some_steps(t):
-        return lambda: [t.one_step() for _ in range(turn)]
+        return lambda: [t.train_step() for _ in range(turn)]
 
     return interleave({"asked anew": some_steps(anew), "kept": some_steps(kept)}, rounds)
 
@@ -93,8 +93,8 @@ def main():
 
     own = copy.copy(cfg)
     vars(own).update(steps=phase2, lr=args.lr, optimizer=args.optimizer)
-    judged = CoveringWindows(data.tokens["val"].ids, 64, cfg.ctx_len).limit(2 if args.quick else 0)
-    windows = EpochWindows(data.tokens["train"].ids, cfg.batch_size, cfg.ctx_len, cfg.seed)
+    judged = EvaluationBatches(data.tokens["val"].ids, 64, cfg.ctx_len).subset(2 if args.quick else 0)
+    windows = EpochBatches(data.tokens["train"].ids, cfg.batch_size, cfg.ctx_len, cfg.seed)
     context = Trainer(experts["transformer"], windows, own).autocast
     losses = {name: evaluate(expert, judged, autocast=context)["loss"] for name, expert in experts.items()}
     losses |= averages(experts, judged, context)
@@ -111,19 +111,19 @@ def main():
         print(f"memory: {len(lm.store):,} vectors")
     trainer.batches = KeptActivations(lm, windows, autocast=context, documents=documents)
     trainer.fit()
-    print({k: round(v, 4) for k, v in trainer.last.items()})
+    print({k: round(v, 4) for k, v in trainer.last_metrics.items()})
     losses["mixture"] = evaluate(lm, judged, autocast=context)["loss"]
 
     sizes = {name: n_params(e) for name, e in experts.items()} | {"mixture": n_params(lm, trainable=True)}
     rows = [dict(model=name, trained=sizes.get(name, ""), loss=loss) for name, loss in losses.items()]
     turn, rounds = (2, 1) if args.quick else (20, 8)
-    few = EpochWindows(data.tokens["train"].ids[: 64 * 12 * 10 + 1], cfg.batch_size, cfg.ctx_len)
+    few = EpochBatches(data.tokens["train"].ids[: 64 * 12 * 10 + 1], cfg.batch_size, cfg.ctx_len)
     clocks = speed(mixture(experts, cfg, data), few, own, turn, rounds)
     rows += [dict(model=f"step, experts {name}", **figures(clocks[name], calls=turn)) for name in clocks]
     if not args.quick:
         large = new_lm("nanothink", vocab_size=data.tokenizer.vocab_size, ctx_len=256)
         large.experts.requires_grad_(False)
-        guide = speed(large, EpochWindows(data.tokens["train"].ids[:1025], 1, 256), own, 1, 4)
+        guide = speed(large, EpochBatches(data.tokens["train"].ids[:1025], 1, 256), own, 1, 4)
         rows += [dict(model=f"guide's shapes, experts {name}", **figures(guide[name])) for name in guide]
 
     best, average = min(losses[name] for name in EXPERTS), min(v for k, v in losses.items() if "average" in k)

@@ -21,7 +21,7 @@ def main():
         for optimizer in ("muon", "adamw"):
             cfg, data = corpus(args.quick, preset=preset, optimizer=optimizer, dtype=dtype, steps=1000)
             lm, batches, _ = parts(cfg, data)
-            steps[preset or "default", optimizer] = Trainer(lm, batches, cfg).one_step
+            steps[preset or "default", optimizer] = Trainer(lm, batches, cfg).train_step
     clocks = interleave(steps, 1 if args.quick else args.rounds)
     best = {name: least(of) for name, of in clocks.items()}
     ratios = {model: best[model, "muon"] / best[model, "adamw"] for model in ("default", "tiny")}

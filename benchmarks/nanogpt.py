@@ -99,7 +99,7 @@ class Loop:
         y = torch.stack([torch.from_numpy(self.ids[i + 1 : i + 1 + T].astype("int64")) for i in starts])
         return x, y
 
-    def one_step(self):
+    def train_step(self):
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr_now()
         loss = self.model.loss(*self.batch())
@@ -113,7 +113,7 @@ class Loop:
     def run(self, until):
         self.model.train()
         while self.step < min(until, self.steps):
-            self.one_step()
+            self.train_step()
 
 
 @torch.no_grad()

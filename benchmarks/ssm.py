@@ -57,7 +57,7 @@ def main():
         if step % 500 == 0:
             print(f"step {step}: {', '.join(f'{arch} {c.cpu:.1f} CPU s' for arch, c in clocks.items())}", flush=True)
 
-    judged = val.limit(2 if args.quick else 0)
+    judged = val.subset(2 if args.quick else 0)
     rows = []
     for arch, trainer in runs.items():
         loss = evaluate(trainer.lm, judged, autocast=trainer.autocast)["loss"]

@@ -16,7 +16,7 @@ from common import corpus, finish, options, parts  # isort: skip
 
 from lmnotes.inference.evaluation import evaluate
 from lmnotes.nn.lm import n_params
-from lmnotes.training.trainer import Log, Trainer, duration
+from lmnotes.training.trainer import Log, Trainer, format_duration
 
 SHAPE = dict(n_layers=6, n_heads=4, d_model=256, dropout=0.1)
 SIZE = dict(ctx_len=256, batch_size=16, lr=0.01)
@@ -45,17 +45,17 @@ def main():
 
     lm, batches, val = parts(cfg, data, **shape)
     trial = Trainer(lm, batches, cfg)
-    tries = [seconds_of(trial.one_step) for _ in range(3)]
+    tries = [seconds_of(trial.train_step) for _ in range(3)]
     while sum(tries) < budget / 50:
-        tries.append(seconds_of(trial.one_step))
+        tries.append(seconds_of(trial.train_step))
     step = sorted(tries)[len(tries) // 2]
-    some = val.limit(1)
+    some = val.subset(1)
     evaluation = seconds_of(lambda: evaluate(lm, some, autocast=trial.autocast)) * len(val)
     cfg.steps = plan(budget - (time.perf_counter() - START), step, evaluation)
     if args.quick:
         cfg.steps = min(cfg.steps, 20)
     print(
-        f"{1e3 * step:.0f} ms a step, {evaluation:.1f} s for the evaluation: {cfg.steps:,} steps in what is left of {duration(budget)}"
+        f"{1e3 * step:.0f} ms a step, {evaluation:.1f} s for the evaluation: {cfg.steps:,} steps in what is left of {format_duration(budget)}"
     )
 
     lm, batches, val = parts(cfg, data, **shape)  # From scratch

@@ -8,7 +8,7 @@ each trains from the start for `--steps` steps, and once more for as many as cos
 from common import corpus, figures, finish, interleave, least, options, parts  # isort: skip
 import copy
 
-from lmnotes.data.batches import CoveringWindows
+from lmnotes.data.batches import EvaluationBatches
 from lmnotes.inference.evaluation import evaluate
 from lmnotes.training.trainer import Trainer
 
@@ -35,10 +35,10 @@ def main():
     steps, rounds, turn, limit = (4, 1, 2, 2) if args.quick else (args.steps, args.rounds, 5, 200)
     size = dict(tokenizer="bytes", ctx_len=128 if args.quick else 1024, batch_size=4)
     cfg, data = corpus(args.quick, **size, **({} if args.quick else dict(data=args.data, split="enwik8")))
-    val = CoveringWindows(data.tokens["val"].ids, 8, cfg.ctx_len).limit(limit)
+    val = EvaluationBatches(data.tokens["val"].ids, 8, cfg.ctx_len).subset(limit)
 
     def some_steps(trainer):
-        return lambda: [trainer.one_step() for _ in range(turn)]
+        return lambda: [trainer.train_step() for _ in range(turn)]
 
     timed = {depth: some_steps(new_trainer(cfg, data, args, depth, 10_000)) for depth in DEPTHS}
     clocks, rows, done = interleave(timed, rounds), [], {}

@@ -42,7 +42,7 @@ def transformers_step(batches, vocab_size, ctx_len, n_layers, n_heads, d_model):
 def lmnotes_step(data, cfg, **model):
     "(model, a function that makes one training step)"
     lm, batches, _ = parts(cfg, data, **model)
-    return lm, Trainer(lm, batches, cfg).one_step
+    return lm, Trainer(lm, batches, cfg).train_step
 
 
 def main():
@@ -62,7 +62,7 @@ def main():
     peer_name, hf_name = "nanoGPT, float32", "transformers, bfloat16"
     dtype = str(Trainer(lm, [], cfg).dtype).removeprefix("torch.")
     ours, with_muon = f"lmnotes, {dtype}", f"lmnotes, {dtype}, Muon"
-    steps = {peer_name: Loop(peer, ids, 8, 1000).one_step, hf_name: hf_step, ours: adamw, with_muon: muon}
+    steps = {peer_name: Loop(peer, ids, 8, 1000).train_step, hf_name: hf_step, ours: adamw, with_muon: muon}
     sizes = {peer_name: peer, hf_name: hf, ours: lm, with_muon: lm}
     clocks = interleave(steps, rounds)
     best = {name: least(of) for name, of in clocks.items()}

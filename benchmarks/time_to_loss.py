@@ -27,7 +27,7 @@ def main():
 
     torch.manual_seed(args.seed)
     peer = Loop(NanoGPT(data.tokenizer.vocab_size, **CPU_RECIPE), data.tokens["train"].ids, CPU_BATCH, steps)
-    judged = val.limit(2 if args.quick else 0)
+    judged = val.subset(2 if args.quick else 0)
 
     clocks, curve, draws = dict(peer=Clock(), ours=Clock()), [], torch.get_rng_state()
     for step in range(every, steps + 1, every):

@@ -20,7 +20,7 @@ import nbformat
 import torch
 
 from lmnotes import core
-from lmnotes.apps.cli import command, run_notebook
+from lmnotes.apps.cli import execute_command, run_notebook
 from lmnotes.runs.run import run
 from lmnotes.training.trainer import Hook, Trainer
 
@@ -89,7 +89,7 @@ def train(*stops, **params):
 
 def lmnotes_command(*words):
     "Run the command line"
-    return command([str(w) for w in words])
+    return execute_command([str(w) for w in words])
 
 
 def run_recipe(notebook, **params):
@@ -204,7 +204,7 @@ def after(owner, name, when, act=hold):
 
 def held_before_step(step, function, *args, **kwargs):
     "Call a function that trains, and hold before this step"
-    before(Trainer, "one_step", lambda trainer: trainer.step == step - 1)
+    before(Trainer, "train_step", lambda trainer: trainer.step == step - 1)
     return function(*args, **kwargs)
 
 
@@ -238,10 +238,10 @@ def walk(value, name=""):
         yield name, repr(value).encode()
 
 
-def state_hash(step_folder):
+def state_hash(checkpoint_folder):
     "SHA-256 of optimizers and counters"
     h = hashlib.sha256()
-    for name, data in walk(torch.load(step_folder / "state.pt", weights_only=True)):
+    for name, data in walk(torch.load(checkpoint_folder / "state.pt", weights_only=True)):
         h.update(f"{name} {len(data)}\n".encode() + data)
     return h.hexdigest()
 
@@ -258,11 +258,11 @@ def left_behind(folder):
     record = json.loads((folder / "run.json").read_bytes())
     out = dict(status=record["status"], step=record["step"], result=record["result"], tokens=record["tokens"])
     for pointer in ("final", "last", "best"):
-        step_folder = folder / (folder / pointer).read_text().strip()
-        out[pointer] = step_folder.name
-        for path in sorted(step_folder.glob("*.safetensors")):  # The model's, or an adapter's
+        checkpoint_folder = folder / (folder / pointer).read_text().strip()
+        out[pointer] = checkpoint_folder.name
+        for path in sorted(checkpoint_folder.glob("*.safetensors")):  # The model's, or an adapter's
             out[f"{pointer} weights"] = hashlib.sha256(path.read_bytes()).hexdigest()
-        out[f"{pointer} optimizers and counters"] = state_hash(step_folder)
+        out[f"{pointer} optimizers and counters"] = state_hash(checkpoint_folder)
     out["metrics"] = records(folder / "metrics.jsonl")
     out["samples"] = records(folder / "samples.jsonl")
     out["interrupted"] = (folder / "interrupted").exists()

@@ -12,7 +12,7 @@ from test_distributed import figures, torchrun
 from lmnotes.data.batches import Batch
 from lmnotes.data.tokenizer import ByteTokenizer
 from lmnotes.inference.generation import generate
-from lmnotes.nn.lm import get_arch, law_no_leak, law_step, new_lm, parse_model_args
+from lmnotes.nn.lm import check_cached_decoding, check_causality, get_arch, new_lm, parse_model_args
 from lmnotes.runs.load import load
 
 PRESETS = "", "agiformer"
@@ -103,7 +103,7 @@ def test_an_unfinished_patch_is_forced(preset, length):
 def test_no_leak_where_blocks_meet(preset):
     "Longer than two windows, so attention goes by blocks"
     lm = model(preset, window=4, dropout=0.1, **({} if preset else dict(byte_window=5)))
-    law_no_leak(lm, Batch(IDS[:1, :45], IDS[:1, 1:46]))
+    check_causality(lm, Batch(IDS[:1, :45], IDS[:1, 1:46]))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -114,11 +114,11 @@ def test_thinking_is_chosen_when_it_runs(preset):
     for steps in (0, 1, 3, 5):
         lm.cfg.thinking_steps = steps
         with torch.no_grad():
-            *_, (z, gate, logits) = lm.thoughts(batch.x)
+            *_, (z, gate, logits) = lm.iter_thinking(batch.x)
             answers.append(lm(batch.x))
         assert z.shape == (2, 10, 32) and (gate is None) == (steps == 0)
         assert torch.equal(logits, answers[-1])
-        law_step(lm, batch)
+        check_cached_decoding(lm, batch)
     for a, b in zip(answers, answers[1:]):
         assert (a - b).abs().max() > 1e-3
 
@@ -166,7 +166,7 @@ def test_values_that_are_too_small(preset, name):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_smallest_values_that_are_taken(preset):
     lm = model(preset, **LEAST | dict(ctx_len=1, n_layers=1, byte_layers=0, **({} if preset else dict(d_byte=2))))
-    law_step(lm, Batch(IDS[:, :8], IDS[:, 1:9]))
+    check_cached_decoding(lm, Batch(IDS[:, :8], IDS[:, 1:9]))
 
 
 def test_other_values_that_make_no_model():
@@ -187,7 +187,7 @@ def test_other_values_that_make_no_model():
 def test_less_than_no_thinking_when_it_runs(preset):
     lm = model(preset)
     lm.cfg.thinking_steps = -2
-    for use in (lm, lm.step, lambda x: list(lm.thoughts(x))):
+    for use in (lm, lm.step, lambda x: list(lm.iter_thinking(x))):
         with pytest.raises(ValueError, match="thinking_steps=-2, but thinking_steps is at least 0"):
             use(IDS)
 

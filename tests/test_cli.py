@@ -13,10 +13,10 @@ from helpers import TINY, call, finish, lmnotes_command, log, start, until, word
 from test_signals import command_held
 
 from lmnotes.core import CheckpointError
-from lmnotes.data.batches import RandomWindows
+from lmnotes.data.batches import RandomBatches
 from lmnotes.models.gpt import GPT
 from lmnotes.nn.lm import new_lm
-from lmnotes.training.checkpoint import checkpoints, read_weights
+from lmnotes.training.checkpoint import list_checkpoints, read_weights
 from lmnotes.training.trainer import TrainConfig, Trainer
 
 RESUME = dict(run="r", out_dir="runs", resume=True)
@@ -127,8 +127,8 @@ def test_what_diverges_is_3(place):
     assert code == 3, log(place)
     assert "step 25: loss nan" in log(place) and "diverged at step 29 of 40" in log(place)
     assert record(place)["status"] == "diverged"
-    assert [p.name for p in checkpoints(place / "runs/r")][-1] == "step_00000025"
-    for folder in checkpoints(place / "runs/r"):
+    assert [p.name for p in list_checkpoints(place / "runs/r")][-1] == "step_00000025"
+    for folder in list_checkpoints(place / "runs/r"):
         assert all(t.isfinite().all() for t in read_weights(folder).values())
     assert not (place / "runs/r/final").exists()
 
@@ -264,7 +264,7 @@ def test_a_tokenizer_that_was_exchanged(again):
 
 def test_optimizers_of_other_parameters():
     "The same shapes under other names, or in another order"
-    batches, cfg = RandomWindows(torch.arange(99).numpy() % 8, 2, 4), TrainConfig(optimizer="adamw", dtype="float32")
+    batches, cfg = RandomBatches(torch.arange(99).numpy() % 8, 2, 4), TrainConfig(optimizer="adamw", dtype="float32")
     lm = new_lm("gpt", vocab_size=8, ctx_len=4, d_model=8, n_layers=1, n_heads=2)
     state = Trainer(lm, batches, cfg).fit(1).state_dict()
     groups = [g for o in state["optimizers"] for g in o["param_groups"]]

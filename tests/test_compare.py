@@ -15,13 +15,13 @@ import torch
 from helpers import ROOT, after, call, finish, log, recipe_parameters, start, until
 
 from lmnotes.apps.cli import run_notebook
-from lmnotes.core import seed_step
+from lmnotes.core import seed_torch
 from lmnotes.data.batches import Batch
-from lmnotes.inspect.comparison import comparison_table, results
+from lmnotes.inspect.comparison import comparison_results, comparison_table
 from lmnotes.nn.lm import archs, get_arch, new_lm
 from lmnotes.runs import compare as comparing
-from lmnotes.runs.compare import CompareConfig, Comparison, Contestant, compare, count_flops
-from lmnotes.training.trainer import Metrics, Trainer
+from lmnotes.runs.compare import ArchMeasurement, CompareConfig, Comparison, compare, count_flops
+from lmnotes.training.trainer import JsonlLog, Trainer
 
 NOTEBOOK = ROOT / "nbs/compare.ipynb"
 TINY = dict(
@@ -46,7 +46,7 @@ class ToyConfig(LMConfig):
 
 @arch("toy")
 class Toy(LM):
-    Config, reach = ToyConfig, 1
+    Config, receptive_field = ToyConfig, 1
     def __init__(self, cfg):
         super().__init__(cfg)
         self.embed, self.head = nn.Embedding(cfg.vocab_size, cfg.d_model), nn.Linear(cfg.d_model, cfg.vocab_size)
@@ -121,7 +121,7 @@ def test_flops_are_those_worked_out_by_hand(name, by_hand):
 
 
 def test_what_was_planned_was_spent(whole):
-    rows = results(Comparison(whole))
+    rows = comparison_results(Comparison(whole))
     assert {row["name"] for row in rows} == {"gpt", "rnn"}
     for row in rows:
         assert row["flops"] == pytest.approx(TINY["budget"], rel=0.02)
@@ -132,18 +132,18 @@ def test_what_a_model_of_random_depth_spends_is_known(place, monkeypatch):
     monkeypatch.chdir(place)
     shape = "d_model=16 n_layers=3 n_heads=2 d_byte=16 ngram_rows=16"
     cfg = CompareConfig("bytepatch", "corpus", ctx_len=64, batch_size=4, model_args=shape, out_dir="c")
-    contestant = Contestant(cfg, "bytepatch")
+    contestant = ArchMeasurement(cfg, "bytepatch")
     planned, _ = contestant.count()
     depth_of = type(contestant.trainer.lm.patches).depth
     costs = {}
     for depth in range(4):
         monkeypatch.setattr(type(contestant.trainer.lm.patches), "depth", lambda patches, depth=depth: depth)
-        costs[depth] = sum(count_flops(contestant.trainer.one_step))
+        costs[depth] = sum(count_flops(contestant.trainer.train_step))
     assert 1.03 * costs[1] < costs[2] < costs[3]
     for seed in range(3):
         spent = 0
         for step in range(300):
-            seed_step(seed, step, 0, 0)
+            seed_torch(seed, step, 0, 0)
             spent += costs[depth_of(contestant.trainer.lm.patches)]
         assert spent / 300 == pytest.approx(planned, rel=0.02)
 
@@ -154,7 +154,7 @@ def test_seeds_differ_and_runs_are_whole(whole):
     for name in ("gpt", "rnn"):
         assert found[f"{name}-0"] != found[f"{name}-1"]
         assert len(found[f"{name}-0"]) == 3
-    for row in results(Comparison(whole)):
+    for row in comparison_results(Comparison(whole)):
         assert row["seeds"] == 2 and row["error"] > 0 and row["bytes_per_s"] > 0 and row["memory"] > 0
 
 
@@ -168,7 +168,7 @@ def test_every_seed_reads_the_same_bytes(whole):
 
 def hold_after_each_record():
     "Make a run wait after each of its records, until the test lets go"
-    after(Metrics, "append", lambda *args, **record: True, lambda: until(Path("go").exists))
+    after(JsonlLog, "append", lambda *args, **record: True, lambda: until(Path("go").exists))
 
 
 def compared_and_held(**params):
@@ -213,7 +213,7 @@ def test_a_new_architecture_is_compared_without_an_edit(place):
     assert call(place, compared_with_toy, **TINY | dict(archs="toy rnn", budget=5e8, max_steps=60, seeds=1)) == 0, log(
         place
     )
-    rows = {row["name"]: row for row in results(Comparison(place / "c"))}
+    rows = {row["name"]: row for row in comparison_results(Comparison(place / "c"))}
     assert rows["toy"]["n_params"] == 256 * 32 * 2 + 256  # It took d_model from what is shared
     assert rows["toy"]["bpb"] < 8
 
@@ -223,21 +223,23 @@ SECONDS = {"gpt": 0.004, "rnn": 0.01}  # Of a step
 
 def compared_by_a_clock(**params):
     "Compare where each step takes the time that `SECONDS` gives, on any machine"
-    now, one_step = 0.0, Trainer.one_step
+    now, train_step = 0.0, Trainer.train_step
 
     def timed_step(trainer):
         nonlocal now
         now += SECONDS[trainer.cfg.arch]
-        return one_step(trainer)
+        return train_step(trainer)
 
     def process_time():
         nonlocal now
         now += 1e-6
         return now
 
-    Trainer.one_step = timed_step
+    Trainer.train_step = timed_step
     comparing.time = SimpleNamespace(process_time=process_time, sleep=time.sleep)
-    comparing._measure_new = lambda cfg, names, known: comparing.measure(cfg, names)  # Here, where the clock is
+    comparing._measure_missing = lambda cfg, names, known: comparing.measure_costs(
+        cfg, names
+    )  # Here, where the clock is
     return compared(**params)
 
 
@@ -246,7 +248,7 @@ def test_the_same_seconds(place):
     assert call(place, compared_by_a_clock, **case) == 0, log(place)
     comparison = Comparison(place / "c")
     assert comparison.steps == {"gpt": 125, "rnn": 50}
-    for row in results(comparison):
+    for row in comparison_results(comparison):
         assert row["whole"] and row["seconds"] == pytest.approx(0.5, rel=0.02)
         assert comparison.record(row["name"], 0)["step"] == comparison.steps[row["name"]]
 

@@ -19,10 +19,18 @@ from helpers import TINY, call, differences, left_behind, lmnotes_command, log, 
 
 from lmnotes import core
 from lmnotes.core import CheckpointError
-from lmnotes.data.batches import RandomWindows
+from lmnotes.data.batches import RandomBatches
 from lmnotes.nn.lm import new_lm
 from lmnotes.training import checkpoint
-from lmnotes.training.checkpoint import Save, find_checkpoint, latest, load_lm, read_state, save_checkpoint, verify
+from lmnotes.training.checkpoint import (
+    Save,
+    find_checkpoint,
+    latest_checkpoint,
+    load_lm,
+    read_state,
+    save_checkpoint,
+    verify_checkpoint,
+)
 from lmnotes.training.trainer import TrainConfig, Trainer
 
 STEPS = 1, 2, 3
@@ -149,7 +157,7 @@ class Disk:
         self.kept[node] = dict(self.seen[node])
         self.pending = [changes for changes in self.pending if not any(folder == node for folder, _, _ in changes)]
 
-    def states(self):
+    def hidden_states(self):
         "Every {path: content, or None for a folder} that may be found if it all stops now"
         for kept in itertools.product((True, False), repeat=len(self.pending)):
             names = {folder: dict(entries) for folder, entries in self.kept.items()}
@@ -205,7 +213,7 @@ def saves(tmp_path_factory):
     "(operations, numbers of operations after which a checkpoint is done, and its pointers are) of three saves that keep one"
     run = tmp_path_factory.mktemp("saves")
     lm = new_lm("bigram", vocab_size=8)
-    t = Trainer(lm, RandomWindows(torch.arange(100).numpy() % 8, 2, 4), TrainConfig(steps=3, dtype="float32"))
+    t = Trainer(lm, RandomBatches(torch.arange(100).numpy() % 8, 2, 4), TrainConfig(steps=3, dtype="float32"))
     done, pointed = {}, {}
     as_it_is = checkpoint.save_checkpoint
 
@@ -260,7 +268,7 @@ def failures(folder, operations, done, pointed, files):
 def recovered(place, least, at_pointers, files):
     "What is wrong with the state in a folder, or nothing"
     try:
-        found = latest(place)
+        found = latest_checkpoint(place)
     except CheckpointError:
         return "a completed save is lost" if least else ""
     step = int(found.name[5:])
@@ -372,7 +380,7 @@ def two_steps(tmp_path_factory):
     "A run folder with checkpoints of steps 1 and 2"
     run = tmp_path_factory.mktemp("run")
     t = Trainer(
-        new_lm("bigram", vocab_size=8), RandomWindows(torch.arange(100).numpy() % 8, 2, 4), TrainConfig(dtype="float32")
+        new_lm("bigram", vocab_size=8), RandomBatches(torch.arange(100).numpy() % 8, 2, 4), TrainConfig(dtype="float32")
     )
     for step in (1, 2):
         t.fit(step)
@@ -395,12 +403,12 @@ def test_damage_is_found_and_named(two_steps, tmp_path, name, capsys):
         what, content = damaged(data, other, draw)
         file.write_bytes(content)
         if content == data or (name == "manifest.json" and same_manifest(content, data)):
-            verify(file.parent)
+            verify_checkpoint(file.parent)
             continue
         with pytest.raises(CheckpointError) as raised:
-            verify(file.parent)
+            verify_checkpoint(file.parent)
         assert name in str(raised.value) or name == "manifest.json", (what, raised.value)
-        assert latest(run).name == "step_00000001", what
+        assert latest_checkpoint(run).name == "step_00000001", what
         assert "step_00000002" in capsys.readouterr().out
 
 
@@ -419,12 +427,12 @@ def test_a_file_that_is_gone(two_steps, tmp_path, name):
     shutil.copytree(two_steps, run)
     (run / "step_00000002" / name).unlink()
     with pytest.raises(CheckpointError, match=name):
-        verify(run / "step_00000002")
+        verify_checkpoint(run / "step_00000002")
     if name != "manifest.json":
         (run / "step_00000002" / name).mkdir()
         with pytest.raises(CheckpointError, match=name):
-            verify(run / "step_00000002")
-    assert latest(run).name == "step_00000001"
+            verify_checkpoint(run / "step_00000002")
+    assert latest_checkpoint(run).name == "step_00000001"
 
 
 def test_no_checkpoint_is_whole(two_steps, tmp_path):
@@ -432,7 +440,7 @@ def test_no_checkpoint_is_whole(two_steps, tmp_path):
     for file in (tmp_path / "run").glob("step_*/state.pt"):
         file.write_bytes(b"")
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
-        latest(tmp_path / "run")
+        latest_checkpoint(tmp_path / "run")
 
 
 def test_no_space_is_seen_before_anything_is_written(two_steps, tmp_path, monkeypatch):
@@ -448,14 +456,14 @@ def test_no_space_is_seen_before_anything_is_written(two_steps, tmp_path, monkey
 
 def train_on_a_full_disk(size, *words):
     "Run the command line, and from step 29 on let no file grow beyond a size, as a full disk does"
-    as_it_is = Trainer.one_step
+    as_it_is = Trainer.train_step
 
-    def one_step(t):
+    def train_step(t):
         as_it_is(t)
         if t.step == 29:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-    Trainer.one_step = one_step
+    Trainer.train_step = train_step
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     return lmnotes_command(*words)
 
@@ -470,8 +478,8 @@ def test_the_disk_becomes_full(place, file, size):
     assert "step 30 is not saved" in log(place) and "step 40/40" in log(place)
     assert log(place).splitlines()[-1].startswith("lmnotes: ")
     assert "step_00000040 could not be written: disk full; earlier checkpoints are untouched" in log(place)
-    sizes = {name: (latest(run) / name).stat().st_size for name in FILES}
-    assert latest(run).name < "step_00000030" and sizes[file] > size
+    sizes = {name: (latest_checkpoint(run) / name).stat().st_size for name in FILES}
+    assert latest_checkpoint(run).name < "step_00000030" and sizes[file] > size
     assert not list(run.glob(".*.tmp"))
     assert call(place, lmnotes_command, "train", *words(run="r", out_dir="runs", resume=True)) == 0, log(place)
     assert not differences(left_behind(place / "runs/whole"), left_behind(run))

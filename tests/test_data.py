@@ -14,10 +14,10 @@ import torch
 
 from lmnotes.core import DataError, TokenizerError, data_root
 from lmnotes.data import datasets
-from lmnotes.data.corpus import read_jsonl, read_pieces, to_bytes, to_text
+from lmnotes.data.corpus import read_chunks, read_jsonl, to_bytes, to_text
 from lmnotes.data.datasets import get_corpus
-from lmnotes.data.prepare import prepare
-from lmnotes.data.splits import parts, split_documents
+from lmnotes.data.prepare import tokenize_splits
+from lmnotes.data.splits import parts_of_split, split_documents
 from lmnotes.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 from lmnotes.data.tokenizer_files import get_tokenizer, load_tokenizer
 from lmnotes.data.tokens import TokenWriter, open_tokens
@@ -87,7 +87,7 @@ def test_mutated_text_is_read_or_refused_with_its_place():
     for _ in range(300):
         data = mutate(good, rng)
         try:
-            text = "".join(read_pieces(io.BytesIO(data), "x.txt", size=64))
+            text = "".join(read_chunks(io.BytesIO(data), "x.txt", size=64))
             assert text.encode() == data
         except DataError as e:
             with pytest.raises(UnicodeDecodeError) as wrong:
@@ -100,7 +100,7 @@ def test_streams_of_any_bytes_come_back_whatever_the_piece_size():
     rng = random.Random(2)
     for size in (1, 7, 100):
         data = bytes(rng.choice(b"\n a\xc3\xa9\xff\x00") for _ in range(500))
-        assert to_bytes("".join(read_pieces(io.BytesIO(data), "x", strict=False, size=size))) == data
+        assert to_bytes("".join(read_chunks(io.BytesIO(data), "x", strict=False, size=size))) == data
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "merges.txt"])
@@ -240,7 +240,7 @@ def test_every_tokenizer_with_every_layout(tmp_path, spec, layout):
             (data / domain / "a.jsonl").write_text("".join(lines[:30] if domain == "x" else lines[30:]))
     corpus = get_corpus(data / "a.jsonl" if layout == "jsonl" else data)
     tok = get_tokenizer(spec, lambda: (d.text for d in split_documents(corpus)))
-    made = prepare(corpus, tok, tmp_path / "out", verbose=False)
+    made = tokenize_splits(corpus, tok, tmp_path / "out", verbose=False)
     assert list(made) == ["train", "val"]
     for part, tokens in made.items():
         end = "" if layout == "text" else "\0"
@@ -275,14 +275,14 @@ def test_randperm42_is_the_guides_split(tmp_path):
 def test_prepare_again_after_the_text_was_edited_in_place(tmp_path, capsys):
     path = tmp_path / "a.txt"
     path.write_text("abcdefghij" * 10)
-    first = prepare(get_corpus(path), ByteTokenizer(), tmp_path / "out")
+    first = tokenize_splits(get_corpus(path), ByteTokenizer(), tmp_path / "out")
     path.write_text("abcdefghiX" * 10)
-    second = prepare(get_corpus(path), ByteTokenizer(), tmp_path / "out")
+    second = tokenize_splits(get_corpus(path), ByteTokenizer(), tmp_path / "out")
     assert first["train"].fingerprint != second["train"].fingerprint
     assert "prepared before" not in capsys.readouterr().out
     expected = second["val"].ids.tolist()
     (tmp_path / "out" / "val.bin").write_bytes(b"ab")
-    third = prepare(get_corpus(path), ByteTokenizer(), tmp_path / "out")
+    third = tokenize_splits(get_corpus(path), ByteTokenizer(), tmp_path / "out")
     assert third["val"].ids.tolist() == expected
     assert "it is written anew" in capsys.readouterr().out
 
@@ -326,11 +326,11 @@ def test_enwik8_from_a_server_that_breaks_off(tmp_path, monkeypatch):
     server.shutdown()
     server.server_close()
     assert sorted(p.name for p in (tmp_path / "data").rglob("*")) == ["enwik8", "enwik8.zip"]
-    assert parts(corpus) == ("train", "val", "test")
+    assert parts_of_split(corpus) == ("train", "val", "test")
     cuts = [0, 54_000, 57_000, 60_001]
     for spec in SPECS:
         tok = get_tokenizer(spec, lambda: (d.text for d in split_documents(corpus)))
-        made = prepare(corpus, tok, tmp_path / spec[:3], verbose=False)
+        made = tokenize_splits(corpus, tok, tmp_path / spec[:3], verbose=False)
         for part, start, stop in zip(made, cuts, cuts[1:]):
             assert spec == "chars" or tok.decode_bytes(made[part].ids) == content[start:stop]
             assert made[part].n_bytes == stop - start
@@ -381,7 +381,7 @@ def test_real_tinyshakespeare(tmp_path):
     assert corpus.fingerprint == get_corpus(path).fingerprint
     assert hashlib.sha256(path.read_bytes()).hexdigest() == datasets.DOWNLOADS["tinyshakespeare"][0].sha256
     chars = get_tokenizer("chars", lambda: (d.text for d in split_documents(corpus)))
-    made = prepare(corpus, chars, tmp_path / "chars")
+    made = tokenize_splits(corpus, chars, tmp_path / "chars")
     assert chars.vocab_size == 65 + 2
     assert (len(made["train"]), len(made["val"])) == (1_003_854, 111_540)
 

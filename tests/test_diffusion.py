@@ -7,23 +7,23 @@ import torch
 import torch.nn.functional as F
 from helpers import TINY, call, differences, left_behind, lmnotes_command, log, train, words
 
-from lmnotes.data.batches import IGNORE, Batch
+from lmnotes.data.batches import IGNORE_INDEX, Batch
 from lmnotes.data.tokenizer import ByteTokenizer
-from lmnotes.inference.generation import Picker, generate, generate_ids
+from lmnotes.inference.generation import TokenSampler, generate, generate_ids
 from lmnotes.models.diffusion import (
     Diffusion,
     DiffusionConfig,
     Masked,
     fill,
+    generate_blocks,
     infill,
     likelihood_bound,
     row_generators,
-    write_blocks,
 )
 from lmnotes.nn.lm import new_lm
 from lmnotes.runs.load import load
 from lmnotes.runs.run import run
-from lmnotes.training.weights import graft
+from lmnotes.training.weights import load_submodule
 
 SMALL = dict(vocab_size=12, ctx_len=13, d_model=32, n_layers=2, n_heads=2, dropout=0.0)
 FORMS = dict(
@@ -60,7 +60,7 @@ def conditionals(ids):
 
 
 class KnownText(Masked):
-    def enter(self, ids):
+    def embed_ids(self, ids):
         return F.one_hot(ids, V + 1).float()
 
     def logits(self, h):
@@ -137,7 +137,7 @@ def plain_sampler(lm, prompt, steps, seed, row):
     "One window, one row, one call of the network at each step"
     n = lm.cfg.ctx_len + 1 - len(prompt)
     x = torch.tensor([prompt + [lm.cfg.vocab_size] * n])
-    pick = Picker(seed=seed).start(x, [row])
+    pick = TokenSampler(seed=seed).reset(x, [row])
     order = torch.rand(n, generator=row_generators(pick, 1)[0]).argsort().tolist()
     for step in range(steps, 0, -1):
         logits = lm(x)
@@ -188,13 +188,13 @@ def test_weights_of_other_types(name, dtype):
 @torch.no_grad()
 def test_blocks_are_written_from_the_past_that_is_kept_as_from_the_whole_text():
     lm, x = model(block=3, sampler="confidence"), torch.randint(12, (2, 4))
-    new = torch.cat(list(write_blocks(lm, x, 9, lambda logits: logits.argmax(-1))), 1)
+    new = torch.cat(list(generate_blocks(lm, x, 9, lambda logits: logits.argmax(-1))), 1)
     whole = x
     for _ in range(3):
         block = torch.full((2, 3), 12)
         for _ in range(3):
             at = torch.arange(whole.shape[1], whole.shape[1] + 3)
-            logits = lm.logits(lm._streams(lm.enter(whole), lm.enter(block), at, 3))
+            logits = lm.logits(lm._streams(lm.embed_ids(whole), lm.embed_ids(block), at, 3))
             certain = logits.log_softmax(-1).amax(-1).masked_fill(block < 12, -torch.inf).argmax(-1, keepdim=True)
             block.scatter_(1, certain, logits.argmax(-1).gather(1, certain))
         whole = torch.cat([whole, block], 1)
@@ -204,14 +204,14 @@ def test_blocks_are_written_from_the_past_that_is_kept_as_from_the_whole_text():
 @pytest.mark.parametrize("name", FORMS)
 def test_a_repetition_penalty_sees_the_text_and_nothing_else(name):
     lm, x = model(**FORMS[name], vocab_size=100), torch.tensor([[5, 6]])
-    pick = Picker(seed=1, repetition_penalty=1.5).start(x)
+    pick = TokenSampler(seed=1, repetition_penalty=1.5).reset(x)
     new = torch.cat(list(lm.generate(x, 20, pick)), 1)
     assert set(pick.seen[0].nonzero()[:, 0].tolist()) == {5, 6, *new[0].tolist()}
 
 
 def test_a_repetition_penalty_sees_no_holes():
     lm, x = model(vocab_size=100), torch.tensor([[5, 100, 7, 100]])
-    pick = Picker(seed=1, repetition_penalty=1.5).start(x)
+    pick = TokenSampler(seed=1, repetition_penalty=1.5).reset(x)
     done = fill(lm, x, pick)
     assert set(pick.seen[0].nonzero()[:, 0].tolist()) == set(done[0].tolist())
 
@@ -231,12 +231,12 @@ def test_an_error_leaves_the_model_in_training():
 
 def test_what_is_given_stays():
     lm, left, right = model(), torch.randint(12, (2, 5)), torch.randint(12, (2, 4))
-    pick = Picker(seed=1).start(left)
+    pick = TokenSampler(seed=1).reset(left)
     assert infill(lm, left, right, 3, pick).shape == (2, 3)
     assert infill(lm, left.repeat(1, 9), right.repeat(1, 9), 6, pick).shape == (2, 6)  # The ends nearest to the hole
     text = torch.randint(12, (2, 14))
     holes = text.scatter(1, 1 + torch.rand(2, 13).argsort(1)[:, :5], 12)
-    done = fill(lm, holes, Picker(seed=1).start(holes))
+    done = fill(lm, holes, TokenSampler(seed=1).reset(holes))
     assert torch.equal(done[holes < 12], text[holes < 12]) and done.max() < 12
     full = torch.randint(12, (1, 9))
     assert torch.equal(fill(lm, full, pick), full)
@@ -253,10 +253,10 @@ def test_a_target_that_is_skipped_is_given():
     "It is seen as what it is, costs nothing, and what comes after the last target is seen by nobody"
     x, y = torch.randint(12, (1, 13)), torch.randint(12, (1, 13))
     x[:, 1:] = y[:, :-1]
-    y[0, 2] = IGNORE
+    y[0, 2] = IGNORE_INDEX
     other, y_short, other_end = x.clone(), y.clone(), x.clone()
     other[0, 3] = (x[0, 3] + 1) % 12
-    y_short[0, 6:] = IGNORE
+    y_short[0, 6:] = IGNORE_INDEX
     other_end[0, 7:] = (x[0, 7:] + 1) % 12
     for block in (0, 1, 4):
         lm = model(block=block)
@@ -269,10 +269,10 @@ def test_a_target_that_is_skipped_is_given():
 def test_a_text_has_no_end(objective):
     "In blocks of one, past `ctx_len` in chunks of any size, by `step` and by states of a kept past"
     lm, x = model(block=1, objective=objective), torch.randint(12, (2, 40))
-    full, state, past, at = lm(x), None, lm.begin(), 0
+    full, state, past, at = lm(x), None, lm.new_cache(), 0
     for k in (5, 1, 1, 9, 1, 20, 1, 1, 1):
         logits, state = lm.step(x[:, at : at + k], state)
-        states = lm.states(lm.enter(x[:, at : at + k]), past)
+        states = lm.hidden_states(lm.embed_ids(x[:, at : at + k]), past)
         at += k
         assert (logits - full[:, at - 1]).abs().max() < 1e-4
         assert (lm.logits(states) - full[:, at - k : at]).abs().max() < 1e-4
@@ -328,7 +328,7 @@ def test_the_table_is_that_of_a_transformer_and_stays(tmp_path):
         tokenizer="bytes", device="cpu", sample_every=0, eval_batches=1, out_dir=str(place), run="encoder",
     )  # fmt: skip
     lm = model(objective="mse", vocab_size=encoder.lm.cfg.vocab_size)
-    graft(lm, "text.table", place / "encoder", "embed")
+    load_submodule(lm, "text.table", place / "encoder", "embed")
     before = encoder.lm.embed.weight.detach().clone()
     assert torch.equal(lm.text.table.weight, before) and not lm.text.table.weight.requires_grad
     opt = torch.optim.AdamW(lm.parameters(), lr=0.1, weight_decay=0.1)
@@ -370,7 +370,7 @@ def test_the_command_line(place):
     asked = dict(run="runs/r", prompt="a", n=9, dtype="bfloat16")
     assert call(place, lmnotes_command, "generate", *words(**asked)) == 0, log(place)
     lm = load(place / "runs/r", model_args="block=1 sampler=confidence").lm
-    assert lm.causal and not lm.bound and lm.cfg.sampler == "confidence"
+    assert lm.causal and not lm.nll_is_upper_bound and lm.cfg.sampler == "confidence"
     assert len(generate(lm, ByteTokenizer(), "wave", 30, seed=1)) > 0
     (place / "log").write_text("")
     assert call(place, lmnotes_command, "train", *words(**case | dict(model_args=RUNS["mse"], run="mse"))) == 0

@@ -16,7 +16,7 @@ from lmnotes.recipes.fresh_or_resume_config import (
     TrainingConfig,
     load_config_fresh_from_env,
     load_config_from_checkpoint,
-    run_params,
+    to_run_params,
 )
 from lmnotes.runs.load import Run
 
@@ -132,7 +132,7 @@ RECIPES = {
 def test_the_recipe_of_the_guide(name):
     "Optimizer, clipping, warm-up, seed and split"
     variables, expected = RECIPES[name]
-    params = run_params(load_config_fresh_from_env(variables))
+    params = to_run_params(load_config_fresh_from_env(variables))
     assert {name: params[name] for name in expected} == expected
 
 
@@ -191,7 +191,7 @@ def test_a_variable_changes_the_run(field, place):
     beside, value, expected = EFFECTS[field]
     a, b = (load_config_fresh_from_env(beside | more) for more in ({}, {field.upper(): value}))
     assert vars(a)[field] != vars(b)[field]
-    before, after = run_params(a), run_params(b)
+    before, after = to_run_params(a), to_run_params(b)
     if "out_dir" in expected:
         expected = dict(out_dir=str(place / expected["out_dir"]))
     assert changes(before, after) == expected
@@ -244,7 +244,7 @@ def test_start_step_is_the_checkpoints(place, monkeypatch):
     "No variable says it; what follows from it is the number of steps in all, and the log's name"
     assert load_config_fresh_from_env(dict(START_STEP="7")).start_step == 0
     config = load_config_fresh_from_env({})
-    more = changes(run_params(config), run_params(replace(config, start_step=7)))
+    more = changes(to_run_params(config), to_run_params(replace(config, start_step=7)))
     assert more == dict(steps=5007, save_every=5007)
     first, _ = session(place, monkeypatch)
     for log in place.glob("logs/*"):
@@ -293,7 +293,7 @@ def test_all_values_reach_the_run_and_the_output_file(place, monkeypatch, capsys
     "The run's own record has each parameter, the output file each field, and the adapters on a small model are remarked on"
     run, _ = session(place, monkeypatch, **EVERYTHING)
     config = load_config_fresh_from_env(TINY | EVERYTHING)
-    params = run_params(config)
+    params = to_run_params(config)
     assert {name: vars(run.config)[name] for name in params} == params
     assert run.folder.parent == place / "kept"
     (output,) = place.glob("outputs/*.txt")

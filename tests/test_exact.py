@@ -6,9 +6,9 @@ import shutil
 import pytest
 from helpers import TINY, call, differences, left_behind, log, train
 
-from lmnotes.data.batches import EpochWindows, get_batches
+from lmnotes.data.batches import EpochBatches, get_batches
 from lmnotes.runs.config import RunConfig
-from lmnotes.runs.data import get_data
+from lmnotes.runs.data import load_data
 from lmnotes.training import trainer
 from lmnotes.training.trainer import Trainer
 
@@ -62,10 +62,10 @@ def test_the_cases_are_what_they_say(place, monkeypatch):
     monkeypatch.chdir(place)
     for name, case in CASES.items():
         cfg = RunConfig(**TINY | case)
-        tokens = get_data(cfg, say=None).tokens["train"]
-        per_epoch = get_batches(tokens, cfg.batch_size, cfg.ctx_len, sampler=cfg.sampler).per_epoch
+        tokens = load_data(cfg, log_fn=None).tokens["train"]
+        steps_per_epoch = get_batches(tokens, cfg.batch_size, cfg.ctx_len, sampler=cfg.sampler).steps_per_epoch
         if cfg.sampler in ("epochs", "documents"):
-            assert 2 * per_epoch < 40 and per_epoch % 1, name
+            assert 2 * steps_per_epoch < 40 and steps_per_epoch % 1, name
         assert len(tokens.domains) == 2
     whole = left_behind(begin(place, TINY | CASES["early stop"]))
     assert whole["status"] == "early_stop" and 20 < whole["step"] < 40
@@ -113,7 +113,7 @@ def _one_later(cls, name):
     "Make what depends on the step depend on the next one"
     as_it_is = getattr(cls, name)
     setattr(
-        cls, name, lambda first, *rest: as_it_is(*((first, rest[0] + 1) if cls is EpochWindows else (first + 1, *rest)))
+        cls, name, lambda first, *rest: as_it_is(*((first, rest[0] + 1) if cls is EpochBatches else (first + 1, *rest)))
     )
 
 
@@ -121,10 +121,10 @@ ABLATIONS = {
     "nothing": lambda: _forget(""),
     "optimizers": lambda: _forget("optimizers"),
     "counters": lambda: _forget("counters"),
-    "batches": lambda: _one_later(EpochWindows, "__getitem__"),
+    "batches": lambda: _one_later(EpochBatches, "__getitem__"),
     "learning rate": lambda: _one_later(trainer, "lr_at"),
-    "dropout": lambda: setattr(trainer, "seed_step", lambda *key: None),
-    "metrics": lambda: setattr(trainer.Metrics, "keep", lambda metrics, last: metrics.path.unlink(missing_ok=True)),
+    "dropout": lambda: setattr(trainer, "seed_torch", lambda *key: None),
+    "metrics": lambda: setattr(trainer.JsonlLog, "keep", lambda metrics, last: metrics.path.unlink(missing_ok=True)),
 }
 
 

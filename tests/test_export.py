@@ -25,7 +25,7 @@ from lmnotes.export.export import export, read_manifest, source_files
 from lmnotes.export.hub import upload
 from lmnotes.export.model_card import train_command
 from lmnotes.nn.lm import LM
-from lmnotes.nn.lora import to_plain
+from lmnotes.nn.lora import merge_and_unload
 from lmnotes.runs.load import load
 from lmnotes.runs.run import run
 
@@ -148,7 +148,7 @@ def test_adapters_become_part_of_the_weights(r, place, tmp_path):
     assert not torch.equal(here(a)[0], here(r)[0])
     folder = export(a, tmp_path / "adapted")
     logits, _ = alone(folder, tmp_path)
-    assert torch.equal(logits, here(a, to_plain(a.lm))[0])
+    assert torch.equal(logits, here(a, merge_and_unload(a.lm))[0])
     assert not [name for name in load_file(folder / "model.safetensors") if "lora" in name]
     assert "rank 2, added to the weights of r" in (folder / "README.md").read_text()
 
@@ -297,7 +297,7 @@ def test_what_fails_leaves_nothing_and_takes_nothing(r, tmp_path, monkeypatch):
     def fails(*args):
         raise OSError("no space left on device")
 
-    for name in ("model_card", "_appear", "fsync_path"):
+    for name in ("model_card", "_replace_folder", "fsync_path"):
         with monkeypatch.context() as patched:
             patched.setattr(module, name, fails)
             for target in (folder, tmp_path / "new"):

@@ -23,16 +23,16 @@ from lmnotes.core import CheckpointError
 from lmnotes.data.batches import Batch
 from lmnotes.data.tokenizer import BPETokenizer
 from lmnotes.models.gpt2 import save_hf
-from lmnotes.nn.blocks import causal_look
+from lmnotes.nn.blocks import make_causal_attention_fn
 from lmnotes.nn.lm import get_arch, new_lm
 from lmnotes.nn.lora import LoRAConfig, add_lora
 from lmnotes.recipes.fresh_or_resume import from_env
 from lmnotes.recipes.fresh_or_resume_config import (
-    FIELDS,
-    FUNCTIONS,
+    FIELD_TABLE,
+    FUNCTION_TABLE,
     TrainingConfig,
     load_config_fresh_from_env,
-    run_params,
+    to_run_params,
 )
 from lmnotes.runs.config import RunConfig
 from lmnotes.runs.load import load
@@ -241,7 +241,7 @@ def test_mistake_06_checkpoints_only_at_evaluations(place):
     r = from_env(TINY | KEEP | dict(TRAINING_STEPS="100", CHECKPOINT_INTERVAL="30", EVAL_INTERVAL="100"))
     steps = sorted(int(re.search(r"step(\d+)", p.name)[1]) for p in r.folder.glob("checkpoint_*.pt"))
     assert steps == [30, 60, 90, 100]
-    assert [int(p.name[5:]) for p in checkpoint.checkpoints(r.folder)] == [30, 60, 90, 100]
+    assert [int(p.name[5:]) for p in checkpoint.list_checkpoints(r.folder)] == [30, 60, 90, 100]
 
 
 def test_mistake_07_warming_up_is_an_error(place):
@@ -285,7 +285,7 @@ def test_mistake_11_the_attention_scale_of_the_whole_width():
     q, k, v = a.qkv(x).view(1, 8, 3, 4, 4).permute(2, 0, 3, 1, 4)
     scores = (q @ k.mT / 4**0.5).masked_fill(torch.ones(8, 8).triu(1).bool(), -torch.inf)
     y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(1, 8, 16)
-    assert torch.allclose(a(x, causal_look())[0], a.out(y), atol=1e-6)
+    assert torch.allclose(a(x, make_causal_attention_fn())[0], a.out(y), atol=1e-6)
 
 
 def test_mistake_12_no_best_checkpoint_and_noisy_figures(place):
@@ -350,7 +350,7 @@ def test_mistake_19_errors_of_saving_are_swallowed(place, monkeypatch):
     def full(path, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(checkpoint, "_write_file", full)
     with pytest.raises(CheckpointError, match="could not be written"):
         from_env(TINY | dict(TRAINING_STEPS="3"))
 
@@ -410,14 +410,14 @@ def test_what_cannot_be_gone_on_with(place):
 def test_stopped_by_a_signal(place, monkeypatch):
     "Also without ENABLE_CHECKPOINTS the run is saved, and goes on to the same bits"
     whole = from_env(TINY | dict(TRAINING_STEPS="50"))
-    as_it_is = Trainer.one_step
+    as_it_is = Trainer.train_step
 
-    def one_step(trainer):
+    def train_step(trainer):
         as_it_is(trainer)
         if trainer.step == 17:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Trainer, "one_step", one_step)
+    monkeypatch.setattr(Trainer, "train_step", train_step)
     part = from_env(TINY | dict(TRAINING_STEPS="50"))
     assert (part.status, part.step) == ("interrupted", 17)
     part = from_env(TINY | dict(CHECKPOINT_PATH=part.folder.name, RESUME_STEPS="33"))
@@ -469,7 +469,7 @@ def test_the_command(place):
 def test_the_fields_are_complete_and_right():
     "All of the guide's 22 fields, each with a variable, and a parameter that exists"
     own = [f.name for f in fields(TrainingConfig)]
-    assert [row["field"] for row in FIELDS] == own[:22]
+    assert [row["field"] for row in FIELD_TABLE] == own[:22]
     assert (
         own[:22]
         == (
@@ -479,7 +479,7 @@ def test_the_fields_are_complete_and_right():
         ).split()
     )
     parameters = {f.name for f in fields(RunConfig)}
-    assert all(row["parameter"] in parameters | {""} and (row["parameter"] or row["note"]) for row in FIELDS)
+    assert all(row["parameter"] in parameters | {""} and (row["parameter"] or row["note"]) for row in FIELD_TABLE)
 
 
 CHANGES = dict(
@@ -503,16 +503,16 @@ CHANGES = dict(
 )
 
 
-@pytest.mark.parametrize("row", [row for row in FIELDS if row["field"] in CHANGES], ids=lambda row: row["field"])
+@pytest.mark.parametrize("row", [row for row in FIELD_TABLE if row["field"] in CHANGES], ids=lambda row: row["field"])
 def test_every_variable_has_its_effect(row):
     "Another value of the variable is another value of the field and of the parameter in the table"
     a, b = load_config_fresh_from_env({}), load_config_fresh_from_env(CHANGES[row["field"]])
     assert vars(a)[row["field"]] != vars(b)[row["field"]]
-    assert run_params(a).get(row["parameter"]) != run_params(b).get(row["parameter"])
+    assert to_run_params(a).get(row["parameter"]) != to_run_params(b).get(row["parameter"])
 
 
 def test_the_functions_exist():
-    for row in FUNCTIONS:
+    for row in FUNCTION_TABLE:
         module, _, name = row["here"].rpartition(".")
         assert hasattr(import_module(module), name), row
 
@@ -549,7 +549,7 @@ def test_a_name_with_a_step_in_it(place):
 
 
 def test_runs_of_one_second_have_a_log_each(place, monkeypatch):
-    monkeypatch.setattr("lmnotes.recipes.fresh_or_resume.stamp", lambda: "01012026_000000")
+    monkeypatch.setattr("lmnotes.recipes.fresh_or_resume.timestamp", lambda: "01012026_000000")
     runs = [from_env(TINY | dict(TRAINING_STEPS="2")) for _ in range(3)]
     assert len(list((place / "logs").iterdir())) == len(list((place / "outputs").iterdir())) == 3
     for r in runs:
@@ -575,14 +575,14 @@ def test_the_first_figure_of_a_session_is_the_checkpoints(place):
 
 def test_mistake_19_also_on_the_way(place, monkeypatch):
     "A save that fails on the way is said, counted, and in the last line; the next one is tried"
-    write = checkpoint._write
+    write = checkpoint._write_file
 
     def sometimes_full(path, data):
         if "step_00000010" in str(path):
             raise OSError(28, "No space left on device")
         return write(path, data)
 
-    monkeypatch.setattr(checkpoint, "_write", sometimes_full)
+    monkeypatch.setattr(checkpoint, "_write_file", sometimes_full)
     r = from_env(TINY | KEEP | dict(TRAINING_STEPS="20", CHECKPOINT_INTERVAL="10"))
     assert r.info["unsaved"] == 1 and r.status == "done"
     assert "1 saves on the way failed" in text_of(place / "logs", "*.log")

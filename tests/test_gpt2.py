@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from lmnotes.inference.generation import generate_ids
 from lmnotes.models.gpt2 import GPT2, save_hf, to_hf
 from lmnotes.nn.lm import new_lm
-from lmnotes.nn.lora import LoRAConfig, add_lora, save_adapter, to_plain
+from lmnotes.nn.lora import LoRAConfig, add_lora, merge_and_unload, save_adapter
 from lmnotes.training.checkpoint import load_lm, save_checkpoint
 
 SHAPE = dict(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None)
@@ -149,7 +149,7 @@ def test_nothing_is_shifted_twice(source):
     "The loss is what transformers computes from a whole window, which shifts once"
     from transformers import GPT2LMHeadModel
 
-    from lmnotes.data.batches import IGNORE, Batch
+    from lmnotes.data.batches import IGNORE_INDEX, Batch
 
     lm, hf, window = GPT2.pretrained(source).eval(), GPT2LMHeadModel.from_pretrained(source), ids(4, 16)
     batch = Batch(window[:, :-1], window[:, 1:].clone())
@@ -158,8 +158,8 @@ def test_nothing_is_shifted_twice(source):
     close(out["loss"], by_hand.mean())
     close(out["loss"], hf(window, labels=window).loss)
     assert abs(out["loss"] - hf(batch.x, labels=batch.y).loss) > 1e-3
-    batch.y[0, 3:] = IGNORE
-    close(lm.loss(batch)["loss"], by_hand[batch.y != IGNORE].mean())
+    batch.y[0, 3:] = IGNORE_INDEX
+    close(lm.loss(batch)["loss"], by_hand[batch.y != IGNORE_INDEX].mean())
 
 
 def test_dropout_is_off_in_generation_and_no_graph_is_built(source):
@@ -318,9 +318,9 @@ def adapted(source, **more):
 
 def test_adapters_become_part_of_the_weights_and_the_head_its_own_matrix(source, tmp_path):
     lm, x = adapted(source), ids(2, 9)
-    with pytest.raises(ValueError, match="to_plain"):
+    with pytest.raises(ValueError, match="merge_and_unload"):
         to_hf(lm)
-    plain = to_plain(lm)
+    plain = merge_and_unload(lm)
     assert lm.cfg.tie and not plain.cfg.tie
     close(plain(x), lm(x))
     save_hf(plain, tmp_path / "merged")
@@ -344,10 +344,15 @@ def test_peft_opens_the_adapters_on_transformers_model(source, tmp_path):
 
 def the_end(folder):
     "{what: hash or content} of the last checkpoint of a run, with adapters or without, and of what it measured"
-    step_folder = folder / (folder / "final").read_text().strip()
-    files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in step_folder.glob("*.safetensors")}
+    checkpoint_folder = folder / (folder / "final").read_text().strip()
+    files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in checkpoint_folder.glob("*.safetensors")}
     assert files
-    return dict(files, step=step_folder.name, state=state_hash(step_folder), metrics=records(folder / "metrics.jsonl"))
+    return dict(
+        files,
+        step=checkpoint_folder.name,
+        state=state_hash(checkpoint_folder),
+        metrics=records(folder / "metrics.jsonl"),
+    )
 
 
 RUN = dict({n: v for n, v in TINY_RUN.items() if n != "model_args"}, arch="gpt2", init_from="source", steps=20)

@@ -17,7 +17,7 @@ from importlib import import_module
 import pytest
 from helpers import ROOT, call, lmnotes_command, recipe_parameters
 
-from lmnotes.apps.papermill_engine import completed
+from lmnotes.apps.papermill_engine import fill_in_command
 from lmnotes.data.tokenizer import BPETokenizer
 from lmnotes.models.gpt2 import save_hf
 from lmnotes.nn.lm import new_lm
@@ -76,7 +76,7 @@ def execute(line, given, variables):
         return lmnotes_command(*words[1:])
     assert all(word in ("-p", "-r") for word in words[2::3]), f"{line}: parameters are given by -p NAME VALUE"
     try:
-        print(completed(words)[1])
+        print(fill_in_command(words)[1])
     except ValueError as error:
         print(f"lmnotes: {error}")
         return 1
@@ -167,13 +167,13 @@ class Reader:
 
     def setting(self, row, about):
         "`name=default` is what the configuration says, and another value of it is found in the run's record"
-        from lmnotes.recipes.text_only_config import KEYS, load_text_config
+        from lmnotes.recipes.text_only_config import DEFAULT_SETTINGS, load_text_config
 
         name, _, default = spans(row[1])[0].partition("=")
-        if name not in KEYS or str(KEYS[name]) != default:
-            return f"the configuration has {name}={KEYS.get(name)!r}"
+        if name not in DEFAULT_SETTINGS or str(DEFAULT_SETTINGS[name]) != default:
+            return f"the configuration has {name}={DEFAULT_SETTINGS.get(name)!r}"
         self.given[(self.place / about[1]).parent] = load_text_config(self.place / about[0])
-        return self.recorded(name, KEYS[name], about[1], spans(row[2]))
+        return self.recorded(name, DEFAULT_SETTINGS[name], about[1], spans(row[2]))
 
     def variable(self, row, about):
         "`NAME=default` is what the environment's reader says, and another value of it is found in the run's record"

@@ -11,11 +11,11 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch.profiler import ProfilerActivity, profile
 
-from lmnotes.data.batches import IGNORE, Batch
+from lmnotes.data.batches import IGNORE_INDEX, Batch
 from lmnotes.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 from lmnotes.inspect.attention import attention_maps, plot_attention
-from lmnotes.inspect.cost import estimate, step_cost
-from lmnotes.inspect.routing import plot_router, router_use
+from lmnotes.inspect.cost import cost_table, measure_step
+from lmnotes.inspect.routing import plot_router_usage, router_usage
 from lmnotes.inspect.tokens import show_batch, show_probabilities, show_tokens, token_probabilities, token_text
 from lmnotes.nn.lm import archs, new_lm
 from lmnotes.training.trainer import TrainConfig, Trainer
@@ -104,7 +104,7 @@ def test_any_text_can_be_shown(tokenizer):
 def test_a_batch_shows_what_is_not_predicted():
     ids = torch.tensor(TOKENIZER.encode(TEXT))
     x, y = ids[None, :-1], ids[None, 1:].clone()
-    y[0, 3:5] = IGNORE
+    y[0, 3:5] = IGNORE_INDEX
     look = show_batch(TOKENIZER, Batch(x, y), n=6)
     page = check_page(look)
     assert page.text.count("—") == 3 and "2 (—) are not" in page.text
@@ -121,7 +121,7 @@ def test_probabilities_are_the_models_own_loss_taken_apart(name, given):
     assert lm.training and all(torch.equal(before[n], t) for n, t in lm.state_dict().items())
     ids = torch.tensor(TOKENIZER.encode((given or "\0") + TEXT[5:]))[None]
     y = ids[:, 1:].clone()
-    y[:, : len(given or "\0") - 1] = IGNORE
+    y[:, : len(given or "\0") - 1] = IGNORE_INDEX
     with torch.no_grad():
         nll = lm.eval().loss(Batch(ids[:, :-1], y))["nll"].item()
     assert sum(row["nats"] for row in rows) == pytest.approx(nll, rel=1e-4)
@@ -192,7 +192,7 @@ def test_the_router_of_nanothink():
     lm = new("nanothink")
     ids = np.frombuffer((TEXT * 20 + "0123456789" * 30).encode(), np.uint8)
     tokens = SimpleNamespace(ids=ids, domains=dict(prose=(0, 480), numbers=(480, 780), empty=(780, 781)))
-    table = router_use(lm, tokens)
+    table = router_usage(lm, tokens)
     assert table.names == ["domain", "transformer", "state_space", "diffuser"]
     assert len(table.rows) == 2
     for row, (start, stop) in zip(table.rows, tokens.domains.values()):
@@ -201,7 +201,7 @@ def test_the_router_of_nanothink():
         with torch.no_grad():
             pieces = torch.cat([lm.eval().router_weights(part[None])[0] for part in x.split(32)])
         assert [row[name] for name in table.names[1:]] == pytest.approx(pieces.mean(0).tolist(), rel=1e-4)
-    plot_router(table).savefig(BytesIO())
+    plot_router_usage(table).savefig(BytesIO())
 
 
 def peak(trainer):
@@ -221,7 +221,7 @@ def test_memory_is_what_the_allocator_reports(name, optimizer):
     "Between the beginning and the end of a step gradients and activations come and go; weights and states are there before"
     lm, cfg = new(name), TrainConfig(steps=4, optimizer=optimizer, dtype="float32")
     before, random = deepcopy(lm.state_dict()), torch.get_rng_state()
-    cost = step_cost(lm, noise(), cfg, seconds=0.0)
+    cost = measure_step(lm, noise(), cfg, seconds=0.0)
     assert all(torch.equal(before[n], t) for n, t in lm.state_dict().items())
     assert torch.equal(random, torch.get_rng_state()) and all(p.grad is None for p in lm.parameters())
     trainer = Trainer(lm, noise(), cfg)
@@ -235,7 +235,7 @@ def test_memory_is_what_the_allocator_reports(name, optimizer):
 def test_activations_grow_with_the_rows_and_shrink_with_accumulation():
     def kept(rows, accum=1):
         cfg = TrainConfig(steps=4, accum=accum, dtype="float32")
-        return step_cost(new("gpt"), noise(rows=rows), cfg, seconds=0.0)["activations"]
+        return measure_step(new("gpt"), noise(rows=rows), cfg, seconds=0.0)["activations"]
 
     assert kept(8) == pytest.approx(2 * kept(4), rel=0.01) and kept(8, accum=2) == kept(4)
 
@@ -243,7 +243,7 @@ def test_activations_grow_with_the_rows_and_shrink_with_accumulation():
 def test_what_is_frozen_costs_no_gradient():
     lm = new("gpt")
     lm.blocks.requires_grad_(False)
-    cost = step_cost(lm, noise(), TrainConfig(steps=4), seconds=0.0)
+    cost = measure_step(lm, noise(), TrainConfig(steps=4), seconds=0.0)
     assert cost["gradients"] == 4 * 2 * 256 * 32 == sum(cost["optimizers"].values()) // 2 - 4
     assert cost["weights"] == 4 * sum(p.numel() for p in lm.parameters())
 
@@ -260,10 +260,10 @@ class Late(type(new_lm("bigram"))):
 
 
 def test_steps_that_are_refused_are_no_estimate():
-    cost = step_cost(Late(new("bigram").cfg), noise(n=9), TrainConfig(steps=9, dtype="float32"), seconds=0.0)
+    cost = measure_step(Late(new("bigram").cfg), noise(n=9), TrainConfig(steps=9, dtype="float32"), seconds=0.0)
     assert cost["optimizers"] == dict(AdamW=2 * 4 * 256**2 + 4)
 
 
 def test_an_estimate_can_be_read():
-    text = repr(estimate(new("gpt"), noise(), TrainConfig(steps=7_200_000, accum=2), seconds=0.0))
+    text = repr(cost_table(new("gpt"), noise(), TrainConfig(steps=7_200_000, accum=2), seconds=0.0))
     assert "4 × 32 tokens" in text and "7,200,000 steps" in text and "tokens a second" in text

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from helpers import TINY
 
-from lmnotes.data.batches import IGNORE, Batch, CoveringWindows
+from lmnotes.data.batches import IGNORE_INDEX, Batch, EvaluationBatches
 from lmnotes.inference.evaluation import Table, evaluate
 from lmnotes.inspect.parameters import parameter_table
-from lmnotes.inspect.thinking import conclusion, inspect_thinking, plot_thinking, thinking_rows, untrained
+from lmnotes.inspect.thinking import inspect_thinking, plot_thinking, summarize_thinking, thinking_rows, untrained_copy
 from lmnotes.nn.lm import n_params, new_lm
-from lmnotes.recipes.agiformer import diagnostics, show_diagnostics
+from lmnotes.recipes.agiformer import print_system2_diagnostics, system2_diagnostics
 from lmnotes.runs.run import run
 
 FACES = dict(
@@ -35,7 +35,7 @@ def lm(request):
 
 @pytest.fixture
 def val():
-    return CoveringWindows(BYTES, 4, 32)
+    return EvaluationBatches(BYTES, 4, 32)
 
 
 def test_the_figures_are_those_of_the_logits_and_latents(lm, val):
@@ -43,7 +43,7 @@ def test_the_figures_are_those_of_the_logits_and_latents(lm, val):
     batch = val[0]
     row = thinking_rows(lm, [batch])[2]
     with torch.no_grad():
-        (z0, _, l0), (z1, _, l1), (z2, gate, l2) = lm.thoughts(batch.x)
+        (z0, _, l0), (z1, _, l1), (z2, gate, l2) = lm.iter_thinking(batch.x)
     p, q = l2.softmax(-1), l1.softmax(-1)
     nats = [F.cross_entropy(logits.flatten(0, 1), batch.y.flatten()).item() for logits in (l0, l2)]
     expected = dict(
@@ -68,12 +68,12 @@ def test_each_row_is_what_evaluation_measures_with_so_many_steps(lm, val, steps)
 
 
 def test_padding_does_not_count(lm):
-    batch = CoveringWindows(BYTES, 4, 32)[0]
+    batch = EvaluationBatches(BYTES, 4, 32)[0]
     y = batch.y.clone()
-    y[:, 20:] = IGNORE
+    y[:, 20:] = IGNORE_INDEX
     rows = thinking_rows(lm, [Batch(batch.x, y)])
     with torch.no_grad():
-        *_, (_, _, logits) = lm.thoughts(batch.x)
+        *_, (_, _, logits) = lm.iter_thinking(batch.x)
     want = F.cross_entropy(logits[:, :20].flatten(0, 1), y[:, :20].flatten()).item() / math.log(2)
     assert rows[2]["bpb"] == pytest.approx(want, rel=1e-5)
 
@@ -82,7 +82,7 @@ def test_looking_changes_nothing(lm, val):
     lm.train()
     before = {name: t.clone() for name, t in lm.state_dict().items()}
     generator = torch.get_rng_state()
-    untrained(lm)
+    untrained_copy(lm)
     assert torch.equal(torch.get_rng_state(), generator)
     inspect_thinking(lm, val, steps=3)
     assert lm.cfg.thinking_steps == 2 and lm.training
@@ -93,16 +93,16 @@ def test_looking_changes_nothing(lm, val):
 
 
 def test_the_untrained_copy_is_always_there(lm, val):
-    rows = inspect_thinking(lm, val.limit(2))
+    rows = inspect_thinking(lm, val.subset(2))
     assert [(r["model"], r["steps"]) for r in rows] == [(m, k) for m in ("trained", "untrained") for k in range(3)]
     assert rows[3]["bpb"] == pytest.approx(8, abs=0.3)
-    assert "saved" in repr(Table(rows)) and "bits per byte" in conclusion(rows, 2)
-    again = inspect_thinking(lm, val.limit(2))
+    assert "saved" in repr(Table(rows)) and "bits per byte" in summarize_thinking(rows, 2)
+    again = inspect_thinking(lm, val.subset(2))
     assert again == rows
 
 
 def test_the_figure_shows_both(lm, val):
-    figure = plot_thinking(inspect_thinking(lm, val.limit(2)), "title")
+    figure = plot_thinking(inspect_thinking(lm, val.subset(2)), "title")
     assert figure.get_suptitle() == "title"
     for ax in figure.axes:
         assert ax.get_title() and ax.get_ylabel()
@@ -112,11 +112,11 @@ def test_the_figure_shows_both(lm, val):
 
 def test_the_guides_diagnostics(lm, capsys):
     x = torch.tensor([list(b"The history of artificial intelligence")])
-    found = diagnostics(lm, x)
+    found = system2_diagnostics(lm, x)
     with torch.no_grad():
-        (z0, _, _), *_, (z, _, _) = lm.thoughts(x)
+        (z0, _, _), *_, (z, _, _) = lm.iter_thinking(x)
     assert found["magnitude"] == pytest.approx((z - z0).norm(dim=-1).mean().item(), rel=1e-5)
-    show_diagnostics(lm, x)
+    print_system2_diagnostics(lm, x)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "--- SYSTEM 2 DIAGNOSTICS ---"
     assert [line[:2] for line in lines[1:4]] == ["1.", "2.", "3."] and "(untrained: SYSTEM 2 IS " in lines[4]
@@ -125,7 +125,7 @@ def test_the_guides_diagnostics(lm, capsys):
 def test_an_untrained_model_of_the_guides_size_is_active_already():
     "6.87 in the guide's own implementation"
     torch.manual_seed(0)
-    found = diagnostics(
+    found = system2_diagnostics(
         new_lm("bytepatch", "agiformer"), torch.tensor([list(b"The history of artificial intelligence  ")])
     )
     assert found["verdict"] == "SYSTEM 2 IS ACTIVE" and 5 < found["magnitude"] < 9
@@ -134,20 +134,20 @@ def test_an_untrained_model_of_the_guides_size_is_active_already():
 def test_of_a_run(place):
     args = "d_model=16 n_layers=1 n_heads=2 d_byte=16 ngram_rows=64 thinking_steps=2"
     r = run(**TINY | dict(arch="bytepatch", model_args=args, steps=5, data=str(place / "corpus"), out_dir=str(place)))
-    rows = inspect_thinking(r.lm, CoveringWindows(BYTES, 4, 32).limit(2), r.tokenizer.byte_lengths, steps=4)
+    rows = inspect_thinking(r.lm, EvaluationBatches(BYTES, 4, 32).subset(2), r.tokenizer.byte_lengths, steps=4)
     assert len(rows) == 10
 
 
 def test_one_batch_tells_nothing_sure(lm, val):
-    rows = inspect_thinking(lm, val.limit(1))
+    rows = inspect_thinking(lm, val.subset(1))
     assert not [name for row in rows for name in row if name.endswith("stderr")]
-    said = conclusion(rows, 2)
+    said = summarize_thinking(rows, 2)
     assert "make no sure difference" in said and "one batch, which tells nothing sure" in said and "±" not in said
     plot_thinking(rows)
 
 
 def test_what_cannot_be_looked_at(lm, val):
-    none = Batch(val[0].x, torch.full_like(val[0].y, IGNORE))
+    none = Batch(val[0].x, torch.full_like(val[0].y, IGNORE_INDEX))
     with pytest.raises(ValueError, match="1 batches without a target"):
         thinking_rows(lm, [none])
     assert thinking_rows(lm, [none, val[0]])[2]["bpb"] == pytest.approx(thinking_rows(lm, [val[0]])[2]["bpb"])
@@ -155,22 +155,22 @@ def test_what_cannot_be_looked_at(lm, val):
         with pytest.raises(ValueError, match="steps=-1 of thinking"):
             look(lm, val, steps=-1)
     with pytest.raises(ValueError, match="ids of shape .32,., and .rows, length. is needed"):
-        diagnostics(lm, val[0].x[0])
+        system2_diagnostics(lm, val[0].x[0])
     with pytest.raises(ValueError, match="ids of shape"):
         thinking_rows(lm, [Batch(val[0].x[0], val[0].y[0])])
 
 
 @pytest.mark.parametrize("steps", [0, 3, -1])
 def test_a_conclusion_of_steps_that_are_not_there(lm, val, steps):
-    rows = inspect_thinking(lm, val.limit(2))
+    rows = inspect_thinking(lm, val.subset(2))
     with pytest.raises(ValueError, match=f"steps={steps} is not in these rows .* which hold .1, 2."):
-        conclusion(rows, steps)
+        summarize_thinking(rows, steps)
     with pytest.raises(ValueError, match="steps=2 is not in these rows"):
-        conclusion(rows[:3], 2)  # Without the untrained copy
+        summarize_thinking(rows[:3], 2)  # Without the untrained copy
 
 
 def test_models_that_do_not_think(val):
-    for look in (inspect_thinking, thinking_rows, lambda lm, x: diagnostics(lm, val[0].x)):
+    for look in (inspect_thinking, thinking_rows, lambda lm, x: system2_diagnostics(lm, val[0].x)):
         with pytest.raises(ValueError, match="arch='gpt' does not think.*such as bytepatch"):
             look(new_lm("gpt", d_model=16, n_layers=1, n_heads=2), val)
 

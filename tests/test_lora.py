@@ -13,11 +13,20 @@ from lmnotes.core import CheckpointError
 from lmnotes.data.batches import Batch
 from lmnotes.models.gpt2 import to_hf
 from lmnotes.nn.lm import n_params, new_lm
-from lmnotes.nn.lora import LoRAConfig, add_lora, load_adapter, lora_layers, merge, save_adapter, to_plain, unmerge
+from lmnotes.nn.lora import (
+    LoRAConfig,
+    add_lora,
+    load_adapter,
+    lora_layers,
+    merge_adapters,
+    merge_and_unload,
+    save_adapter,
+    unmerge_adapters,
+)
 from lmnotes.runs.folder import fork
 from lmnotes.runs.load import load
 from lmnotes.runs.run import run
-from lmnotes.training.checkpoint import checkpoints, load_lm, load_weights, read_state, weights_of
+from lmnotes.training.checkpoint import list_checkpoints, load_lm, load_weights, model_tensors, read_state
 from lmnotes.training.weights import SaveWeights
 
 GPT2 = dict(vocab_size=23, n_positions=16, ctx_len=16, d_model=16, n_layers=2, n_heads=2, dropout=0.0)
@@ -129,9 +138,9 @@ def test_merge_unmerge_and_to_plain(arch):
     else:
         lm = model(arch, rank=2)
     before = lm(IDS)
-    torch.testing.assert_close(merge(lm)(IDS), before, atol=1e-4, rtol=0)
-    assert torch.equal(unmerge(lm)(IDS), before)
-    plain = to_plain(lm)
+    torch.testing.assert_close(merge_adapters(lm)(IDS), before, atol=1e-4, rtol=0)
+    assert torch.equal(unmerge_adapters(lm)(IDS), before)
+    plain = merge_and_unload(lm)
     torch.testing.assert_close(plain.eval()(IDS), before, atol=1e-4, rtol=0)
     again = new_lm(arch, **vars(plain.cfg)).eval()
     again.load_state_dict(plain.state_dict())
@@ -141,8 +150,8 @@ def test_merge_unmerge_and_to_plain(arch):
 def test_a_tied_head_merges_without_touching_the_embedding():
     lm = model(rank=2, targets="lm_head")
     embedding = lm.transformer.wte.weight.clone()
-    merge(lm)(IDS)
-    plain = to_plain(lm)
+    merge_adapters(lm)(IDS)
+    plain = merge_and_unload(lm)
     assert torch.equal(lm.transformer.wte.weight, embedding) and torch.equal(plain.transformer.wte.weight, embedding)
     assert lm.cfg.tie and not plain.cfg.tie
 
@@ -185,7 +194,7 @@ def test_resumed_exactly(tmp_path, based, optimizer):
 def test_a_step_folder_is_an_adapter_of_peft(based, unbroken, peft):
     "Small, and peft opens it on the model that the run began with"
     run = based / "runs/r"
-    step = checkpoints(run)[-1]
+    step = list_checkpoints(run)[-1]
     assert not (step / "model.safetensors").exists()
     lm, base = load_lm(step), load_lm(based / "runs/base")
     ids = IDS % 23
@@ -200,11 +209,11 @@ def test_a_step_folder_is_an_adapter_of_peft(based, unbroken, peft):
 def test_a_trained_run_can_be_adapted_and_goes_on_plain(based, unbroken):
     "init_from takes a run with adapters too: they become part of the weights"
     lm = load_lm(based / "runs/r")
-    plain = to_plain(lm)
+    plain = merge_and_unload(lm)
     code = call(based, train, **TINY | dict(run="on", init_from="runs/r", steps=1, lr=1e-12, patience=0))
     assert code == 0, log(based)
-    on = weights_of(load_lm(based / "runs/on"))
-    for name, t in weights_of(plain).items():
+    on = model_tensors(load_lm(based / "runs/on"))
+    for name, t in model_tensors(plain).items():
         torch.testing.assert_close(on[name], t, atol=1e-4, rtol=0, msg=name)
 
 
@@ -220,7 +229,7 @@ def test_hyperparameters_are_the_runs_own(based, unbroken):
 def test_the_base_is_missed(based, unbroken, tmp_path):
     "A step folder alone is not the model, and that is said"
     (tmp_path / "r").mkdir()
-    step = checkpoints(based / "runs/r")[-1]
+    step = list_checkpoints(based / "runs/r")[-1]
     shutil.copytree(step, tmp_path / "r" / step.name)
     with pytest.raises(CheckpointError, match="copy the whole run folder"):
         load_lm(tmp_path / "r" / step.name)
@@ -230,7 +239,7 @@ def test_freezing_leaves_the_base_still(based):
     "freeze with adapters takes away, and gives nothing back"
     code = call(based, train, **TINY | LORA | dict(run="frozen", freeze="head.*", steps=2))
     assert code == 0, log(based)
-    state = read_state(checkpoints(based / "runs/frozen")[-1])
+    state = read_state(list_checkpoints(based / "runs/frozen")[-1])
     names = {n for o in state["optimizers"] for g in o["param_groups"] for n in g["param_names"]}
     assert names and all("lora_" in n and not n.startswith("head") for n in names)
 
@@ -279,14 +288,14 @@ def test_half_an_adapter_is_refused_and_changes_nothing(tmp_path, damage):
 
 
 def test_a_merged_model_can_be_cast():
-    lm = merge(model(rank=2))
+    lm = merge_adapters(model(rank=2))
     torch.testing.assert_close(lm.to(torch.bfloat16)(IDS).float(), model(rank=2)(IDS), atol=0.3, rtol=0.1)
 
 
 def test_two_tensors_for_one_are_refused():
     "A head that was adapted has left the embedding it was tied to"
     with pytest.raises(CheckpointError, match="tie=False"):
-        load_weights(model(), to_plain(model(rank=2, targets="lm_head")).state_dict())
+        load_weights(model(), merge_and_unload(model(rank=2, targets="lm_head")).state_dict())
 
 
 def test_adapting_without_a_rank_is_refused(based):
@@ -301,7 +310,7 @@ def test_a_beginning_that_came_to_nothing(tmp_path, based):
     shutil.copytree(based / "runs/base", tmp_path / "runs/base")
     assert call(tmp_path, train, 1, **TINY | LORA) == 130
     run = tmp_path / "runs/r"
-    for folder in checkpoints(run):
+    for folder in list_checkpoints(run):
         shutil.rmtree(folder)
     code = call(
         tmp_path, train, **{**TINY, "run": "base", "steps": 25, "patience": 0, "resume": True, "allow_change": "steps"}

@@ -9,13 +9,20 @@ import pytest
 import torch
 from helpers import TINY, call, differences, left_behind, log, train
 
-from lmnotes.data.batches import IGNORE, Batch, EpochWindows, PackedDocuments
+from lmnotes.data.batches import IGNORE_INDEX, Batch, EpochBatches, PackedBatches
 from lmnotes.models.nanothink import NanoThinkConfig
-from lmnotes.nn.lm import law_no_leak, law_padding, law_state, law_step, n_params, new_lm
+from lmnotes.nn.lm import (
+    check_cached_decoding,
+    check_causality,
+    check_padding_ignored,
+    check_state_dict_complete,
+    n_params,
+    new_lm,
+)
 from lmnotes.nn.mixture import chunk_keys
 from lmnotes.nn.vector_store import VectorStore
 from lmnotes.runs.load import load
-from lmnotes.training.expert_cache import Documents, KeptActivations, remember
+from lmnotes.training.expert_cache import CachedExpertOutputs, DocumentOfChunk, fill_store
 from lmnotes.training.trainer import TrainConfig, Trainer
 
 EXPERTS = dict(
@@ -64,7 +71,7 @@ def same(a, b):
 @pytest.mark.parametrize("config", VARIANTS, ids=lambda c: " ".join(map(str, c.values())))
 def test_laws(config, frozen):
     lm = model(frozen, **config)
-    for law in (law_state, law_no_leak, law_step, law_padding):
+    for law in (check_state_dict_complete, check_causality, check_cached_decoding, check_padding_ignored):
         law(lm.eval(), batch())
 
 
@@ -100,7 +107,7 @@ def test_begins_as_its_expert(config):
 def test_frozen_experts_are_still():
     lm = model()
     before = copy.deepcopy(lm.experts.state_dict())
-    trainer(lm, EpochWindows(IDS, 4, 24), steps=3).fit()
+    trainer(lm, EpochBatches(IDS, 4, 24), steps=3).fit()
     assert lm.training and lm.attention.training and not any(e.training for e in lm.experts.values())
     assert all(torch.equal(t, before[name]) for name, t in lm.experts.state_dict().items())
     lm.experts["diffuser"].requires_grad_(True)
@@ -124,7 +131,7 @@ def test_the_loss_and_its_terms():
 def test_a_batch_without_targets():
     b = batch()
     for fusion in ("mixture", "hidden"):
-        out = model(fusion=fusion).loss(Batch(b.x, torch.full_like(b.y, IGNORE)))
+        out = model(fusion=fusion).loss(Batch(b.x, torch.full_like(b.y, IGNORE_INDEX)))
         assert out["n"] == 0 and all(torch.as_tensor(v).isfinite().all() for v in out.values())
         out = model(fusion=fusion).loss(Batch(b.x[:0], b.y[:0]))
         assert out["n"] == 0 and out["loss"] == 0
@@ -144,8 +151,8 @@ def test_kept_is_what_would_be_computed(given):
     config = {k: given.pop(k) for k in ("fusion",) if k in given}
     budget, stride = given.pop("budget", 2**30), given.pop("stride", 0)
     anew, kept = model(**config), model(**config)
-    windows = EpochWindows(IDS, 4, 24, stride=stride)
-    batches = KeptActivations(kept, windows, budget)
+    windows = EpochBatches(IDS, 4, 24, stride=stride)
+    batches = CachedExpertOutputs(kept, windows, budget)
     t = trainer(kept, batches, **given)
     batches.autocast = t.autocast
     trainer(anew, windows, **given).fit()
@@ -161,20 +168,20 @@ def test_all_a_part_or_nothing_kept_are_the_same_bits():
     ends = []
     for budget in (2**30, 30_000, 0):
         lm = model()
-        trainer(lm, KeptActivations(lm, EpochWindows(IDS, 4, 24), budget)).fit()
+        trainer(lm, CachedExpertOutputs(lm, EpochBatches(IDS, 4, 24), budget)).fit()
         ends.append(lm)
     assert same(ends[0], ends[1]) and same(ends[0], ends[2])
 
 
 def test_kept_again_after_a_stop():
     "What is kept is not saved, and a resumed run ends in the same bits, its windows met in other company"
-    windows = EpochWindows(IDS, 4, 24)
+    windows = EpochBatches(IDS, 4, 24)
     whole, half = model(), model()
-    trainer(whole, KeptActivations(whole, windows)).fit()
-    t = trainer(half, KeptActivations(half, windows)).fit(11)
+    trainer(whole, CachedExpertOutputs(whole, windows)).fit()
+    t = trainer(half, CachedExpertOutputs(half, windows)).fit(11)
     rest = model()
     rest.load_state_dict(half.state_dict())
-    u = trainer(rest, KeptActivations(rest, windows))
+    u = trainer(rest, CachedExpertOutputs(rest, windows))
     u.load_state_dict(copy.deepcopy(t.state_dict()))
     u.fit()
     assert same(rest, whole)
@@ -182,33 +189,33 @@ def test_kept_again_after_a_stop():
 
 def test_kept_documents():
     "Rows with padding, of the sampler of whole documents"
-    windows = PackedDocuments(IDS, np.arange(0, len(IDS), 10), 4, 24)
+    windows = PackedBatches(IDS, np.arange(0, len(IDS), 10), 4, 24)
     anew, kept = model(), model()
     trainer(anew, windows).fit()
-    batches = KeptActivations(kept, windows)
+    batches = CachedExpertOutputs(kept, windows)
     trainer(kept, batches).fit()
     for p, q in zip(kept.parameters(), anew.parameters()):
         assert (p - q).norm() <= 1e-3 * q.norm()
-    assert batches.per_epoch == windows.per_epoch
+    assert batches.steps_per_epoch == windows.steps_per_epoch
 
 
 def test_each_rank_keeps_its_rows():
-    windows = EpochWindows(IDS, 4, 24)
+    windows = EpochBatches(IDS, 4, 24)
     lm = model()
-    one = KeptActivations(lm, windows)
-    ranks = [KeptActivations(lm, windows, rank=rank, world=2) for rank in (0, 1)]
+    one = CachedExpertOutputs(lm, windows)
+    ranks = [CachedExpertOutputs(lm, windows, rank=rank, world=2) for rank in (0, 1)]
     for step in range(8):
         for rank, batches in enumerate(ranks):
-            mine, his = one[step].rank(rank, 2).more, batches[step].rank(rank, 2).more
+            mine, his = one[step].rank_slice(rank, 2).extras, batches[step].rank_slice(rank, 2).extras
             assert all(torch.equal(mine[name], his[name]) for name in mine)
     assert len(ranks[0].kept) + len(ranks[1].kept) <= len(one.kept) + 2
 
 
 def test_what_cannot_be_kept():
-    windows = EpochWindows(IDS, 4, 24)
+    windows = EpochBatches(IDS, 4, 24)
     for lm in (model(frozen=False), model(attention_first=True)):
         with pytest.raises(ValueError, match="can be kept if they are frozen"):
-            KeptActivations(lm, windows)
+            CachedExpertOutputs(lm, windows)
 
 
 MISTAKES = {
@@ -296,15 +303,15 @@ MEMORY = dict(memory=2, memory_chunk=6)
 def remembering(doc_starts=None, **config):
     tokens = SimpleNamespace(ids=IDS, doc_starts=doc_starts)
     lm = model(**{**MEMORY, **config})
-    lm.store = remember(lm, VectorStore(16), tokens)
-    return lm, Documents(tokens, lm.cfg)
+    lm.store = fill_store(lm, VectorStore(16), tokens)
+    return lm, DocumentOfChunk(tokens, lm.cfg)
 
 
 @pytest.mark.parametrize("latent", [0, 8])
 @pytest.mark.parametrize("fusion", ["mixture", "hidden"])
 def test_laws_with_a_memory(latent, fusion):
     lm, _ = remembering(kv_latent_dim=latent, fusion=fusion)
-    law_step(lm.eval(), batch())
+    check_cached_decoding(lm.eval(), batch())
     with torch.no_grad():
         base = lm(batch().x)
         for t in range(24):
@@ -355,10 +362,10 @@ def test_a_store_beside_the_weights(tmp_path, capsys):
     lm, _ = remembering()
     lm.store.save(tmp_path / "memory.safetensors")
     other = model(**MEMORY).eval()
-    other.attach(tmp_path / "elsewhere")
+    other.load_extra_files(tmp_path / "elsewhere")
     assert other.store is None and "memory.safetensors is missing, so nothing is retrieved" in capsys.readouterr().out
-    other.attach(tmp_path)
-    assert not capsys.readouterr().out and other.files == ("memory.safetensors",) and model().files == ()
+    other.load_extra_files(tmp_path)
+    assert not capsys.readouterr().out and other.extra_files == ("memory.safetensors",) and model().extra_files == ()
     assert torch.equal(other(batch().x), lm.eval()(batch().x)) and not any("store" in name for name in lm.state_dict())
 
 
@@ -369,10 +376,10 @@ def test_training_with_a_memory():
     with pytest.raises(ValueError, match="must not retrieve itself"):
         lm.train().loss(batch())
     with pytest.raises(ValueError, match="say which documents there are"):
-        KeptActivations(lm, EpochWindows(IDS, 4, 24))
-    t = trainer(lm, KeptActivations(lm, EpochWindows(IDS, 4, 24), documents=documents)).fit()
-    trainer(small, KeptActivations(small, EpochWindows(IDS, 4, 24), 0, documents=documents)).fit()
-    assert same(lm, small) and 0 < t.last["hits"] < 1
+        CachedExpertOutputs(lm, EpochBatches(IDS, 4, 24))
+    t = trainer(lm, CachedExpertOutputs(lm, EpochBatches(IDS, 4, 24), documents=documents)).fit()
+    trainer(small, CachedExpertOutputs(small, EpochBatches(IDS, 4, 24), 0, documents=documents)).fit()
+    assert same(lm, small) and 0 < t.last_metrics["hits"] < 1
     lm.store = None
     with pytest.raises(ValueError, match="there is a memory and nothing in it: nbs/recipes/train_mla fills one"):
         lm.train().loss(batch())
@@ -382,8 +389,8 @@ def test_training_with_a_memory():
 def test_what_is_remembered_is_spread_over_the_text(room):
     lm, documents = remembering()
     tokens = SimpleNamespace(ids=IDS, doc_starts=np.arange(0, len(IDS), 8 * 24))  # Every document is like any other
-    store = remember(lm, VectorStore(16, room), tokens)
-    whole = remember(lm, VectorStore(16), tokens)
+    store = fill_store(lm, VectorStore(16, room), tokens)
+    whole = fill_store(lm, VectorStore(16), tokens)
     assert min(room, len(whole)) - 6 < len(store) <= room
     at = sorted((whole._values - v).abs().amax(-1).argmin().item() for v in store._values[: len(store)])
     assert len(set(at)) == len(at) and (room < len(whole) or at == list(range(len(whole))))
@@ -398,7 +405,7 @@ def test_weights_of_other_types(dtype, config):
     for memory in (False, True) if not config["attention_first"] else (False,):
         lm = model(False, **config, **MEMORY if memory else {}).to(dtype).eval()
         if memory:
-            lm.store = remember(lm, VectorStore(16), SimpleNamespace(ids=IDS, doc_starts=None))
+            lm.store = fill_store(lm, VectorStore(16), SimpleNamespace(ids=IDS, doc_starts=None))
         with torch.no_grad():
             full, state = lm(batch().x), None
             for piece in batch().x.split((7, 1, 16), 1):

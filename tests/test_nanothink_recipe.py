@@ -17,8 +17,8 @@ from helpers import call, log, recipe_parameters, records, run_papermill, run_re
 
 import lmnotes
 from lmnotes.data.batches import get_batches
-from lmnotes.recipes.nanothink import run_state
-from lmnotes.runs.data import get_data
+from lmnotes.recipes.nanothink import make_checkpoint_contents
+from lmnotes.runs.data import load_data
 from lmnotes.training.trainer import Trainer
 
 RECIPES = Path(__file__).parent.parent / "nbs/recipes"
@@ -330,11 +330,11 @@ def test_half_precision_keeps_its_scaler(place, monkeypatch):
     monkeypatch.chdir(place)
     folder = place / "checkpoints/transformer_expert"
     r = lmnotes.load(folder)
-    data = get_data(r.config, r.tokenizer, say=None)
+    data = load_data(r.config, r.tokenizer, log_fn=None)
     t = Trainer(r.lm, get_batches(data.tokens["train"], 16, 32, 42, "domains"), r.config)
-    assert "amp_scaler" not in run_state(folder)(t, {})
+    assert "amp_scaler" not in make_checkpoint_contents(folder)(t, {})
     t.scaler = torch.amp.GradScaler("cpu")
-    assert run_state(folder)(t, {})["amp_scaler"]["scale"] > 0
+    assert make_checkpoint_contents(folder)(t, {})["amp_scaler"]["scale"] > 0
 
 
 def test_the_diffuser_needs_the_transformer(place):

@@ -35,7 +35,7 @@ from lmnotes.training import checkpoint, trainer
 
 def half(name):
     "Hold when half of a file of step 20 is written"
-    as_it_is = checkpoint._write
+    as_it_is = checkpoint._write_file
 
     def held(path, data):
         if path.name == name and "00000020" in path.parent.name:
@@ -43,7 +43,7 @@ def half(name):
             hold()
         return as_it_is(path, data)
 
-    checkpoint._write = held
+    checkpoint._write_file = held
 
 
 def of_step(step, split=None):
@@ -61,33 +61,33 @@ def pointed(name, step):
 
 EVALUATE = evaluation.Evaluate
 MOMENTS = {
-    "while data is prepared": lambda: before(prepare, "_write", lambda *args: args[4]["part"] == "val"),
-    "before the run is recorded": lambda: before(run_module, "_begin", lambda *args: True),
-    "before the first step": lambda: before(trainer.Trainer, "one_step", lambda t: t.step == 0),
-    "before step 8": lambda: before(trainer.Trainer, "one_step", lambda t: t.step == 7),
+    "while data is prepared": lambda: before(prepare, "_write_token_file", lambda *args: args[4]["part"] == "val"),
+    "before the run is recorded": lambda: before(run_module, "_start_record", lambda *args: True),
+    "before the first step": lambda: before(trainer.Trainer, "train_step", lambda t: t.step == 0),
+    "before step 8": lambda: before(trainer.Trainer, "train_step", lambda t: t.step == 7),
     "between gradient and update": lambda: after(trainer.Trainer, "_backward", lambda t, batch: t.step == 12),
-    "a line in metrics.jsonl": lambda: after(trainer.Metrics, "append", of_step(21, "train")),
+    "a line in metrics.jsonl": lambda: after(trainer.JsonlLog, "append", of_step(21, "train")),
     "an evaluation begins": lambda: before(EVALUATE, "_evaluate", lambda e, t, b: t.step == 20),
-    "an evaluation's second batch": lambda: before(evaluation, "seed_step", lambda seed, i: i == 1),
-    "an evaluation is recorded": lambda: after(trainer.Metrics, "append", of_step(25, "val")),
-    "a sample begins": lambda: before(generation, "prompt_ids", lambda *args: True),
-    "a sample's first token": lambda: after(generation.Picker, "_draw", lambda *args: True),
-    "a sample is recorded": lambda: after(trainer.Metrics, "append", of_step(30, "sample")),
+    "an evaluation's second batch": lambda: before(evaluation, "seed_torch", lambda seed, i: i == 1),
+    "an evaluation is recorded": lambda: after(trainer.JsonlLog, "append", of_step(25, "val")),
+    "a sample begins": lambda: before(generation, "encode_prompt", lambda *args: True),
+    "a sample's first token": lambda: after(generation.TokenSampler, "_sample", lambda *args: True),
+    "a sample is recorded": lambda: after(trainer.JsonlLog, "append", of_step(30, "sample")),
     "config.json half written": lambda: half("config.json"),
     "model.safetensors half written": lambda: half("model.safetensors"),
     "state.pt half written": lambda: half("state.pt"),
     "manifest.json half written": lambda: half("manifest.json"),
     "before a checkpoint is renamed": lambda: before(os, "replace", renamed),
     "after a checkpoint is renamed": lambda: after(os, "replace", renamed),
-    "before `best` points": lambda: before(checkpoint, "point", pointed("best", 25)),
-    "before `last` points": lambda: before(checkpoint, "point", pointed("last", 30)),
+    "before `best` points": lambda: before(checkpoint, "write_pointer", pointed("best", 25)),
+    "before `last` points": lambda: before(checkpoint, "write_pointer", pointed("last", 30)),
     "in the middle of pruning": lambda: before(
         checkpoint.shutil, "rmtree", lambda path, **how: Path(path).name[0] == "s"
     ),
     "before the last evaluation": lambda: before(EVALUATE, "_evaluate", lambda e, t, b: t.step == 40),
-    "in the last sample": lambda: before(trainer.Metrics, "append", of_step(40, "sample")),
+    "in the last sample": lambda: before(trainer.JsonlLog, "append", of_step(40, "sample")),
     "in the last save": lambda: before(checkpoint, "save_checkpoint", lambda run, lm, step, *args, **about: step == 40),
-    "at the end": lambda: after(checkpoint, "point", pointed("final", 40)),
+    "at the end": lambda: after(checkpoint, "write_pointer", pointed("final", 40)),
 }
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
 

@@ -114,14 +114,14 @@ def test_the_parts_make_the_whole(config):
     for block in m.blocks:
         torch.nn.init.normal_(block.out_proj.weight, std=0.3)
     x = torch.randint(16, (3, 20))
-    h = m.enter(x)
-    assert torch.equal(m(x), m.logits(m.states(h)))
-    past = m.begin()
-    pieces = torch.cat([m.states(part, past) for part in h.split((7, 1, 12), 1)], 1)
-    torch.testing.assert_close(pieces, m.states(h), atol=1e-4, rtol=1e-4)
+    h = m.embed_ids(x)
+    assert torch.equal(m(x), m.logits(m.hidden_states(h)))
+    past = m.new_cache()
+    pieces = torch.cat([m.hidden_states(part, past) for part in h.split((7, 1, 12), 1)], 1)
+    torch.testing.assert_close(pieces, m.hidden_states(h), atol=1e-4, rtol=1e-4)
     moved = h.clone()
     moved[:, 9] += torch.randn(3, 16)
-    change = (m.states(moved) - m.states(h)).abs().amax((0, 2))
+    change = (m.hidden_states(moved) - m.hidden_states(h)).abs().amax((0, 2))
     assert change[:9].max() < 1e-6 < change[9:].min()
 
 

@@ -13,11 +13,11 @@ from lmnotes.data.batches import Batch
 from lmnotes.models import streams
 from lmnotes.nn import layers
 from lmnotes.nn.lm import new_lm
-from lmnotes.nn.lora import LoRAConfig, add_lora, to_plain
+from lmnotes.nn.lora import LoRAConfig, add_lora, merge_and_unload
 from lmnotes.runs.run import run
 from lmnotes.training.checkpoint import save_checkpoint
 from lmnotes.training.trainer import TrainConfig, Trainer
-from lmnotes.training.weights import freeze, init_from
+from lmnotes.training.weights import freeze, load_initial_weights
 
 TINY = dict(vocab_size=16, ctx_len=8, d_model=64, n_layers=2, n_heads=2)
 ALL = dict(inputs=" ".join(streams.INPUTS), outputs=" ".join(streams.OUTPUTS))
@@ -52,7 +52,7 @@ class TextOf:
         self.batches = batches
 
     def __getitem__(self, step):
-        return self.batches[step]._replace(more={})
+        return self.batches[step]._replace(extras={})
 
 
 def train(lm, batches, steps):
@@ -77,7 +77,7 @@ def test_streams_in_two_stages(tmp_path):
     both = dict(
         inputs="internal_voice touch", outputs="internal_text animation", loss_weights="internal_text=1 animation=0.6"
     )
-    lm = init_from(new_lm("streams", **TINY, **both), folder)
+    lm = load_initial_weights(new_lm("streams", **TINY, **both), folder)
     assert losses(lm, TextOf(Felt()))["loss_internal_text"] == pytest.approx(alone, abs=1e-5)
 
     held = {name: p.clone() for name, p in lm.named_parameters() if name.startswith(("embed", "heads.internal_text"))}
@@ -147,7 +147,7 @@ def test_a_row_without_contact_is_no_nan():
     torch.manual_seed(0)
     lm = new_lm("streams", **TINY, inputs="internal_voice touch", outputs="internal_text animation")
     batch = Felt()[0]
-    batch.more["touch_active"][0] = False
+    batch.extras["touch_active"][0] = False
     out = lm.loss(batch)
     out["loss"].backward()
     assert out["loss"].isfinite()
@@ -170,7 +170,7 @@ class Peak(TorchDispatchMode):
 @pytest.mark.parametrize("rows", [64, 256])
 def test_the_logits_are_never_all_there(monkeypatch, rows):
     "No tensor of the loss grows with positions x vocabulary"
-    monkeypatch.setattr(layers, "ROWS", 16 * 1000)
+    monkeypatch.setattr(layers, "LOGITS_PER_CHUNK", 16 * 1000)
     lm = new_lm("streams", **TINY | dict(vocab_size=1000, ctx_len=8))
     x = torch.randint(1000, (rows, 8))
     with Peak() as peak:
@@ -228,11 +228,11 @@ def test_adapters_reach_the_texts():
         if name.endswith("lora_B"):
             torch.nn.init.normal_(p)
     batch = noise(0)
-    batch = batch._replace(more={name: t for name, t in batch.more.items() if "external" in name})
+    batch = batch._replace(extras={name: t for name, t in batch.extras.items() if "external" in name})
     loss = lm.loss(batch)["loss"]
     loss.backward()
     assert all(p.grad.abs().max() > 0 for p in lm.parameters() if p.requires_grad)
-    plain = to_plain(lm)
+    plain = merge_and_unload(lm)
     assert torch.allclose(plain.loss(batch)["loss"], loss, atol=1e-4)
     assert torch.allclose(plain(batch.x), lm(batch.x), atol=1e-4)
 

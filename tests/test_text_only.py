@@ -23,7 +23,7 @@ from helpers import (
 from lmnotes import load
 from lmnotes.data.prepare import prepare_data
 from lmnotes.nn.lm import new_lm
-from lmnotes.recipes.text_only_config import KEYS, load_text_config
+from lmnotes.recipes.text_only_config import DEFAULT_SETTINGS, load_text_config
 
 NOTEBOOK = Path(__file__).parent.parent / "nbs/recipes/text_only.ipynb"
 CONFIG = NOTEBOOK.with_name("text_only_config.yaml")
@@ -101,7 +101,7 @@ def in_order(words, text):
 
 def test_the_guides_configuration():
     "Its file says what the settings are without one, and the parameters are what the guide's commands take"
-    assert load_text_config(CONFIG) == KEYS
+    assert load_text_config(CONFIG) == DEFAULT_SETTINGS
     found = recipe_parameters(NOTEBOOK)
     assert list(found)[:4] == ["config", "data", "dry_run", "resume"] and found["prompt"] == "Once upon a time"
 

@@ -22,7 +22,7 @@ from helpers import (
 import lmnotes
 from lmnotes.data.tokenizer_files import load_tokenizer
 from lmnotes.runs.config import RunConfig
-from lmnotes.runs.data import get_data
+from lmnotes.runs.data import load_data
 
 NOTEBOOK = Path(__file__).parent.parent / "nbs/recipes/tisslm.ipynb"
 NAMES = "embed.weight rnn.weight_ih_l0 rnn.weight_hh_l0 rnn.bias_ih_l0 rnn.bias_hh_l0 fc.weight fc.bias".split()
@@ -214,7 +214,7 @@ def test_mistake_another_model_each_time(whole, tmp_path):
 def test_mistake_files_run_into_each_other(place, monkeypatch):
     "No token marked where a file ends"
     monkeypatch.chdir(place)
-    data = get_data(RunConfig(data="corpus", tokenizer="bpe:300"), say=None)
+    data = load_data(RunConfig(data="corpus", tokenizer="bpe:300"), log_fn=None)
     ids = data.tokens["train"].ids
     assert int((ids == data.tokenizer.eot_id).sum()) >= 2
     assert len(data.tokens["train"].doc_starts) == 3

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lmnotes.core import CheckpointError
-from lmnotes.nn.vector_store import VectorStore, unit
+from lmnotes.nn.vector_store import VectorStore, l2_normalize
 
 needs_faiss = pytest.mark.skipif(
     importlib.util.find_spec("faiss") is None, reason="FAISS is not installed: pip install faiss-cpu"
@@ -19,8 +19,8 @@ INDEXES = ["torch", pytest.param("faiss", marks=needs_faiss)]
 def plain(keys, values, groups, queries, k, exclude):
     "What is asked for, by sorting all"
     out = []
-    for q, own in zip(unit(queries), exclude):
-        scores = (unit(keys) * q).sum(-1)
+    for q, own in zip(l2_normalize(queries), exclude):
+        scores = (l2_normalize(keys) * q).sum(-1)
         order = sorted(range(len(keys)), key=lambda i: (-scores[i].item(), i))
         out.append([i for i in order if own < 0 or groups[i] != own][:k])
     return out

@@ -28,7 +28,7 @@ from helpers import (
 
 import lmnotes
 from lmnotes.core import CheckpointError
-from lmnotes.training.trainer import Metrics
+from lmnotes.training.trainer import JsonlLog
 
 CASE = TINY | dict(steps=60, sample_every=10)
 
@@ -47,7 +47,7 @@ def train_in_step(**params):
         if record["split"] == "train":
             until(Path(f"seen {record['step']}").exists)
 
-    original, Metrics.append = Metrics.append, append
+    original, JsonlLog.append = JsonlLog.append, append
     return train(**params)
 
 

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from lmnotes.nn.attention import watch_attention
+from lmnotes.nn.attention import record_attention
 from lmnotes.nn.lm import new_lm
 
 SMALL = dict(vocab_size=20, ctx_len=12, d_model=16, n_layers=2, n_heads=2)
@@ -42,7 +42,7 @@ def test_each_call_is_seen(name, dtype):
     x = torch.randint(20, (3, 12))
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         before = lm(x)
-        with watch_attention() as weights:
+        with record_attention() as weights:
             assert torch.equal(lm(x), before)
         n = len(weights)
         lm(x)
@@ -60,11 +60,11 @@ def test_steps_attend_to_what_the_whole_attends_to(name):
     "In blocks and patches a step makes other calls than the whole: of the newest position, of a finished patch"
     lm, _ = built(name)
     x = torch.randint(20, (1, 6))
-    with watch_attention() as whole, torch.no_grad():
+    with record_attention() as whole, torch.no_grad():
         lm(x)
     state = None
     for t in range(6):
-        with watch_attention() as now:
+        with record_attention() as now:
             _, state = lm.step(x[:, t : t + 1], state)
         for a, b in zip(whole, now):
             assert torch.allclose(a[:, :, t : t + 1, : t + 1], b, atol=1e-5)
@@ -73,7 +73,7 @@ def test_steps_attend_to_what_the_whole_attends_to(name):
 @pytest.mark.parametrize("name", ["rnn", "ssm", "bigram"])
 def test_without_attention_there_is_nothing_to_see(name):
     lm = new_lm(name, vocab_size=20, ctx_len=12)
-    with watch_attention() as weights, torch.no_grad():
+    with record_attention() as weights, torch.no_grad():
         lm(torch.randint(20, (1, 12)))
     assert weights == []
 
@@ -84,7 +84,7 @@ def test_who_watches_trains_the_same():
     for watched in (False, True):
         lm, _ = built("gpt")
         torch.manual_seed(2)
-        with watch_attention() if watched else nullcontext([]) as weights:
+        with record_attention() if watched else nullcontext([]) as weights:
             lm.train()(x).square().sum().backward()
         assert len(weights) == 2 * watched and not any(w.requires_grad for w in weights)
         losses.append(lm.embed.weight.grad)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'Train', 'Prepare', 'Generate', 'Evaluate', 'Watch', 'Export', 'Upload', 'Notebook', 'run_notebook',
-           'main', 'command']
+           'main', 'execute_command']
 
 # %% ../../nbs/apps/92_cli.ipynb #d30000be
 import ast
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .papermill_engine import check_parameters, environment, parameters_of
+from .papermill_engine import check_parameters, notebook_parameters, set_environment
 from ..core import *
 from ..data.prepare import *
 from ..export.export import *
@@ -29,7 +29,7 @@ from ..runs.config import *
 from ..runs.load import *
 from ..runs.monitor import attach
 from ..runs.run import *
-from ..training.trainer import process_rank
+from ..training.trainer import rank_and_world_size
 
 # %% ../../nbs/apps/92_cli.ipynb #ab40e8ac
 @dataclass
@@ -111,18 +111,18 @@ class Notebook:
 
 # %% ../../nbs/apps/92_cli.ipynb #9c0f744c
 def _train(args, argv):
-    given = {name: vars(args)[name] for name in _named(argv, vars(args))}
-    return _exit_code(run(**given))
+    given = {name: vars(args)[name] for name in _given_params(argv, vars(args))}
+    return _status_to_exit_code(run(**given))
 
 
-def _exit_code(r):
+def _status_to_exit_code(r):
     "What a run's end means to a shell"
     if r.status == "diverged":
         return 3
     return 128 + {"SIGINT": 2, "SIGTERM": 15}.get(r.info.get("signal"), 2) if r.status == "interrupted" else 0
 
 
-def _named(argv, known):
+def _given_params(argv, known):
     "The parameters that a command line mentions"
     names = {word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     return [n for n in known if n in names or f"no_{n}" in names]
@@ -134,9 +134,9 @@ def _prepare(args, argv):
 
 
 def _generate(args, argv):
-    given = {name: vars(args)[name] for name in _named(argv, asdict(GenerateConfig()))}
+    given = {name: vars(args)[name] for name in _given_params(argv, asdict(GenerateConfig()))}
     r = load(args.run, args.which, args.device, args.dtype, args.model_args)
-    r.write(generate_config(args.preset, **given))
+    r.print_generated(generate_config(args.preset, **given))
     return 0
 
 
@@ -155,7 +155,7 @@ def _upload(args, argv):
     return 0
 
 
-def _with_signs(figures):
+def _with_bound_signs(figures):
     "Those of a bound with its sign"
     bounds = ("loss", "ppl", "bpb") if figures.get("bound") else ()
     return {name: f"≤ {v:.4g}" if name in bounds else v for name, v in figures.items() if name != "bound"}
@@ -165,7 +165,7 @@ def _evaluate(args, argv):
     r = load(args.run, args.which, args.device)
     result = r.evaluate(args.part, args.by_domain, args.data)
     by_domain = result if args.by_domain else {"": result}
-    rows = [(dict(domain=name) if name else {}) | _with_signs(o) for name, o in by_domain.items()]
+    rows = [(dict(domain=name) if name else {}) | _with_bound_signs(o) for name, o in by_domain.items()]
     print(Table(dict(run=r.folder.name, step=r.step, part=args.part, **row) for row in rows))
     return 0
 
@@ -178,7 +178,7 @@ def run_notebook(
     cells = [c for c in json.loads(Path(path).read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
     check_parameters(path, given)
     names = {"__name__": "__main__"}
-    with environment(LMNOTES_GIVEN=" ".join(given)):
+    with set_environment(LMNOTES_GIVEN=" ".join(given)):
         for number, cell in enumerate(cells):
             _run_cell("".join(cell["source"]), f"{Path(path).name}, code cell {number + 1}", names)
             if "parameters" in cell["metadata"].get("tags", []):
@@ -202,19 +202,19 @@ def _notebook_parameters(path, given):
     if not Path(path).is_file() or Path(path).suffix != ".ipynb":
         raise ValueError(f"path={path!r}: there is no such notebook; give the path of an .ipynb file")
     check_parameters(path, given)
-    return parameters_of(path)
+    return notebook_parameters(path)
 
 
-def _notebook(args, argv):
+def _run_notebook_command(args, argv):
     if wrong := [word for word in args.params if "=" not in word]:
         raise ValueError(f"params has {wrong[0]!r}, which is not NAME=VALUE")
     kinds = {"int": lambda text: int(float(text)), "float": float, "bool": lambda text: text.lower() in ("true", "1")}
     given = dict(word.split("=", 1) for word in args.params)
     known = _notebook_parameters(args.path, given)
     given = {name: kinds.get(known[name], str)(text) for name, text in given.items()}
-    with redirect_stdout(sys.stdout if process_rank()[0] == 0 else open(os.devnull, "w")):
+    with redirect_stdout(sys.stdout if rank_and_world_size()[0] == 0 else open(os.devnull, "w")):
         names = run_notebook(args.path, given)
-    return max((_exit_code(o) for o in names.values() if isinstance(o, Run)), default=0)
+    return max((_status_to_exit_code(o) for o in names.values() if isinstance(o, Run)), default=0)
 
 # %% ../../nbs/apps/92_cli.ipynb #bf274b8a
 COMMANDS = {
@@ -226,10 +226,10 @@ COMMANDS = {
     "export": (Export, _export),
     "upload": (Upload, _upload),
     **{
-        name: (cls, lambda args, argv, train=train: _exit_code(train()))
+        name: (cls, lambda args, argv, train=train: _status_to_exit_code(train()))
         for name, (cls, train) in RECIPE_COMMANDS.items()
     },
-    "notebook": (Notebook, _notebook),
+    "notebook": (Notebook, _run_notebook_command),
 }
 
 
@@ -238,15 +238,15 @@ def main(
 ):
     "Run a command, and leave with its exit code"
     sys.stdout.reconfigure(line_buffering=True)  # A log file is read while the run goes on
-    code = command(sys.argv[1:] if argv is None else argv)
-    if process_rank()[1] > 1:  # A process group's threads may abort while Python is torn down
+    code = execute_command(sys.argv[1:] if argv is None else argv)
+    if rank_and_world_size()[1] > 1:  # A process group's threads may abort while Python is torn down
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 # %% ../../nbs/apps/92_cli.ipynb #c74dbff2
-def command(argv):
+def execute_command(argv):
     "Run a command; its exit code"
     import tyro
 
@@ -256,14 +256,14 @@ def command(argv):
     try:
         return work(args, argv)
     except (ValueError, RunLocked, FileNotFoundError) as e:
-        return _failed(e, 2)
+        return _report_error(e, 2)
     except (OutOfMemory, torch.OutOfMemoryError) as e:
-        return _failed(e, 4)
+        return _report_error(e, 4)
     except KeyboardInterrupt:
         return 130
 
 
-def _failed(error, code):
+def _report_error(error, code):
     "Say what is wrong, after everything that was said before"
     sys.stdout.flush()
     print(f"lmnotes: {error}", file=sys.stderr)

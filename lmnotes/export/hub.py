@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..core import *
 from .export import *
-from .export import _changed, _files_in
+from .export import changed_files, list_files
 from ..inference.evaluation import *
 
 # %% ../../nbs/export/82_hub.ipynb #f52242c2
@@ -39,9 +39,9 @@ def _check_repo(repo):
         raise ValueError(f"repo={repo!r} is not of the form owner/name, such as me/rhymes")
 
 
-def _to_upload(folder):
+def _files_to_upload(folder):
     "{name: path} of what is uploaded: what was exported, of which only the README may have been edited"
-    known, there, changed = read_manifest(folder), _files_in(folder), _changed(folder)
+    known, there, changed = read_manifest(folder), list_files(folder), changed_files(folder)
     if wrong := [n for n in changed if n in known and (n != "README.md" or n not in there)]:
         raise CheckpointError(
             f"{folder}: {', '.join(wrong[:5])} changed since the export, or gone; export the run again"
@@ -51,7 +51,7 @@ def _to_upload(folder):
     return {name: path for name, path in there.items() if name not in added}
 
 # %% ../../nbs/export/82_hub.ipynb #85b1828e
-_WHY = {
+_HTTP_HINTS = {
     401: "the hub does not know the token; make one that may write, at huggingface.co/settings/tokens, and log in again",
     403: "the token may not write there; make one that may, or name a repository of yours",
     404: "there is no such owner or repository, or the token may not see it; check the name",
@@ -62,7 +62,7 @@ def _upload_error(error, repo):
     "What an exception of huggingface_hub means"
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-    cause, step, known = error, "not uploaded", _WHY
+    cause, step, known = error, "not uploaded", _HTTP_HINTS
     if (
         isinstance(error, RuntimeError) and error.__cause__ is not None
     ):  # A file that goes to the storage of large files
@@ -77,7 +77,7 @@ def _upload_error(error, repo):
     return UploadError(f"{repo}: {step}: {why}")
 
 
-def _token():
+def _get_hub_token():
     "The access token of the environment, or of a login"
     from huggingface_hub import get_token
 
@@ -89,7 +89,7 @@ def _token():
     return token
 
 # %% ../../nbs/export/82_hub.ipynb #181344c1
-def _send(files, repo, private, message, token):
+def _commit_files(files, repo, private, message, token):
     "Make the repository if it is not there, and commit the files to it; the commit's address"
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -112,7 +112,7 @@ def upload(
     "Publish an exported model; the token comes from $HF_TOKEN or a login"
     folder = Path(folder).resolve()
     _check_repo(repo)
-    files = _to_upload(folder)
+    files = _files_to_upload(folder)
     _check_no_token(files)
     sizes = {name: path.stat().st_size for name, path in files.items()}
     total = f"{len(sizes)} files, {sum(sizes.values()) / 1e6:,.1f} MB"
@@ -120,9 +120,9 @@ def upload(
         print(Table(dict(file=name, bytes=size) for name, size in sizes.items()))
         print(f"{total}, would go to {repo}; nothing has been sent")
         return sizes
-    token = _token()
+    token = _get_hub_token()
     _check_no_token(files, token)
     step = read_json(folder / "config.json", CheckpointError)["step"]
-    url = _send(files, repo, private, message or f"{folder.name}, step {step}", token)
+    url = _commit_files(files, repo, private, message or f"{folder.name}, step {step}", token)
     print(f"{total}: {url}")
     return sizes

@@ -10,7 +10,7 @@ from ..inference.evaluation import *
 from ..nn.lm import *
 
 # %% ../../nbs/inspect/75_parameters.ipynb #cce3ba84
-def _rows_of_parameters(lm, depth):
+def _parameter_rows(lm, depth):
     "A row for each part, without shares"
     rows, first = {}, {}
     for name, p in lm.named_parameters(remove_duplicate=False):
@@ -31,8 +31,8 @@ def parameter_table(
     depth=1,  # Of the parts: 1 for those of the model, 2 for their parts ...; 0: each tensor
 ):
     "Which part of a model holds how many numbers, in which shape, how many of them are trained, and their share of all"
-    rows = _rows_of_parameters(lm, depth)
-    tables = set(embeddings_of(lm))
+    rows = _parameter_rows(lm, depth)
+    tables = set(embedding_parameters(lm))
     kinds = dict(all=list(lm.parameters()), without_embeddings=[p for p in lm.parameters() if p not in tables])
     for kind, ps in kinds.items():
         sizes = dict(parameters=sum(p.numel() for p in ps), trainable=sum(p.numel() for p in ps if p.requires_grad))

@@ -47,7 +47,7 @@ NORMS = dict(
 )
 
 
-def _check(c):
+def _check_config(c):
     "Raise ValueError, naming the field, unless a model can be made"
     for field, known in dict(norm=NORMS, pos=("rope", "learned")).items():
         if (value := vars(c)[field]) not in known:
@@ -55,7 +55,7 @@ def _check(c):
     check_heads(c.d_model, c.n_heads, rotary=c.pos == "rope")
 
 
-def _block(c, first):
+def _make_block(c, first):
     "A layer; the first has nothing to mix its values with"
     attn = Attention(c.d_model, c.n_heads, c.dropout, c.bias, c.bias, c.qk_norm, value_mix=c.mix and not first)
     ffn = FeedForward(c.d_model, c.d_ff or 4 * c.d_model, c.act, c.bias, c.dropout)
@@ -87,50 +87,50 @@ class Decoder(LM):
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        _check(cfg)
+        _check_config(cfg)
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         if cfg.pos == "learned":
             self.positions = nn.Embedding(cfg.ctx_len, cfg.d_model)
-        self.blocks = nn.ModuleList(_block(cfg, first=i == 0) for i in range(cfg.n_layers))
+        self.blocks = nn.ModuleList(_make_block(cfg, first=i == 0) for i in range(cfg.n_layers))
         self.norm = NORMS[cfg.norm](cfg)
         self.head = None if cfg.tie else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
         _init_weights(self)
 
-    def enter(self, x, start=0):
+    def embed_ids(self, x, start=0):
         c, h = self.cfg, self.embed(x)
         if c.pos == "learned":
             h = h + self.positions(torch.arange(start, start + x.shape[1], device=x.device))
         h = rms_norm(h) if c.norm == "rms" else h
         return F.dropout(h, c.dropout, self.training)
 
-    def begin(self):
-        return [Cache(self.cfg.ctx_len) for _ in self.blocks]
+    def new_cache(self):
+        return [KVCache(self.cfg.ctx_len) for _ in self.blocks]
 
-    def states(self, h, past=None):
-        c, x0, first_v, start = self.cfg, h, None, past[0].seen if past else 0
-        table = rope_from(start, h, c.n_heads, c.rope_base) if c.pos == "rope" else None
+    def hidden_states(self, h, past=None):
+        c, x0, first_layer_values, start = self.cfg, h, None, past[0].seen if past else 0
+        table = rope_table_at(start, h, c.n_heads, c.rope_base) if c.pos == "rope" else None
         for block, cache in zip(self.blocks, past or [None] * c.n_layers):
-            h, first_v = block(h, causal_look(c.ctx_len, cache), table, x0, first_v)
+            h, first_layer_values = block(h, make_causal_attention_fn(c.ctx_len, cache), table, x0, first_layer_values)
         return self.norm(h)
 
     def logits(self, h):
         return head_logits(h, self.head, self.embed, self.cfg.softcap)
 
 # %% ../../nbs/models/31_gpt.ipynb #0a0004bd
-_classic = dict(
+_GPT2_STYLE = dict(
     **dict(dropout=0.0, norm="layer", pos="learned", act="gelu", tie=True),
     **dict(qk_norm=False, mix=False, zero_init=False, softcap=0.0),
 )
-_expert = dict(_classic, dropout=0.1, norm="rms_gain", pos="rope", rope_base=10000.0, act="swiglu")
+_LLAMA_STYLE = dict(_GPT2_STYLE, dropout=0.1, norm="rms_gain", pos="rope", rope_base=10000.0, act="swiglu")
 _PRESETS = dict(
     tiny=dict(d_model=128, n_layers=4, n_heads=4, dropout=0.0),
     small=dict(d_model=384, n_layers=6, n_heads=6, dropout=0.0),
     base=dict(d_model=768, n_layers=12, n_heads=12, dropout=0.0, tie=True),
     bytes=dict(d_model=128, n_layers=3, n_heads=4, dropout=0.0),
-    nanogpt=dict(d_model=128, n_layers=4, n_heads=4, **_classic),
-    nanogpt_small=dict(d_model=384, n_layers=6, n_heads=6, **_classic),
-    nanogpt_base=dict(d_model=768, n_layers=12, n_heads=12, **_classic),
-    nanothink=dict(d_model=384, n_layers=6, n_heads=6, d_ff=2304, **_expert),
+    nanogpt=dict(d_model=128, n_layers=4, n_heads=4, **_GPT2_STYLE),
+    nanogpt_small=dict(d_model=384, n_layers=6, n_heads=6, **_GPT2_STYLE),
+    nanogpt_base=dict(d_model=768, n_layers=12, n_heads=12, **_GPT2_STYLE),
+    nanothink=dict(d_model=384, n_layers=6, n_heads=6, d_ff=2304, **_LLAMA_STYLE),
 )
 
 # %% ../../nbs/models/31_gpt.ipynb #6fe1157e
@@ -142,7 +142,7 @@ class GPT(Decoder):
 
     def forward(self, x):
         if self.cfg.pos == "learned":
-            check_learned(self.cfg, x.shape[1])
+            check_learned_positions(self.cfg, x.shape[1])
         return super().forward(x)
 
     @inference_step

@@ -31,7 +31,7 @@ class GPT2Config(LMConfig):
     tie: bool = True  # Embedding and head are one matrix
 
 # %% ../../nbs/models/33_gpt2.ipynb #469ca399
-_THEIRS = dict(
+_HF_NAMES = dict(
     vocab_size="vocab_size",
     n_positions="n_positions",
     d_model="n_embd",
@@ -55,13 +55,13 @@ def hf_config(cfg):
     "transformers' configuration of the same model"
     from transformers import GPT2Config as HFConfig
 
-    values = {theirs: vars(cfg)[ours] for ours, theirs in _THEIRS.items()}
+    values = {theirs: vars(cfg)[ours] for ours, theirs in _HF_NAMES.items()}
     dropout = dict(embd_pdrop=cfg.dropout, attn_pdrop=cfg.dropout)
     end = 50256 if cfg.vocab_size > 50256 else None
     return HFConfig(**values, **dropout, bos_token_id=end, eos_token_id=end, activation_function=_FIXED[_ACT][1])
 
 # %% ../../nbs/models/33_gpt2.ipynb #db46f6ef
-def _check(cfg):
+def _check_config(cfg):
     "Raise unless the numbers fit together"
     check_heads(cfg.d_model, cfg.n_heads)
     if cfg.ctx_len > cfg.n_positions:
@@ -84,21 +84,21 @@ def _new_hf(cfg):
     return GPT2LMHeadModel(hf_config(cfg))
 
 
-def _attend(module, q, k, v, mask, scaling, dropout=0.0, **unused):
+def _hf_attention(module, q, k, v, mask, scaling, dropout=0.0, **unused):
     "This library's causal attention, as transformers calls one; it makes no mask for it"
-    return attention(q, k, v, scale=scaling, dropout=dropout).transpose(1, 2), None
+    return causal_attention(q, k, v, scale=scaling, dropout=dropout).transpose(1, 2), None
 
 
 def _use_our_attention(model):
     "Have attention choose the kernel that suits device, dtype and length"
     from transformers import AttentionInterface
 
-    AttentionInterface.register("lmnotes", _attend)
+    AttentionInterface.register("lmnotes", _hf_attention)
     model.set_attn_implementation("lmnotes")
     return model
 
 # %% ../../nbs/models/33_gpt2.ipynb #6d0b3558
-def _states(lm, x, state):
+def _cached_hidden_states(lm, x, state):
     "(B,k,D) states of new ids, and what `step` remembers: the cache, while there is one, and the last ids"
     from transformers import DynamicCache
 
@@ -131,7 +131,7 @@ class GPT2(LM):
         model=None,  # A `GPT2LMHeadModel` of that shape to take over; None: a new one, with random weights
     ):
         super().__init__(cfg)
-        _check(cfg)
+        _check_config(cfg)
         model = _use_our_attention(model or _new_hf(cfg))
         self.transformer, self.lm_head = model.transformer, model.lm_head
 
@@ -142,7 +142,7 @@ class GPT2(LM):
         **config,  # The tokenizer's vocab_size, ctx_len, dropout; a shape must be the source's
     ):
         "A model with the weights of `source`"
-        return cls(*_read_pretrained(source, config)).train()
+        return cls(*_load_pretrained(source, config)).train()
 
     def forward(self, x):
         _check_length(self.cfg, x.shape[1])
@@ -151,7 +151,7 @@ class GPT2(LM):
     @inference_step
     def step(self, x, state=None):
         "(B,k) new ids -> (B,V) logits after them; the state is the cache, while there is one, and the last ids"
-        h, state = _states(self, x, state)
+        h, state = _cached_hidden_states(self, x, state)
         return self.lm_head(h[:, -1]).float(), state
 
 # %% ../../nbs/models/33_gpt2.ipynb #e1de6f21
@@ -159,7 +159,7 @@ def to_hf(lm):
     "A `GPT2LMHeadModel` with the tensors of `lm`"
     if lm.lora is not None:
         raise ValueError(
-            "transformers' GPT-2 has no place for this model's adapters; `to_plain` adds them to its weights"
+            "transformers' GPT-2 has no place for this model's adapters; `merge_and_unload` adds them to its weights"
         )
     with torch.device("meta"):
         model = _new_hf(lm.cfg)
@@ -170,7 +170,7 @@ def to_hf(lm):
 
 
 @contextmanager
-def _quiet():
+def _quiet_transformers():
     "Without transformers' bars and reports: what matters of them is raised"
     from transformers.utils import logging
 
@@ -187,7 +187,7 @@ def _quiet():
 
 def save_hf(lm, folder):
     "Write config.json and model.safetensors, from which transformers' `from_pretrained` makes the same model"
-    with _quiet():
+    with _quiet_transformers():
         to_hf(lm).save_pretrained(folder)
 
 # %% ../../nbs/models/33_gpt2.ipynb #18012d13
@@ -200,7 +200,7 @@ def _is_folder(source):
     return path.is_dir()
 
 
-def _raise_unread(source, what, error):
+def _raise_unreadable(source, what, error):
     "Say what could not be read, why, and the way out"
     why = (str(error).splitlines() or [""])[0] or type(error).__name__
     if _is_folder(source):
@@ -211,7 +211,7 @@ def _raise_unread(source, what, error):
     ) from error
 
 # %% ../../nbs/models/33_gpt2.ipynb #ab8afb63
-def _source_config(source):
+def _read_hf_config(source):
     "transformers' configuration of a source"
     from transformers import GPT2Config as HFConfig
 
@@ -223,7 +223,7 @@ def _source_config(source):
         kind = values.get("model_type")
         theirs = HFConfig.from_dict(values if kind == "gpt2" else {})
     except Exception as error:  # No JSON, no dict, no numbers
-        _raise_unread(source, where, error)
+        _raise_unreadable(source, where, error)
     if kind != "gpt2":
         raise ValueError(f"{where}: model_type is {kind!r}, and arch='gpt2' needs 'gpt2'; choose another source")
     return theirs
@@ -239,7 +239,7 @@ def _check_vocab(source, given, has):
         )
 
 
-def _check_same(source, theirs):
+def _check_supported(source, theirs):
     "Raise if the source computes anything that GPT-2 does not"
     known = {**_FIXED, "n_inner": (None, 4 * theirs.n_embd)}
     for name, values in known.items():
@@ -256,10 +256,10 @@ def _check_dropout(source, theirs, given):
         raise ValueError(f"{source}: embd_pdrop, attn_pdrop and resid_pdrop are {three}, not one value; give dropout")
 
 
-def _config_from(source, given):
+def _config_from_source(source, given):
     "Our configuration of a source, with the window and dropout given, or an error where something does not fit"
-    theirs = _source_config(source)
-    values = {ours: vars(theirs)[name] for ours, name in _THEIRS.items()}
+    theirs = _read_hf_config(source)
+    values = {ours: vars(theirs)[name] for ours, name in _HF_NAMES.items()}
     if "vocab_size" in given:
         _check_vocab(source, given["vocab_size"], values["vocab_size"])
     for name in ("n_positions", "d_model", "n_layers", "n_heads", "tie"):
@@ -267,7 +267,7 @@ def _config_from(source, given):
             raise ValueError(
                 f"{name}={given[name]!r}, and {source} has {values[name]!r}; leave it out, or say init_from='random'"
             )
-    _check_same(source, theirs)
+    _check_supported(source, theirs)
     _check_dropout(source, theirs, given)
     values["ctx_len"] = values["n_positions"]
     return lm_config("gpt2", **{**values, **given, "vocab_size": values["vocab_size"]})
@@ -279,7 +279,7 @@ def _weight_files(source):
     return ", ".join(map(str, files)) or str(source)
 
 
-def _read_hf(source, cfg):
+def _load_hf_model(source, cfg):
     "A `GPT2LMHeadModel` with the weights of a source"
     from transformers import GPT2LMHeadModel
 
@@ -287,18 +287,18 @@ def _read_hf(source, cfg):
         raise ValueError(f"{adapter}: this folder holds an adapter; give one that holds a model")
     how = dict(config=hf_config(cfg), dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)
     try:
-        with _quiet():
+        with _quiet_transformers():
             model, info = GPT2LMHeadModel.from_pretrained(source, **how)
     except Exception as error:  # Each file format has errors of its own
-        _raise_unread(source, _weight_files(source), error)
+        _raise_unreadable(source, _weight_files(source), error)
     _check_weights(_weight_files(source), model, info)
     return model
 
 
-def _read_pretrained(source, given):
+def _load_pretrained(source, given):
     "(configuration, `GPT2LMHeadModel`) of a source, with as many tokens as the tokenizer has"
-    cfg = _config_from(source, given)
-    model = _read_hf(source, cfg)
+    cfg = _config_from_source(source, given)
+    model = _load_hf_model(source, cfg)
     cfg.vocab_size = given.get("vocab_size", cfg.vocab_size)
     if cfg.vocab_size < len(model.lm_head.weight):
         model.resize_token_embeddings(cfg.vocab_size)

@@ -44,17 +44,17 @@ class RNN(LM):
         self.rnn = CELLS[cfg.cell](cfg.d_model, cfg.d_hidden, cfg.n_layers, batch_first=True, dropout=between)
         self.head = nn.Linear(cfg.d_hidden, cfg.vocab_size)
 
-    def _run(self, x, state):
+    def _hidden_states(self, x, state):
         "(B,T) ids and a state -> (B,T,H), and the state after them"
         h = F.dropout(self.embed(x), self.cfg.dropout, self.training)
         h, state = self.rnn(h, state)
         return F.dropout(h, self.cfg.dropout, self.training), state
 
     def forward(self, x):
-        return self.head(self._run(x, None)[0])
+        return self.head(self._hidden_states(x, None)[0])
 
     @torch.no_grad()
     def step(self, x, state=None):
         "(B,k) new ids -> (B,V) logits after them; the state is that of the cells, of the same size always"
-        h, state = self._run(x, state)
+        h, state = self._hidden_states(x, state)
         return self.head(h[:, -1]), state

@@ -67,22 +67,22 @@ class ScratchGPT(LM):
         self.head = nn.Linear(cfg.d_model, cfg.vocab_size)
         _init_weights(self)
 
-    def enter(self, x, start=0):
+    def embed_ids(self, x, start=0):
         return self.embed(x) + self.positions(torch.arange(start, start + x.shape[1], device=x.device))
 
-    def begin(self):
-        return [Cache(self.cfg.ctx_len) for _ in self.blocks]
+    def new_cache(self):
+        return [KVCache(self.cfg.ctx_len) for _ in self.blocks]
 
-    def states(self, h, past=None):
+    def hidden_states(self, h, past=None):
         for block, cache in zip(self.blocks, past or [None] * self.cfg.n_layers):
-            h, _ = block(h, causal_look(self.cfg.ctx_len, cache))
+            h, _ = block(h, make_causal_attention_fn(self.cfg.ctx_len, cache))
         return self.norm(h)
 
     def logits(self, h):
         return self.head(h)
 
     def forward(self, x):
-        check_learned(self.cfg, x.shape[1])
+        check_learned_positions(self.cfg, x.shape[1])
         return super().forward(x)
 
     @inference_step

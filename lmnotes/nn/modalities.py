@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JOINTS', 'ENCODERS', 'HEADS', 'TARGETS', 'Encoder', 'check_ids', 'ExternalVoice', 'Touch', 'Proprioception', 'Audio',
-           'Vision', 'Sound', 'Animation', 'sort_tensors', 'sort_inputs', 'sort_targets', 'sense']
+           'Vision', 'AudioHead', 'AnimationHead', 'group_tensors', 'group_inputs', 'group_targets', 'encode_stream']
 
 # %% ../../nbs/nn/29_modalities.ipynb #84f370ba
 import torch
@@ -27,7 +27,7 @@ class Encoder(nn.Module):
 
     def blank(self, rows, device):
         "The smallest input, of zeros"
-        sizes = {f: [max(1, least) for _, least in _sizes(shape)] for f, (shape, _) in self.fields.items()}
+        sizes = {f: [max(1, least) for _, least in _parse_shape(shape)] for f, (shape, _) in self.fields.items()}
         return {f: torch.zeros(rows, *sizes[f], dtype=dtype, device=device) for f, (_, dtype) in self.fields.items()}
 
     def tidy(self, given):
@@ -35,13 +35,13 @@ class Encoder(nn.Module):
         return given
 
 # %% ../../nbs/nn/29_modalities.ipynb #8e3ab211
-def _sizes(shape):
+def _parse_shape(shape):
     "'W 24 n>=320' -> [('W', 0), ('24', 24), ('n', 320)]"
     items = [item.partition(">=") for item in shape.split()]
     return [(name, int(least or (name if name.isdigit() else 0))) for name, _, least in items]
 
 
-def _perceptron(n_in, d):
+def _mlp(n_in, d):
     return nn.Sequential(nn.Linear(n_in, d), nn.GELU(), nn.Linear(d, d))
 
 
@@ -62,7 +62,7 @@ class ExternalVoice(Encoder):
         self.embed = nn.Embedding(c.vocab_size, c.d_model)
 
     def forward(self, tokens):
-        there = tokens != IGNORE
+        there = tokens != IGNORE_INDEX
         ids = torch.where(there, tokens, 0)
         return self.embed(check_ids("external_voice_tokens", ids, len(self.embed.weight))), there
 
@@ -81,7 +81,7 @@ class Touch(Encoder):
     def __init__(self, c):
         super().__init__(c)
         self.point, self.surface = nn.Embedding(10, c.d_model), nn.Embedding(8, c.d_model)
-        self.mix = _perceptron(4, c.d_model)
+        self.mix = _mlp(4, c.d_model)
 
     def tidy(self, given):
         idle = ~given["active"]
@@ -102,7 +102,7 @@ class Proprioception(Encoder):
 
     def __init__(self, c):
         super().__init__(c)
-        self.mix = _perceptron(JOINTS * 14, c.d_model)
+        self.mix = _mlp(JOINTS * 14, c.d_model)
 
     def forward(self, positions, rotations):
         pose = torch.cat([positions, rotations], -1).flatten(2)
@@ -153,7 +153,7 @@ ENCODERS = dict(
 )  # And internal_voice, the text that the model goes on with
 
 # %% ../../nbs/nn/29_modalities.ipynb #a54a69a9
-class Sound(nn.Module):
+class AudioHead(nn.Module):
     "Logits (B,F,1024) of sound codes"
 
     fields = dict(audio=("F", torch.long))  # Targets, as in an encoder
@@ -167,13 +167,15 @@ class Sound(nn.Module):
         return dict(logits_audio=self.out(h).float())
 
     def loss(self, h, audio):
-        there = audio != IGNORE
+        there = audio != IGNORE_INDEX
         check_ids("target_audio", torch.where(there, audio, 0), 1024)
-        nats = F.cross_entropy(self.out(h).float().flatten(0, 1), audio.flatten(), ignore_index=IGNORE, reduction="sum")
+        nats = F.cross_entropy(
+            self.out(h).float().flatten(0, 1), audio.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
         return nats / there.sum().clamp(min=1)
 
 # %% ../../nbs/nn/29_modalities.ipynb #451d55f5
-class Animation(nn.Module):
+class AnimationHead(nn.Module):
     "Body (B,F,24,4) as unit quaternions, face (B,F,51) in 0…1, eyes (B,F,8): two directions and how far they are open"
 
     fields = dict(
@@ -200,7 +202,7 @@ class Animation(nn.Module):
 
 
 _WEIGHTS = dict(animation_body=1.0, animation_face=0.5, animation_eyes=0.3)
-HEADS = dict(audio=Sound, animation=Animation)  # And internal_text and external_text, which are matrices
+HEADS = dict(audio=AudioHead, animation=AnimationHead)  # And internal_text and external_text, which are matrices
 
 
 def _distance(name, found, target):
@@ -213,7 +215,7 @@ def _distance(name, found, target):
 # %% ../../nbs/nn/29_modalities.ipynb #ef285fe8
 def _check_shape(name, tensor, shape, dtype, rows, sizes):
     "Raise unless a tensor is of its field's shape and kind of dtype; `sizes` has what the letters stand for so far"
-    items, kinds = _sizes(shape), [(d.is_floating_point, d == torch.bool) for d in (tensor.dtype, dtype)]
+    items, kinds = _parse_shape(shape), [(d.is_floating_point, d == torch.bool) for d in (tensor.dtype, dtype)]
     wanted = [rows, *(least if letter.isdigit() else sizes.get(letter) for letter, least in items)]  # None: any
     fits = kinds[0] == kinds[1] and tensor.ndim == len(wanted)
     fits = fits and all(want in (None, size) for want, size in zip(wanted, tensor.shape))
@@ -224,7 +226,7 @@ def _check_shape(name, tensor, shape, dtype, rows, sizes):
     sizes.update((letter, size) for (letter, _), size in zip(items, tensor.shape[1:]))
 
 
-def sort_tensors(
+def group_tensors(
     known,  # {name of a tensor: (part, field, (shape, dtype))}
     given,  # {name: tensor}
     rows,  # In the batch
@@ -242,14 +244,14 @@ def sort_tensors(
     return found
 
 # %% ../../nbs/nn/29_modalities.ipynb #fa2b6279
-def sort_inputs(
+def group_inputs(
     encoders,  # {stream: Encoder}
     given,  # {name: tensor}
     rows,
 ):  # {stream: {field: tensor}}
     "The senses' tensors by stream; none of a stream's may lack"
     known = {f"{s}_{f}": (s, f, kind) for s, encoder in encoders.items() for f, kind in encoder.fields.items()}
-    streams = sort_tensors(known, given, rows, "inputs")
+    streams = group_tensors(known, given, rows, "inputs")
     for name, (stream, field, _) in known.items():
         if stream in streams and field not in streams[stream]:
             raise ValueError(f"{name} is not given, and {stream} needs all of: {encoders[stream].__doc__}")
@@ -261,24 +263,24 @@ TARGETS = dict(
 )
 
 
-def sort_targets(
+def group_targets(
     outputs,  # Names
     given,  # {name: tensor}
     rows,
 ):  # {output: {field: tensor}}
     "The targets by output"
     known = {f"target_{f}": (o, f, kind) for o in outputs for f, kind in TARGETS.get(o, {}).items()}
-    return sort_tensors(known, given, rows, "outputs")
+    return group_tensors(known, given, rows, "outputs")
 
 # %% ../../nbs/nn/29_modalities.ipynb #29d7322d
-def _lacking(tensor):
+def _is_missing(tensor):
     "(B) True for a row that holds a number that is none, or nothing but missing ids"
     if tensor.is_floating_point():
         return ~tensor.isfinite().flatten(1).all(1)
-    return (tensor == IGNORE).flatten(1).all(1) if tensor.dtype != torch.bool else tensor.new_zeros(len(tensor))
+    return (tensor == IGNORE_INDEX).flatten(1).all(1) if tensor.dtype != torch.bool else tensor.new_zeros(len(tensor))
 
 # %% ../../nbs/nn/29_modalities.ipynb #3303dee2
-def sense(
+def encode_stream(
     encoder,
     given,  # {field: tensor}, or None
     policy,  # absent | null_token | zeros
@@ -290,7 +292,7 @@ def sense(
     given = encoder.tidy(given or encoder.blank(rows, device))
     given = {f: t.to(encoder.kind.dtype) if t.is_floating_point() else t for f, t in given.items()}
     for tensor in given.values():
-        missing = missing | _lacking(tensor)
+        missing = missing | _is_missing(tensor)
     given = {f: torch.where(missing.view(-1, *[1] * (t.ndim - 1)), torch.zeros_like(t), t) for f, t in given.items()}
     h, there = encoder(**given)
     h = rms_norm(h + encoder.kind)

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from .attention import *
 
 # %% ../../nbs/nn/23_scans.ipynb #101cff2f
-def _scores(q, k, within):
+def _decayed_scores(q, k, within):
     "(…,C,C) products of the queries and keys of a chunk, faded, none with a later key"
     a, seen = q @ k.mT, causal_mask(q.shape[-2], q.shape[-2], 0, q.device)
     if within is None:
@@ -22,7 +22,7 @@ def _scores(q, k, within):
     return a * (within[..., :, None] - within[..., None, :]).masked_fill(~seen, -torch.inf).exp().to(a.dtype)
 
 # %% ../../nbs/nn/23_scans.ipynb #bb20d33d
-def _pad(x, more):
+def _pad_end(x, more):
     "`more` zeros after the last position; none costs nothing"
     return F.pad(x, (0, 0, 0, more)) if more else x
 
@@ -32,12 +32,12 @@ def _linear_attention(q, k, v, log_decay, state, C, eps):
     wide = torch.promote_types(narrow, torch.float32)
     far = wide if narrow == torch.float16 else narrow  # What the state is read in
     v = F.pad(v, (0, 1), value=1.0)  # A column of ones: its sum is the divisor
-    q, k, v = (_pad(t, n * C - T).unflatten(2, (n, C)) for t in (q, k, v))
+    q, k, v = (_pad_end(t, n * C - T).unflatten(2, (n, C)) for t in (q, k, v))
     within, keep = None, [1.0] * n
     if log_decay is not None:
         within = F.pad(log_decay.to(wide).clamp(-40, 0), (0, n * C - T)).unflatten(2, (n, C)).cumsum(-1)
         keep = within[..., -1:, None].exp().unbind(2)
-    y = _scores(q, k, within) @ v
+    y = _decayed_scores(q, k, within) @ v
     if within is not None:
         q, k = (q * within.exp()[..., None]).to(narrow), (k * (within[..., -1:] - within).exp()[..., None]).to(narrow)
     added = (k.mT @ v).to(wide).unbind(2)
@@ -65,7 +65,7 @@ def linear_attention(
 _LOG2E = 1.4426950408889634  # exp(x) = 2**(_LOG2E * x)
 
 
-def _in_turn(links, h, back=False):
+def _sequential_scan(links, h, back=False):
     "`h[i + 1] += links[i] * h[i]` in place, first to last; `back`: `h[i] += links[i] * h[i + 1]`, last to first"
     links, h = links.unbind(0), h.unbind(0)
     if back:
@@ -74,8 +74,8 @@ def _in_turn(links, h, back=False):
         now.addcmul_(link, before)
 
 
-def _by_doubling(links, h, back=False):
-    "What `_in_turn` does, all positions at once: a pass for distances of 1, 2, 4, …"
+def _doubling_scan(links, h, back=False):
+    "What `_sequential_scan` does, all positions at once: a pass for distances of 1, 2, 4, …"
     far = 1
     while far < len(h):
         to, of = (h[:-far], h[far:]) if back else (h[far:], h[:-far])
@@ -152,7 +152,7 @@ def selective_scan(
 ):  # (B,T,E) in the dtype of `x`, and the state after it: (B,N,E), float32 at least
     "The scan of S6, computed in float32 at least"
     device, dtype, wide = x.device.type, x.dtype, torch.promote_types(x.dtype, torch.float32)
-    join, chunk = (_in_turn, chunk or 16) if device == "cpu" else (_by_doubling, chunk or 64)
+    join, chunk = (_sequential_scan, chunk or 16) if device == "cpu" else (_doubling_scan, chunk or 64)
     with torch.autocast(device, enabled=False):
         if state is None:
             state = x.new_zeros(len(x), A.shape[1], A.shape[0], dtype=wide)
@@ -162,34 +162,34 @@ def selective_scan(
     return y.transpose(0, 1).to(dtype), state
 
 # %% ../../nbs/nn/23_scans.ipynb #672c2c2d
-_FORGOTTEN = -60.0  # In powers of two
+_MIN_LOG2_DECAY = -60.0  # In powers of two
 
 
-def _by_head(x, H):
+def _split_channels(x, H):
     "(b,K,Q,E) -> (b,K,H,Q,P)"
     return x.unflatten(-1, (H, -1)).transpose(2, 3)
 
 
-def _side_by_side(x, dtype):
+def _join_heads(x, dtype):
     "(b,K,H,Q,P) -> (b,K,Q,E)"
     return x.transpose(2, 3).to(dtype, memory_format=torch.contiguous_format).flatten(-2)
 
 
-def _bmm(a, b):
+def _head_matmul(a, b):
     "Products of (b,K,H,·,·), every head's own"
     return (a.flatten(0, 2) @ b.flatten(0, 2)).unflatten(0, a.shape[:3])
 
 
-def _dots(a, b):
+def _dot(a, b):
     return (a * b).sum(-1)
 
 
-def _to_end(sums):
+def _decay_to_chunk_end(sums):
     "(b,K,H,Q,1) what of each position is left at the end of its chunk"
     return (sums[..., -1:] - sums).exp2()[..., None]
 
 
-def _carry(kept, added, state):
+def _chunk_states(kept, added, state):
     "States (b,K,H,N,P) before each chunk, of which `kept` (b,K,H) stays and to which it adds; and after the last"
     before = torch.empty_like(added)
     for i, (share, new) in enumerate(zip(kept[..., None, None].unbind(1), added.unbind(1))):
@@ -204,19 +204,19 @@ class _SSD(Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, state, keep):
         dtype, wide, H, before = x.dtype, dt.dtype, len(A), None
-        sums = (dt * (A * _LOG2E)[:, None]).clamp_(min=_FORGOTTEN).cumsum(-1)
+        sums = (dt * (A * _LOG2E)[:, None]).clamp_(min=_MIN_LOG2_DECAY).cumsum(-1)
         fade = (sums[..., :, None] - sums[..., None, :]).clamp_(-120, 0).exp2_()  # Later keys: one, masked below
         scores = (C @ B.mT).to(wide).tril_()
         M = (fade * scores[:, :, None]).to(dtype)
-        x = _by_head(x, H).to(wide, memory_format=torch.contiguous_format)
+        x = _split_channels(x, H).to(wide, memory_format=torch.contiguous_format)
         X = (x * dt[..., None]).to(dtype)
         if keep or state is not None or x.shape[1] > 1:
-            added = _bmm((B[:, :, None] * _to_end(sums)).to(dtype).mT, X).to(wide)
+            added = _head_matmul((B[:, :, None] * _decay_to_chunk_end(sums)).to(dtype).mT, X).to(wide)
             state = torch.zeros_like(added[:, 0]) if state is None else state
-            before, state = _carry(sums[..., -1].exp2(), added, state)
+            before, state = _chunk_states(sums[..., -1].exp2(), added, state)
             M = torch.cat([M, (C[:, :, None] * sums.exp2()[..., None]).to(dtype)], -1)
             X = torch.cat([X, before.to(dtype)], -2)
-        y = _side_by_side(_bmm(M, X).to(wide).addcmul_(x, D[:, None, None]), dtype)
+        y = _join_heads(_head_matmul(M, X).to(wide).addcmul_(x, D[:, None, None]), dtype)
         ctx.save_for_backward(x, dt, A, B, C, D, sums, fade, scores, M, X, before)
         return y, state
 
@@ -231,8 +231,8 @@ class _SSD(Function):
 def _ssd_gradients(dy, dstate, x, dt, A, B, C, D, sums, fade, scores, M, X, before):
     "Gradients of x, dt, A, B, C, D and the first state"
     dtype, wide, Q = X.dtype, dt.dtype, x.shape[3]
-    low = _by_head(dy.to(dtype), len(A)).contiguous()
-    dX, dM = _bmm(M.mT, low), _bmm(low, X.mT)
+    low = _split_channels(dy.to(dtype), len(A)).contiguous()
+    dX, dM = _head_matmul(M.mT, low), _head_matmul(low, X.mT)
     dfaded = dM[..., :Q].to(wide) * fade
     dscores = dfaded.sum(2).tril_().to(dtype)
     W = dfaded.mul_(scores[:, :, None])
@@ -241,25 +241,25 @@ def _ssd_gradients(dy, dstate, x, dt, A, B, C, D, sums, fade, scores, M, X, befo
     if before is not None:
         dread, dbefore = dM[..., Q:].to(wide), dX[..., Q:, :].to(wide)
         dstate = _ssd_state_gradients(dread, dbefore, dstate, B, C, sums, X[..., :Q, :], before, dx, dB, dC, dsums)
-    dlog = dsums.flip(-1).cumsum(-1).flip(-1) * (dt * (A * _LOG2E)[:, None] > _FORGOTTEN)
-    ddt = _dots(dx, x) + dlog * A[:, None]
-    dA, dD = (dlog * dt).sum((0, 1, 3)), _dots(dY, x).sum((0, 1, 3))
+    dlog = dsums.flip(-1).cumsum(-1).flip(-1) * (dt * (A * _LOG2E)[:, None] > _MIN_LOG2_DECAY)
+    ddt = _dot(dx, x) + dlog * A[:, None]
+    dA, dD = (dlog * dt).sum((0, 1, 3)), _dot(dY, x).sum((0, 1, 3))
     dx = dx.mul_(dt[..., None]).addcmul_(dY, D[:, None, None])
-    return _side_by_side(dx, dtype), ddt, dA, dB, dC, dD, dstate
+    return _join_heads(dx, dtype), ddt, dA, dB, dC, dD, dstate
 
 # %% ../../nbs/nn/23_scans.ipynb #c3964817
 def _ssd_state_gradients(dread, dbefore, dstate, B, C, sums, X, before, dx, dB, dC, dsums):
     "Add to dx, dB, dC and dsums what comes through the states; the gradient of the first state"
-    dtype, since, end, kept = B.dtype, sums.exp2()[..., None], _to_end(sums), sums[..., -1].exp2()
-    dafter, dstate = _carry(kept.flip(1), dbefore.flip(1), dstate)  # From the last chunk to the first
+    dtype, since, end, kept = B.dtype, sums.exp2()[..., None], _decay_to_chunk_end(sums), sums[..., -1].exp2()
+    dafter, dstate = _chunk_states(kept.flip(1), dbefore.flip(1), dstate)  # From the last chunk to the first
     dafter = dafter.flip(1)
     left, new = B[:, :, None] * end, dafter.to(dtype)
-    dleft = _bmm(X, new.mT).to(dsums.dtype)
-    dx += _bmm(left.to(dtype), new)
+    dleft = _head_matmul(X, new.mT).to(dsums.dtype)
+    dx += _head_matmul(left.to(dtype), new)
     dC += (dread * since).sum(2).to(dtype)
     dB += (dleft * end).sum(2).to(dtype)
-    each = _dots(dleft, left)
-    dsums += _dots(dread, C[:, :, None] * since) - each
+    each = _dot(dleft, left)
+    dsums += _dot(dread, C[:, :, None] * since) - each
     dsums[..., -1] += each.sum(-1) + kept * (dafter * before).sum((-1, -2))
     return dstate
 
@@ -284,7 +284,7 @@ def ssd(
     D = torch.zeros_like(A) if D is None else D
     with torch.autocast(x.device.type, enabled=False):
         x, dt, B, C = (
-            _pad(t.to(kind), -T % Q).unflatten(1, (-1, Q)) for t, kind in ((x, low), (dt, wide), (B, low), (C, low))
+            _pad_end(t.to(kind), -T % Q).unflatten(1, (-1, Q)) for t, kind in ((x, low), (dt, wide), (B, low), (C, low))
         )
         dt = dt.transpose(2, 3).contiguous()
         state = None if state is None else state.unflatten(-1, (len(A), -1)).transpose(1, 2)

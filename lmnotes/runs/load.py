@@ -39,17 +39,17 @@ class Run:
     @property
     def metrics(self):
         "All records of metrics.jsonl"
-        return Metrics(self.folder / "metrics.jsonl").read()
+        return JsonlLog(self.folder / "metrics.jsonl").read()
 
     def generate(self, prompts="", n=200, **sampling):
         "New text after a prompt, or a list of texts after several (see `lmnotes.generate`)"
-        return generate(self.lm, self.tokenizer, self._begin(prompts), n, **sampling)
+        return generate(self.lm, self.tokenizer, self._default_prompt(prompts), n, **sampling)
 
     def stream(self, prompt="", n=200, **sampling):
         "Yield new text as it is made"
-        return stream(self.lm, self.tokenizer, self._begin(prompt), n, **sampling)
+        return stream(self.lm, self.tokenizer, self._default_prompt(prompt), n, **sampling)
 
-    def write(
+    def print_generated(
         self,
         config,  # A `GenerateConfig`
     ):
@@ -60,18 +60,18 @@ class Run:
             print(piece, end="", flush=True)
         print()
 
-    def _begin(self, prompts):
+    def _default_prompt(self, prompts):
         "An empty prompt is the beginning of a document, or of a line where the text had no documents"
         if isinstance(prompts, str):
             return prompts or self.info["data"].get("start", "")
-        return [self._begin(p) for p in prompts]
+        return [self._default_prompt(p) for p in prompts]
 
     def evaluate(self, part="val", by_domain=False, data=""):
         "Figures over a whole part of the run's data, or of other data under the run's tokenizer"
         cfg = RunConfig(**{**self.info["config"], **(dict(data=data, domains="", split="auto") if data else {})})
-        found = get_data(cfg, self.tokenizer, say=None)
+        found = load_data(cfg, self.tokenizer, log_fn=None)
         if not data:
-            same_data(found, self.info, self.config, "or say data=... to evaluate on other data")
+            check_same_data(found, self.info, self.config, "or say data=... to evaluate on other data")
         tokens = found.tokens
         if part not in tokens:
             raise ValueError(f"part={part!r} is not one of {', '.join(tokens)}")
@@ -79,7 +79,7 @@ class Run:
         how = dict(autocast=lambda: autocast(device, getattr(torch, self.info["dtype"])), seed=cfg.seed)
         if by_domain:
             return evaluate_domains(self.lm, tokens[part], cfg.batch_size, cfg.ctx_len, lengths, **how)
-        return evaluate(self.lm, CoveringWindows(tokens[part].ids, cfg.batch_size, cfg.ctx_len), lengths, **how)
+        return evaluate(self.lm, EvaluationBatches(tokens[part].ids, cfg.batch_size, cfg.ctx_len), lengths, **how)
 
     def __repr__(self):
         return f"Run({self.folder.name}: {self.config.arch}, {self.status} at step {self.step}, {n_params(self.lm):,} parameters)"
@@ -93,12 +93,12 @@ def load(
     model_args="",  # Values of the model's configuration for this use, such as "thinking_steps=5"
 ):  # A `Run`
     "Open a run"
-    step_folder = find_checkpoint(find_run(path), which)
-    folder = step_folder.parent
+    checkpoint_folder = find_checkpoint(find_run_folder(path), which)
+    folder = checkpoint_folder.parent
     info = read_json(folder / "run.json", CheckpointError)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    same_tokenizer(tokenizer, info, folder)
-    info = dict(info, step=read_json(step_folder / "config.json")["step"])
-    lm = load_lm(step_folder, device=pick_device(device), model_args=model_args)
-    lm.attach(folder)
+    check_same_tokenizer(tokenizer, info, folder)
+    info = dict(info, step=read_json(checkpoint_folder / "config.json")["step"])
+    lm = load_lm(checkpoint_folder, device=pick_device(device), model_args=model_args)
+    lm.load_extra_files(folder)
     return Run(folder, lm.to(getattr(torch, pick_dtype(pick_device(device), dtype)[0])), tokenizer, info)

@@ -20,12 +20,12 @@ from ..nn.lm import *
 from ..nn.lora import lora_layers
 from .config import *
 from .folder import *
-from .folder import _cut_metrics, _owned, _put_aside, _run_name
+from .folder import locked_run_folder, move_earlier_run_aside, run_folder_name, truncate_metrics
 from .launch import *
 from .load import *
-from .monitor import _live
+from .monitor import make_live_view
 from .setup import *
-from .setup import _silent
+from .setup import no_log
 from ..training.checkpoint import *
 from ..training.trainer import *
 
@@ -33,14 +33,14 @@ from ..training.trainer import *
 def run(
     recipe=None,  # Values of a recipe: stronger than defaults, weaker than the environment
     hooks=(),  # More hooks, called last
-    lines=None,  # Other `Lines` to print than the usual
-    batches=None,  # What makes other training batches of a `Setup`, whose model is as it will be trained on
+    lines=None,  # Other `LogFormat` to print than the usual
+    batches=None,  # What makes other training batches of a `RunSetup`, whose model is as it will be trained on
     view=True,  # In a notebook: one figure that is redrawn, and lines only if they are given or papermill logs them
     **params,  # Fields of `RunConfig`
 ):  # A `Run`
     "Train, or go on training, and return the result; the run's folder holds everything"
-    cfg, origins = resolve(params, recipe)
-    rank, world = process_rank()
+    cfg, origins = resolve_config(params, recipe)
+    rank, world = rank_and_world_size()
     if cfg.dry_run and max(cfg.procs, world) > 1:
         raise ValueError("a dry run is made by one process; leave out procs, and torchrun")
     if cfg.procs > 1 and world == 1:
@@ -48,56 +48,56 @@ def run(
             raise ValueError(
                 "hooks, lines and batches cannot be sent to other processes; leave out procs, and start this script with torchrun"
             )
-        return launch(cfg, origins, view)
+        return launch_torchrun(cfg, origins, view)
     with StopSignals() as signals:
         device = init_distributed(pick_device(cfg.device))
-        folder = runs_folder(cfg.out_dir) / agree_on(_run_name(cfg))
+        folder = runs_folder(cfg.out_dir) / broadcast_from_rank0(run_folder_name(cfg))
         if cfg.dry_run:
-            return _dry_run(Setup(cfg, origins, folder, device), signals, lines)
-        live = _live(folder, lines) if view and rank == 0 else None
-        signals.say = not (live and live.quiet)
-        with _owned(folder) if rank == 0 else nullcontext(), live.shown() if live else nullcontext():
-            s = Setup(cfg, origins, folder, device, print if rank == 0 else _silent)
-            return _run(s, signals, [*hooks, live] if live else hooks, lines, batches)
+            return _dry_run(RunSetup(cfg, origins, folder, device), signals, lines)
+        live = make_live_view(folder, lines) if view and rank == 0 else None
+        signals.announce = not (live and live.quiet)
+        with locked_run_folder(folder) if rank == 0 else nullcontext(), live.shown() if live else nullcontext():
+            s = RunSetup(cfg, origins, folder, device, print if rank == 0 else no_log)
+            return _train_run(s, signals, [*hooks, live] if live else hooks, lines, batches)
 
 # %% ../../nbs/runs/67_run.ipynb #48547893
-def _run(s, signals, hooks, lines, batches):
-    "Train what `Setup` made, and keep the record"
+def _train_run(s, signals, hooks, lines, batches):
+    "Train what `RunSetup` made, and keep the record"
     trainer = Trainer(s.lm, s.batches, s.cfg, [*s.hooks(), *hooks], s.device, signals, lines)
-    if s.step_folder:
-        resume(trainer, s.step_folder)
+    if s.checkpoint_folder:
+        restore_trainer(trainer, s.checkpoint_folder)
     trainer.batches = batches(s) if batches else s.batches
-    record = Record(s.folder, **(s.info or dict(started=now())))
+    record = RunRecord(s.folder, **(s.info or dict(started=utc_now())))
     if trainer.rank == 0:
-        _begin(record, s, trainer)
-        if s.step_folder and trainer.lines.resumed:
+        _start_record(record, s, trainer)
+        if s.checkpoint_folder and trainer.lines.resumed:
             print(trainer.lines.resumed.format(step=trainer.step))
-    return _train(record, s, trainer)
+    return _fit_and_record(record, s, trainer)
 
 # %% ../../nbs/runs/67_run.ipynb #004d9898
-def _begin(record, s, trainer):
+def _start_record(record, s, trainer):
     "Write what is known before the first step"
     if not s.info:
-        _put_aside(s.folder, [pattern for hook in trainer.hooks for pattern in hook.files])
-    sweep(s.folder)
+        move_earlier_run_aside(s.folder, [pattern for hook in trainer.hooks for pattern in hook.files])
+    remove_temporary_files(s.folder)
     if s.lm.lora:
-        if not s.step_folder:
-            (s.folder / BASE).unlink(missing_ok=True)  # Of a beginning that came to nothing
-        write_base(s.folder, s.lm)
+        if not s.checkpoint_folder:
+            (s.folder / BASE_WEIGHTS_FILE).unlink(missing_ok=True)  # Of a beginning that came to nothing
+        write_base_weights(s.folder, s.lm)
     s.data.tokenizer.save(s.folder / "tokenizer")
-    _cut_metrics(s.folder, trainer.counters)
+    truncate_metrics(s.folder, trainer.counters)
     write_atomic(s.folder.parent / ".last", s.folder.name + "\n")
     more = dict(origins=s.origins, versions=versions(), device=s.device_line, threads=torch.get_num_threads())
-    record.update(status="running", step=trainer.step, **s.about(), **more)
+    record.update(status="running", step=trainer.step, **s.run_record(), **more)
     print(
         f"{s.folder.name}: {s.cfg.arch}, {n_params(s.lm):,} parameters ({n_params(s.lm, trainable=True):,} trained"
         + (f", {len(lora_layers(s.lm))} layers adapted), " if s.lm.lora else "), ")
         + f"{s.cfg.steps:,} steps of {s.cfg.batch_size} x {s.cfg.ctx_len} tokens"
-        + (f", from step {trainer.step:,}" if s.step_folder else "")
+        + (f", from step {trainer.step:,}" if s.checkpoint_folder else "")
     )
 
 # %% ../../nbs/runs/67_run.ipynb #32f88647
-def _train(record, s, trainer):
+def _fit_and_record(record, s, trainer):
     "Fit, and write down how it ended"
     c, rank = trainer.counters, trainer.rank
     try:
@@ -119,13 +119,15 @@ def _train(record, s, trainer):
     )
     if rank == 0:
         record.update(**ended)
-        print(f"{s.folder.name}: {_ending(trainer, s.folder)}")
+        print(f"{s.folder.name}: {_final_message(trainer, s.folder)}")
     if dist.is_initialized():
         dist.barrier()  # No process leaves while another still writes
-    return Run(s.folder, trainer.lm.eval(), s.data.tokenizer, record.values if rank == 0 else dict(s.about(), **ended))
+    return Run(
+        s.folder, trainer.lm.eval(), s.data.tokenizer, record.values if rank == 0 else dict(s.run_record(), **ended)
+    )
 
 # %% ../../nbs/runs/67_run.ipynb #aae6d3c6
-def _ending(trainer, folder):
+def _final_message(trainer, folder):
     "One line on how it ended and what to do next"
     at = f"at step {trainer.step:,} of {trainer.cfg.steps:,}"
     go_on = f"go on with resume=True run={folder.name}"
@@ -158,10 +160,10 @@ def _dry_run(s, signals, lines, steps=10):
     if not torch.equal(again(batch.x), s.lm.eval()(batch.x)):
         raise CheckpointError("the checkpoint, read back, is not the model that was written")
     print(
-        f"dry run: {trainer.step} steps, loss {trainer.last['loss']:.4f}; checkpoint of {size / 1e6:.1f} MB written and read back, "
+        f"dry run: {trainer.step} steps, loss {trainer.last_metrics['loss']:.4f}; checkpoint of {size / 1e6:.1f} MB written and read back, "
         f"{save_time:.2f}s\n{n_params(s.lm):,} parameters, {1e3 * per_step:.1f} ms a step, "
         f"{s.cfg.batch_size * s.cfg.ctx_len / per_step:,.0f} tok/s; {s.cfg.steps:,} steps take about "
-        f"{duration(per_step * s.cfg.steps)}, {len(s.val):,} validation batches about {1e3 * per_step / 3:.0f} ms each; "
+        f"{format_duration(per_step * s.cfg.steps)}, {len(s.val):,} validation batches about {1e3 * per_step / 3:.0f} ms each; "
         f"peak memory {peak_memory(s.device) / 1e9:.2f} GB"
     )
-    return Run(s.folder, s.lm, s.data.tokenizer, dict(s.about(), status="dry_run", step=trainer.step))
+    return Run(s.folder, s.lm, s.data.tokenizer, dict(s.run_record(), status="dry_run", step=trainer.step))

@@ -45,7 +45,7 @@ def check_optim(cfg):
     "Raise unless the settings make sense"
     for field, known in dict(optimizer=DEFAULT_LR, schedule=SCHEDULES).items():
         if (value := vars(cfg)[field]) not in known:
-            raise ValueError(f"{field}={value!r} is not known; {nearest(value, known)}")
+            raise ValueError(f"{field}={value!r} is not known; {did_you_mean(value, known)}")
     if not 0 <= cfg.cooldown <= 1:
         raise ValueError(f"cooldown={cfg.cooldown} is a fraction of the run, from 0 to 1")
 
@@ -69,7 +69,7 @@ def lr_at(
 # %% ../../nbs/training/40_optim.ipynb #7ed2be07
 def split_params(lm):
     "`hidden` matrices, `head`, and the `rest` (embeddings, norms, biases, scalars): three lists of (name, parameter)"
-    embeddings = {id(p) for p in embeddings_of(lm)}
+    embeddings = {id(p) for p in embedding_parameters(lm)}
     kinds = dict(hidden=[], head=[], rest=[])
     for name, p in lm.named_parameters():
         if p.requires_grad:
@@ -116,9 +116,9 @@ class Muon(torch.optim.Optimizer):
             for p in (p for p in group["params"] if p.grad is not None):
                 shapes.setdefault((p.shape, p.device), []).append(p)
             for params in shapes.values():
-                self._move(params, group)
+                self._update_params(params, group)
 
-    def _move(self, params, group):
+    def _update_params(self, params, group):
         buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
         grads = [p.grad for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
@@ -130,7 +130,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(params, list(update.to(params[0].dtype).unbind()), alpha=scale)
 
 # %% ../../nbs/training/40_optim.ipynb #b071a5b5
-def _group(named, weight_decay, lr_scale=1.0):
+def _param_group(named, weight_decay, lr_scale=1.0):
     return dict(
         params=[p for _, p in named], param_names=[n for n, _ in named], weight_decay=weight_decay, lr_scale=lr_scale
     )
@@ -149,15 +149,17 @@ def make_optimizers(
         raise ValueError(f"betas={cfg.betas!r} is not two numbers from 0 to 1, such as '0.9 0.95'")
     adamw = dict(lr=lr, betas=betas, fused=True)
     if cfg.optimizer == "adamw":
-        groups = [_group(kinds["hidden"] + kinds["head"], cfg.weight_decay), _group(kinds["rest"], 0.0)]
-        return _made(torch.optim.AdamW, groups, **adamw)
-    others = [_group(kinds["head"], cfg.weight_decay, 0.5), _group(kinds["rest"], 0.0, 0.5)]
-    hidden = [_group(kinds["hidden"], cfg.weight_decay)]
+        groups = [_param_group(kinds["hidden"] + kinds["head"], cfg.weight_decay), _param_group(kinds["rest"], 0.0)]
+        return _make_optimizer(torch.optim.AdamW, groups, **adamw)
+    others = [_param_group(kinds["head"], cfg.weight_decay, 0.5), _param_group(kinds["rest"], 0.0, 0.5)]
+    hidden = [_param_group(kinds["hidden"], cfg.weight_decay)]
     low = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # float16 has too few exponents
-    return _made(torch.optim.AdamW, others, **adamw, eps=1e-10) + _made(Muon, hidden, lr=lr, dtype=low)
+    return _make_optimizer(torch.optim.AdamW, others, **adamw, eps=1e-10) + _make_optimizer(
+        Muon, hidden, lr=lr, dtype=low
+    )
 
 # %% ../../nbs/training/40_optim.ipynb #c1d007d9
-def _made(kind, groups, **settings):
+def _make_optimizer(kind, groups, **settings):
     "[an optimizer], or [] if nothing is left for it to move"
     groups = [g for g in groups if g["params"]]
     return [kind(groups, **settings)] if groups else []

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import lmnotes
-from lmnotes.inference.generation import Picker, prompt_ids
+from lmnotes.inference.generation import TokenSampler, encode_prompt
 from lmnotes.training.trainer import Hook
 
 HERE = Path(__file__).parent
@@ -107,7 +107,7 @@ class StopAt(Hook):
             t.stop = "interrupted"
 
 
-class Margins(Picker):
+class Margins(TokenSampler):
     "Greedy decoding that records the difference between the two largest logits"
 
     smallest = float("inf")
@@ -120,8 +120,8 @@ class Margins(Picker):
 
 def smallest_margin(r, prompt):
     "Smallest difference between the two best tokens in the greedy text after a prompt"
-    x = torch.tensor([prompt_ids(r.tokenizer, prompt)])
-    pick = Margins(temperature=0, n_ids=r.tokenizer.vocab_size).start(x)
+    x = torch.tensor([encode_prompt(r.tokenizer, prompt)])
+    pick = Margins(temperature=0, n_ids=r.tokenizer.vocab_size).reset(x)
     n = 0
     for new in r.lm.eval().generate(x, TOKENS, pick):
         n += new.shape[1]
