@@ -1,4 +1,4 @@
-# Every target does all the set-up it needs. README.md says the same in plain commands, for those without make.
+# Every target does the setup that it needs. README.md lists the equivalent commands for systems without make.
 PYTHON ?= python3
 SETUP = settings.ini setup.py constraints.txt
 export PIP_QUIET ?= 1
@@ -12,8 +12,8 @@ help:
 	@echo "make lab          open the notebooks in JupyterLab"
 	@echo "make docs         build the documentation site in _docs/"
 	@echo "make bench        run the benchmarks"
-	@echo "make install-dev  make .venv with everything needed to work on lmnotes"
-	@echo "make clean        remove what make made, .venv too; data/ and checkpoints/ stay"
+	@echo "make install-dev  create .venv with everything needed to work on lmnotes"
+	@echo "make clean        remove everything that make created, including .venv, but not data/ and checkpoints/"
 
 train: .venv/.installed
 	.venv/bin/papermill nbs/train.ipynb checkpoints/first/train.ipynb

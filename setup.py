@@ -1,4 +1,4 @@
-"""All settings live in settings.ini; edit there, not here."""
+"""Package setup. All settings are in settings.ini: edit them there."""
 
 import shlex
 from configparser import ConfigParser
@@ -22,6 +22,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["lmnotes", "lmnotes.*"]),
     include_package_data=True,
+    package_data={cfg["lib_path"]: ["py.typed"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=shlex.split(cfg["requirements"]),
     extras_require={o: shlex.split(cfg[f"{o}_requirements"]) for o in ("lab", "store", "dev")},

@@ -1,6 +1,6 @@
-"""Runs every benchmark, one after the other: `python -m benchmarks` in full, with `--quick` only to see that they run.
+"""Run every benchmark, one after the other: `python -m benchmarks`, with `--quick` only to check that they run.
 
-Other options, such as `--check`, are passed on to each. Leaves with 1 if one of them does not end well.
+Other options, such as `--check`, are passed to each benchmark. The exit code is 1 if one of them fails.
 """
 
 import subprocess
@@ -19,7 +19,7 @@ def main():
         if subprocess.run([sys.executable, script, *sys.argv[1:]]).returncode:
             failed.append(script.name)
     if failed:
-        sys.exit(f"\nnot well: {', '.join(failed)}")
+        sys.exit(f"\nfailed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

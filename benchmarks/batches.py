@@ -1,10 +1,10 @@
-"""Batches: what it costs to make one, as a part of a training step of the 0.8 M parameter model.
+"""Batches: cost of making one, as a share of a training step of the 0.8 M parameter model.
 
-Batches of 12 x 64 characters from the memory-mapped token file, one for each step: random windows (lmnotes' default),
-windows in epochs, and nanoGPT's stack of slices. One thread.
+We make batches of 12 x 64 characters from the memory-mapped token file, one per step: random sequences (lmnotes' default),
+sequences in epochs, and nanoGPT's stack of slices. One thread.
 """
 
-from common import corpus, figures, finish, interleave, least, options, parts  # isort: skip
+from common import load_corpus, timing_columns, report, interleave, min_cpu, parse_options, build_parts  # isort: skip
 from itertools import count
 
 from nanogpt import CPU_BATCH, CPU_RECIPE, Loop, NanoGPT
@@ -14,10 +14,12 @@ from lmnotes.training.trainer import Trainer
 
 
 def main():
-    args = options(__doc__, rounds=(20, "timed rounds of each"))
+    args = parse_options(__doc__, rounds=(20, "timed rounds of each"))
     rounds, many = (2, 5) if args.quick else (args.rounds, 200)
-    cfg, data = corpus(args.quick, ctx_len=CPU_RECIPE["block_size"], batch_size=CPU_BATCH, steps=10**6, preset="tiny")
-    lm, _, _ = parts(cfg, data)
+    cfg, data = load_corpus(
+        args.quick, ctx_len=CPU_RECIPE["block_size"], batch_size=CPU_BATCH, steps=10**6, preset="tiny"
+    )
+    lm, _, _ = build_parts(cfg, data)
     train = data.tokens["train"]
     sources = {
         f"lmnotes, {name}": get_batches(train, CPU_BATCH, cfg.ctx_len, sampler=name) for name in ("random", "epochs")
@@ -26,21 +28,21 @@ def main():
     steps = count()
 
     def drawn(source):
-        "A function that makes `many` batches of successive steps"
+        "Return a function that makes `many` batches of successive steps"
         return lambda: [source[next(steps)] for _ in range(many)]
 
     drawing = {name: drawn(source) for name, source in sources.items()}
     drawing["nanoGPT, slices"] = lambda: [peer.batch() for _ in range(many)]
     clocks = interleave(drawing, rounds)
     step = interleave({"step": Trainer(lm, sources["lmnotes, random"], cfg).train_step}, rounds, warmup=3)["step"]
-    part = {name: least(of) / many / least(step) for name, of in clocks.items()}
+    part = {name: min_cpu(of) / many / min_cpu(step) for name, of in clocks.items()}
     rows = [
-        {"batches": name, **figures(of, "µs", many), "part of a step": f"{part[name]:.2%}"}
+        {"batches": name, **timing_columns(of, "µs", many), "share of a step": f"{part[name]:.2%}"}
         for name, of in clocks.items()
     ]
-    rows.append({"batches": "(a whole training step)", **figures(step, "µs")})
+    rows.append({"batches": "(a whole training step)", **timing_columns(step, "µs")})
     worst = max(part[name] for name in sources)
-    finish(args, rows, [("at most 1% of a step", f"{worst:.2%}", worst <= 0.01)])
+    report(args, rows, [("at most 1% of a step", f"{worst:.2%}", worst <= 0.01)])
 
 
 if __name__ == "__main__":

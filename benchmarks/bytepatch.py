@@ -1,15 +1,15 @@
-"""The byte guide's model, reduced (d_model 128, 4 layers, 1,000 steps of 4 x 1,024 bytes), against `arch='bytepatch'`.
+"""AGIFORMER's model, reduced (d_model 128, 4 layers, 1,000 steps of 4 x 1,024 bytes), against `arch='bytepatch'`.
 
-The peer is written here as the guide's system has it: the mask of the window is made at each call and all N x N scores are
-computed, linear attention keeps the running sum of outer products for every position, torch's GRU reads a byte's embedding and
-its patch's latent side by side for each byte, all in float32. Its weights load into ours and the other way round. First all train
-in turns of a few steps, which are timed. Then all but the peer go on to the end: preset `agiformer` by the guide's recipe (AdamW at
-a constant 3e-4 after 100 steps) and once more with lmnotes' own optimizer and schedule, as the strong default and a flat decoder
-of bytes have it. They are judged on the whole validation split, 5% of the bytes after the first 90%. The data is the standard library's
-own source, which every Python carries; `--data bytes:PATH` takes any file.
+The peer is a plain implementation of AGIFORMER's model in float32. It builds the window mask at each call and computes all N x N
+scores. Its linear attention stores the running sum of outer products for every position. torch's GRU reads, for each byte, the
+embedding concatenated with the latent of the patch. Its weights load into ours and vice versa. First we train all models interleaved
+and time them. Then we train all but the peer to the end: preset `agiformer` with AGIFORMER's recipe (AdamW at a constant 3e-4 after
+100 steps), the same preset with lmnotes' own optimizer and schedule, the default `bytepatch`, and a decoder of single bytes. We evaluate
+on the whole validation split, 5% of the bytes after the first 90%. The data is the source of the standard library, which comes with
+every Python. `--data bytes:PATH` takes any file.
 """
 
-from common import corpus, figures, finish, interleave, least, options, parts  # isort: skip
+from common import load_corpus, timing_columns, report, interleave, min_cpu, parse_options, build_parts  # isort: skip
 import copy
 
 import torch
@@ -21,7 +21,7 @@ from lmnotes.inference.evaluation import evaluate
 from lmnotes.nn.lm import n_params
 from lmnotes.training.trainer import Trainer
 
-REDUCED = dict(d_model=128, n_layers=4, n_heads=4)  # Heads 32 wide, as in the guide's own small model
+REDUCED = dict(d_model=128, n_layers=4, n_heads=4)  # Heads are 32 wide, as in AGIFORMER's small model
 RATE, WARMUP, CLIP = 3e-4, 100, 0.5
 GUIDE = dict(
     optimizer="adamw",
@@ -131,7 +131,7 @@ class Bytes(nn.Module):
         return self.conv(self.embed(x).transpose(1, 2)).transpose(1, 2)
 
     def write(self, latents, targets):
-        "(B,N,D) latents and the (B,N,P) bytes of the patches after them -> (B,N,P,256)"
+        "(B,N,D) latents and (B,N,P) bytes of the patches after them -> (B,N,P,256)"
         B, N, P = targets.shape
         before = self.byte_embed(F.pad(targets[:, :, :-1], (1, 0)))
         z = self.latent(latents)[:, :, None].expand(-1, -1, P, -1)
@@ -140,7 +140,7 @@ class Bytes(nn.Module):
 
 
 class GuideModel(nn.Module):
-    "What the guide's system trains"
+    "AGIFORMER's model, implemented plainly"
 
     def __init__(self, d_model, n_layers, n_heads=8, patch_size=4, window=128, thinking_steps=3, dropout=0.1):
         super().__init__()
@@ -149,14 +149,14 @@ class GuideModel(nn.Module):
         self.patches = Patches(d_model, n_layers, n_heads, window, thinking_steps, dropout)
 
     def forward(self, window):
-        "(B,L) bytes -> (B,L/P-1,P,256) logits of all bytes but those of the first patch, and these bytes"
+        "(B,L) bytes -> (B,L/P-1,P,256) logits of all bytes after the first patch, and these bytes"
         P = self.patch_size
         targets = window[:, P:].unflatten(1, (-1, P))
         return self.bytes.write(self.patches(self.bytes.join(window[:, :-P])), targets), targets
 
 
 class Loop:
-    "The guide's training loop"
+    "AGIFORMER's training loop"
 
     def __init__(self, model, batches):
         self.model, self.batches, self.step = model.train(), batches, 0
@@ -175,67 +175,75 @@ class Loop:
 
 
 def trainers(
-    args,
-    cfg,
-    data,  # From `corpus`
-    shape,  # Of the reduced model
+    args,  # From `parse_options`
+    cfg,  # `RunConfig`
+    data,  # From `load_corpus`
+    shape,  # Configuration values of the reduced model
 ):  # {name: Trainer}
-    "The four that are trained to the end"
+    "Return the trainers of the four models that are trained to the end"
     guide = dict(arch="bytepatch", preset="agiformer")
     wanted = {
-        "faithful, the guide's recipe": (guide | GUIDE, shape | dict(dropout=0.1)),
-        "faithful, as lmnotes trains": (guide, shape),
-        "strong": (dict(arch="bytepatch"), dict(ngram_rows=64) if args.quick else {}),
-        "flat": (dict(arch="gpt", preset="bytes"), {}),
+        "agiformer, its own recipe": (guide | GUIDE, shape | dict(dropout=0.1)),
+        "agiformer, lmnotes' recipe": (guide, shape),
+        "bytepatch": (dict(arch="bytepatch"), dict(ngram_rows=64) if args.quick else {}),
+        "gpt on bytes": (dict(arch="gpt", preset="bytes"), {}),
     }
     runs = {}
     for name, (settings, model) in wanted.items():
         own = copy.copy(cfg)
         vars(own).update(settings)
-        lm, batches, _ = parts(own, data, **model)
+        lm, batches, _ = build_parts(own, data, **model)
         runs[name] = Trainer(lm, batches, own)
     return runs
 
 
 def main():
-    args = options(
+    args = parse_options(
         __doc__,
         steps=(1000, "length of the four runs"),
-        rounds=(8, "turns in which all five are timed"),
-        turn=(5, "steps in such a turn"),
+        rounds=(8, "timed turns of all five models"),
+        turn=(5, "steps in a turn"),
         data=("stdlib", "a corpus, or bytes:PATH for any file"),
     )
     steps, rounds, turn = (4, 1, 2) if args.quick else (args.steps, args.rounds, args.turn)
     shape = dict(REDUCED, d_model=32, n_layers=1) if args.quick else REDUCED
     size = dict(tokenizer="bytes", ctx_len=128 if args.quick else 1024, batch_size=4, steps=steps)
     source = {} if args.quick else dict(data=args.data, split="enwik8")
-    cfg, data = corpus(args.quick, **size, **source)
+    cfg, data = load_corpus(args.quick, **size, **source)
     runs, val = trainers(args, cfg, data, shape), EvaluationBatches(data.tokens["val"].ids, 8, cfg.ctx_len)
     torch.manual_seed(cfg.seed)
-    peer = Loop(GuideModel(**shape), runs["strong"].batches)
+    peer = Loop(GuideModel(**shape), runs["bytepatch"].batches)
 
     def some_steps(train_step):
         return lambda: [train_step() for _ in range(turn)]
 
-    steppers = {"the guide's": peer.train_step, **{name: t.train_step for name, t in runs.items()}}
+    steppers = {"AGIFORMER": peer.train_step, **{name: t.train_step for name, t in runs.items()}}
     clocks = interleave({name: some_steps(train_step) for name, train_step in steppers.items()}, rounds)
-    rows = [dict(model="the guide's", parameters=n_params(peer.model), **figures(clocks["the guide's"], calls=turn))]
+    rows = [dict(model="AGIFORMER", parameters=n_params(peer.model), **timing_columns(clocks["AGIFORMER"], calls=turn))]
     for name, t in runs.items():
         t.fit()
         result = evaluate(t.lm, val.subset(2 if args.quick else 0), data.tokenizer.byte_lengths, t.autocast)
-        rows.append(dict(model=name, parameters=n_params(t.lm), **figures(clocks[name], calls=turn)))
+        rows.append(dict(model=name, parameters=n_params(t.lm), **timing_columns(clocks[name], calls=turn)))
         rows[-1].update({"bytes": t.counters["tokens"], "bpb": result["bpb"], "±": result["bpb_stderr"]})
         print(f"{name}: {result['bpb']:.4f} bits per byte", flush=True)
 
     bpb = {row["model"]: row.get("bpb") for row in rows}
-    gain = bpb["faithful, the guide's recipe"] - bpb["strong"]
-    ratio = least(clocks["the guide's"]) / least(clocks["faithful, the guide's recipe"])
-    finish(
+    gain = bpb["agiformer, its own recipe"] - bpb["bytepatch"]
+    ratio = min_cpu(clocks["AGIFORMER"]) / min_cpu(clocks["agiformer, its own recipe"])
+    report(
         args,
         rows,
         [
-            ("strong below faithful by 0.25 bits per byte, each by its own recipe", f"{gain:.4f}", gain >= 0.25),
-            ("faithful: at least 6 times the bytes a CPU second of the guide's", f"{ratio:.2f}", ratio >= 6),
+            (
+                "bytepatch at least 0.25 bits per byte below agiformer, each with its own recipe",
+                f"{gain:.4f}",
+                gain >= 0.25,
+            ),
+            (
+                "agiformer processes at least 6 times the bytes per CPU second of the plain implementation",
+                f"{ratio:.2f}",
+                ratio >= 6,
+            ),
         ],
     )
 

@@ -1,6 +1,6 @@
-"""What the benchmarks share: their options, their data, fair timing, and how a result is shown.
+"""Shared code of the benchmarks: options, data, fair timing and the report.
 
-Import this before torch: it decides how many threads there are.
+Import this before torch, because it sets the number of threads.
 """
 
 # ruff: noqa: E402
@@ -24,32 +24,34 @@ from lmnotes.runs.data import load_data
 torch.set_num_threads(THREADS)
 
 
-def options(
-    description,  # Of the script
-    **more,  # Further options: name=(default, help)
-):  # Namespace with `quick`, `check` and those
-    "The command line of a benchmark, after which the machine is described"
+def parse_options(
+    description,  # Docstring of the script. Its first line is printed
+    **extra,  # Further options: name=(default, help)
+):  # Namespace with `quick`, `check` and the further options
+    "Parse the command line of a benchmark and print a description of the machine"
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="only see that it runs, in seconds; nothing is judged")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if a bar is missed")
-    for name, (default, text) in more.items():
+    parser.add_argument(
+        "--quick", action="store_true", help="only check that it runs, in seconds, without judging the result"
+    )
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a goal is missed")
+    for name, (default, text) in extra.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default {default})")
     args = parser.parse_args()
-    about = " ".join(f"{name} {version}" for name, version in versions().items())
+    machine = " ".join(f"{name} {version}" for name, version in versions().items())
     print(
-        f"{description.splitlines()[0]}\n{about}, {torch.get_num_threads()} of {os.cpu_count()} threads, {load()}",
+        f"{description.splitlines()[0]}\n{machine}, {torch.get_num_threads()} of {os.cpu_count()} threads, {machine_load()}",
         flush=True,
     )
     return args
 
 
-def load():
-    "How busy the machine has been in the last minute"
+def machine_load():
+    "Return the load average of the last minute"
     return f"load {os.getloadavg()[0]:.1f}"
 
 
 class Clock:
-    "Seconds spent inside its `with` blocks: `cpu` of this process, all threads together, and `wall`"
+    "Seconds spent inside its `with` blocks: `cpu` for all threads of this process, and `wall`"
 
     def __init__(self):
         self.cpu, self.wall = 0.0, 0.0
@@ -65,10 +67,10 @@ class Clock:
 
 def interleave(
     functions,  # {name: function of no arguments}
-    rounds,  # How often each is timed
-    warmup=1,  # How often each is called before that
+    rounds,  # Timed calls of each function
+    warmup=1,  # Untimed calls of each function before that
 ):  # {name: [Clock, …]}
-    "Time functions in turn, so that whatever else the machine does falls on all of them alike"
+    "Time functions interleaved, so that background load affects all of them equally"
     for function in functions.values():
         for _ in range(warmup):
             function()
@@ -82,28 +84,28 @@ def interleave(
     return clocks
 
 
-def least(clocks):
-    "The least CPU seconds of several timings: what is left when nothing disturbs"
+def min_cpu(clocks):
+    "Return the least CPU seconds of several timings, which background load disturbs least"
     return min(clock.cpu for clock in clocks)
 
 
-def figures(
-    clocks,  # Of one function
+def timing_columns(
+    clocks,  # Timings of one function
     unit="ms",  # s | ms | µs
-    calls=1,  # In each timing
-):  # Cells of a table
-    "Least and median CPU time, and least wall time, of a call"
+    calls=1,  # Number of calls in each timing
+):  # {column title: value}
+    "Return the least and median CPU time and the least wall time of a call"
     scale = {"s": 1, "ms": 1e3, "µs": 1e6}[unit] / calls
     cpu = [scale * clock.cpu for clock in clocks]
     wall = min(scale * clock.wall for clock in clocks)
     return {f"least CPU {unit}": min(cpu), f"median CPU {unit}": statistics.median(cpu), f"least wall {unit}": wall}
 
 
-def corpus(
-    quick,  # Take the embedded corpus, which needs no network
+def load_corpus(
+    quick,  # Use the embedded corpus, which needs no network
     **config,  # Fields of `RunConfig`
 ):  # (RunConfig, RunData)
-    "tinyshakespeare by characters, 90% to train on; where it cannot be had, the embedded corpus, and that is said"
+    "Load tinyshakespeare by characters with 90% for training, or the embedded corpus with a note if it is unavailable"
     cfg = RunConfig(
         **{"tokenizer": "chars", "data": "pydocs" if quick else "tinyshakespeare", "split": "first90", **config}
     )
@@ -111,7 +113,7 @@ def corpus(
         data = load_data(cfg, log_fn=None)
     except DataError as error:
         print(
-            f"{error}\nThe embedded corpus takes its place. The bars were set on tinyshakespeare: read ratios, not losses."
+            f"{error}\nUsing the embedded corpus instead. The goals are for tinyshakespeare: compare ratios, not losses."
         )
         cfg.data = "pydocs"
         data = load_data(cfg, log_fn=None)
@@ -120,12 +122,12 @@ def corpus(
     return cfg, data
 
 
-def parts(
-    cfg,
-    data,  # From `corpus`
+def build_parts(
+    cfg,  # `RunConfig`
+    data,  # From `load_corpus`
     **model,  # Configuration values of the architecture
-):  # (a new model, training batches, batches that cover the validation split)
-    "What a `Trainer` needs, as `lmnotes.run` makes it"
+):  # (new model, training batches, batches that cover the validation split)
+    "Build what a `Trainer` needs, as `lmnotes.run` does"
     torch.manual_seed(cfg.seed)
     size = dict(vocab_size=data.tokenizer.vocab_size, ctx_len=cfg.ctx_len)
     lm = new_lm(cfg.arch, cfg.preset, **size, **{"dropout": 0.0, **model})
@@ -133,18 +135,18 @@ def parts(
     return lm, batches, EvaluationBatches(data.tokens["val"].ids, 64, cfg.ctx_len)
 
 
-def finish(
-    args,  # From `options`
-    rows,  # Dicts, one for each row of the table
-    bars,  # [(what is asked for, the figure found, whether it is met)]
+def report(
+    args,  # From `parse_options`
+    rows,  # One dict per row of the table
+    goals,  # [(description of the goal, measured value, True if met)]
 ):
-    "Show the table and the bars; leave with 1 if one is missed and `--check` was given"
+    "Print the table and the goals, and exit with 1 if a goal is missed and `--check` was given"
     print(f"\n{Table(rows)}\n")
     if args.quick:
-        print("quick run: nothing is judged")
+        print("quick run: goals not checked")
         return
-    for bar, found, met in bars:
-        print(f"{'PASS' if met else 'FAIL'}  {bar}: {found}")
-    print(load())
-    if args.check and not all(met for _, _, met in bars):
+    for goal, value, met in goals:
+        print(f"{'PASS' if met else 'FAIL'}  {goal}: {value}")
+    print(machine_load())
+    if args.check and not all(met for _, _, met in goals):
         sys.exit(1)

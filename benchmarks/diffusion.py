@@ -1,14 +1,14 @@
-"""Masked diffusion: its bound on the likelihood, and a sampler that asks only when something has changed.
+"""Masked diffusion: bound on the likelihood, and a sampler that calls the network only after a change.
 
-A model of 0.8 M parameters (preset `tiny`) learns tinyshakespeare's characters in 2,000 steps of 12 windows of 64, with lmnotes'
-own optimizer and schedule. Its bound is estimated on the whole validation split by 16 passes with noise of their own, once in the limit of
-many steps and for samplers of few. Then eight windows are written in 1,000 steps: by `generate`, which calls the network only
-before a step that fills a hole, and by the plain loop written here, which calls it at every step. Both draw the same random numbers.
-With `--share 0.5` half of the training rows are learnt in blocks of one, and the likelihood of the same weights so asked is
-printed beside the bound.
+We train a model of 0.8 M parameters (preset `tiny`) on tinyshakespeare's characters for 2,000 steps of 12 x 64, with lmnotes' own
+optimizer and schedule. We estimate its bound on the whole validation split with 16 passes of independent noise, in the limit of
+many steps and for samplers with few steps. Then we generate eight sequences in 1,000 steps: with `generate`, which calls the network
+only before a step that fills a masked position, and with the plain loop of this file, which calls it at every step. Both draw the same
+random numbers. With `--share 0.5` half of the training rows are trained in blocks of one, and we also print the likelihood of the
+same weights as a next-token model.
 """
 
-from common import corpus, figures, finish, interleave, least, options, parts  # isort: skip
+from common import load_corpus, timing_columns, report, interleave, min_cpu, parse_options, build_parts  # isort: skip
 import torch
 
 from lmnotes.inference.generation import TokenSampler, generate_ids
@@ -19,7 +19,7 @@ from lmnotes.training.trainer import Trainer
 
 @torch.no_grad()
 def plain(lm, prompts, steps, seed):
-    "Ancestral sampling of one window after each prompt, with a call of the network at each step"
+    "Ancestral sampling of one sequence per prompt, with a network call at each step"
     n_ids, n = lm.cfg.vocab_size, lm.cfg.ctx_len + 1 - len(prompts[0])
     given = torch.tensor(prompts)
     x = torch.cat([given, torch.full((len(given), n), n_ids)], 1)
@@ -38,18 +38,18 @@ def plain(lm, prompts, steps, seed):
 
 
 def main():
-    args = options(
+    args = parse_options(
         __doc__,
         steps=(2000, "training steps"),
         samples=(16, "passes over the validation split"),
         rounds=(3, "timed samples of each sampler"),
         sampling=(1000, "steps of the samplers"),
-        share=(0.0, "causal_share: of the training rows, learnt in blocks of one"),
+        share=(0.0, "causal_share: fraction of training rows trained in blocks of one"),
     )
     quick = dict(ctx_len=16, batch_size=4) if args.quick else dict(ctx_len=64, batch_size=12)
     shape = dict(d_model=32, n_layers=1, n_heads=2) if args.quick else {}
-    cfg, data = corpus(args.quick, arch="diffusion", preset="tiny", steps=4 if args.quick else args.steps, **quick)
-    lm, batches, val = parts(cfg, data, **shape, causal_share=args.share)
+    cfg, data = load_corpus(args.quick, arch="diffusion", preset="tiny", steps=4 if args.quick else args.steps, **quick)
+    lm, batches, val = build_parts(cfg, data, **shape, causal_share=args.share)
     t = Trainer(lm, batches, cfg)
     t.fit()
     lm.eval()
@@ -59,7 +59,7 @@ def main():
     for steps in (0, 2, 8) if args.quick else (0, 4, 16, 32):
         found = likelihood_bound(lm, val, samples if not steps else max(2, samples // 4), steps, autocast=t.autocast)
         bounds[steps] = found["loss"]
-        name = f"bound, writing in {steps} steps" if steps else "bound"
+        name = f"bound, sampling in {steps} steps" if steps else "bound"
         rows.append({"of": name, "parameters": n_params(lm), "nats per character": found["loss"], "±": found["stderr"]})
         print(f"{name}: {found['loss']:.4f} ± {found['stderr']:.4f} nats per character", flush=True)
 
@@ -82,22 +82,22 @@ def main():
 
     ways = {
         "plain sampler": write("plain", lambda: plain(lm, prompts, steps, seed=1)),
-        "sampler that asks when ids changed": write(
+        "sampler that caches predictions": write(
             "kept", lambda: generate_ids(lm, prompts, cfg.ctx_len, temperature=1.0, seed=1)
         ),
     }
     clocks = interleave(ways, 1 if args.quick else args.rounds, warmup=0)
-    rows += [{"of": name, **figures(of, "s")} for name, of in clocks.items()]
-    ratio = least(clocks["plain sampler"]) / least(clocks["sampler that asks when ids changed"])
+    rows += [{"of": name, **timing_columns(of, "s")} for name, of in clocks.items()]
+    ratio = min_cpu(clocks["plain sampler"]) / min_cpu(clocks["sampler that caches predictions"])
     same = texts["plain"] == texts["kept"]
     print(repr(data.tokenizer.decode(texts["kept"][0][0])))
-    finish(
+    report(
         args,
         rows,
         [
             ("bound at most 2.15 nats per character", f"{bounds[0]:.4f}", bounds[0] <= 2.15),
             (f"at least 3 times the speed of the plain sampler at {steps:,} steps", f"{ratio:.1f}", ratio >= 3),
-            ("the same texts from both", "the same" if same else "others", same),
+            ("the same texts from both", "the same" if same else "different", same),
         ],
     )
 

@@ -1,12 +1,12 @@
-"""Generation: 192 new tokens from a 10.7 M parameter model, with the cache and without.
+"""Generation: 192 new tokens from a 10.7 M parameter model, with and without the KV cache.
 
-The peer is nanoGPT's loop, which computes everything again for each token, in float32. lmnotes generates with its cache,
-in float32 and with the weights in bfloat16, as `lm.bfloat16()` makes them: one token after another, reading the weights is
-most of the work, and there are half as many bytes. The bar is set for the faster of the two; the same model without the
-cache shows, in float32, that the cache changes no token. All take the likeliest token.
+The peer is nanoGPT's loop, which recomputes everything for each token, in float32. lmnotes generates with its KV cache, in float32 and
+with bfloat16 weights (`lm.bfloat16()`): when generating one token after another, most of the time is spent on reading the weights, and
+bfloat16 halves their size. The goal applies to the faster of the two. The same model without the cache shows, in float32, that the
+cache changes no token. All use greedy decoding.
 """
 
-from common import corpus, figures, finish, interleave, least, options, parts  # isort: skip
+from common import load_corpus, timing_columns, report, interleave, min_cpu, parse_options, build_parts  # isort: skip
 from copy import deepcopy
 
 import torch
@@ -15,8 +15,8 @@ from nanogpt import NanoGPT
 from lmnotes.inference.generation import generate_ids
 
 
-def speak(lm):
-    "Random numbers where new weights are zero, for otherwise every text would be one letter"
+def fill_zero_weights(lm):
+    "Replace zero-initialized weights by random ones, because otherwise the model repeats one letter"
     with torch.no_grad():
         for p in lm.parameters():
             if p.ndim == 2 and not p.any():
@@ -24,7 +24,7 @@ def speak(lm):
 
 
 def uncached(lm, prompt, n):
-    "The likeliest `n` ids after `prompt`, everything computed again for each"
+    "Return `n` greedily decoded ids after `prompt`, recomputing everything for each"
     x = torch.tensor([prompt])
     with torch.no_grad():
         for _ in range(n):
@@ -33,12 +33,12 @@ def uncached(lm, prompt, n):
 
 
 def main():
-    args = options(__doc__, rounds=(3, "timed texts of each"))
+    args = parse_options(__doc__, rounds=(3, "timed texts of each"))
     rounds = 1 if args.quick else args.rounds
     n, n_layers, n_heads, d_model = (12, 2, 2, 64) if args.quick else (192, 6, 6, 384)
-    cfg, data = corpus(args.quick, ctx_len=256)
-    lm, _, _ = parts(cfg, data, n_layers=n_layers, n_heads=n_heads, d_model=d_model)
-    speak(lm.eval())
+    cfg, data = load_corpus(args.quick, ctx_len=256)
+    lm, _, _ = build_parts(cfg, data, n_layers=n_layers, n_heads=n_heads, d_model=d_model)
+    fill_zero_weights(lm.eval())
     half = deepcopy(lm).bfloat16()
     peer = NanoGPT(data.tokenizer.vocab_size, 256, n_layers, n_heads, d_model).eval()
     prompt = data.tokens["train"].ids[:16].tolist()
@@ -52,19 +52,19 @@ def main():
     }
     same = ways["lmnotes, cache"]() == ways["lmnotes, no cache"]()
     clocks = interleave(ways, rounds, warmup=0)
-    seconds = {name: least(of) / (16 if name.endswith("texts") else 1) for name, of in clocks.items()}
+    seconds = {name: min_cpu(of) / (16 if name.endswith("texts") else 1) for name, of in clocks.items()}
     times = {name: seconds["nanoGPT, no cache"] / s for name, s in seconds.items()}
     rows = [
-        {"way": way, **figures(of, "s"), "tok/CPU s": n / seconds[way], "x nanoGPT": times[way]}
+        {"way": way, **timing_columns(of, "s"), "tok/CPU s": n / seconds[way], "x nanoGPT": times[way]}
         for way, of in clocks.items()
     ]
     best = max(times["lmnotes, cache"], times["lmnotes, cache, bfloat16"])
-    finish(
+    report(
         args,
         rows,
         [
             ("at least 10 times as fast as the uncached loop", f"{best:.1f}", best >= 10),
-            ("the same tokens with the cache and without", "the same" if same else "others", same),
+            ("the same tokens with the cache and without", "the same" if same else "different", same),
         ],
     )
 

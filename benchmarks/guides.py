@@ -1,13 +1,13 @@
-"""The merged trainer's guide: its test mode (0.7 M parameters, 1,000 steps of 32 x 64 tokens) against `arch='scratch_gpt'`.
+"""Test mode of the fresh-or-resume guide (0.7 M parameters, 1,000 steps of 32 x 64 tokens) against `arch='scratch_gpt'`.
 
-The peer is written here as the guide's system has it: a head has query, key and value matrices of its own, scores are divided
-by the root of the whole width, weights begin as torch makes them; AdamW at a constant rate, batches from torch's global generator.
-Both train on the same number of tokens with the same settings, in turns of 50 steps, and are judged on the whole validation split;
-then lmnotes trains once more with its own optimizer and schedule. Only training steps are timed. `--tokenizer bpe` repeats it with
-subwords: with the same tokenizer, and so the same vocabulary, for all.
+The peer is the model of the fresh-or-resume guide: each head has separate query, key and value matrices, scores are divided by the
+square root of the whole width, weights have torch's default initialization, AdamW runs at a constant rate, and batches come from torch's
+global generator. Both train on the same number of tokens with the same settings, in turns of 50 steps, and we evaluate them on the whole
+validation split. Then we train `scratch_gpt` again with lmnotes' own optimizer and schedule. Only training steps are timed.
+`--tokenizer bpe` repeats the comparison with subwords, using the same tokenizer and vocabulary for all.
 """
 
-from common import Clock, corpus, finish, options, parts  # isort: skip
+from common import Clock, load_corpus, report, parse_options, build_parts  # isort: skip
 import copy
 
 import torch
@@ -71,7 +71,7 @@ class Block(nn.Module):
 
 
 class GuideGPT(nn.Module):
-    "What the guide's system calls BigramLanguageModel"
+    "Model that the fresh-or-resume guide names BigramLanguageModel"
 
     def __init__(self, vocab_size, block_size, n_embd, n_head, n_layer, dropout):
         super().__init__()
@@ -88,7 +88,7 @@ class GuideGPT(nn.Module):
 
 
 class Loop:
-    "The guide's training loop; each call of `run` goes on where the last one ended, with the generator as it was then"
+    "Training loop of the guide. Each call of `run` continues where the last one ended, with the saved generator state"
 
     def __init__(self, model, ids, batch_size):
         self.model, self.ids, self.batch_size, self.step = model, torch.from_numpy(ids.astype("int64")), batch_size, 0
@@ -116,14 +116,14 @@ class Loop:
 
 
 def main():
-    args = options(
+    args = parse_options(
         __doc__,
         steps=(1000, "length of all runs"),
         every=(50, "steps in a turn"),
         tokenizer=("chars", "of all runs: chars | bpe | bpe:SIZE"),
     )
     steps, every = (20, 10) if args.quick else (args.steps, args.every)
-    cfg, data = corpus(
+    cfg, data = load_corpus(
         args.quick, tokenizer=args.tokenizer, arch="scratch_gpt", preset="test", steps=steps, **TEST_MODE, **RECIPE
     )
     own = copy.copy(cfg)
@@ -137,8 +137,8 @@ def main():
     )
 
     runs = {}
-    for name, settings in {"scratch_gpt, same recipe": cfg, "scratch_gpt, as lmnotes trains": own}.items():
-        lm, batches, val = parts(settings, data, dropout=SHAPE["dropout"])
+    for name, settings in {"scratch_gpt, same recipe": cfg, "scratch_gpt, lmnotes' recipe": own}.items():
+        lm, batches, val = build_parts(settings, data, dropout=SHAPE["dropout"])
         runs[name] = Trainer(lm, batches, settings)
     torch.manual_seed(cfg.seed)
     model = GuideGPT(data.tokenizer.vocab_size, cfg.ctx_len, **SHAPE)
@@ -168,14 +168,22 @@ def main():
         )
         for name in turns
     ]
-    theirs, ours, best = loss.values()
+    guide_loss, same_recipe_loss, best = loss.values()
     ratio = clocks["the guide's"].cpu / clocks["scratch_gpt, same recipe"].cpu
-    finish(
+    report(
         args,
         rows,
         [
-            ("loss at most the guide's, by its own recipe", f"{ours:.4f} and {theirs:.4f}", ours <= theirs),
-            ("loss below both, by the optimizer and schedule of lmnotes", f"{best:.4f}", best < min(ours, theirs)),
+            (
+                "loss at most the guide's, with the guide's recipe",
+                f"{same_recipe_loss:.4f} and {guide_loss:.4f}",
+                same_recipe_loss <= guide_loss,
+            ),
+            (
+                "loss below both, with lmnotes' optimizer and schedule",
+                f"{best:.4f}",
+                best < min(same_recipe_loss, guide_loss),
+            ),
             ("CPU seconds at most the guide's", f"1/{ratio:.2f}", ratio >= 1),
         ],
     )

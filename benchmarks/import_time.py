@@ -1,10 +1,10 @@
 """Import time: `import lmnotes` against `import torch`, each in a new process.
 
-lmnotes loads its modules when a name is first used, so the gate is on `lmnotes.run`, which loads nearly all of them and
-torch. CPU time of the children, as the system counts it. One thread, and files that have been read before.
+lmnotes loads its modules when a name is first used, so the goal applies to `lmnotes.run`, which loads torch and nearly all modules.
+We measure the CPU time of the child processes, on one thread, with files in the file cache.
 """
 
-from common import Clock, figures, finish, options  # isort: skip
+from common import Clock, timing_columns, report, parse_options  # isort: skip
 import os
 import subprocess
 import sys
@@ -26,7 +26,7 @@ class ChildClock(Clock):
 
 
 def main():
-    args = options(__doc__, rounds=(7, "new processes for each"))
+    args = parse_options(__doc__, rounds=(7, "new processes for each"))
     rounds = 1 if args.quick else args.rounds
     clocks = {"import torch": [], "import lmnotes": [], USE: []}
     for i in range(0 if args.quick else -1, rounds):
@@ -34,17 +34,17 @@ def main():
             clock = ChildClock()
             with clock:
                 subprocess.run([sys.executable, "-c", statement], check=True)
-            of += [clock] if i >= 0 else []  # One more at first, to fill the file cache
-    loads = f"import sys; {USE}; print(*{{'transformers', 'matplotlib', 'faiss'}} & set(sys.modules))"
+            of += [clock] if i >= 0 else []  # The first round only fills the file cache
+    loads = f"import sys; {USE}\nprint(*{{'transformers', 'matplotlib', 'faiss'}} & set(sys.modules))"
     heavy = subprocess.run([sys.executable, "-c", loads], check=True, capture_output=True, text=True).stdout.split()
     least = {statement: min(clock.cpu for clock in of) for statement, of in clocks.items()}
     more = max(least["import lmnotes"], least[USE]) - least["import torch"]
-    finish(
+    report(
         args,
-        [{"statement": statement, **figures(of, "s")} for statement, of in clocks.items()],
+        [{"statement": statement, **timing_columns(of, "s")} for statement, of in clocks.items()],
         [
             ("at most 0.5 CPU seconds more than torch", f"{more:.2f} s", more <= 0.5),
-            ("nothing heavy is loaded", ", ".join(heavy) or "nothing", not heavy),
+            ("no heavy package is loaded", ", ".join(heavy) or "nothing", not heavy),
         ],
     )
 

@@ -1,8 +1,8 @@
-"""LoRA against full training and against the library peft: what it learns, what a step costs, and the same curve.
+"""LoRA against full training and against the library peft: loss, cost of a step, and equal loss curves.
 
-A model in the shape of GPT-2 (124 M parameters, random weights), rank 16 on all linear layers, the head's too. Beside it, in small:
-a character model on random frozen weights, trained in full, with adapters, and with adapters whose frozen product takes no part in the
-gradient, the mistake of many a hand-made LoRA.
+We use a model in the shape of GPT-2 (124 M parameters, random weights) with rank 16 on all linear layers, including the LM head. A small
+character model with random frozen weights is trained in full, with adapters, and with adapters that cut the gradient through the frozen
+matrix product, a common mistake in hand-written LoRA.
 """
 
 # ruff: noqa: E402
@@ -10,7 +10,7 @@ import tempfile
 
 import torch
 import torch.nn.functional as F
-from common import corpus, finish, interleave, least, options
+from common import interleave, load_corpus, min_cpu, parse_options, report
 
 from lmnotes.core import seed_torch
 from lmnotes.data.batches import Batch, EvaluationBatches, RandomBatches
@@ -26,7 +26,7 @@ def shape(quick):
 
 
 def rows_of_tokens(lm, rows=2):
-    "A batch of random tokens"
+    "Return a batch of random tokens"
     ids = torch.randint(lm.cfg.vocab_size, (rows, lm.cfg.ctx_len + 1), generator=torch.Generator().manual_seed(0))
     return Batch(ids[:, :-1], ids[:, 1:])
 
@@ -38,11 +38,11 @@ def gpt2(quick, lora=False):
 
 
 def in_peft(quick, ours):
-    "The same base and the same adapter in the library peft; None where it is not installed"
+    "Return the same base and adapter as a peft model, or None if peft is not installed"
     try:
         from peft import PeftModel
     except ImportError:
-        print("peft is not installed (pip install peft); nothing is compared with it")
+        print("peft is not installed, so the comparison with it is skipped. Install it with: pip install peft")
         return None
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(ours, folder)
@@ -50,7 +50,7 @@ def in_peft(quick, ours):
 
 
 def stepper(model, loss, batch, dtype):
-    "A function that does one training step and returns the loss"
+    "Return a function that runs one training step and returns the loss"
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-4, fused=True)
 
@@ -77,22 +77,22 @@ def peft_loss(model, batch):
 
 def steppers(quick, dtype):
     lora, full = gpt2(quick, lora=True), gpt2(quick)
-    batch, theirs = rows_of_tokens(lora), in_peft(quick, lora)
+    batch, peft_model = rows_of_tokens(lora), in_peft(quick, lora)
     found = {"all weights": stepper(full, our_loss, batch, dtype), "adapters": stepper(lora, our_loss, batch, dtype)}
-    if theirs is not None:
-        found["adapters, peft"] = stepper(theirs, peft_loss, batch, dtype)
+    if peft_model is not None:
+        found["adapters, peft"] = stepper(peft_model, peft_loss, batch, dtype)
     return found, batch, lora
 
 
 def curves(quick, steps=5):
-    "Loss curves from the same start in float32, ours and peft's"
+    "Return the float32 loss curves of lmnotes and peft from the same weights"
     found, _, _ = steppers(quick, torch.float32)
     del found["all weights"]
     return {name: [step() for _ in range(steps)] for name, step in found.items()}
 
 
 class CutOff(LoRALinear):
-    "The mistake: the frozen product takes no part in the gradient"
+    "LoRA layer with the mistake: no gradient flows through the frozen product"
 
     def forward(self, x):
         with torch.no_grad():
@@ -100,11 +100,12 @@ class CutOff(LoRALinear):
         return y + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
 
 
-GUIDE = LoRAConfig(rank=16, alpha=24.0, train="embed.* positions.* *norm*")  # What the guide's system adapts and trains
+# Layers that the fresh-or-resume guide adapts and trains
+GUIDE = LoRAConfig(rank=16, alpha=24.0, train="embed.* positions.* *norm*")
 
 
 def toy(data, steps, lr, lora=None, kind=LoRALinear, seed=0):
-    "Validation loss of a small character model after some steps"
+    "Return the validation loss of a small character model after some steps"
     seed_torch(seed)
     sizes = dict(d_model=32, n_layers=2, n_heads=4, dropout=0.0)
     lm = new_lm("scratch_gpt", vocab_size=data.tokenizer.vocab_size, ctx_len=32, **sizes)
@@ -122,35 +123,35 @@ def toy(data, steps, lr, lora=None, kind=LoRALinear, seed=0):
 
 
 def toys(args):
-    "Rows of the toy setting, and how much adapters lose to full training in each"
-    _, data = corpus(args.quick)
-    rows, lost = [], []
+    "Return the rows of the toy setting, and the loss of adapters minus full training in each"
+    _, data = load_corpus(args.quick)
+    rows, gaps = [], []
     for steps, lr in ((4, 3e-4),) if args.quick else ((400, 3e-4), (150, 1e-2)):
         kinds = {"all weights": {}, "adapters": dict(lora=GUIDE), "cut off": dict(lora=GUIDE, kind=CutOff)}
         loss = {
-            name: sum(toy(data, steps, lr, seed=s, **how) for s in range(args.seeds)) / args.seeds
-            for name, how in kinds.items()
+            name: sum(toy(data, steps, lr, seed=s, **lora_args) for s in range(args.seeds)) / args.seeds
+            for name, lora_args in kinds.items()
         }
         rows.append({"steps": steps, "lr": lr, **loss})
-        lost.append(loss["adapters"] - loss["all weights"])
-    return rows, lost
+        gaps.append(loss["adapters"] - loss["all weights"])
+    return rows, gaps
 
 
 def main():
-    args = options(__doc__, rounds=(6, "timed steps of each"), seeds=(3, "seeds of the toy setting"))
+    args = parse_options(__doc__, rounds=(6, "timed steps of each"), seeds=(3, "seeds of the toy setting"))
     args.seeds = 1 if args.quick else args.seeds
-    rows, lost = toys(args)
+    rows, gaps = toys(args)
     bars = [
-        (f"toy: at most 0.1 nats lost to full training ({r['steps']} steps)", f"{x:+.3f}", x <= 0.1)
-        for r, x in zip(rows, lost)
+        (f"toy: loss at most 0.1 nats above full training ({r['steps']} steps)", f"{x:+.3f}", x <= 0.1)
+        for r, x in zip(rows, gaps)
     ]
     curve = curves(args.quick)
     if "adapters, peft" in curve:
-        far = max(abs(a - b) for a, b in zip(curve["adapters"], curve["adapters, peft"]))
-        bars.append(("curve: peft's, to 1e-4", f"{far:.1e}", far <= 1e-4))
+        difference = max(abs(a - b) for a, b in zip(curve["adapters"], curve["adapters, peft"]))
+        bars.append(("loss curve equals peft's to 1e-4", f"{difference:.1e}", difference <= 1e-4))
     found, batch, lora = steppers(args.quick, torch.bfloat16)
     clocks = interleave(found, 1 if args.quick else args.rounds)
-    seconds = {name: least(of) for name, of in clocks.items()}
+    seconds = {name: min_cpu(of) for name, of in clocks.items()}
     for name, s in seconds.items():
         rows.append(
             {
@@ -161,16 +162,16 @@ def main():
         )
     bars.append(
         (
-            "step: 2 x the tokens of a full one",
+            "a step processes 2 x the tokens of a full training step",
             f"{seconds['all weights'] / seconds['adapters']:.2f}",
             seconds["all weights"] >= 2 * seconds["adapters"],
         )
     )
     if "adapters, peft" in seconds:
         ratio = seconds["adapters, peft"] / seconds["adapters"]
-        bars.append(("step: peft's tokens", f"{ratio:.2f}", ratio >= 1.0))
-    print(f"{n_params(lora, trainable=True):,} of {n_params(lora):,} parameters are trained with adapters")
-    finish(args, rows, bars)
+        bars.append(("a step processes at least peft's tokens", f"{ratio:.2f}", ratio >= 1.0))
+    print(f"{n_params(lora, trainable=True):,} of {n_params(lora):,} parameters are trainable with adapters")
+    report(args, rows, bars)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Memory of the text-only guide's batch: what a step of 32 x 2048 tokens over 50,257 ids needs, part by part.
+"""Memory of one step of 32 x 2048 tokens over 50,257 ids, the batch of MultiModalCreature's text-only training, part by part.
 
-The loss of the `streams` model is measured as it runs, forward and backward, in a process of its own: how much more memory the process
-has had at its highest than before. `--rows 32` is the guide's batch (five CPU minutes); fewer rows show that only what is as large as
-the states grows with them. What the transformer keeps for its gradient is counted on one row and on two, and grows by their difference. The
-bar is the guide's card of 24 GB, on which its own system, with all logits there several times, could not run. In bfloat16, which such a
-card computes in, and in float32. No GPU is used here: what is counted is what the kernels of a CPU keep and take, and a GPU's may differ.
+We measure the loss of the `streams` model, forward and backward, as the growth of the peak memory of a new process. `--rows 32` is the
+full batch (five CPU minutes). Fewer rows show that only tensors of the size of the hidden states grow with the rows. We count the tensors
+saved for the transformer's backward pass with one and two rows, and extrapolate from the difference. The goal is a GPU with 24 GB, on which
+MultiModalCreature's own code, which holds several copies of all logits, did not fit. We measure in bfloat16, the dtype for such a GPU,
+and in float32. No GPU is used: the numbers count the memory of CPU kernels, and GPU kernels may differ.
 """
 
-from common import finish, options  # isort: skip
+from common import report, parse_options  # isort: skip
 import multiprocessing
 import resource
 
@@ -22,7 +22,7 @@ from lmnotes.training.trainer import autocast
 BATCH, GB = 32, 1e9
 
 
-def in_pieces(h, w, y):
+def in_chunks(h, w, y):
     return chunked_cross_entropy(h, w, y, 15.0)
 
 
@@ -45,7 +45,7 @@ def _measure(loss, dtype, rows, length, vocab, width, results):
 
 
 def loss_bytes(*case):
-    "How much more memory a process has at its highest while it computes a loss and its gradients, those included"
+    "Return the growth of a process's peak memory while it computes a loss and its gradients, including the gradients"
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     process = context.Process(target=_measure, args=(*case, results))
@@ -55,54 +55,59 @@ def loss_bytes(*case):
     return size
 
 
-def kept_bytes(lm, dtype, rows, length):
-    "What the transformer keeps for its gradient"
-    x, kept = torch.randint(lm.cfg.vocab_size, (rows, length)), {}
+def saved_bytes(lm, dtype, rows, length):
+    "Return the bytes of the tensors that autograd saves for the transformer's backward pass"
+    x, saved = torch.randint(lm.cfg.vocab_size, (rows, length)), {}
 
     def keep(t):
-        kept[t.untyped_storage().data_ptr()] = t  # Held, so that no address comes twice
+        saved[t.untyped_storage().data_ptr()] = t  # Holding it prevents that its address is reused
         return t
 
     with autocast("cpu", dtype), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         lm.loss(Batch(x, x.roll(-1, 1)))
     own = {p.untyped_storage().data_ptr() for p in lm.parameters()}
-    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
+    return sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in own)
 
 
 def losses(dtype, n, shape):
-    "Rows of what the loss needs, the last with `n` rows in pieces"
-    cases = ("loss, all logits", plain, 1), ("loss, in pieces", in_pieces, 1), ("loss, in pieces", in_pieces, n)
+    "Return [(part, rows, bytes)] of the loss: with all logits, in chunks, and in chunks with `n` rows"
+    cases = ("loss, all logits", plain, 1), ("loss, in chunks", in_chunks, 1), ("loss, in chunks", in_chunks, n)
     return [(what, rows, loss_bytes(loss, dtype, rows, *shape)) for what, loss, rows in cases]
 
 
 def needed(dtype, found, lm, shape, params):
-    "Rows of all that a step needs; `found` is from `losses`"
+    "Return the table rows for everything that a step needs. `found` is from `losses`"
     length, _, width = shape
     _, n, loss = found[-1]
-    more = 2 * 4 * (BATCH - n) * length * width  # Gradients of the states, and their copy on the way
-    one, two = (kept_bytes(lm, dtype, rows, length) for rows in (1, 2))
-    kept = one + (two - one) * (BATCH - 1)  # What is there once, such as weights in bfloat16, does not grow
+    state_bytes = 2 * 4 * (BATCH - n) * length * width  # Gradients of the hidden states, and a temporary copy
+    one, two = (saved_bytes(lm, dtype, rows, length) for rows in (1, 2))
+    saved = one + (two - one) * (BATCH - 1)  # Tensors that exist once, such as weights in bfloat16, do not grow
     sizes = [
         *found,
-        ("transformer, kept for the gradient (from one row and two)", BATCH, kept),
+        ("transformer, saved for backward (from one and two rows)", BATCH, saved),
         ("parameters, gradients, AdamW's moments", BATCH, params),
-        (f"all of it (the loss from {n} rows on by the size of its states)", BATCH, loss + more + kept + params),
+        (
+            f"total (loss extrapolated from {n} rows by the size of the hidden states)",
+            BATCH,
+            loss + state_bytes + saved + params,
+        ),
     ]
     return [dict(dtype=str(dtype)[6:], what=what, rows=rows, GB=size / GB) for what, rows, size in sizes]
 
 
 def main():
-    args = options(__doc__, rows=(4, "rows of the loss that is measured"))
+    args = parse_options(__doc__, rows=(4, "rows for which the loss is measured"))
     shape = (64, 1000, 64) if args.quick else (2048, 50257, 512)
     small = dict(vocab_size=1000) | (dict(d_model=64, d_ff=256, n_layers=1) if args.quick else {})
     dtypes = torch.float32, torch.bfloat16
-    found = [losses(dtype, args.rows, shape) for dtype in dtypes]  # First: a process begins with its parent's highest
+    # First, because a process starts with its parent's peak
+    found = [losses(dtype, args.rows, shape) for dtype in dtypes]
     with torch.device("meta"):
         params = 16 * n_params(new_lm("streams", "tiny"))
     lm = new_lm("streams", "tiny", **small)
     rows = [row for dtype, sizes in zip(dtypes, found) for row in needed(dtype, sizes, lm, shape, params)]
     most = rows[-1]["GB"]
-    finish(args, rows, [("a step of 32 x 2048 tokens in bfloat16 needs at most 24 GB", f"{most:.1f} GB", most <= 24)])
+    report(args, rows, [("a step of 32 x 2048 tokens in bfloat16 needs at most 24 GB", f"{most:.1f} GB", most <= 24)])
 
 
 if __name__ == "__main__":

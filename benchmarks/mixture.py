@@ -1,13 +1,13 @@
 """NanoThink: three experts of at most 0.81 M parameters, frozen, and a mixture of them, on tinyshakespeare characters.
 
-Each expert learns from 1.54 M characters (2,000 steps of 12 x 64). Then they are frozen, and attention and router of
-`arch='nanothink'` are trained on windows that come again in each epoch, beginning with the expert that is best alone. All are
-judged on the whole validation split, beside the plain averages of the experts' probabilities and of their log-probabilities. At
-last, steps of phase two are timed in turns, with the experts asked anew and with what they say of each window kept
-(`KeptActivations`): here, and at the guide's shapes (one window of 256).
+We train each expert on 1.54 M characters (2,000 steps of 12 x 64). Then we freeze them and train the attention and router of
+`arch='nanothink'` on sequences that repeat in each epoch, starting from the expert with the lowest loss. We evaluate everything on
+the whole validation split, and compare with the plain averages of the experts' probabilities and log-probabilities. Finally we time
+steps of phase two interleaved, with experts computed at each step and with cached expert outputs (`CachedExpertOutputs`), here and at
+NanoThink's shapes (one sequence of 256).
 """
 
-from common import corpus, figures, finish, interleave, least, options, parts  # isort: skip
+from common import load_corpus, timing_columns, report, interleave, min_cpu, parse_options, build_parts  # isort: skip
 import copy
 from pathlib import Path
 
@@ -16,23 +16,25 @@ import torch.nn.functional as F
 
 from lmnotes.data.batches import IGNORE_INDEX, EpochBatches, EvaluationBatches
 from lmnotes.inference.evaluation import evaluate
-from lmnotes.models.nanothink import EXPERTS, Documents, KeptActivations, new_expert, remember
+from lmnotes.models.nanothink import EXPERTS
 from lmnotes.nn.lm import lm_config, n_params, new_lm, parse_model_args
+from lmnotes.nn.mixture import new_expert
 from lmnotes.nn.vector_store import VectorStore
+from lmnotes.training.expert_cache import CachedExpertOutputs, DocumentOfChunk, fill_store
 from lmnotes.training.trainer import Trainer
 
-LEARNT = 810_000  # Parameters at most
+MAX_TRAINABLE = 810_000  # Trainable parameters
 
 
 def train_expert(name, spec, cfg, data, folder):
-    "An expert trained as a model of its own; taken from `folder` if it is there"
+    "Train an expert as a separate model, or load it from `folder` if it is there"
     torch.manual_seed(cfg.seed)
     lm = new_expert(spec, data.tokenizer.vocab_size, cfg.ctx_len)
     file = Path(folder) / f"{name}-{spec.replace(':', '-')}-{cfg.steps}.pt" if folder else None
     if file and file.exists():
         lm.load_state_dict(torch.load(file, weights_only=True))
         return lm
-    _, batches, _ = parts(cfg, data)
+    _, batches, _ = build_parts(cfg, data)
     Trainer(lm, batches, cfg).fit()
     if file:
         torch.save(lm.state_dict(), file)
@@ -40,7 +42,7 @@ def train_expert(name, spec, cfg, data, folder):
 
 
 def mixture(experts, cfg, data, **config):
-    "A new `NanoThink` with frozen experts"
+    "Return a new `NanoThink` with frozen experts"
     torch.manual_seed(cfg.seed)
     sizes = dict(vocab_size=data.tokenizer.vocab_size, ctx_len=cfg.ctx_len)
     lm = new_lm("nanothink", "tiny", **sizes, **config)
@@ -52,42 +54,42 @@ def mixture(experts, cfg, data, **config):
 
 @torch.no_grad()
 def averages(experts, batches, context):
-    "Loss of the plain averages of probabilities and of log-probabilities, in nats a token"
+    "Return the losses of the plain averages of probabilities and log-probabilities, in nats per token"
     sums, n = torch.zeros(2, dtype=torch.float64), 0
     for batch in batches:
         y = batch.y.flatten()
         with context():
-            said = torch.stack([e.eval()(batch.x).flatten(0, 1).float().log_softmax(-1) for e in experts.values()])
-        for i, mixed in enumerate((said.logsumexp(0), said.mean(0))):
+            log_probs = torch.stack([e.eval()(batch.x).flatten(0, 1).float().log_softmax(-1) for e in experts.values()])
+        for i, mixed in enumerate((log_probs.logsumexp(0), log_probs.mean(0))):
             sums[i] += F.cross_entropy(mixed, y, ignore_index=IGNORE_INDEX, reduction="sum")
         n += batch.n_targets
     return dict(zip(("average of probabilities", "average of log-probabilities"), (sums / n).tolist()))
 
 
 def speed(lm, windows, cfg, turn, rounds):
-    "{name: clocks} of turns of steps in phase two, from the second epoch on"
-    anew, kept = Trainer(copy.deepcopy(lm), windows, cfg), Trainer(lm, windows, cfg)
-    kept.batches = KeptActivations(lm, windows, autocast=kept.autocast)
-    kept.fit(int(windows.steps_per_epoch))
+    "Return {name: clocks} of turns of steps in phase two, from the second epoch on"
+    computed, cached = Trainer(copy.deepcopy(lm), windows, cfg), Trainer(lm, windows, cfg)
+    cached.batches = CachedExpertOutputs(lm, windows, autocast=cached.autocast)
+    cached.fit(int(windows.steps_per_epoch))
 
     def some_steps(t):
         return lambda: [t.train_step() for _ in range(turn)]
 
-    return interleave({"asked anew": some_steps(anew), "kept": some_steps(kept)}, rounds)
+    return interleave({"computed": some_steps(computed), "cached": some_steps(cached)}, rounds)
 
 
 def main():
-    args = options(
+    args = parse_options(
         __doc__,
-        steps=(2000, "of each expert"),
+        steps=(2000, "training steps of each expert"),
         phase2=(2000, "steps of phase two"),
-        folder=("", "where trained experts are kept between runs of this script"),
-        lr=(0.0, "of phase two"),
-        optimizer=("muon", "of phase two"),
-        config=("", "further values of the mixture, such as 'memory=4 memory_chunk=16'"),
+        folder=("", "folder that keeps trained experts between runs of this script"),
+        lr=(0.0, "learning rate of phase two, 0 for the optimizer's default"),
+        optimizer=("muon", "optimizer of phase two"),
+        config=("", "further configuration values of the mixture, such as 'memory=4 memory_chunk=16'"),
     )
     steps, phase2 = (20, 10) if args.quick else (args.steps, args.phase2)
-    cfg, data = corpus(args.quick, steps=steps, preset="tiny", ctx_len=64, batch_size=12)
+    cfg, data = load_corpus(args.quick, steps=steps, preset="tiny", ctx_len=64, batch_size=12)
     specs = vars(lm_config("nanothink", "tiny"))
     experts = {name: train_expert(name, specs[name], cfg, data, args.folder) for name in EXPERTS}
 
@@ -106,10 +108,10 @@ def main():
     documents = None
     if lm.recall:
         store = VectorStore(lm.experts["transformer"].cfg.d_model, lm.cfg.max_vectors)
-        lm.store = remember(lm, store, data.tokens["train"], context)
-        documents = Documents(data.tokens["train"], lm.cfg)
+        lm.store = fill_store(lm, store, data.tokens["train"], context)
+        documents = DocumentOfChunk(data.tokens["train"], lm.cfg)
         print(f"memory: {len(lm.store):,} vectors")
-    trainer.batches = KeptActivations(lm, windows, autocast=context, documents=documents)
+    trainer.batches = CachedExpertOutputs(lm, windows, autocast=context, documents=documents)
     trainer.fit()
     print({k: round(v, 4) for k, v in trainer.last_metrics.items()})
     losses["mixture"] = evaluate(lm, judged, autocast=context)["loss"]
@@ -119,20 +121,24 @@ def main():
     turn, rounds = (2, 1) if args.quick else (20, 8)
     few = EpochBatches(data.tokens["train"].ids[: 64 * 12 * 10 + 1], cfg.batch_size, cfg.ctx_len)
     clocks = speed(mixture(experts, cfg, data), few, own, turn, rounds)
-    rows += [dict(model=f"step, experts {name}", **figures(clocks[name], calls=turn)) for name in clocks]
+    rows += [dict(model=f"step, experts {name}", **timing_columns(clocks[name], calls=turn)) for name in clocks]
     if not args.quick:
         large = new_lm("nanothink", vocab_size=data.tokenizer.vocab_size, ctx_len=256)
         large.experts.requires_grad_(False)
         guide = speed(large, EpochBatches(data.tokens["train"].ids[:1025], 1, 256), own, 1, 4)
-        rows += [dict(model=f"guide's shapes, experts {name}", **figures(guide[name])) for name in guide]
+        rows += [dict(model=f"NanoThink's shapes, experts {name}", **timing_columns(guide[name])) for name in guide]
 
     best, average = min(losses[name] for name in EXPERTS), min(v for k, v in losses.items() if "average" in k)
-    faster = least(clocks["asked anew"]) / least(clocks["kept"])
-    finish(
+    faster = min_cpu(clocks["computed"]) / min_cpu(clocks["cached"])
+    report(
         args,
         rows,
         [
-            (f"each trains at most {LEARNT:,} parameters", f"{max(sizes.values()):,}", max(sizes.values()) <= LEARNT),
+            (
+                f"each has at most {MAX_TRAINABLE:,} trainable parameters",
+                f"{max(sizes.values()):,}",
+                max(sizes.values()) <= MAX_TRAINABLE,
+            ),
             (
                 "untrained mixture within 0.02 of the best expert",
                 f"{losses['mixture, untrained'] - best:+.4f}",
@@ -148,7 +154,7 @@ def main():
                 f"{losses['mixture'] - average:+.4f}",
                 losses["mixture"] <= average,
             ),
-            ("steps with kept activations 3 times as fast", f"{faster:.2f}", faster >= 3),
+            ("steps with cached expert outputs 3 times as fast", f"{faster:.2f}", faster >= 3),
         ],
     )
 

@@ -1,8 +1,8 @@
-"""The peer: a GPT-2 shaped model and its training loop, written as plainly as the literature has them.
+"""nanoGPT as a peer: a GPT-2 shaped model and its training loop, implemented plainly.
 
-Learned positions, layer norm before each part, GELU, an output matrix tied to the embedding, scaled initial weights
-(Radford et al. 2019); AdamW with a cosine schedule, in float32; batches stacked from slices. The sizes and rates in
-`CPU_RECIPE` are those nanoGPT documents for training on a CPU. Nothing here uses lmnotes, and nothing is tuned.
+The model has learned positions, pre-layer norm, GELU, an LM head tied to the embedding, and scaled initial weights (Radford et al.
+2019). It trains with AdamW and a cosine schedule in float32, on batches stacked from slices. The sizes and rates in `CPU_RECIPE` are
+the ones that nanoGPT documents for training on a CPU. Nothing here uses lmnotes, and nothing is tuned.
 """
 
 import math
@@ -67,16 +67,16 @@ class NanoGPT(nn.Module):
         return F.cross_entropy(self(x).flatten(0, 1), y.flatten())
 
     @torch.no_grad()
-    def generate(self, x, n, pick=lambda logits: logits.argmax(-1)):
-        "`x` and `n` new ids, everything computed again for each"
+    def generate(self, x, n, sample_ids=lambda logits: logits.argmax(-1)):
+        "Return `x` and `n` new ids, recomputing everything for each"
         for _ in range(n):
             logits = self(x[:, -self.block_size :])[:, -1]
-            x = torch.cat([x, pick(logits)[:, None]], 1)
+            x = torch.cat([x, sample_ids(logits)[:, None]], 1)
         return x
 
 
 class Loop:
-    "The training loop; each call of `run` goes on where the last one ended"
+    "Training loop. Each call of `run` continues where the last one ended"
 
     def __init__(self, model, ids, batch_size, steps, lr=1e-3, min_lr=1e-4, warmup=100):
         self.model, self.ids, self.batch_size, self.steps = model, ids, batch_size, steps
@@ -118,10 +118,10 @@ class Loop:
 
 @torch.no_grad()
 def full_loss(
-    model,
-    batches,  # (x, y) pairs that cover a split once, -100 where there is nothing to predict
+    model,  # Returns (B, T, V) logits
+    batches,  # Batches (x, y, …) that cover a split once, with y = -100 at positions without a target
 ):
-    "Nats per token"
+    "Return the loss in nats per token"
     model.eval()
     total = n = 0
     for x, y, _ in batches:

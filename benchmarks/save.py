@@ -1,11 +1,11 @@
 """Saving: a durable, hashed checkpoint against a plain `torch.save` of the same tensors.
 
-Both write weights and optimizer state of a model with AdamW, in float32. The durable one is checked for numbers that are
-not finite, hashed with SHA-256, flushed to the disk and renamed into place. Wall time counts here, for a disk has no CPU;
-the plain save is timed without flushing, as it is used. Sizes: 0.8 M parameters (10 MB) and 10.7 M (128 MB).
+Both write the weights and optimizer state of a model with AdamW, in float32. The durable checkpoint is checked for non-finite
+numbers, hashed with SHA-256, flushed to disk and renamed into place. We measure wall time, because CPU time does not include the disk.
+The plain save is timed without flushing, as it is normally used. Sizes: 0.8 M parameters (10 MB) and 10.7 M (128 MB).
 """
 
-from common import corpus, finish, interleave, options, parts  # isort: skip
+from common import load_corpus, report, interleave, parse_options, build_parts  # isort: skip
 import shutil
 import statistics
 import tempfile
@@ -20,12 +20,13 @@ from lmnotes.training.trainer import Trainer
 
 def measure(
     shape,  # Configuration values of the model
-    folder,  # Empty
-    rounds,
-    quick,
-):  # A row of the table, and whether the bar is met
-    cfg, data = corpus(quick, ctx_len=64, batch_size=2, steps=10, optimizer="adamw")
-    lm, batches, _ = parts(cfg, data, **shape)
+    folder,  # Empty folder to write to
+    rounds,  # Timed saves of each kind
+    quick,  # Use the embedded corpus
+):  # (row of the table, True if the goal is met)
+    "Measure both saves of one model"
+    cfg, data = load_corpus(quick, ctx_len=64, batch_size=2, steps=10, optimizer="adamw")
+    lm, batches, _ = build_parts(cfg, data, **shape)
     trainer = Trainer(lm, batches, cfg).fit(1)
 
     def plain():
@@ -34,37 +35,35 @@ def measure(
     def durable():
         save_checkpoint(folder, lm, trainer.step, trainer.state_dict())
 
-    def durable_again():
+    def remove_durable():
         shutil.rmtree(folder / "step_00000001", ignore_errors=True)
 
-    clocks = interleave({"plain": plain, "durable": durable, "": durable_again}, rounds)
+    clocks = interleave({"plain": plain, "durable": durable, "": remove_durable}, rounds)
     wall = {name: min(clock.wall for clock in of) for name, of in clocks.items()}
     median = {name: statistics.median(clock.wall for clock in of) for name, of in clocks.items()}
     size = (folder / "plain.pt").stat().st_size
-    more, allowed = wall["durable"] - wall["plain"], 0.015 + 1.5 * size / 1e9
+    extra, allowed = wall["durable"] - wall["plain"], 0.015 + 1.5 * size / 1e9
     row = {
         "parameters": n_params(lm),
         "MB": size / 1e6,
         "plain ms": 1e3 * wall["plain"],
         "durable ms": 1e3 * wall["durable"],
     }
-    row |= {"median durable ms": 1e3 * median["durable"], "more ms": 1e3 * more, "allowed ms": 1e3 * allowed}
-    return row, more <= allowed
+    row |= {"median durable ms": 1e3 * median["durable"], "more ms": 1e3 * extra, "allowed ms": 1e3 * allowed}
+    return row, extra <= allowed
 
 
 def main():
-    args = options(__doc__, rounds=(7, "timed saves of each"))
+    args = parse_options(__doc__, rounds=(7, "timed saves of each"))
     shapes = [dict(n_layers=2, d_model=32)] if args.quick else [dict(), dict(n_layers=6, n_heads=6, d_model=384)]
     rows, bars = [], []
     for shape in shapes:
-        with tempfile.TemporaryDirectory(
-            dir=Path(__file__).parent
-        ) as folder:  # On a disk, not in memory as /tmp may be
+        with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as folder:  # On disk: /tmp may be in memory
             row, met = measure(shape, Path(folder), 1 if args.quick else args.rounds, args.quick)
         rows.append(row)
         bar = f"{row['MB']:.0f} MB: at most 15 ms + 1.5 s/GB more than a plain save"
         bars.append((bar, f"{row['more ms']:.0f} of {row['allowed ms']:.0f} ms", met))
-    finish(args, rows, bars)
+    report(args, rows, bars)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""One state-space layer, forward and backward: the scan of S6 against the usual loop and a parallel scan, and SSD against S6.
+"""One state-space layer, forward and backward: our S6 scan against the usual loop and a parallel scan, and SSD against S6.
 
-The sizes are those of the NanoThink guide's expert: 4 texts of 256 positions, 768 channels, 16 numbers of state each. Both peers are
-written here. The loop is what transformers does where no kernel is installed: decays and inputs of all positions first, then position by
-position, and autograd takes it from there. The parallel scan is Blelloch's with its gradient written out, as mamba.py has it. All see the
-same numbers in float32 and must agree in value and gradients. SSD has heads of 64 channels; it is timed in bfloat16 too, which is what
-a model computes it in where the chip has it.
+The sizes are those of NanoThink's state-space expert: 4 sequences of 256 positions, 768 channels, 16 state values each. This file
+implements both peers. The loop is the fallback of transformers without a kernel: it computes the decays and inputs of all positions, then
+loops over the positions, and autograd computes the gradient. The parallel scan is Blelloch's with an explicit gradient, as in mamba.py.
+All get the same float32 inputs and must agree in values and gradients. SSD has heads of 64 channels. We also time it in bfloat16, the
+dtype that a model uses for it on a CPU with bfloat16 instructions.
 """
 
-from common import figures, finish, interleave, least, options  # isort: skip
+from common import timing_columns, report, interleave, min_cpu, parse_options  # isort: skip
 import torch
 import torch.nn.functional as F
 from torch.autograd import Function
@@ -16,7 +16,7 @@ from lmnotes.nn.scans import selective_scan, ssd
 
 
 def loop(x, dt, A, B, C):
-    "Position by position, indexing what autograd remembers"
+    "S6 scan in a loop over positions, with autograd's gradient"
     x, dt = x.transpose(1, 2), dt.transpose(1, 2)
     decay = torch.exp(A[None, :, None] * dt[..., None])
     added = dt[..., None] * B[:, None] * x[..., None]
@@ -28,7 +28,7 @@ def loop(x, dt, A, B, C):
 
 
 def sweep(decay, h, back=False):
-    "Blelloch's scan over the third dimension, a power of two, in place; `back`: from its end"
+    "Blelloch's scan over the third dimension (a power of two), in place. `back` scans from the end"
 
     def join(of, to):
         h[:, :, to].addcmul_(decay[:, :, to], h[:, :, of])
@@ -48,7 +48,7 @@ def sweep(decay, h, back=False):
 
 
 class ParallelScan(Function):
-    "(b,T,E,N) decays and inputs -> states"
+    "Parallel scan: (b,T,E,N) decays and inputs -> (b,T,E,N) states"
 
     @staticmethod
     def forward(ctx, decay, added):
@@ -74,7 +74,7 @@ def parallel(x, dt, A, B, C):
 
 
 def inputs(b, T, E, N, H=0, dtype=torch.float32):
-    "x, dt, A, B, C; with `H` heads for SSD"
+    "Return random x, dt, A, B, C, with `H` heads for SSD"
     torch.manual_seed(0)
     x, B, C = (torch.randn(b, T, n).to(dtype) for n in (E, N, N))
     dt = F.softplus(torch.randn(b, T, H or E) - 3)
@@ -91,7 +91,7 @@ def both_ways(scan, given):
 
 
 def main():
-    args = options(__doc__, rounds=(3, "times that each is timed"))
+    args = parse_options(__doc__, rounds=(3, "timed runs of each"))
     size = (2, 32, 64, 8) if args.quick else (4, 256, 768, 16)
     given = inputs(*size)
     runs = {
@@ -101,23 +101,24 @@ def main():
     }
     for dtype in (torch.float32, torch.bfloat16):
         one = inputs(*size, H=size[2] // 64, dtype=dtype)
-        runs[f"SSD, {str(dtype)[6:]}"] = both_ways(lambda *t: ssd(*t, chunk=32, keep=False)[0], one)
+        runs[f"SSD, {str(dtype)[6:]}"] = both_ways(lambda *t: ssd(*t, chunk=32, return_state=False)[0], one)
     wanted = runs["loop"]()
     for name in ("parallel scan", "S6"):
-        far = max(((a - b).norm() / b.norm()).item() for a, b in zip(runs[name](), wanted))
-        assert far < 1e-5, f"{name} differs from the loop by {far:.1e}"
+        difference = max(((a - b).norm() / b.norm()).item() for a, b in zip(runs[name](), wanted))
+        assert difference < 1e-5, f"{name} differs from the loop by {difference:.1e}"
     clocks = interleave(runs, 1 if args.quick else args.rounds)
     quick = {name: run for name, run in runs.items() if name != "loop"}
-    for name, more in interleave(quick, 1 if args.quick else 5 * args.rounds).items():
-        clocks[name] += more
+    for name, extra in interleave(quick, 1 if args.quick else 5 * args.rounds).items():
+        clocks[name] += extra
     tokens = size[0] * size[1]
     rows = [
-        {"scan": name, **figures(times), "tokens / CPU s": int(tokens / least(times))} for name, times in clocks.items()
+        {"scan": name, **timing_columns(times), "tokens / CPU s": int(tokens / min_cpu(times))}
+        for name, times in clocks.items()
     ]
-    cpu = {name: least(times) for name, times in clocks.items()}
+    cpu = {name: min_cpu(times) for name, times in clocks.items()}
     ratios = cpu["loop"] / cpu["S6"], cpu["parallel scan"] / cpu["S6"]
     heads = min(cpu["SSD, float32"], cpu["SSD, bfloat16"])
-    finish(
+    report(
         args,
         rows,
         [

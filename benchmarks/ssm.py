@@ -1,11 +1,11 @@
 """A state-space model against the decoder: `arch='ssm'` and `arch='gpt'`, preset `tiny` of both, at most 0.81 M parameters.
 
-Both train by the same recipe on the same 2,000 batches of 12 x 64 characters, in turns of a few steps, so that whatever else the machine
-does falls on both alike. Only the training steps are timed: CPU seconds of this process, on one thread. Both are judged on the whole
-validation split. Then the state-space model generates: a token after 8,000 others must cost as much as a first one.
+Both train with the same recipe on the same 2,000 batches of 12 x 64 characters, interleaved in turns of a few steps, so background load
+affects both equally. Only the training steps are timed: CPU seconds of this process, on one thread. We evaluate both on the whole
+validation split. Then the state-space model generates: a token after 8,000 others must cost as much as the first one.
 """
 
-from common import Clock, corpus, finish, interleave, least, options, parts  # isort: skip
+from common import Clock, load_corpus, report, interleave, min_cpu, parse_options, build_parts  # isort: skip
 import copy
 
 import torch
@@ -17,7 +17,7 @@ from lmnotes.training.trainer import Trainer
 
 @torch.no_grad()
 def cost_of_a_token(lm, history, tokens=20, rounds=50):
-    "Least CPU milliseconds of a token without a history, and of one after `history` tokens"
+    "Return the least CPU milliseconds of a token without history and of one after `history` tokens"
     lm.eval()
     ids = torch.randint(lm.cfg.vocab_size, (1, history))
     states = {"first": lm.step(ids[:, :1])[1], "last": lm.step(ids)[1]}
@@ -28,24 +28,24 @@ def cost_of_a_token(lm, history, tokens=20, rounds=50):
             _, state = lm.step(ids[:, :1], state)
 
     clocks = interleave({name: lambda name=name: generate(name) for name in states}, rounds)
-    return {name: 1e3 * least(of) / tokens for name, of in clocks.items()}
+    return {name: 1e3 * min_cpu(of) / tokens for name, of in clocks.items()}
 
 
 def main():
-    args = options(
+    args = parse_options(
         __doc__,
         steps=(2000, "length of both runs"),
         turn=(25, "steps at a time"),
-        seed=(0, "of both"),
-        preset=("tiny", "of ssm"),
+        seed=(0, "seed of both runs"),
+        preset=("tiny", "preset of ssm"),
     )
     steps, turn = (8, 4) if args.quick else (args.steps, args.turn)
-    cfg, data = corpus(args.quick, steps=steps, preset="tiny", seed=args.seed, ctx_len=64, batch_size=12)
+    cfg, data = load_corpus(args.quick, steps=steps, preset="tiny", seed=args.seed, ctx_len=64, batch_size=12)
     runs, clocks = {}, {}
     for arch in ("gpt", "ssm"):
         own = copy.copy(cfg)
         own.arch, own.preset = arch, "tiny" if arch == "gpt" else args.preset
-        lm, batches, val = parts(own, data)
+        lm, batches, val = build_parts(own, data)
         runs[arch], clocks[arch] = Trainer(lm, batches, own), Clock()
     quietest = dict.fromkeys(runs, float("inf"))
     for step in range(turn, steps + 1, turn):
@@ -66,7 +66,7 @@ def main():
     gpt, ssm = rows
     ratio, least_ratio = ssm["CPU_s"] / gpt["CPU_s"], quietest["ssm"] / quietest["gpt"]
     token = cost_of_a_token(runs["ssm"].lm, 100 if args.quick else 8000, rounds=1 if args.quick else 50)
-    finish(
+    report(
         args,
         rows,
         [
@@ -74,11 +74,11 @@ def main():
             ("loss at most the decoder's", f"{ssm['loss'] - gpt['loss']:+.4f}", ssm["loss"] <= gpt["loss"]),
             (
                 "at most 1.5 times the decoder's CPU seconds",
-                f"{ratio:.2f} in all, {least_ratio:.2f} where least disturbed",
+                f"{ratio:.2f} in total, {least_ratio:.2f} for the fastest turns",
                 ratio <= 1.5,
             ),
             (
-                "a token after 8,000 costs at most 1.2 times a first one",
+                "a token after 8,000 costs at most 1.2 times the first one",
                 f"{token['first']:.3f} and {token['last']:.3f} CPU ms",
                 token["last"] <= 1.2 * token["first"],
             ),

@@ -1,8 +1,8 @@
-"""Ten minutes: the best full-validation loss on tinyshakespeare that a fixed wall time on two threads buys, from scratch.
+"""Ten minutes: full-validation loss on tinyshakespeare from scratch within a fixed wall time on two threads.
 
-The time of a step is measured first, on the model that is then trained, and the number of steps follows from what is left
-of the budget, so that the learning rate comes down to zero just before the time is over. Everything counts: reading the
-data, measuring, training and the final evaluation of the whole split.
+We first measure the time of a step on the model that is then trained. The number of steps follows from the remaining budget, so that the
+learning rate reaches zero just before the time is over. The budget includes reading the data, measuring, training and the final evaluation
+of the whole split.
 """
 
 # ruff: noqa: E402
@@ -12,7 +12,7 @@ import time
 START = time.perf_counter()
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
-from common import corpus, finish, options, parts  # isort: skip
+from common import load_corpus, report, parse_options, build_parts  # isort: skip
 
 from lmnotes.inference.evaluation import evaluate
 from lmnotes.nn.lm import n_params
@@ -29,21 +29,21 @@ def seconds_of(function):
 
 
 def plan(
-    left,  # Seconds there are
-    step,  # Seconds of a step
-    evaluation,  # Seconds of the evaluation at the end
-    margin=0.04,  # Part of the time that is kept back, for a machine that gets slower
+    left,  # Remaining seconds
+    step,  # Seconds per step
+    evaluation,  # Seconds of the final evaluation
+    margin=0.04,  # Fraction of the time in reserve, in case the machine gets slower
 ):  # Steps
-    "How many steps fit"
+    "Return the number of steps that fit"
     return max(1, int(((1 - margin) * left - evaluation) / step))
 
 
 def main():
-    args = options(__doc__, seconds=(600, "wall time in all"), seed=(0, "of the run"))
+    args = parse_options(__doc__, seconds=(600, "total wall time"), seed=(0, "seed of the run"))
     budget, shape = (20, dict(SHAPE, n_layers=2, d_model=64)) if args.quick else (args.seconds, SHAPE)
-    cfg, data = corpus(args.quick, **SIZE, seed=args.seed, steps=1000)
+    cfg, data = load_corpus(args.quick, **SIZE, seed=args.seed, steps=1000)
 
-    lm, batches, val = parts(cfg, data, **shape)
+    lm, batches, val = build_parts(cfg, data, **shape)
     trial = Trainer(lm, batches, cfg)
     tries = [seconds_of(trial.train_step) for _ in range(3)]
     while sum(tries) < budget / 50:
@@ -55,16 +55,16 @@ def main():
     if args.quick:
         cfg.steps = min(cfg.steps, 20)
     print(
-        f"{1e3 * step:.0f} ms a step, {evaluation:.1f} s for the evaluation: {cfg.steps:,} steps in what is left of {format_duration(budget)}"
+        f"{1e3 * step:.0f} ms a step, {evaluation:.1f} s for the evaluation: {cfg.steps:,} steps in the rest of {format_duration(budget)}"
     )
 
-    lm, batches, val = parts(cfg, data, **shape)  # From scratch
-    trainer = Trainer(lm, batches, cfg, [Log(show=lambda line: print(line, flush=True))])
+    lm, batches, val = build_parts(cfg, data, **shape)  # From scratch
+    trainer = Trainer(lm, batches, cfg, [Log(print_fn=lambda line: print(line, flush=True))])
     trainer.fit()
     result = evaluate(lm, some if args.quick else val, autocast=trainer.autocast)
     took = time.perf_counter() - START
     row = {"parameters": n_params(lm), "steps": cfg.steps, "tokens": trainer.counters["tokens"], "wall s": took}
-    finish(
+    report(
         args,
         [row | {"CPU s": time.process_time(), "loss": result["loss"]}],
         [

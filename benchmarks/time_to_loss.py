@@ -1,12 +1,11 @@
 """Time to loss: `preset='tiny'` against nanoGPT's CPU recipe (0.8 M parameters, 2,000 steps of 12 x 64 characters).
 
-Both train on the same number of tokens, in turns of 50 steps, and are judged on the whole validation split. Only the
-training steps are timed: CPU seconds of this process, on one thread. The peer computes in float32, as its recipe says;
-lmnotes in the dtype it chooses here. Neither has dropout: the recipe has none, and so has the preset, which is otherwise what
-`gpt` is by default.
+Both train on the same number of tokens, in turns of 50 steps, and we evaluate them on the whole validation split. Only the training
+steps are timed: CPU seconds of this process, on one thread. nanoGPT computes in float32, as its recipe specifies, and lmnotes in the dtype
+that it chooses here. Neither has dropout. Apart from size and dropout, the preset has the defaults of `gpt`.
 """
 
-from common import Clock, corpus, finish, options, parts  # isort: skip
+from common import Clock, load_corpus, report, parse_options, build_parts  # isort: skip
 import torch
 from nanogpt import CPU_BATCH, CPU_RECIPE, CPU_STEPS, Loop, NanoGPT, full_loss
 
@@ -16,13 +15,16 @@ from lmnotes.training.trainer import Trainer
 
 
 def main():
-    args = options(
-        __doc__, steps=(CPU_STEPS, "length of both runs"), every=(50, "steps between evaluations"), seed=(0, "of both")
+    args = parse_options(
+        __doc__,
+        steps=(CPU_STEPS, "length of both runs"),
+        every=(50, "steps between evaluations"),
+        seed=(0, "seed of both runs"),
     )
     steps, every = (20, 10) if args.quick else (args.steps, args.every)
     size = dict(ctx_len=CPU_RECIPE["block_size"], batch_size=CPU_BATCH)
-    cfg, data = corpus(args.quick, steps=steps, preset="tiny", seed=args.seed, **size)
-    lm, batches, val = parts(cfg, data)
+    cfg, data = load_corpus(args.quick, steps=steps, preset="tiny", seed=args.seed, **size)
+    lm, batches, val = build_parts(cfg, data)
     ours = Trainer(lm, batches, cfg)
 
     torch.manual_seed(args.seed)
@@ -31,7 +33,7 @@ def main():
 
     clocks, curve, draws = dict(peer=Clock(), ours=Clock()), [], torch.get_rng_state()
     for step in range(every, steps + 1, every):
-        torch.set_rng_state(draws)  # The trainer reseeds torch at each step; the peer's draws go on from their own
+        torch.set_rng_state(draws)  # The trainer reseeds torch at each step, so nanoGPT gets its own random state back
         with clocks["peer"]:
             peer.run(step)
         draws = torch.get_rng_state()
@@ -41,7 +43,7 @@ def main():
         curve.append((step, clocks["ours"].cpu, loss))
         if len(curve) % 8 == 0:
             print(
-                f"step {step}: lmnotes {loss:.4f} after {clocks['ours'].cpu:.1f} CPU s, peer at {clocks['peer'].cpu:.1f} CPU s",
+                f"step {step}: lmnotes {loss:.4f} after {clocks['ours'].cpu:.1f} CPU s, nanoGPT at {clocks['peer'].cpu:.1f} CPU s",
                 flush=True,
             )
 
@@ -68,7 +70,7 @@ def main():
     if reached:
         rows.append(
             dict(
-                model="lmnotes, at the peer's loss",
+                model="lmnotes, at nanoGPT's loss",
                 parameters=n_params(lm),
                 steps=reached[0],
                 CPU_s=reached[1],
@@ -76,11 +78,11 @@ def main():
             )
         )
     ratio = clocks["peer"].cpu / reached[1] if reached else 0.0
-    finish(
+    report(
         args,
         rows,
         [
-            ("the peer's final loss in at most 1/5 of its CPU seconds", f"1/{ratio:.2f}", ratio >= 5),
+            ("nanoGPT's final loss in at most 1/5 of its CPU seconds", f"1/{ratio:.2f}", ratio >= 5),
             ("loss at most 1.60 on the same tokens", f"{curve[-1][2]:.4f}", curve[-1][2] <= 1.60),
         ],
     )

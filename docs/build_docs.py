@@ -1,7 +1,7 @@
-"""Build the site from the notebooks and their saved outputs: `python docs/build_docs.py`, or `--to FOLDER` for another than _docs/.
+"""Build the documentation site from the notebooks and their saved outputs: `python docs/build_docs.py [--to FOLDER]`.
 
-Every notebook becomes a page of Markdown (notebook_page.py), with links from names to definitions (names.py); MkDocs makes the
-site. Nothing is executed and no network is used.
+Every notebook becomes a Markdown page (notebook_page.py) with links from names to their definitions (names.py). MkDocs then
+builds the site. The build executes no notebook and needs no network.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from names import Names
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
-PROJECT_PAGES = ("CONTRIBUTING", "CHANGELOG", "SECURITY", "LOG")
+PROJECT_PAGES = ("CONTRIBUTING", "CHANGELOG", "SECURITY", "LOG", "docs/renamed")  # Pages of the heading "Project"
 RUNNABLE = ("train", "generate", "prepare", "compare")
 CHAPTERS = {  # Folder in nbs/ -> heading in the navigation, in reading order
     "": "Core",
@@ -39,25 +39,25 @@ CHAPTERS = {  # Folder in nbs/ -> heading in the navigation, in reading order
 
 
 def group(notebook):
-    "Heading in the navigation; empty for the runnable notebooks in nbs/ itself"
+    "Return the navigation heading of a notebook, or an empty string for the runnable notebooks in nbs/"
     folder = notebook.page.rpartition("/")[0]
     return CHAPTERS[folder] if folder or notebook.number is not None else ""
 
 
 def settings():
-    "settings.ini"
+    "Return the DEFAULT section of settings.ini"
     config = ConfigParser()
     config.read(ROOT / "settings.ini")
     return config["DEFAULT"]
 
 
 def bars_in_code(row):
-    "A table's row without backslashes before bars in code: GitHub wants them there, Python-Markdown shows them"
+    "Remove the backslashes before bars in a table row's code, which GitHub needs and Python-Markdown would print"
     return re.sub(r"(`+)(.+?)\1", lambda code: code[0].replace(r"\|", "|"), row[0])
 
 
 class Site:
-    "A folder of Markdown pages in the making"
+    "The Markdown pages of the site, written into one folder"
 
     def __init__(self, folder):
         self.folder = folder
@@ -67,25 +67,25 @@ class Site:
         self.notebooks = [notebook_page.read(path, NBS) for path in notebooks()]
 
     def learn_names(self):
-        "Note what every page defines"
+        "Collect the definitions of every page"
         taken = {}
         for notebook in self.notebooks:
             other = taken.setdefault(notebook.page, notebook)
             if other is not notebook:
-                raise ValueError(f"{other.path} and {notebook.path} would both be {notebook.page}; rename one of them")
+                raise ValueError(f"{other.path} and {notebook.path} would both be {notebook.page}. Rename one of them")
             known = [notebook.name] + [notebook.module] * bool(notebook.module)
             numbered = [notebook.path.stem] if notebook.path.stem[0].isdigit() else []
             self.names.add_page(notebook.page, *known, *numbered)
-            for definition in (found for cell in notebook.cells for found in cell["defines"]):
+            for definition in (item for cell in notebook.cells for item in cell["defines"]):
                 self.names.add(notebook.page, definition)
         for name in PROJECT_PAGES:
-            self.names.add_page(f"{name}.md", f"{name}.md")
+            self.names.add_page(project_page(name), f"{name}.md")
         for path in [*(ROOT / "docs").rglob("*.md"), *(ROOT / "docs/assets").iterdir()]:
             inside = path.relative_to(ROOT / "docs").as_posix()
             self.names.add_page(inside, f"docs/{inside}")
 
     def pictures(self, page):
-        "A function that stores the pictures of a page"
+        "Return a function that stores the pictures of a page"
         path = self.folder / page
         stored = []
 
@@ -103,7 +103,7 @@ class Site:
         path.write_text(self.names.in_prose(text, page), encoding="utf-8")
 
     def source_urls(self, notebook):
-        "Definition -> where its source is, by the line in the exported module"
+        "Return {definition: URL of its line in the exported module}"
         if not notebook.module:
             return {}
         path = notebook.module.replace(".", "/") + ".py"
@@ -115,12 +115,12 @@ class Site:
         self.write(notebook.page, notebook_page.page_text(notebook, picture, self.source_urls(notebook), self.blob_url))
 
     def write_text(self, source, page):
-        "A page that is written as Markdown; `<!-- outputs: nbs/x.ipynb -->` in it stands for its tables and pictures"
+        "Write a Markdown page. The line `<!-- outputs: nbs/x.ipynb -->` in it is replaced by that notebook's tables and pictures"
 
         def shown(mark):
             notebook = next((n for n in self.notebooks if f"{n.name}.ipynb" == mark[1]), None)
             if notebook is None:
-                raise ValueError(f"{source}: {mark[0]} names no notebook; write nbs/NAME.ipynb")
+                raise ValueError(f"{source}: {mark[0]} names no notebook. Write nbs/NAME.ipynb")
             return "\n\n".join(notebook_page.output_blocks(notebook, picture))
 
         picture = self.pictures(page)
@@ -130,7 +130,7 @@ class Site:
         return page
 
     def navigation(self):
-        "Write every page; returns the list for MkDocs, in reading order"
+        "Write every page and return the navigation for MkDocs, in reading order"
         by_stem = {n.path.stem: n for n in self.notebooks}
         groups = {title: [] for title in CHAPTERS.values()}
         for notebook in self.notebooks:
@@ -139,18 +139,29 @@ class Site:
                 groups[title].append({notebook.title: notebook.page})
         run = [{by_stem[name].title: by_stem[name].page} for name in RUNNABLE if name in by_stem]
         guides = [
-            {first_heading(path).removeprefix("You come from "): self.write_text(path, f"guides/{path.name}")}
+            {first_heading(path).removeprefix("Migrating from "): self.write_text(path, f"guides/{path.name}")}
             for path in sorted((ROOT / "docs/guides").glob("*.md"))
         ]
         results = self.write_text(ROOT / "docs/results.md", "results.md")
-        project = [self.write_text(ROOT / f"{name}.md", f"{name}.md") for name in PROJECT_PAGES]
-        begin = [{"Home": "index.md"}, *run]
+        project = [self.write_text(ROOT / f"{name}.md", project_page(name)) for name in PROJECT_PAGES]
+        start = [{"Home": "index.md"}, *run]
         middle = [{title: pages} for title, pages in groups.items() if pages]
-        return [{"Begin": begin}, *middle, {"You come from": guides}, {"Results": results}, {"Project": project}]
+        return [
+            {"Get started": start},
+            *middle,
+            {"Migration guides": guides},
+            {"Results": results},
+            {"Project": project},
+        ]
+
+
+def project_page(name):
+    "Return the page of a Markdown file given by its path without the ending"
+    return f"{name.rpartition('/')[2]}.md"
 
 
 def notebooks():
-    "Paths of all notebooks, in reading order"
+    "Return the paths of all notebooks, in reading order"
     return sorted(path for path in NBS.rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in path.parts))
 
 
@@ -159,25 +170,25 @@ def first_heading(path):
 
 
 def link_names(site, folder):
-    "Make names in the code of finished pages links to their definitions"
+    "Link the names in the code of finished pages to their definitions"
     for path in folder.rglob("*.html"):
         page = path.relative_to(folder).with_suffix(".md").as_posix()
         path.write_text(site.names.in_code(path.read_text(encoding="utf-8"), page), encoding="utf-8")
 
 
 def make_site(config):
-    "Run MkDocs; any warning of it is an error"
+    "Run MkDocs and treat any warning as an error"
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(config)]
     path = os.pathsep.join([str(ROOT / "docs"), os.environ.get("PYTHONPATH", "")])
     environ = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": path}
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
-    said = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith("INFO")]
-    if done.returncode or said:
-        raise SystemExit("MkDocs did not build the site:\n" + "\n".join(said))
+    warnings = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith("INFO")]
+    if done.returncode or warnings:
+        raise SystemExit("MkDocs did not build the site:\n" + "\n".join(warnings))
 
 
 def build(target):
-    "Write the site into the folder `target`, which is emptied first"
+    "Build the site in the folder `target`, which is emptied first"
     with tempfile.TemporaryDirectory() as folder:
         site = Site(Path(folder) / "pages")
         site.folder.mkdir()
@@ -199,11 +210,13 @@ def build(target):
 
 def main():
     parser = argparse.ArgumentParser(description="Build the documentation site")
-    parser.add_argument("--to", type=Path, default=ROOT / "_docs", help="the folder it is written to")
+    parser.add_argument("--to", type=Path, default=ROOT / "_docs", help="output folder")
     target = parser.parse_args().to.resolve()
     build(target)
     folder = os.path.relpath(target)
-    print(f"The site is in {folder}/; with search: python -m http.server --bind 127.0.0.1 --directory {folder}")
+    print(
+        f"The site is in {folder}/. To use the search, run: python -m http.server --bind 127.0.0.1 --directory {folder}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A Markdown extension: the formulas that pymdownx.arithmatex finds become MathML, so that a page needs no script for them."""
+"""Markdown extension that converts the formulas found by pymdownx.arithmatex to MathML, so that pages need no math script."""
 
 import re
 from xml.etree import ElementTree
@@ -7,19 +7,19 @@ from latex2mathml.converter import convert
 from markdown.extensions import Extension
 from markdown.treeprocessors import Treeprocessor
 
-NAMESPACE = ' xmlns="http://www.w3.org/1998/Math/MathML"'  # HTML needs none
+NAMESPACE = ' xmlns="http://www.w3.org/1998/Math/MathML"'  # Not needed in HTML
 AFTER_INLINE = 15  # Markdown's own inline processors run at 20
 
 
 def mathml(formula, display="inline"):
-    "An element for a LaTeX formula, which keeps the formula as its text for those who cannot see it"
+    "Return the MathML element of a LaTeX formula, with the formula as its alternative text"
     element = ElementTree.fromstring(convert(formula, display=display).replace(NAMESPACE, ""))
     element.set("alttext", formula)
     return element
 
 
 class Formulas(Treeprocessor):
-    "Replaces the text of elements marked `arithmatex`"
+    "Tree processor that replaces the text of `arithmatex` elements with MathML"
 
     def run(self, root):
         for element in root.iter():

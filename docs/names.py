@@ -1,10 +1,10 @@
-"""Where names are defined in the site, and the links to there: from prose, and from code that is shown."""
+"""Index of the names defined on the site, and the links to them from prose and from displayed code."""
 
 import html
 import os
 import re
 
-# Code in a line of Markdown, unless it is a link already; links to files; Python code in a finished page, and the names in it
+# Inline code that is not a link yet, links to files, Python code in a finished page, and the names in that code
 SPAN = re.compile(r"(?<![`\[])(`+)(?!`)(.+?)(?<!`)\1(?![`\]])")
 FILE_LINK = re.compile(r"\]\(([\w./-]+?)(?:\.ipynb)?\)")
 CODE = re.compile(r'(<div class="language-python highlight">)(.*?)(</code></pre>)', re.S)
@@ -12,28 +12,28 @@ NAME = re.compile(r'(?<!<span class="o">\.</span>)<span class="(?:n|ne)">(\w+)</
 
 
 class Names:
-    "Everything that the site's pages define"
+    "Index of everything that the site's pages define"
 
     def __init__(self, root, source_url):
         self.root = root
         self.source_url = source_url
-        self.defined = {}  # Qualified name -> {page that defines it: anchor}
-        self.arguments = set()  # Names that parameters and fields have
-        self.pages = {}  # Module, notebook's path or notebook's stem -> page
+        self.defined = {}  # Qualified name -> {defining page: anchor}
+        self.arguments = set()  # Names of parameters and fields
+        self.pages = {}  # Module, notebook path or notebook stem -> page
 
     def add_page(self, page, *names):
         for name in names:
             self.pages[name] = page
 
     def add(self, page, definition):
-        "Note a definition and its members"
+        "Add a definition and its members"
         self.defined.setdefault(definition.name, {})[page] = definition.anchor
         self.arguments |= {argument.name.strip("*") for argument in definition.fields + definition.parameters}
         for member in definition.members:
             self.add(page, member)
 
     def place(self, name, page):
-        "(page, anchor) of a name that is used on `page`; None where it is not known or not the only one"
+        "Return (page, anchor) of a name used on `page`, or None if the name is unknown or ambiguous"
         is_sure = name.endswith("()") or "." in name
         name = name.removesuffix("()").removeprefix("lmnotes.")
         module, _, last = name.rpartition(".")
@@ -51,7 +51,7 @@ class Names:
         return places[0] if len(places) == 1 and not methods else None
 
     def link(self, code, page):
-        "Where the name or the path `code` leads from `page`; empty: nowhere"
+        "Return the link target of the name or path `code` on `page`, or an empty string"
         target = self.pages.get(code.removesuffix(".ipynb"))
         if target:
             return "" if target == page else relative(target, page)
@@ -63,7 +63,7 @@ class Names:
         return ""
 
     def in_prose(self, markdown, page):
-        "Markdown in which names and paths in backticks are links"
+        "Return Markdown whose names and paths in backticks are links"
 
         def linked(span):
             target = self.link(span[2].strip(), page)
@@ -87,7 +87,7 @@ class Names:
         return "\n".join(lines)
 
     def in_code(self, page_html, page):
-        "A finished page, in which classes and called functions in Python code are links"
+        "Return a finished page whose classes and called functions in Python code are links"
 
         def linked(name):
             if not name[2] and not name[1][0].isupper():
@@ -102,5 +102,5 @@ class Names:
 
 
 def relative(target, page):
-    "Path from one page to another"
+    "Return the path from one page to another"
     return os.path.relpath(target, os.path.dirname(page) or ".").replace(os.sep, "/")

@@ -1,4 +1,4 @@
-"""A notebook as a page of the site: its prose, its code, its outputs, and a reference of what it exports. Nothing is executed."""
+"""Convert a notebook to a page of the site: prose, code, saved outputs, and an API reference of the exported definitions."""
 
 import json
 import re
@@ -8,31 +8,31 @@ from pathlib import Path
 import reference
 from pages import directives, fenced, joined, output_markdown, read_notebook
 
-FOLD = 25  # Longer cells are folded
+FOLD = 25  # Cells with more lines are folded
 OUTPUT = "{ .text .shown }"
 
 
 @dataclass
 class Notebook:
-    "A notebook, what it is called, and where its page is"
+    "A notebook with its titles, its module and the path of its page"
 
-    path: Path
-    name: str  # Without an ending, relative to the project: `nbs/models/31_gpt`
-    page: str  # `models/gpt.md`
-    title: str
-    lead: str  # The sentence below the title
-    module: str  # `lmnotes.models.gpt`; empty if it exports nothing
-    cells: list
+    path: Path  # Notebook file
+    name: str  # Path in the project without its ending: `nbs/models/31_gpt`
+    page: str  # Path of its page: `models/gpt.md`
+    title: str  # Heading of the first cell
+    lead: str  # Subtitle: the `> …` line of the first cell
+    module: str  # Exported module: `lmnotes.models.gpt`. Empty if it exports none
+    cells: list  # Cells, each with the definitions it exports in `defines`
 
     @property
     def number(self):
-        "Its place in the reading order; None for one that has no number"
+        "Return its position in the reading order, or None for a notebook without a number"
         found = re.match(r"\d+", self.path.stem)
         return int(found[0]) if found else None
 
 
 def read(path, nbs):
-    "A notebook and its names"
+    "Read a notebook and the definitions of its cells"
     cells = read_notebook(path)["cells"]
     inside = path.relative_to(nbs)
     name = re.sub(r"^\d+_", "", path.stem)
@@ -56,13 +56,13 @@ def is_exported(marks):
 
 
 def defined(cell):
-    "The definitions that a cell exports"
+    "Return the definitions that a cell exports"
     marks, code = directives(joined(cell["source"]))
     return reference.definitions(code) if cell["cell_type"] == "code" and is_exported(marks) else []
 
 
 def number_anchors(definitions):
-    "Give names that differ only in their capitals anchors of their own: `Download`, `download`"
+    "Make the anchors of names that differ only in capitals unique, such as `Download` and `download`"
     taken = set()
     for definition in definitions:
         if definition.anchor in taken:
@@ -71,7 +71,7 @@ def number_anchors(definitions):
 
 
 def plain(text):
-    "Text of a docstring or a comment: only its code is Markdown"
+    "Escape the Markdown of a docstring or comment, except in its code"
     parts = re.split(r"(`[^`]+`)", text)
     for i in range(0, len(parts), 2):
         parts[i] = re.sub(r"([*_$\\])", r"\\\1", parts[i]).replace("<", "&lt;")
@@ -79,7 +79,7 @@ def plain(text):
 
 
 def table(parameters, first="Parameter"):
-    "A table of parameters; columns in which nothing stands are left out"
+    "Return a Markdown table of parameters without empty columns, or an empty string if no parameter has a comment"
     rows = [
         (
             f"<code class='parameter'>{p.name}</code>",
@@ -88,25 +88,25 @@ def table(parameters, first="Parameter"):
             plain(p.comment),
         )
         for p in parameters
-        if p.type or p.default or p.comment  # The signature names the others
+        if p.type or p.default or p.comment  # The signature already shows the others
     ]
-    titles = (first, "Type", "Default", "What it is")
-    kept = [column for column in range(4) if any(row[column] for row in rows)]
-    if kept in ([], [0], [0, 2]):
+    titles = (first, "Type", "Default", "Description")
+    columns = [column for column in range(4) if any(row[column] for row in rows)]
+    if 3 not in columns:
         return ""
-    lines = [[titles[column] for column in kept], ["---"] * len(kept)]
-    lines += [[re.sub(r"(?<!\\)\|", r"\\|", row[c]) if c == 3 else row[c] for c in kept] for row in rows]
+    lines = [[titles[column] for column in columns], ["---"] * len(columns)]
+    lines += [[re.sub(r"(?<!\\)\|", r"\\|", row[c]) if c == 3 else row[c] for c in columns] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def folded(text, title):
-    "Code that opens on a click"
+    "Return a collapsed code block"
     body = "\n".join(f"    {line}".rstrip() for line in fenced(text, "python").split("\n"))
     return f'??? code "{title}"\n\n{body}'
 
 
 def entry(definition, source_url, level=3):
-    "The reference of one definition, and of its methods"
+    "Return the reference blocks of a definition and its methods"
     blocks = [f"{'#' * level} {definition.name} {{ #{definition.anchor} .api }}"]
     if definition.name in source_url:
         blocks.append(f"[source]({source_url[definition.name]}){{ .source data-search-exclude }}")
@@ -123,7 +123,7 @@ def entry(definition, source_url, level=3):
 
 
 def code_blocks(cell, source_url):
-    "What the code of a cell becomes"
+    "Return the blocks for a cell's code"
     marks, code = directives(joined(cell["source"]))
     if not code or marks.get("echo") == "false":
         return []
@@ -143,7 +143,7 @@ def code_blocks(cell, source_url):
 
 
 def cell_blocks(cell, picture, about, source_url):
-    "The blocks of Markdown that a cell becomes; `about` describes its pictures"
+    "Return the Markdown blocks of a cell. `about` is the default alternative text of its pictures"
     if cell["cell_type"] != "code":
         return [joined(cell["source"])] if cell["cell_type"] == "markdown" else []
     marks, _ = directives(joined(cell["source"]))
@@ -156,7 +156,7 @@ def cell_blocks(cell, picture, about, source_url):
 
 
 def output_block(output, picture, about):
-    "One output, set apart from code and prose"
+    "Return one output as a block that is styled differently from code and prose"
     text = output_markdown(output, picture, OUTPUT)
     if text.startswith("![]"):
         return f"![{about}]{text[3:]}{{ .figure }}"
@@ -166,20 +166,20 @@ def output_block(output, picture, about):
 
 
 def output_blocks(notebook, picture):
-    "The tables and pictures that a notebook shows"
+    "Return the tables and pictures of a notebook's saved outputs"
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     blocks = [output_block(output, picture, notebook.title) for output in outputs]
     return [block for block in blocks if block and not block.startswith("`")]
 
 
 def heading(cell, before):
-    "The nearest heading above a cell"
+    "Return the last heading in this cell, or `before` if it has none"
     found = re.findall(r"^#+ (.+)$", joined(cell["source"]), re.M) if cell["cell_type"] == "markdown" else []
     return found[-1] if found else before
 
 
 def page_text(notebook, picture, source_url, blob_url):
-    "The page of a notebook; `picture(bytes, ending)` stores an image and returns its path"
+    "Return the page of a notebook. `picture(bytes, ending)` stores an image and returns its path"
     front = f"---\ntitle: {json.dumps(notebook.title)}\ndescription: {json.dumps(notebook.lead)}\n---"
     where = f"Notebook [`{notebook.name}`]({blob_url}/{notebook.name}.ipynb)"
     where += f" · module `{notebook.module}`" if notebook.module else ""

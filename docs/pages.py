@@ -1,4 +1,4 @@
-"""A notebook's cells as Markdown: for the README, and for the pages of the site. Nothing is executed."""
+"""Convert notebook cells to Markdown for the README and the site, without executing anything."""
 
 import base64
 import json
@@ -10,12 +10,12 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def joined(text):
-    "A notebook keeps text as one string or as a list of lines"
+    "Return a cell's text, which a notebook stores as one string or as a list of lines"
     return text if isinstance(text, str) else "".join(text)
 
 
 def directives(source):
-    "The `#| key: value` lines at the top of a cell, as a dict, and the source below them"
+    "Return the `#| key: value` lines at the top of a cell as a dict, and the source below them"
     found = {}
     lines = source.splitlines()
     while lines and (match := re.match(r"#\|\s*([\w-]+)\s*:?\s*(.*)", lines[0])):
@@ -25,13 +25,13 @@ def directives(source):
 
 
 def as_on_a_terminal(text):
-    "Text without colours, and with carriage returns carried out, as progress bars use them"
+    "Return text without colours and with carriage returns applied, as a terminal shows progress bars"
     lines = COLOURS.sub("", text).split("\n")
     return "\n".join(line.rstrip("\r").split("\r")[-1] for line in lines).rstrip()
 
 
 def fenced(text, head=""):
-    "A code block, whatever backticks the text contains"
+    "Return a fenced code block. The fence is longer than any run of backticks in the text"
     fence = "```"
     while fence in text:
         fence += "`"
@@ -39,7 +39,7 @@ def fenced(text, head=""):
 
 
 def output_markdown(output, picture, head="text", alt=""):
-    "One output of a cell; `picture(bytes, ending)` stores an image and returns its path, `head` is a text block's first line"
+    "Return one output as Markdown. `picture(bytes, ending)` stores an image and returns its path, `head` follows a text fence"
     kind = output["output_type"]
     if kind == "stream":
         return fenced(as_on_a_terminal(joined(output["text"])), head)
@@ -58,7 +58,7 @@ def output_markdown(output, picture, head="text", alt=""):
 
 
 def cell_markdown(cell, picture):
-    "The blocks that a cell becomes"
+    "Return the Markdown blocks of a cell"
     source = joined(cell["source"])
     if cell["cell_type"] == "markdown":
         return [source]

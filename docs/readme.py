@@ -1,4 +1,4 @@
-"""Write README.md, and the pictures in it, from nbs/index.ipynb and its saved outputs: `python docs/readme.py`."""
+"""Write README.md and its pictures from nbs/index.ipynb and its saved outputs: `python docs/readme.py`."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ NOTE = "<!-- Made from nbs/index.ipynb by docs/readme.py: edit the notebook, not
 
 
 def readme():
-    "{path: content} of the README and its pictures"
+    "Return {path: content} of the README and its pictures"
     files = {}
 
     def picture(data, ending):

@@ -1,4 +1,4 @@
-"""What a cell defines, read from its source: signatures, parameters with their comments, methods. Nothing is imported or run."""
+"""Read the definitions of a cell from its source: signatures, parameters with their comments, methods. Nothing is imported."""
 
 import ast
 import io
@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 SHOWN_DECORATORS = ("property", "classmethod", "staticmethod", "dataclass", "contextmanager")
-WIDTH = 100  # Longer signatures have a line for each parameter
-COMMENT_WIDTH = 80  # A comment that does not fit beside a signature is below it
+WIDTH = 100  # Longer signatures are written with one parameter per line
+COMMENT_WIDTH = 80  # A comment that does not fit next to a signature goes below it
 
 
 @dataclass
@@ -26,21 +26,21 @@ class Parameter:
 class Definition:
     "A class, function or method"
 
-    name: str  # Qualified within its module: `LM.forward`
-    head: str  # Its signature, as Python
+    name: str  # Qualified name within the module: `LM.forward`
+    head: str  # Signature as Python code
     doc: str = ""
-    fields: list = field(default_factory=list)  # Of a class
+    fields: list = field(default_factory=list)  # Fields of a class
     parameters: list = field(default_factory=list)
     returns: str = ""  # The comment at the end of a signature
     members: list = field(default_factory=list)  # Public methods of a class
-    anchor: str = ""  # Where it is on its page
+    anchor: str = ""  # Anchor on its page
 
     def __post_init__(self):
-        self.anchor = self.name.lower()  # As nbdev's links have it
+        self.anchor = self.name.lower()  # The form that nbdev's links use
 
 
 class Source:
-    "A cell's code, with the comment on each line"
+    "Code of a cell, with the comment of each line"
 
     def __init__(self, code):
         self.code = code
@@ -50,22 +50,28 @@ class Source:
         self.notes = {token.start[0]: token.string.lstrip("# ").rstrip() for token in found}
 
     def text(self, node):
-        "An expression as it is written, in one line"
+        "Return the source of an expression on one line"
         return " ".join(ast.get_source_segment(self.code, node).split()) if node else ""
 
     def note(self, node):
-        "The comment where a node ends"
-        return self.notes.get(node.end_lineno, "")
+        "Return the comment on the last line of a node, or on another of its lines"
+        lines = [node.end_lineno, *range(node.lineno, node.end_lineno)]
+        return next((self.notes[line] for line in lines if line in self.notes), "")
+
+    def note_above(self, node):
+        "Return the comment on the line above a node, if that line holds nothing else"
+        line = self.code.splitlines()[node.lineno - 2].strip() if node.lineno > 1 else ""
+        return self.notes[node.lineno - 1] if line.startswith("# ") else ""
 
 
 def decorators(node, source):
-    "The decorators that say how a definition is used"
+    "Return the decorators that matter to a caller"
     found = [source.text(decorator) for decorator in node.decorator_list]
     return [f"@{name}" for name in found if re.split(r"\W", name)[0] in (*SHOWN_DECORATORS, "arch")]
 
 
 def every_argument(args):
-    "The arguments of a function in their order, each with its default or None, and its stars"
+    "Return [(argument, default or None, stars)] of a function in order"
     plain = args.posonlyargs + args.args
     defaults = [None] * (len(plain) - len(args.defaults)) + args.defaults
     found = [(arg, default, "") for arg, default in zip(plain, defaults)]
@@ -75,7 +81,7 @@ def every_argument(args):
 
 
 def arguments(node, source, owner):
-    "The parameters of a function, with the comments on their lines"
+    "Return the parameters of a function with the comments on their lines"
     found = []
     for arg, default, stars in every_argument(node.args):
         kind, value = source.text(arg.annotation), source.text(default)
@@ -85,7 +91,7 @@ def arguments(node, source, owner):
 
 
 def signature(node, parameters, name, source):
-    "`name(x, y=1) -> T`; types are in the table of parameters"
+    "Return `name(x, y=1) -> T`, without types: the table of parameters shows them"
     keyword_only = {arg.arg for arg in node.args.kwonlyargs}
     parts = []
     for arg in parameters:
@@ -100,20 +106,20 @@ def signature(node, parameters, name, source):
 
 
 def is_one_line(node):
-    "Is the signature of a function in one line, so that a comment there is about the whole of it?"
+    "Return whether a signature fits on one line, where a comment describes the whole function"
     ends = [(default or arg).end_lineno for arg, default, _ in every_argument(node.args)]
     return all(end == node.lineno for end in ends)
 
 
 def ending(node, source):
-    "The comment at the end of a signature of several lines: what is returned"
+    "Return the comment at the end of a signature of several lines, which describes the return value"
     last = max((default or arg).end_lineno for arg, default, _ in every_argument(node.args))
     lines = range(last + 1, node.body[0].lineno)
     return next((source.notes[line] for line in lines if line in source.notes), "")
 
 
 def function(node, source, owner="", name=""):
-    "A function, or a method of the class `owner`; `name` is what it is shown as"
+    "Return the definition of a function or a method of class `owner`. `name` replaces the displayed name"
     parameters = arguments(node, source, owner)
     returns = ""
     comment = ""
@@ -131,7 +137,7 @@ def function(node, source, owner="", name=""):
 
 
 def fields(node, source):
-    "The public fields of a class (or the variables of a cell) that have a type or a comment"
+    "Return the public fields of a class, or variables of a cell, that have a type or a comment"
     found = []
     for item in node.body:
         if isinstance(item, ast.AnnAssign):
@@ -141,12 +147,13 @@ def fields(node, source):
         else:
             continue
         if isinstance(target, ast.Name) and not target.id.startswith("_"):
-            found.append(Parameter(target.id, kind, source.text(item.value), source.note(item)))
+            comment = source.note(item) or source.note_above(item)
+            found.append(Parameter(target.id, kind, source.text(item.value), comment))
     return found
 
 
 def a_class(node, source):
-    "A class: its fields, or the parameters of `__init__`, and its public methods"
+    "Return the definition of a class: its fields, the parameters of `__init__`, and its public methods"
     methods = [item for item in node.body if isinstance(item, FUNCTIONS)]
     bases = [source.text(base) for base in node.bases]
     lines = [*decorators(node, source), f"class {node.name}" + (f"({', '.join(bases)})" if bases else "")]
@@ -162,7 +169,7 @@ def a_class(node, source):
 
 
 def definitions(code):
-    "The public classes and functions of a cell"
+    "Return the public classes and functions of a cell"
     source = Source(code)
     found = []
     for node in source.tree.body:
@@ -172,24 +179,24 @@ def definitions(code):
 
 
 def helpers(code):
-    "Names of all functions and classes of a cell that has none for others"
+    "Return the names of all functions and classes of a cell, private ones too"
     return [node.name for node in ast.parse(code).body if isinstance(node, (*FUNCTIONS, ast.ClassDef))]
 
 
 def variables(code):
-    "What a cell of parameters sets"
+    "Return the variables that a parameters cell sets"
     source = Source(code)
     return fields(source.tree, source)
 
 
 def only_imports(code):
-    "Does a cell hold nothing but imports, and perhaps the names that a module passes on (`_all_`)?"
+    "Return whether a cell holds only imports and perhaps the re-exported names (`_all_`)"
     rest = [node for node in ast.parse(code).body if not isinstance(node, (ast.Import, ast.ImportFrom))]
     return all(isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_all_" for node in rest)
 
 
 def lines_of_definitions(code):
-    "Qualified name -> line, of a module's classes, functions and methods"
+    "Return {qualified name: line} of a module's classes, functions and methods"
     found = {}
     for node in ast.parse(code).body:
         if isinstance(node, (*FUNCTIONS, ast.ClassDef)):

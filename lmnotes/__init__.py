@@ -1,5 +1,20 @@
 """Small language models, written as notebooks. Names are loaded when they are first used, so that importing costs little."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # What type checkers and editors see
+    from .data.datasets import get_corpus
+    from .data.tokenizer_files import get_tokenizer, load_tokenizer
+    from .data.tokens import open_tokens
+    from .inference.evaluation import evaluate
+    from .inference.generation import generate, stream
+    from .nn.lm import archs, new_lm
+    from .recipes.fresh_or_resume import from_env
+    from .runs.folder import fork
+    from .runs.load import load
+    from .runs.monitor import attach
+    from .runs.run import run
+
 __version__ = "0.1.0"
 __all__ = [
     "run",

@@ -1,4 +1,4 @@
-"""A real browser for the tests of pages: Chromium without a window. Where there is none, these tests say so and are skipped."""
+"""A real browser for the tests of pages: Chromium without a window. Without one, these tests are skipped with a message."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-back
 
 
 def chromium():
-    "Path of a Chromium or Chrome; a test that asks for it is skipped where there is none"
+    "Return the path of Chromium or Chrome, and skip the test without one"
     found = os.environ.get("CHROMIUM") or next((path for path in map(shutil.which, NAMES) if path), None)
     if not found:
         pytest.skip("needs a browser: install chromium, or name one in CHROMIUM")

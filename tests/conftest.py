@@ -7,8 +7,8 @@ from helpers import STARTED, write_corpus
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_running():
-    "A test that fails leaves no process behind"
+def check_no_processes_left():
+    "Kill the processes that a failed test left running"
     yield
     while STARTED:
         STARTED.pop().kill()
@@ -16,14 +16,14 @@ def nothing_left_running():
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    "A folder of two small domains"
+    "Return a folder of two small domains"
     folder = tmp_path_factory.mktemp("text") / "corpus"
     write_corpus(folder)
     return folder
 
 
 @pytest.fixture
-def place(tmp_path, corpus):
-    "A folder to work in, with the corpus"
+def workdir(tmp_path, corpus):
+    "Return a temporary folder with the corpus"
     shutil.copytree(corpus, tmp_path / "corpus")
     return tmp_path

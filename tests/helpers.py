@@ -1,7 +1,7 @@
-"""What the process tests share: a tiny corpus, runs in processes of their own, and the hash of all that a run leaves behind.
+"""Shared code of the process tests: a tiny corpus, runs in new processes, and hashes of a run's results.
 
-Processes are forked from a server that has torch and lmnotes imported, and nothing else has happened in it: each starts as a fresh
-interpreter would, without the seconds that importing takes. The server is standard (`multiprocessing`'s `forkserver`).
+Processes are forked from a server that has only imported torch and lmnotes: each starts like a fresh interpreter, without the seconds
+that importing takes. The server is `multiprocessing`'s `forkserver`.
 """
 
 import ast
@@ -26,13 +26,13 @@ from lmnotes.training.trainer import Hook, Trainer
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("forkserver")
-PRELOAD = "lmnotes.apps.cli lmnotes.models.gpt nbformat safetensors.torch tokenizers tyro filelock torch._dynamo"
+PRELOAD = "lmnotes.apps.cli lmnotes.recipes.fresh_or_resume lmnotes.export.hub lmnotes.models.gpt nbformat safetensors.torch tokenizers tyro filelock torch._dynamo"
 FORK.set_forkserver_preload(PRELOAD.split())
-STARTED = []  # Processes, which a test that fails may leave behind
-DEADLINE = 900  # Seconds after which a test stops waiting; no test needs them, however slow the machine is
-os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(DEADLINE)  # What torchrun waits after a signal before it kills
+STARTED = []  # Processes, so that a failed test leaves none behind
+DEADLINE = 900  # Seconds until a test stops waiting. No test needs as many, even on a slow machine
+os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(DEADLINE)  # Seconds that torchrun waits between a signal and a kill
 
-# Small enough for hundreds of runs; dropout, pieces, early-stop counters, evaluations, samples and pruning all at work.
+# Small enough for hundreds of runs, with dropout, gradient accumulation, early stopping, evaluations, samples and pruning.
 TINY = dict(
     data="corpus",
     tokenizer="bytes",
@@ -56,20 +56,20 @@ TINY = dict(
 
 
 def write_corpus(folder, documents=16, seed=0):
-    "Two domains of short JSON-lines documents"
+    "Write two domains of short JSON-lines documents"
     draw = random.Random(seed)
-    words = dict(sea="wave salt tide foam harbour gull".split(), wood="moss fern oak bark owl clearing".split())
-    for domain, own in words.items():
+    vocabulary = dict(sea="wave salt tide foam harbour gull".split(), wood="moss fern oak bark owl clearing".split())
+    for domain, own_words in vocabulary.items():
         lines = []
         for n in range(documents):
-            text = f"{n}: " + " ".join(draw.choice(own) for _ in range(draw.randint(3, 7)))
+            text = f"{n}: " + " ".join(draw.choice(own_words) for _ in range(draw.randint(3, 7)))
             lines.append(json.dumps(dict(text=text)) + "\n")
         (folder / domain).mkdir(parents=True)
         (folder / domain / "all.jsonl").write_text("".join(lines))
 
 
-class StopAt(Hook):
-    "Stops the run after each of some steps, as a signal does"
+class StopAtSteps(Hook):
+    "Hook that stops the run after each of the given steps, as a signal does"
 
     def __init__(self, *steps):
         self.steps = steps
@@ -83,102 +83,102 @@ class StopAt(Hook):
 
 
 def train(*stops, **params):
-    "Run, stopping after each of the steps `stops`; exit code 0 if it got to the end"
-    return dict(done=0, early_stop=0, interrupted=130)[run(hooks=[StopAt(*stops)], **params).status]
+    "Train, stopping after each of the steps `stops`, and return the exit code (0 at the end)"
+    return dict(done=0, early_stop=0, interrupted=130)[run(hooks=[StopAtSteps(*stops)], **params).status]
 
 
-def lmnotes_command(*words):
+def lmnotes_command(*command_line_args):
     "Run the command line"
-    return execute_command([str(w) for w in words])
+    return execute_command([str(w) for w in command_line_args])
 
 
 def run_recipe(notebook, **params):
-    "Run a recipe's cells with parameters; 0 if the run got to the end"
+    "Run a recipe's cells with parameters and return the exit code (0 at the end)"
     return dict(done=0, early_stop=0, dry_run=0, interrupted=130, diverged=3)[
         run_notebook(notebook, params)["r"].status
     ]
 
 
 def recipe_parameters(notebook):
-    "{parameter: default} of a recipe, in order"
+    "Return {parameter: default} of a recipe, in order"
     cells = nbformat.read(notebook, 4).cells
     (source,) = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     return {line.target.id: ast.literal_eval(line.value) for line in ast.parse(source).body}
 
 
-def run_papermill(place, notebook, **params):
-    "Execute a notebook by papermill in the folder `place`, as `report.ipynb`"
+def run_papermill(workdir, notebook, **params):
+    "Execute a notebook with papermill in the folder `workdir`, as `report.ipynb`"
     papermill = str(Path(sys.executable).parent / "papermill")
     given = [word for name, value in params.items() for word in ("-p", name, str(value))]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
     done = subprocess.run(
         [papermill, str(notebook), "report.ipynb", *given, "--no-progress-bar", "--start-timeout", str(DEADLINE)],
-        cwd=place,
-        env=environ | dict(MPLBACKEND="agg", IPYTHONDIR=str(place / "ipython")),
+        cwd=workdir,
+        env=environ | dict(MPLBACKEND="agg", IPYTHONDIR=str(workdir / "ipython")),
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    return place
+    return workdir
 
 
-def _child(function, args, kwargs, folder, dtype):
+def _child_main(function, args, kwargs, folder, dtype):
     os.chdir(folder)
     torch.set_num_threads(1)
     core._auto_dtype = lambda device: dtype
-    os.fsync = lambda descriptor: None  # No power is cut here; what is flushed, and when, is the matter of test_crash
+    os.fsync = lambda descriptor: None  # No power is cut here. test_crash tests the flushes
     for name in [n for n in os.environ if n.startswith("LMNOTES_")]:
         del os.environ[name]
-    log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    log_file = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log_file, 1)
+    os.dup2(log_file, 2)
     sys.exit(function(*args, **kwargs))
 
 
-def start(folder, function, *args, **kwargs):
-    "Call a function in a new process that works in `folder` and writes to `folder/log`; the process"
-    dtype = core.pick_dtype("cpu")  # Measured once, so that two processes whose results are compared use the same
-    process = FORK.Process(target=_child, args=(function, args, kwargs, str(folder), dtype), daemon=True)
+def start_process(folder, function, *args, **kwargs):
+    "Start a process that calls a function in `folder` and writes to `folder/log`, and return it"
+    dtype = core.pick_dtype("cpu")  # Measured once, so that compared processes use the same dtype
+    process = FORK.Process(target=_child_main, args=(function, args, kwargs, str(folder), dtype), daemon=True)
     process.start()
     STARTED.append(process)
     return process
 
 
-def finish(process):
-    "The exit code, minus the signal's number if one killed it"
+def wait_for_exit(process):
+    "Wait for a process and return its exit code, or the negative number of the signal that killed it"
     process.join(DEADLINE)
     assert process.exitcode is not None, "the process did not end"
     return process.exitcode
 
 
-def call(folder, function, *args, **kwargs):
-    "Call a function in a new process; its exit code"
-    return finish(start(folder, function, *args, **kwargs))
+def run_in_process(folder, function, *args, **kwargs):
+    "Call a function in a new process and return the exit code"
+    return wait_for_exit(start_process(folder, function, *args, **kwargs))
 
 
-def log(folder):
-    "What the processes that worked in `folder` have said"
+def read_log(folder):
+    "Return the output of the processes that worked in `folder`"
     return (Path(folder) / "log").read_text()
 
 
-def until(condition, process=None):
-    "Wait for something to be true, while `process` lives"
+def wait_until(condition, process=None):
+    "Wait until a condition holds, and fail if `process` ends before"
     end = time.monotonic() + DEADLINE
     while not condition():
-        assert process is None or process.exitcode is None, "the process ended before what was waited for"
-        assert time.monotonic() < end, "what was waited for did not happen"
+        assert process is None or process.exitcode is None, "the process ended before the condition was met"
+        assert time.monotonic() < end, "the condition was not met in time"
         time.sleep(0.001)
 
 
-def hold():
-    "Create the file `reached`, then wait until the test creates the file `go`; only the first call waits"
+def pause_process():
+    "Create the file `reached` and wait until the test creates the file `go`. Only the first call waits"
     if not Path("reached").exists():
         Path("reached").touch()
-        until(Path("go").exists)
+        wait_until(Path("go").exists)
 
 
-def before(owner, name, when, act=hold):
-    "Call `act` before each call of `owner.name` for whose arguments `when` is true"
+def run_before_call(owner, name, when, act=pause_process):
+    "Patch `owner.name` to call `act` before each call whose arguments satisfy `when`"
     original = getattr(owner, name)
 
     def held(*args, **kwargs):
@@ -189,8 +189,8 @@ def before(owner, name, when, act=hold):
     setattr(owner, name, held)
 
 
-def after(owner, name, when, act=hold):
-    "Call `act` after each such call"
+def run_after_call(owner, name, when, act=pause_process):
+    "Patch `owner.name` to call `act` after each call whose arguments satisfy `when`"
     original = getattr(owner, name)
 
     def held(*args, **kwargs):
@@ -202,36 +202,36 @@ def after(owner, name, when, act=hold):
     setattr(owner, name, held)
 
 
-def held_before_step(step, function, *args, **kwargs):
-    "Call a function that trains, and hold before this step"
-    before(Trainer, "train_step", lambda trainer: trainer.step == step - 1)
+def pause_before_step(step, function, *args, **kwargs):
+    "Call a function that trains, and pause before this step"
+    run_before_call(Trainer, "train_step", lambda trainer: trainer.step == step - 1)
     return function(*args, **kwargs)
 
 
 def stop_before_step(step, folder, function, *args, number=signal.SIGINT, **kwargs):
-    "Call a function that trains in a new process, and send it a signal before this step; its exit code"
-    process = start(folder, held_before_step, step, function, *args, **kwargs)
-    until((folder / "reached").exists, process)
+    "Train in a new process, send a signal before this step, and return the exit code"
+    process = start_process(folder, pause_before_step, step, function, *args, **kwargs)
+    wait_until((folder / "reached").exists, process)
     os.kill(process.pid, number)
     (folder / "go").touch()
-    return finish(process)
+    return wait_for_exit(process)
 
 
-def words(**params):
-    "Parameters as the words of a command line"
+def command_line_args(**params):
+    "Return parameters as command-line arguments"
     flags = {"--" + name.replace("_", "-"): value for name, value in params.items()}
     return [word for flag, value in flags.items() for word in ([flag] if value is True else [flag, str(value)])]
 
 
-def walk(value, name=""):
-    "(name, bytes) of every number, text and tensor in a nest of dicts and lists, in a fixed order"
+def iter_leaves(value, name=""):
+    "Yield (name, bytes) of every number, text and tensor in nested dicts and lists, in a fixed order"
     if isinstance(value, dict):
         for key in sorted(value, key=lambda k: (str(type(k)), k)):
-            yield from walk(value[key], f"{name}.{key}")
+            yield from iter_leaves(value[key], f"{name}.{key}")
     elif isinstance(value, (list, tuple)):
         yield f"{name}.length", str(len(value)).encode()
         for i, item in enumerate(value):
-            yield from walk(item, f"{name}[{i}]")
+            yield from iter_leaves(item, f"{name}[{i}]")
     elif isinstance(value, torch.Tensor):
         yield name, f"{value.dtype} {tuple(value.shape)} ".encode() + value.contiguous().numpy().tobytes()
     else:
@@ -239,21 +239,21 @@ def walk(value, name=""):
 
 
 def state_hash(checkpoint_folder):
-    "SHA-256 of optimizers and counters"
+    "Return the SHA-256 of optimizer states and counters"
     h = hashlib.sha256()
-    for name, data in walk(torch.load(checkpoint_folder / "state.pt", weights_only=True)):
+    for name, data in iter_leaves(torch.load(checkpoint_folder / "state.pt", weights_only=True)):
         h.update(f"{name} {len(data)}\n".encode() + data)
     return h.hexdigest()
 
 
-def records(path):
-    "Lines of a .jsonl file without what depends on the clock"
+def read_records(path):
+    "Return the lines of a .jsonl file without the fields that depend on the clock"
     lines = [json.loads(line) for line in Path(path).read_bytes().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("time", "tok_per_s")} for line in lines]
 
 
-def left_behind(folder):
-    "{what: hash or content} of all that a finished run has written, but times"
+def run_results(folder):
+    "Return {name: hash or content} of everything that a finished run has written, except times"
     folder = Path(folder)
     record = json.loads((folder / "run.json").read_bytes())
     out = dict(status=record["status"], step=record["step"], result=record["result"], tokens=record["tokens"])
@@ -263,12 +263,12 @@ def left_behind(folder):
         for path in sorted(checkpoint_folder.glob("*.safetensors")):  # The model's, or an adapter's
             out[f"{pointer} weights"] = hashlib.sha256(path.read_bytes()).hexdigest()
         out[f"{pointer} optimizers and counters"] = state_hash(checkpoint_folder)
-    out["metrics"] = records(folder / "metrics.jsonl")
-    out["samples"] = records(folder / "samples.jsonl")
+    out["metrics"] = read_records(folder / "metrics.jsonl")
+    out["samples"] = read_records(folder / "samples.jsonl")
     out["interrupted"] = (folder / "interrupted").exists()
     return out
 
 
 def differences(a, b):
-    "Names of what differs between two results of `left_behind`"
+    "Return the names of the entries that differ between two results of `run_results`"
     return [name for name in a if a[name] != b[name]]

@@ -1,4 +1,4 @@
-"""`nbs/recipes/agiformer.ipynb`: what the AGIFORMER guide promises is there, and the mistakes of the guide's system are not."""
+"""`nbs/recipes/agiformer.ipynb` keeps the promises of the AGIFORMER guide and avoids the mistakes of its code."""
 
 import re
 import shutil
@@ -10,15 +10,15 @@ import pytest
 import torch
 from helpers import (
     DEADLINE,
-    call,
     differences,
-    left_behind,
     lmnotes_command,
-    log,
+    read_log,
+    read_records,
     recipe_parameters,
-    records,
+    run_in_process,
     run_papermill,
     run_recipe,
+    run_results,
     stop_before_step,
 )
 from test_distributed import torchrun
@@ -51,7 +51,7 @@ VALID = re.compile(r"^-- VALIDATION: Loss = \d+\.\d{4} \| BPC = \d+\.\d{4} --", 
 
 
 @pytest.fixture
-def place(tmp_path):
+def workdir(tmp_path):
     "A folder with a file of bytes that are no text"
     (tmp_path / "text").write_bytes((b"the patch thinks \xff\x00 " * 4000)[:40_000])
     return tmp_path
@@ -61,8 +61,8 @@ def recipe(**params):
     return run_recipe(NOTEBOOK, **params)
 
 
-def folder(place, run="agiformer"):
-    return place / "checkpoints" / run
+def folder(workdir, run="agiformer"):
+    return workdir / "checkpoints" / run
 
 
 def weights(path):
@@ -70,36 +70,36 @@ def weights(path):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    "A folder in which papermill has run the recipe without a stop"
-    place = tmp_path_factory.mktemp("whole")
-    (place / "text").write_bytes((b"the patch thinks \xff\x00 " * 4000)[:40_000])
-    return run_papermill(place, NOTEBOOK, **QUICK)
+def uninterrupted(tmp_path_factory):
+    "Return a folder in which papermill has run the recipe without a stop"
+    workdir = tmp_path_factory.mktemp("whole")
+    (workdir / "text").write_bytes((b"the patch thinks \xff\x00 " * 4000)[:40_000])
+    return run_papermill(workdir, NOTEBOOK, **QUICK)
 
 
-def said(place):
-    "What the cells of a report printed and showed"
-    cells = [cell for cell in nbformat.read(place / "report.ipynb", 4).cells if cell.cell_type == "code"]
+def captured_output(workdir):
+    "Return the printed and displayed outputs of a report"
+    cells = [cell for cell in nbformat.read(workdir / "report.ipynb", 4).cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
     return "\n".join(o.get("text", "") or o.get("data", {}).get("text/plain", "") for o in outputs)
 
 
-def test_names_and_defaults_are_the_guides():
+def test_parameter_names_and_defaults_match_the_guide():
     found = recipe_parameters(NOTEBOOK)
     assert {name: found[name] for name in DEFAULTS} == DEFAULTS
     assert list(found)[: len(DEFAULTS)] == list(DEFAULTS)
     assert found["DATA"] == "enwik8" and found["resume"] is False
 
 
-def test_the_default_model_is_the_guides(tmp_path):
+def test_default_model_matches_the_guide(tmp_path):
     lm = lmnotes.new_lm("bytepatch", "agiformer", vocab_size=256, ctx_len=1024)
     assert n_params(lm) == 31_199_744
     sizes = dict(d_model=512, n_layers=6, n_heads=8, patch_size=4, window=128, thinking_steps=3)
     assert {name: vars(lm.cfg)[name] for name in sizes} == sizes
 
 
-def test_the_lines_of_the_guide(whole):
-    text = said(whole)
+def test_log_lines_match_the_guide(uninterrupted):
+    text = captured_output(uninterrupted)
     assert "[*] Creating AGIFORMER model...\n    - d_model=16, n_layers=1, thinking_steps=2\n[*] Parameters: " in text
     lines = TRAIN.findall(text)
     assert [int(step) for step, *_ in lines] == [10, 20]
@@ -110,55 +110,57 @@ def test_the_lines_of_the_guide(whole):
     assert "the same as trained: True" in text
 
 
-def test_three_figures(whole):
-    for name in ("the guide's: 20 batches of 4 windows", "the whole split  ", "2 batches of it, windows that overlap"):
-        (line,) = re.findall(rf"^{name}.*$", said(whole), re.M)
+def test_three_figures_in_the_report(uninterrupted):
+    for name in ("AGIFORMER's: 20 batches of 4 windows", "the whole split  ", "2 batches of it, windows that overlap"):
+        (line,) = re.findall(rf"^{name}.*$", captured_output(uninterrupted), re.M)
         assert re.search(r"\d\.\d{4} ± \d\.\d{4}", line)
 
 
-def test_the_files_are_plain_state_dicts(whole):
-    last, run = weights(folder(whole) / "last_model.pth"), lmnotes.load(folder(whole))
+def test_the_files_are_plain_state_dicts(uninterrupted):
+    last, run = weights(folder(uninterrupted) / "last_model.pth"), lmnotes.load(folder(uninterrupted))
     assert all(torch.equal(last[name], tensor) for name, tensor in run.lm.state_dict().items())
-    best = lmnotes.load(folder(whole), "best").lm.state_dict()
-    assert all(torch.equal(tensor, best[name]) for name, tensor in weights(folder(whole) / "best_model.pth").items())
+    best = lmnotes.load(folder(uninterrupted), "best").lm.state_dict()
+    assert all(
+        torch.equal(tensor, best[name]) for name, tensor in weights(folder(uninterrupted) / "best_model.pth").items()
+    )
 
 
-def test_the_rate_is_constant_after_warmup(place):
-    assert call(place, recipe, **QUICK | dict(WARMUP_STEPS=5, MAX_STEPS=40)) == 0, log(place)
-    assert {rate for *_, rate in TRAIN.findall(log(place))} == {"3.00e-04"}
+def test_constant_learning_rate_after_warmup(workdir):
+    assert run_in_process(workdir, recipe, **QUICK | dict(WARMUP_STEPS=5, MAX_STEPS=40)) == 0, read_log(workdir)
+    assert {rate for *_, rate in TRAIN.findall(read_log(workdir))} == {"3.00e-04"}
 
 
-def test_interrupted_and_resumed(place):
-    "Ctrl+C leaves last_model.pth and says so; what is resumed has the bits of what was never stopped"
+def test_interrupted_and_resumed(workdir):
+    "Ctrl+C writes last_model.pth with a message, and the resumed run is bit-identical to an uninterrupted one"
     many = QUICK | dict(MAX_STEPS=100)
-    assert stop_before_step(13, place, recipe, **many) == 130, log(place)
-    stopped = lmnotes.load(folder(place))
+    assert stop_before_step(13, workdir, recipe, **many) == 130, read_log(workdir)
+    stopped = lmnotes.load(folder(workdir))
     assert stopped.status == "interrupted" and stopped.step == 13
-    assert TRAIN.findall(log(place))[0][3] == "3.00e-05"  # The tenth of a hundred steps of warm-up
-    last = weights(folder(place) / "last_model.pth")
+    assert TRAIN.findall(read_log(workdir))[0][3] == "3.00e-05"  # The tenth of a hundred steps of warm-up
+    last = weights(folder(workdir) / "last_model.pth")
     assert all(torch.equal(last[name], tensor) for name, tensor in stopped.lm.state_dict().items())
-    assert "Saved last_model.pth" in log(place)
-    assert call(place, recipe, resume=True) == 0, log(place)  # What is not given again is as it was
-    assert "Resumed from checkpoint" in log(place) and "from here on" not in log(place)
-    assert call(place, recipe, **many, run="at_once") == 0, log(place)
-    assert not differences(left_behind(folder(place)), left_behind(folder(place, "at_once")))
+    assert "Saved last_model.pth" in read_log(workdir)
+    assert run_in_process(workdir, recipe, resume=True) == 0, read_log(workdir)  # What is not given again is as it was
+    assert "Resumed from checkpoint" in read_log(workdir) and "from here on" not in read_log(workdir)
+    assert run_in_process(workdir, recipe, **many, run="at_once") == 0, read_log(workdir)
+    assert not differences(run_results(folder(workdir)), run_results(folder(workdir, "at_once")))
 
 
-def test_extended(place):
-    assert call(place, recipe, **QUICK) == 0, log(place)
-    assert call(place, recipe, MAX_STEPS=30, BASE_LR=1e-4, resume=True) == 0, log(place)
-    assert lmnotes.load(folder(place)).config.lr == 1e-4
-    assert [int(step) for step, *_ in TRAIN.findall(log(place))] == [10, 20, 30]
+def test_more_steps_extend_a_finished_run(workdir):
+    assert run_in_process(workdir, recipe, **QUICK) == 0, read_log(workdir)
+    assert run_in_process(workdir, recipe, MAX_STEPS=30, BASE_LR=1e-4, resume=True) == 0, read_log(workdir)
+    assert lmnotes.load(folder(workdir)).config.lr == 1e-4
+    assert [int(step) for step, *_ in TRAIN.findall(read_log(workdir))] == [10, 20, 30]
 
 
-def test_another_text_from_weights_alone(place):
-    assert call(place, recipe, **QUICK) == 0, log(place)
-    shutil.copy(folder(place) / "best_model.pth", place / "begin.pth")
-    (place / "other").write_bytes(b"a domain of its own. " * 2000)
+def test_fine_tuning_on_another_text_from_weights(workdir):
+    assert run_in_process(workdir, recipe, **QUICK) == 0, read_log(workdir)
+    shutil.copy(folder(workdir) / "best_model.pth", workdir / "begin.pth")
+    (workdir / "other").write_bytes(b"a domain of its own. " * 2000)
     more = dict(INIT_FROM="begin.pth", DATA="other", run="mine", WARMUP_STEPS=1, MAX_STEPS=1, VAL_INTERVAL=1)
-    assert call(place, recipe, **QUICK | more) == 0, log(place)
-    begun = lmnotes.load(folder(place, "mine")).lm.state_dict()
-    far = max((begun[name] - w).abs().max() for name, w in weights(place / "begin.pth").items())
+    assert run_in_process(workdir, recipe, **QUICK | more) == 0, read_log(workdir)
+    begun = lmnotes.load(folder(workdir, "mine")).lm.state_dict()
+    far = max((begun[name] - w).abs().max() for name, w in weights(workdir / "begin.pth").items())
     assert 0 < far < 1e-2  # One step away
 
 
@@ -178,55 +180,58 @@ def wrong(batch_size, seq_len):
 """
 
 
-def test_batches_of_a_function(place):
-    "They are written down and trained on in their order, so that a run on them goes on like any other"
-    (place / "mine.py").write_text(LOADER)
-    (place / "settings.ini").write_text("[DEFAULT]\nlib_name = lmnotes\n")
+def test_data_function(workdir):
+    "The batches are stored and read in order, so that such a run can be resumed"
+    (workdir / "mine.py").write_text(LOADER)
+    (workdir / "settings.ini").write_text("[DEFAULT]\nlib_name = lmnotes\n")
     given = QUICK | dict(DATA_FUNCTION="mine:loader", MAX_STEPS=100)
-    assert stop_before_step(13, place, recipe, number=signal.SIGTERM, **given) == 130, log(place)
-    assert call(place, recipe, resume=True) == 0, log(place)
-    result = lmnotes.load(folder(place))
+    assert stop_before_step(13, workdir, recipe, number=signal.SIGTERM, **given) == 130, read_log(workdir)
+    assert run_in_process(workdir, recipe, resume=True) == 0, read_log(workdir)
+    result = lmnotes.load(folder(workdir))
     assert result.step == 100 and result.info["data"]["tokens"]["train"] == 100 * 2 * 64
-    tokens = open_tokens(next(place.glob("data/recorded/*/train.bin")))
+    tokens = open_tokens(next(workdir.glob("data/recorded/*/train.bin")))
     batches = get_batches(tokens, 2, result.config.ctx_len, sampler="sequential", stride=result.config.stride)
     assert all((batches[step].x == step + 1).all() and (batches[step].y == step + 1).all() for step in range(100))
-    assert call(place, recipe, **QUICK | dict(DATA_FUNCTION="mine:wrong")) != 0
-    assert "wrong, call 1: gave ids from 256 to 256, needs them from 0 to 255" in log(place)
+    assert run_in_process(workdir, recipe, **QUICK | dict(DATA_FUNCTION="mine:wrong")) != 0
+    assert "wrong, call 1: returned ids from 256 to 256, needs ids from 0 to 255" in read_log(workdir)
 
 
-def test_a_short_validation_split(place):
-    "The guide's protocol needs more than a window; the other figures do not"
-    (place / "text").write_bytes(bytes(range(256)) * 8)
-    assert call(place, recipe, **QUICK | dict(MAX_STEPS=2, VAL_INTERVAL=2)) == 0, log(place)
-    assert "one byte apart  " not in log(place) and "windows that overlap" in log(place)
+def test_a_short_validation_split(workdir):
+    "Only the validation loss by AGIFORMER's protocol needs more than one sequence"
+    (workdir / "text").write_bytes(bytes(range(256)) * 8)
+    assert run_in_process(workdir, recipe, **QUICK | dict(MAX_STEPS=2, VAL_INTERVAL=2)) == 0, read_log(workdir)
+    assert "one byte apart  " not in read_log(workdir) and "windows that overlap" in read_log(workdir)
 
 
 @pytest.mark.parametrize(
     "name, value, words", [("MAX_STEPS", "20k", "a whole number"), ("resume", "yes", "True or False")]
 )
-def test_values_of_another_type(place, name, value, words):
-    assert call(place, lmnotes_command, "notebook", "--path", str(NOTEBOOK), "--params", f"{name}={value}") == 2
-    assert f"{name}={value!r} in agiformer.ipynb is not {words}" in log(place)
+def test_wrong_types_are_rejected(workdir, name, value, words):
+    assert (
+        run_in_process(workdir, lmnotes_command, "notebook", "--path", str(NOTEBOOK), "--params", f"{name}={value}")
+        == 2
+    )
+    assert f"{name}={value!r} in agiformer.ipynb is not {words}" in read_log(workdir)
 
 
-def test_without_thinking(place):
-    assert call(place, recipe, **QUICK | dict(THINKING_STEPS=0)) == 0, log(place)
-    assert "thinking is off" in log(place) and "DIAGNOSTICS" not in log(place)
+def test_without_thinking(workdir):
+    assert run_in_process(workdir, recipe, **QUICK | dict(THINKING_STEPS=0)) == 0, read_log(workdir)
+    assert "thinking is off" in read_log(workdir) and "DIAGNOSTICS" not in read_log(workdir)
 
 
-def test_lmnotes_own_model_in_the_same_sizes(place):
-    assert call(place, recipe, **QUICK | dict(STRONG=True)) == 0, log(place)
-    cfg = lmnotes.load(folder(place)).lm.cfg
+def test_bytepatch_defaults_at_the_same_sizes(workdir):
+    assert run_in_process(workdir, recipe, **QUICK | dict(STRONG=True)) == 0, read_log(workdir)
+    cfg = lmnotes.load(folder(workdir)).lm.cfg
     assert (cfg.byte_path, cfg.d_model, cfg.thinking_steps) == ("local", 16, 2)
 
 
-def test_other_thinking_steps_at_generation(place):
-    assert call(place, recipe, **QUICK) == 0, log(place)
+def test_other_thinking_steps_at_generation(workdir):
+    assert run_in_process(workdir, recipe, **QUICK) == 0, read_log(workdir)
     words = ["generate", "--run", "agiformer", "--preset", "agiformer", "--n", "20"]
-    assert call(place, lmnotes_command, *words) == 0, log(place)
-    assert call(place, lmnotes_command, *words, "--model-args", "thinking_steps=5") == 0, log(place)
-    assert log(place).count("The history of ") >= 2
-    assert lmnotes.load(folder(place), model_args="thinking_steps=5").lm.cfg.thinking_steps == 5
+    assert run_in_process(workdir, lmnotes_command, *words) == 0, read_log(workdir)
+    assert run_in_process(workdir, lmnotes_command, *words, "--model-args", "thinking_steps=5") == 0, read_log(workdir)
+    assert read_log(workdir).count("The history of ") >= 2
+    assert lmnotes.load(folder(workdir), model_args="thinking_steps=5").lm.cfg.thinking_steps == 5
 
 
 def diverging(**params):
@@ -245,10 +250,10 @@ def diverging(**params):
     return recipe(**params)
 
 
-def test_nan_is_said_and_ends_the_run(place):
-    assert call(place, diverging, **QUICK) == 3, log(place)
-    assert "CRITICAL: NaN Loss at step 5. Skipping batch." in log(place)
-    assert "agiformer: diverged at step 9 of 20" in log(place)
+def test_nan_is_said_and_ends_the_run(workdir):
+    assert run_in_process(workdir, diverging, **QUICK) == 3, read_log(workdir)
+    assert "CRITICAL: NaN Loss at step 5. Skipping batch." in read_log(workdir)
+    assert "agiformer: diverged at step 9 of 20" in read_log(workdir)
 
 
 def out_of_memory(**params):
@@ -261,30 +266,34 @@ def out_of_memory(**params):
     return recipe(**params)
 
 
-def test_out_of_memory_names_the_guides_parameters(place):
-    assert call(place, out_of_memory, **QUICK) != 0
-    assert re.search(r"reduce BATCH_SIZE \(2\), D_MODEL or N_LAYERS", log(place))
+def test_out_of_memory_names_the_guides_parameters(workdir):
+    assert run_in_process(workdir, out_of_memory, **QUICK) != 0
+    assert re.search(r"reduce BATCH_SIZE \(2\), D_MODEL or N_LAYERS", read_log(workdir))
 
 
-def test_rates_outside_the_guides_range(place):
-    assert call(place, recipe, **QUICK | dict(BASE_LR=0.01)) == 0, log(place)
-    assert "BASE_LR=0.01 is outside 1e-05 to 0.0005" in log(place)
+def test_learning_rates_outside_the_guides_range(workdir):
+    assert run_in_process(workdir, recipe, **QUICK | dict(BASE_LR=0.01)) == 0, read_log(workdir)
+    assert "BASE_LR=0.01 is outside 1e-05 to 0.0005" in read_log(workdir)
 
 
-def test_no_enwik8_and_no_network(place):
-    "The message says where to put the file"
-    shutil.rmtree(place / "data", ignore_errors=True)
-    code = call(place, recipe, **{name: value for name, value in QUICK.items() if name != "DATA"})
-    assert code != 0 and "[*] Downloading enwik8..." in log(place)
-    assert re.search(r"enwik8\.zip: cannot be fetched .* put it at \S*data/enwik8/enwik8\.zip", log(place))
+def test_no_enwik8_and_no_network(workdir):
+    "The message names the folder for the file"
+    shutil.rmtree(workdir / "data", ignore_errors=True)
+    code = run_in_process(workdir, recipe, **{name: value for name, value in QUICK.items() if name != "DATA"})
+    assert code != 0 and "[*] Downloading enwik8..." in read_log(workdir)
+    assert re.search(r"enwik8\.zip: download failed .* put it at \S*data/enwik8/enwik8\.zip", read_log(workdir))
 
 
-def test_two_processes(place):
+def test_two_processes(workdir):
     "The recipe under torchrun: one of them speaks, and the figures are those of one process"
     given = [f"{name}={value}" for name, value in QUICK.items()]
-    assert call(place, recipe, **QUICK) == 0, log(place)
-    process = torchrun(place, "-m", "--", "lmnotes", "notebook", "--path", str(NOTEBOOK), "--params", *given, "run=two")
-    assert process.wait(DEADLINE) == 0, log(place)
-    assert log(place).count("Creating AGIFORMER model") == 2  # Once by the one process, once by the first of two
-    assert len(records(folder(place, "two") / "metrics.jsonl")) == len(records(folder(place) / "metrics.jsonl"))
-    assert (folder(place, "two") / "best_model.pth").exists()
+    assert run_in_process(workdir, recipe, **QUICK) == 0, read_log(workdir)
+    process = torchrun(
+        workdir, "-m", "--", "lmnotes", "notebook", "--path", str(NOTEBOOK), "--params", *given, "run=two"
+    )
+    assert process.wait(DEADLINE) == 0, read_log(workdir)
+    assert read_log(workdir).count("Creating AGIFORMER model") == 2  # Once by the one process, once by the first of two
+    assert len(read_records(folder(workdir, "two") / "metrics.jsonl")) == len(
+        read_records(folder(workdir) / "metrics.jsonl")
+    )
+    assert (folder(workdir, "two") / "best_model.pth").exists()

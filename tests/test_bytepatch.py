@@ -1,4 +1,4 @@
-"""Bytes in patches: the guide's model written plainly says the same, streams of any length, training on two devices."""
+"""The `bytepatch` model: equality with a plain implementation of AGIFORMER, streams of any length, training on two processes."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEADLINE, TINY, call, lmnotes_command, log, words
+from helpers import DEADLINE, TINY, command_line_args, lmnotes_command, read_log, run_in_process
 from test_distributed import figures, torchrun
 
 from lmnotes.data.batches import Batch
@@ -22,7 +22,7 @@ IDS = torch.randint(256, (2, 256), generator=torch.Generator().manual_seed(0))
 
 
 def model(preset="", **config):
-    "A tiny model with weights as if trained"
+    "Return a tiny model with random non-zero weights"
     torch.manual_seed(0)
     lm = new_lm("bytepatch", preset, **{**SHAPE, "d_byte": 16, "dropout": 0.0, **config}).eval()
     for p in lm.parameters():
@@ -32,8 +32,8 @@ def model(preset="", **config):
 
 
 @pytest.fixture
-def plain(monkeypatch):
-    "The guide's model as the benchmark writes it, and ours with the same weights"
+def reference_models(monkeypatch):
+    "Yield the benchmark's plain AGIFORMER model, and ours with the same weights"
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
     import bytepatch
 
@@ -46,9 +46,9 @@ def plain(monkeypatch):
         sys.modules.pop(name)
 
 
-def test_the_guides_model_written_plainly(plain):
+def test_agiformer_equals_its_plain_implementation(reference_models):
     "Same weights: the same logits for every byte that the guide's scores, and the same gradients"
-    peer, ours = plain
+    peer, ours = reference_models
     logits, targets = peer(IDS)
     F.cross_entropy(logits.flatten(0, 2), targets.flatten()).backward()
     own = ours(IDS[:, :-1])[:, 3:]
@@ -60,7 +60,7 @@ def test_the_guides_model_written_plainly(plain):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_stream_has_no_end(preset):
+def test_streams_longer_than_ctx_len(preset):
     "Pieces of any size, far past `ctx_len`, with borders of patches, windows and blocks at all places"
     lm = model(preset, ctx_len=8, window=6, **({} if preset else dict(byte_window=7)))
     with torch.no_grad():
@@ -73,25 +73,25 @@ def test_a_stream_has_no_end(preset):
 
 
 def size(state):
-    "Numbers that a state holds"
+    "Return the number of values in a state"
     layers = state.layers + state.thinking + state.bytes
     tensors = [state.tail, state.pending, state.latent, *(t for c in layers for t in (c.k, c.v, c.sums))]
     return sum(t.numel() for t in tensors if t is not None)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_state_does_not_grow(preset):
+def test_state_size_is_constant(preset):
     lm = model(preset, window=6, **({} if preset else dict(byte_window=7)))
     _, state = lm.step(IDS[:1, :100])
     before = size(state)
     _, state = lm.step(IDS[:1].repeat(1, 40), state)
-    assert state.seen == 100 + 40 * 256 and size(state) == before
+    assert state.n_seen == 100 + 40 * 256 and size(state) == before
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 6, 7, 8])
-def test_an_unfinished_patch_is_forced(preset, length):
-    "What is written after a prompt of any length is what `forward` finds likeliest, byte for byte"
+def test_greedy_decoding_equals_forward_at_any_prompt_length(preset, length):
+    "Greedy decoding after a prompt of any length equals the most likely bytes of `forward`"
     lm = model(preset)
     new = torch.cat(list(lm.generate(IDS[:, :length], 9, lambda logits: logits.argmax(-1))), 1)
     whole = torch.cat([IDS[:, :length], new], 1)
@@ -100,14 +100,14 @@ def test_an_unfinished_patch_is_forced(preset, length):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_no_leak_where_blocks_meet(preset):
+def test_causality_across_attention_blocks(preset):
     "Longer than two windows, so attention goes by blocks"
     lm = model(preset, window=4, dropout=0.1, **({} if preset else dict(byte_window=5)))
     check_causality(lm, Batch(IDS[:1, :45], IDS[:1, 1:46]))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_thinking_is_chosen_when_it_runs(preset):
+def test_thinking_steps_can_change_at_inference(preset):
     "None, as many as trained, and more: each is another answer, and `step` gives it as well"
     lm, answers = model(preset, thinking_steps=3), []
     batch = Batch(IDS[:, :40], IDS[:, 1:41])
@@ -124,7 +124,7 @@ def test_thinking_is_chosen_when_it_runs(preset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_nothing_overflows(preset):
+def test_no_overflow_in_bfloat16(preset):
     "Bytes that never change, and a stream of 10,000, in bfloat16"
     lm = model(preset)
     x = torch.cat([torch.zeros(1, 5000, dtype=torch.long), torch.full((1, 5000), 255)], 1)
@@ -136,7 +136,7 @@ def test_nothing_overflows(preset):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("preset", ["", *get_arch("bytepatch").presets])
-def test_weights_of_other_types(preset, dtype):
+def test_bfloat16_weights(preset, dtype):
     "As `lmnotes generate --dtype bfloat16` has them: the model runs, `step` is `forward`, and it is the same model"
     lm = model(preset, window=6)
     with torch.no_grad():
@@ -156,7 +156,7 @@ LEAST = dict(window=1, thinking_steps=0, patch_size=1, n_heads=1, ngram_rows=1, 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", [*LEAST, "byte_layers", "n_layers", "d_model"])
-def test_values_that_are_too_small(preset, name):
+def test_too_small_values_are_rejected(preset, name):
     for value in (LEAST.get(name, 0) - 1, -3):
         least = dict(byte_layers=0, n_layers=1, d_model=1).get(name, LEAST.get(name))
         with pytest.raises(ValueError, match=f"{name}={value}, but {name} is at least {least}"):
@@ -164,27 +164,27 @@ def test_values_that_are_too_small(preset, name):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_smallest_values_that_are_taken(preset):
+def test_smallest_valid_values(preset):
     lm = model(preset, **LEAST | dict(ctx_len=1, n_layers=1, byte_layers=0, **({} if preset else dict(d_byte=2))))
     check_cached_decoding(lm, Batch(IDS[:, :8], IDS[:, 1:9]))
 
 
-def test_other_values_that_make_no_model():
-    for config, said in {
-        "ctx_len=3": "holds no patch of 4; ctx_len is at least patch_size",
+def test_invalid_values_are_rejected():
+    for config, output in {
+        "ctx_len=3": "ctx_len=3 is shorter than patch_size=4",
         "dropout=1": "at least 0 and less than 1",
         "dropout=-0.1": "at least 0 and less than 1",
         "n_heads=3": "d_model=32 is not a multiple of n_heads=3",
-        "n_heads=2 d_byte=6": "odd",
+        "n_heads=2 d_byte=6": "a head has 3: choose an even",
     }.items():
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=output):
             model(**parse_model_args("bytepatch", config))
-    with pytest.raises(ValueError, match="odd"):
+    with pytest.raises(ValueError, match="choose an even"):
         model("agiformer", d_model=33, n_heads=3)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_less_than_no_thinking_when_it_runs(preset):
+def test_negative_thinking_steps_are_rejected(preset):
     lm = model(preset)
     lm.cfg.thinking_steps = -2
     for use in (lm, lm.step, lambda x: list(lm.iter_thinking(x))):
@@ -194,22 +194,22 @@ def test_less_than_no_thinking_when_it_runs(preset):
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("steps", [0, 2])
-def test_two_devices(place, preset, steps):
+def test_every_parameter_gets_a_gradient_on_two_processes(workdir, preset, steps):
     "No parameter is without a gradient on any of them, however deep it thinks"
     case = TINY | dict(arch="bytepatch", preset=preset, steps=10, log_every=1, patience=0)
     case["model_args"] = f"{TINY_ARGS} thinking_steps={steps}"
-    process = torchrun(place, "-m", "--", "lmnotes", "train", *words(**case))
-    assert process.wait(DEADLINE) == 0, log(place)
-    assert len([split for split, _ in figures(place, "r") if split == "train"]) == 10
+    process = torchrun(workdir, "-m", "--", "lmnotes", "train", *command_line_args(**case))
+    assert process.wait(DEADLINE) == 0, read_log(workdir)
+    assert len([split for split, _ in figures(workdir, "r") if split == "train"]) == 10
 
 
-def test_the_command_line(place):
-    "Trained, saved, loaded with more thinking, and asked to go on in characters that are several bytes"
+def test_command_line(workdir):
+    "Train, save, load with more thinking steps, and continue a prompt of multi-byte characters"
     case = TINY | dict(arch="bytepatch", model_args=TINY_ARGS, steps=10)
-    assert call(place, lmnotes_command, "train", *words(**case)) == 0, log(place)
+    assert run_in_process(workdir, lmnotes_command, "train", *command_line_args(**case)) == 0, read_log(workdir)
     asked = dict(run="runs/r", prompt="a", n=9, dtype="bfloat16")
-    assert call(place, lmnotes_command, "generate", *words(**asked)) == 0, log(place)
-    lm = load(place / "runs/r", model_args="thinking_steps=5").lm
+    assert run_in_process(workdir, lmnotes_command, "generate", *command_line_args(**asked)) == 0, read_log(workdir)
+    lm = load(workdir / "runs/r", model_args="thinking_steps=5").lm
     assert lm.cfg.thinking_steps == 5
     text = generate(lm, ByteTokenizer(), "žluťoučký kůň ", 30, seed=1)
     assert isinstance(text, str) and text == generate(lm, ByteTokenizer(), "žluťoučký kůň ", 30, seed=1)

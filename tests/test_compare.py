@@ -1,4 +1,4 @@
-"""Comparisons: what is spent is counted right and is the same, a stop changes no number, and a new architecture needs no edit."""
+"""Comparisons: FLOPs are counted correctly, budgets are equal, a stop changes no number, and a new architecture needs no edit."""
 
 import json
 import os
@@ -12,7 +12,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, after, call, finish, log, recipe_parameters, start, until
+from helpers import (
+    ROOT,
+    read_log,
+    recipe_parameters,
+    run_after_call,
+    run_in_process,
+    start_process,
+    wait_for_exit,
+    wait_until,
+)
 
 from lmnotes.apps.cli import run_notebook
 from lmnotes.core import seed_torch
@@ -56,7 +65,7 @@ class Toy(LM):
 
 
 def compared(**params):
-    "Compare in the current folder; 0 if all runs got to the end"
+    "Compare in the current folder, and return 0 if all runs got to the end"
     c = compare(**params)
     print(comparison_table(c))
     return 0 if all(len(c.done(name)) == c.cfg.seeds for name in c.steps) else 130
@@ -71,7 +80,7 @@ def compared_with_toy(**params):
     return compared(**params)
 
 
-def said(function, *args, **kwargs):
+def captured_output(function, *args, **kwargs):
     "Exit code 0 if a call fails with a ValueError, which is printed"
     try:
         function(*args, **kwargs)
@@ -89,12 +98,12 @@ def numbers(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, corpus):
-    "The folder of a comparison that nothing has stopped"
-    place = tmp_path_factory.mktemp("compare")
-    (place / "corpus").symlink_to(corpus)
-    assert call(place, compared, **TINY) == 0, log(place)
-    return place / "c"
+def uninterrupted(tmp_path_factory, corpus):
+    "Return the folder of an uninterrupted comparison"
+    workdir = tmp_path_factory.mktemp("compare")
+    (workdir / "corpus").symlink_to(corpus)
+    assert run_in_process(workdir, compared, **TINY) == 0, read_log(workdir)
+    return workdir / "c"
 
 
 # A transformer of L layers of width D on T positions: six times its matrices for each token, and seven products of attention
@@ -110,7 +119,7 @@ SSM = B * T * (6 * (L * (D * (2 * E + 2 * N + H) + E * D) + V * D) + L * SCAN)
     "name, by_hand",
     [*((name, TRANSFORMER) for name in ("gpt", "scratch_gpt", "gpt2", "streams")), ("ssm", SSM)],
 )
-def test_flops_are_those_worked_out_by_hand(name, by_hand):
+def test_flops_equal_the_count_by_hand(name, by_hand):
     has = get_arch(name).Config.__dataclass_fields__
     shape = dict(d_model=D, n_layers=L, n_heads=2, dropout=0.0, n_positions=T)
     lm = new_lm(name, vocab_size=V, ctx_len=T, **{k: v for k, v in shape.items() if k in has})
@@ -120,16 +129,16 @@ def test_flops_are_those_worked_out_by_hand(name, by_hand):
     assert pointwise < 0.1 * products
 
 
-def test_what_was_planned_was_spent(whole):
-    rows = comparison_results(Comparison(whole))
+def test_runs_spend_their_budget(uninterrupted):
+    rows = comparison_results(Comparison(uninterrupted))
     assert {row["name"] for row in rows} == {"gpt", "rnn"}
     for row in rows:
         assert row["flops"] == pytest.approx(TINY["budget"], rel=0.02)
 
 
-def test_what_a_model_of_random_depth_spends_is_known(place, monkeypatch):
-    "The bytes-in-patches model thinks for a random number of steps; all seeds spend what was planned"
-    monkeypatch.chdir(place)
+def test_budget_of_a_model_with_random_depth(workdir, monkeypatch):
+    "The bytes-in-patches model thinks for a random number of steps, and all seeds spend the planned budget"
+    monkeypatch.chdir(workdir)
     shape = "d_model=16 n_layers=3 n_heads=2 d_byte=16 ngram_rows=16"
     cfg = CompareConfig("bytepatch", "corpus", ctx_len=64, batch_size=4, model_args=shape, out_dir="c")
     contestant = ArchMeasurement(cfg, "bytepatch")
@@ -148,19 +157,19 @@ def test_what_a_model_of_random_depth_spends_is_known(place, monkeypatch):
         assert spent / 300 == pytest.approx(planned, rel=0.02)
 
 
-def test_seeds_differ_and_runs_are_whole(whole):
-    found = numbers(whole)
+def test_seeds_differ_and_runs_are_complete(uninterrupted):
+    found = numbers(uninterrupted)
     assert set(found) == {"gpt-0", "gpt-1", "rnn-0", "rnn-1"}
     for name in ("gpt", "rnn"):
         assert found[f"{name}-0"] != found[f"{name}-1"]
         assert len(found[f"{name}-0"]) == 3
-    for row in comparison_results(Comparison(whole)):
+    for row in comparison_results(Comparison(uninterrupted)):
         assert row["seeds"] == 2 and row["error"] > 0 and row["bytes_per_s"] > 0 and row["memory"] > 0
 
 
-def test_every_seed_reads_the_same_bytes(whole):
+def test_architectures_read_the_same_bytes(uninterrupted):
     "Of two architectures with the same seed"
-    a, b = (json.loads((whole / f"{name}-1/run.json").read_text()) for name in ("gpt", "rnn"))
+    a, b = (json.loads((uninterrupted / f"{name}-1/run.json").read_text()) for name in ("gpt", "rnn"))
     same = "data tokenizer ctx_len batch_size seed sampler optimizer lr schedule cooldown".split()
     assert [a["config"][n] for n in same] == [b["config"][n] for n in same]
     assert a["data"]["fingerprint"] == b["data"]["fingerprint"]
@@ -168,7 +177,7 @@ def test_every_seed_reads_the_same_bytes(whole):
 
 def hold_after_each_record():
     "Make a run wait after each of its records, until the test lets go"
-    after(JsonlLog, "append", lambda *args, **record: True, lambda: until(Path("go").exists))
+    run_after_call(JsonlLog, "append", lambda *args, **record: True, lambda: wait_until(Path("go").exists))
 
 
 def compared_and_held(**params):
@@ -183,37 +192,38 @@ def compared_and_held(**params):
     return compared(**params)
 
 
-def test_a_stopped_comparison_goes_on_to_the_same_numbers(place, whole):
-    process, first = start(place, compared_and_held, **TINY), ("gpt-0", "rnn-0")  # Two run at a time
-    until(lambda: all((place / "c" / name / "metrics.jsonl").exists() for name in first), process)
+def test_resumed_comparison_gives_the_same_numbers(workdir, uninterrupted):
+    process, first = start_process(workdir, compared_and_held, **TINY), ("gpt-0", "rnn-0")  # Two run at a time
+    wait_until(lambda: all((workdir / "c" / name / "metrics.jsonl").exists() for name in first), process)
     os.kill(process.pid, signal.SIGINT)
-    until(lambda: all("SIGINT" in (place / f"c/{name}.log").read_text() for name in first), process)
-    (place / "go").touch()
-    assert finish(process) == 130, log(place)
-    assert "the same call goes on" in log(place)
-    records = {p.parent.name: json.loads(p.read_text()) for p in (place / "c").glob("*/run.json")}
+    wait_until(lambda: all("SIGINT" in (workdir / f"c/{name}.log").read_text() for name in first), process)
+    (workdir / "go").touch()
+    assert wait_for_exit(process) == 130, read_log(workdir)
+    assert "The same call resumes" in read_log(workdir)
+    records = {p.parent.name: json.loads(p.read_text()) for p in (workdir / "c").glob("*/run.json")}
     assert {name: record["status"] for name, record in records.items()} == dict.fromkeys(first, "interrupted")
-    assert call(place, compared, **TINY) == 0, log(place)
-    assert numbers(place / "c") == numbers(whole)
+    assert run_in_process(workdir, compared, **TINY) == 0, read_log(workdir)
+    assert numbers(workdir / "c") == numbers(uninterrupted)
 
 
-def test_what_is_finished_is_found_again_and_seeds_are_added(place):
+def test_finished_runs_are_reused_and_seeds_are_added(workdir):
     few = TINY | dict(archs="rnn", budget=5e8, seeds=1)
-    assert call(place, compared, **few) == 0, log(place)
-    before = (place / "c/rnn-0/run.json").stat().st_mtime_ns
-    assert call(place, compared, **few | dict(seeds=2)) == 0, log(place)
-    assert (place / "c/rnn-0/run.json").stat().st_mtime_ns == before
-    assert set(numbers(place / "c")) == {"rnn-0", "rnn-1"}
-    assert call(place, said, compare, **few | dict(ctx_len=8)) == 0, log(place)
-    assert "begun with ctx_len=16, and now ctx_len=8" in log(place)
+    assert run_in_process(workdir, compared, **few) == 0, read_log(workdir)
+    before = (workdir / "c/rnn-0/run.json").stat().st_mtime_ns
+    assert run_in_process(workdir, compared, **few | dict(seeds=2)) == 0, read_log(workdir)
+    assert (workdir / "c/rnn-0/run.json").stat().st_mtime_ns == before
+    assert set(numbers(workdir / "c")) == {"rnn-0", "rnn-1"}
+    assert run_in_process(workdir, captured_output, compare, **few | dict(ctx_len=8)) == 0, read_log(workdir)
+    assert "started with ctx_len=16, not 8" in read_log(workdir)
 
 
-def test_a_new_architecture_is_compared_without_an_edit(place):
-    (place / "toy_model.py").write_text(TOY)
-    assert call(place, compared_with_toy, **TINY | dict(archs="toy rnn", budget=5e8, max_steps=60, seeds=1)) == 0, log(
-        place
-    )
-    rows = {row["name"]: row for row in comparison_results(Comparison(place / "c"))}
+def test_user_architecture_can_be_compared(workdir):
+    (workdir / "toy_model.py").write_text(TOY)
+    assert (
+        run_in_process(workdir, compared_with_toy, **TINY | dict(archs="toy rnn", budget=5e8, max_steps=60, seeds=1))
+        == 0
+    ), read_log(workdir)
+    rows = {row["name"]: row for row in comparison_results(Comparison(workdir / "c"))}
     assert rows["toy"]["n_params"] == 256 * 32 * 2 + 256  # It took d_model from what is shared
     assert rows["toy"]["bpb"] < 8
 
@@ -243,10 +253,10 @@ def compared_by_a_clock(**params):
     return compared(**params)
 
 
-def test_the_same_seconds(place):
+def test_equal_time_budget(workdir):
     case = TINY | dict(compute="seconds", budget=0.5, seeds=1)
-    assert call(place, compared_by_a_clock, **case) == 0, log(place)
-    comparison = Comparison(place / "c")
+    assert run_in_process(workdir, compared_by_a_clock, **case) == 0, read_log(workdir)
+    comparison = Comparison(workdir / "c")
     assert comparison.steps == {"gpt": 125, "rnn": 50}
     for row in comparison_results(comparison):
         assert row["whole"] and row["seconds"] == pytest.approx(0.5, rel=0.02)
@@ -261,34 +271,36 @@ def test_the_same_seconds(place):
         (dict(own_args="gpt: width=3"), "'width=3'"),
         (dict(own_args="gtp: d_model=3"), "did you mean 'gpt'?"),
         (dict(compute="hours"), "compute='hours' is not one of flops, seconds"),
-        (dict(seeds=0), "seeds=0 is at least 1"),
+        (dict(seeds=0), "seeds=0, but seeds is at least 1"),
     ],
 )
-def test_errors_come_before_any_work(place, monkeypatch, change, message):
-    monkeypatch.chdir(place)
+def test_errors_are_raised_before_training(workdir, monkeypatch, change, message):
+    monkeypatch.chdir(workdir)
     with pytest.raises(ValueError) as e:
         compare(**TINY | change)
     assert message in str(e.value)
-    assert not (place / "c/compare.json").exists()
+    assert not (workdir / "c/compare.json").exists()
 
 
-def test_a_budget_below_some_steps_says_how_much_is_needed(place):
-    assert call(place, said, compare, **TINY | dict(archs="rnn", budget=1e6)) == 0, log(place)
-    assert "budget=1e+06 FLOPs is 0." in log(place) and "give at least" in log(place)
+def test_too_small_budget_names_the_minimum(workdir):
+    assert run_in_process(workdir, captured_output, compare, **TINY | dict(archs="rnn", budget=1e6)) == 0, read_log(
+        workdir
+    )
+    assert "budget=1e+06 FLOPs is 0." in read_log(workdir) and "give at least" in read_log(workdir)
 
 
-def test_a_child_that_fails_says_why(place):
+def test_a_failed_child_process_is_explained(workdir):
     wrong = TINY | dict(archs="gpt", model_args="d_model=30 n_heads=4")
-    process = call(place, compared, **wrong)
+    process = run_in_process(workdir, compared, **wrong)
     assert process == 1
-    assert "costs could not be measured: ValueError: d_model=30 is not a multiple of n_heads=4" in log(place)
+    assert "costs could not be measured: ValueError: d_model=30 is not a multiple of n_heads=4" in read_log(workdir)
 
 
-def test_the_notebook(place, monkeypatch):
+def test_the_notebook(workdir, monkeypatch):
     small = TINY | dict(budget=5e8, seeds=1, own_args="")
-    assert call(place, notebook, **small) == 0, log(place)
-    assert (place / "c/figure.png").stat().st_size > 5000
-    assert (place / "c/table.md").read_text().startswith("| architecture | bits per byte |")
+    assert run_in_process(workdir, notebook, **small) == 0, read_log(workdir)
+    assert (workdir / "c/figure.png").stat().st_size > 5000
+    assert (workdir / "c/table.md").read_text().startswith("| architecture | bits per byte |")
 
 
 def notebook(**params):
@@ -297,7 +309,7 @@ def notebook(**params):
     return 0 if len(names["c"].done("gpt")) == 1 else 1
 
 
-def test_the_notebooks_parameters_are_those_of_a_comparison():
+def test_notebook_parameters_match_compare():
     cell, defaults = recipe_parameters(NOTEBOOK), asdict(CompareConfig())
     assert list(cell) == list(defaults)
     assert {n for n in cell if cell[n] != defaults[n]} == {"own_args"}

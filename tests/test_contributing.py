@@ -49,7 +49,7 @@ def files(copy):
     return {p.relative_to(copy).as_posix(): p.read_bytes() for p in found if "__pycache__" not in p.parts}
 
 
-def test_an_architecture_is_one_notebook(copy):
+def test_new_architecture_needs_one_notebook(copy):
     assert run(copy, "nbdev_export").returncode == 0
     before = files(copy)
     make = dict(markdown=nbformat.v4.new_markdown_cell, python=nbformat.v4.new_code_cell)
@@ -57,14 +57,14 @@ def test_an_architecture_is_one_notebook(copy):
     kernel = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), copy / NOTEBOOK)
     back = COMMANDS.index(next(line for line in COMMANDS if line.startswith("rm ")))
-    said = []
+    output = []
     for line in COMMANDS[:back]:
         done = run(copy, line)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-        said.append(done.stdout)
+        output.append(done.stdout)
     changed = {name for name, content in files(copy).items() if before.get(name) != content}
     assert changed == {NOTEBOOK, "lmnotes/models/window.py", "lmnotes/_modidx.py"}
-    text = "\n".join(said)
+    text = "\n".join(output)
     assert re.search(r"\b\d+ passed", text) and "toy: done at step 30 of 30" in text
     assert (copy / "checkpoints" / "toy" / "final").exists() and (copy / "toy_model" / "model.safetensors").exists()
     for line in COMMANDS[back:]:
@@ -79,7 +79,7 @@ def clone(tmp_path):
     "A git repository of a few notebooks with the hooks that CONTRIBUTING installs, in a home of its own"
     assert "nbdev_install_hooks" in PAGE
     folder = tmp_path / "clone"
-    (folder / "nbs").mkdir(parents=True)
+    (folder / "nbs/nn").mkdir(parents=True)
     for name in ("settings.ini", ".gitattributes", ".gitconfig", "nbs/nn/20_lm.ipynb", "nbs/train.ipynb"):
         shutil.copy(ROOT / name, folder / name)
     environ = os.environ | dict(
@@ -124,7 +124,7 @@ def test_a_notebook_is_clean_when_it_is_saved(clone):
     assert [c["metadata"] for c in saved["cells"] if c["metadata"]] == [dict(tags=["parameters"])]
 
 
-def test_two_changes_of_a_cell_merge_into_a_notebook_that_opens(clone):
+def test_merge_conflict_in_a_cell_gives_a_valid_notebook(clone):
     folder, git, config = clone
     path = folder / "nbs" / "20_lm.ipynb"
     for branch, words in dict(theirs="print('theirs')", main="print('ours')").items():

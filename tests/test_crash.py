@@ -15,7 +15,7 @@ import signal
 
 import pytest
 import torch
-from helpers import TINY, call, differences, left_behind, lmnotes_command, log, words
+from helpers import TINY, command_line_args, differences, lmnotes_command, read_log, run_in_process, run_results
 
 from lmnotes import core
 from lmnotes.core import CheckpointError
@@ -113,7 +113,7 @@ class Disk:
     def __init__(self):
         self.seen = {ROOT_FOLDER: {}}  # {folder: {name: file or folder}}
         self.kept = {ROOT_FOLDER: {}}  # The same, as far as it was flushed
-        self.pending = []  # Changes of names that were not flushed, in order; each is [(folder, name, file or None)]
+        self.pending = []  # Name changes that were not flushed, in order, each as [(folder, name, file or None)]
         self.data, self.flushed = {}, {}  # {file: content}
         self.number = itertools.count(1)
 
@@ -157,7 +157,7 @@ class Disk:
         self.kept[node] = dict(self.seen[node])
         self.pending = [changes for changes in self.pending if not any(folder == node for folder, _, _ in changes)]
 
-    def hidden_states(self):
+    def states(self):
         "Every {path: content, or None for a folder} that may be found if it all stops now"
         for kept in itertools.product((True, False), repeat=len(self.pending)):
             names = {folder: dict(entries) for folder, entries in self.kept.items()}
@@ -244,7 +244,7 @@ def whole_files(operations):
 
 
 def failures(folder, operations, done, pointed, files):
-    "(number of the operation, what went wrong) for every state that does not recover; the number of states comes last"
+    "Yield (number of the operation, error) for every state that does not recover, and finally the number of states"
     disk, tried = Disk(), set()
     for number, operation in enumerate(operations, 1):
         disk.apply(*operation)
@@ -255,20 +255,20 @@ def failures(folder, operations, done, pointed, files):
             if key in tried:
                 continue
             tried.add(key)
-            place = folder / f"{len(tried)}"
-            place.mkdir()
-            build(place, state)
-            wrong = recovered(place, least, at_pointers, files)
-            shutil.rmtree(place)
+            workdir = folder / f"{len(tried)}"
+            workdir.mkdir()
+            build(workdir, state)
+            wrong = recovered(workdir, least, at_pointers, files)
+            shutil.rmtree(workdir)
             if wrong:
                 yield number, operation[:2], wrong
     yield len(tried)
 
 
-def recovered(place, least, at_pointers, files):
-    "What is wrong with the state in a folder, or nothing"
+def recovered(workdir, least, at_pointers, files):
+    "Return the problem with the state in a folder, or an empty result"
     try:
-        found = latest_checkpoint(place)
+        found = latest_checkpoint(workdir)
     except CheckpointError:
         return "a completed save is lost" if least else ""
     step = int(found.name[5:])
@@ -277,11 +277,11 @@ def recovered(place, least, at_pointers, files):
     for name, content in files[step].items():
         if (found / name).read_bytes() != content:
             return f"{name} is not what was written"
-    if read_state(found)["step"] != step or load_lm(place, device="cpu") is None:
+    if read_state(found)["step"] != step or load_lm(workdir, device="cpu") is None:
         return "it does not load"
     for pointer in ("last", "best") if at_pointers else ():
         try:
-            named = int(find_checkpoint(place, pointer).name[5:])
+            named = int(find_checkpoint(workdir, pointer).name[5:])
         except CheckpointError as e:
             return f"{pointer}: {e}"
         if named < at_pointers:
@@ -294,7 +294,7 @@ linux = pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="open fil
 
 @linux
 def test_power_cut_at_every_operation(saves, tmp_path):
-    "A save that was completed is there, or the next one; whole, bit by bit, and so is what the pointers name"
+    "The last completed save or the next one is found bit for bit, and so are the targets of the pointers"
     operations, done, pointed = saves
     *wrong, states = failures(tmp_path, operations, done, pointed, whole_files(operations))
     assert not wrong, wrong[:5]
@@ -336,8 +336,8 @@ MUTANTS = {
 
 @linux
 @pytest.mark.parametrize("name", MUTANTS)
-def test_every_precaution_is_needed(saves, tmp_path, name):
-    "Without it, a state is found that does not recover; so the test above would see it missing"
+def test_every_crash_safety_measure_is_needed(saves, tmp_path, name):
+    "Without the measure some state does not recover, so the test above detects its absence"
     operations, done, pointed = saves
     # Numbers of operations become marks in the record, so that they stay where they are when others are left out.
     marked = []
@@ -393,7 +393,7 @@ FILES = "config.json", "model.safetensors", "state.pt", "manifest.json"
 
 @pytest.mark.parametrize("name", FILES)
 def test_damage_is_found_and_named(two_steps, tmp_path, name, capsys):
-    "Whatever happened to a file: it is named, nothing parses it, and the checkpoint before it is found"
+    "A damaged file is named, nothing parses it, and the previous checkpoint is found"
     run = tmp_path / "run"
     shutil.copytree(two_steps, run)
     file = run / "step_00000002" / name
@@ -413,7 +413,7 @@ def test_damage_is_found_and_named(two_steps, tmp_path, name, capsys):
 
 
 def same_manifest(content, data):
-    "Do two manifests promise the same, as when a space was put in?"
+    "Return True if two manifests are equivalent, for example apart from spaces"
     try:
         return json.loads(content)["files"] == json.loads(data)["files"]
     except (ValueError, KeyError, TypeError):
@@ -421,7 +421,7 @@ def same_manifest(content, data):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_is_gone(two_steps, tmp_path, name):
+def test_missing_files_are_named(two_steps, tmp_path, name):
     "Removed, or with a folder in its place"
     run = tmp_path / "run"
     shutil.copytree(two_steps, run)
@@ -435,15 +435,15 @@ def test_a_file_that_is_gone(two_steps, tmp_path, name):
     assert latest_checkpoint(run).name == "step_00000001"
 
 
-def test_no_checkpoint_is_whole(two_steps, tmp_path):
+def test_all_checkpoints_damaged(two_steps, tmp_path):
     shutil.copytree(two_steps, tmp_path / "run")
     for file in (tmp_path / "run").glob("step_*/state.pt"):
         file.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
         latest_checkpoint(tmp_path / "run")
 
 
-def test_no_space_is_seen_before_anything_is_written(two_steps, tmp_path, monkeypatch):
+def test_missing_disk_space_is_found_before_writing(two_steps, tmp_path, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(two_steps, run)
     lm = load_lm(run)
@@ -454,7 +454,7 @@ def test_no_space_is_seen_before_anything_is_written(two_steps, tmp_path, monkey
     assert sorted(p.name for p in run.iterdir()) == ["step_00000001", "step_00000002"]
 
 
-def train_on_a_full_disk(size, *words):
+def train_on_a_full_disk(size, *command_line_args):
     "Run the command line, and from step 29 on let no file grow beyond a size, as a full disk does"
     as_it_is = Trainer.train_step
 
@@ -465,21 +465,27 @@ def train_on_a_full_disk(size, *words):
 
     Trainer.train_step = train_step
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    return lmnotes_command(*words)
+    return lmnotes_command(*command_line_args)
 
 
 @pytest.mark.parametrize("file, size", [("model.safetensors", 20_000), ("state.pt", 60_000)])
-def test_the_disk_becomes_full(place, file, size):
-    "Training goes on without saving; the last good checkpoint stays, nothing half written does, and a resume is exact"
+def test_training_continues_on_a_full_disk(workdir, file, size):
+    "Training continues without saving, the last good checkpoint stays, no partial file does, and a resume is exact"
     case = TINY | dict(optimizer="adamw")
-    assert call(place, lmnotes_command, "train", *words(**case | dict(run="whole"))) == 0, log(place)
-    assert call(place, train_on_a_full_disk, size, "train", *words(**case)) == 2, log(place)
-    run = place / "runs/r"
-    assert "step 30 is not saved" in log(place) and "step 40/40" in log(place)
-    assert log(place).splitlines()[-1].startswith("lmnotes: ")
-    assert "step_00000040 could not be written: disk full; earlier checkpoints are untouched" in log(place)
+    assert run_in_process(workdir, lmnotes_command, "train", *command_line_args(**case | dict(run="whole"))) == 0, (
+        read_log(workdir)
+    )
+    assert run_in_process(workdir, train_on_a_full_disk, size, "train", *command_line_args(**case)) == 2, read_log(
+        workdir
+    )
+    run = workdir / "runs/r"
+    assert "step 30 is not saved" in read_log(workdir) and "step 40/40" in read_log(workdir)
+    assert read_log(workdir).splitlines()[-1].startswith("lmnotes: ")
+    assert "step_00000040 could not be written: disk full. Earlier checkpoints are untouched" in read_log(workdir)
     sizes = {name: (latest_checkpoint(run) / name).stat().st_size for name in FILES}
     assert latest_checkpoint(run).name < "step_00000030" and sizes[file] > size
     assert not list(run.glob(".*.tmp"))
-    assert call(place, lmnotes_command, "train", *words(run="r", out_dir="runs", resume=True)) == 0, log(place)
-    assert not differences(left_behind(place / "runs/whole"), left_behind(run))
+    assert (
+        run_in_process(workdir, lmnotes_command, "train", *command_line_args(run="r", out_dir="runs", resume=True)) == 0
+    ), read_log(workdir)
+    assert not differences(run_results(workdir / "runs/whole"), run_results(run))

@@ -66,7 +66,7 @@ def bpe():
     return BPETokenizer.train([TEXT], 300)
 
 
-def test_mutated_jsonl_is_read_or_refused_by_line():
+def test_mutated_jsonl_is_read_or_rejected_by_line():
     good = "".join(json.dumps(dict(text=f"line {i} é", id=i), ensure_ascii=False) + "\n" for i in range(5)).encode()
     rng = random.Random(0)
     refused = 0
@@ -81,7 +81,7 @@ def test_mutated_jsonl_is_read_or_refused_by_line():
     assert refused > 100
 
 
-def test_mutated_text_is_read_or_refused_with_its_place():
+def test_mutated_text_is_read_or_rejected_with_its_position():
     good = TEXT.encode()
     rng = random.Random(1)
     for _ in range(300):
@@ -96,7 +96,7 @@ def test_mutated_text_is_read_or_refused_with_its_place():
             assert str(e).startswith(f"x.txt:{line}: byte {wrong.value.start} "), e
 
 
-def test_streams_of_any_bytes_come_back_whatever_the_piece_size():
+def test_any_bytes_round_trip_at_any_chunk_size():
     rng = random.Random(2)
     for size in (1, 7, 100):
         data = bytes(rng.choice(b"\n a\xc3\xa9\xff\x00") for _ in range(500))
@@ -133,9 +133,9 @@ def test_restructured_tokenizer_json_gives_a_tokenizer_or_a_tokenizer_error(tmp_
         path = tmp_path / "tokenizer.json"
         good = json.loads(path.read_bytes())
     load_tokenizer(path)
-    for place in values(good):
+    for workdir in values(good):
         for value in (None, True, -1, 1.5, 10**12, "x", "Ġ Ġ", [], [[]], [1, 2], {}, {"a": 1}):
-            path.write_text(json.dumps(replace(good, place, value)))
+            path.write_text(json.dumps(replace(good, workdir, value)))
             try:
                 tok = load_tokenizer(path)
                 tok.encode(TEXT)
@@ -195,7 +195,7 @@ def test_tokens_never_run_code(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-def test_other_arrays_are_refused(tmp_path):
+def test_unsupported_arrays_are_rejected(tmp_path):
     for n, array in enumerate((torch.ones(3), torch.ones(3, dtype=torch.bfloat16), torch.ones(3, dtype=torch.bool))):
         torch.save(array, tmp_path / f"{n}.pt")
         with pytest.raises(DataError, match="integer"):
@@ -210,7 +210,7 @@ def test_other_arrays_are_refused(tmp_path):
         open_tokens(tmp_path / "z.npy")
 
 
-def test_vocabularies_past_uint16(tmp_path):
+def test_vocabularies_larger_than_uint16(tmp_path):
     with TokenWriter(tmp_path / "a.bin", 70_000) as out:
         out.add([0, 65_536, 69_999])
     assert open_tokens(tmp_path / "a.bin").ids.tolist() == [0, 65_536, 69_999]
@@ -264,7 +264,7 @@ def test_hash_split_is_stable_and_keeps_copies_together(tmp_path):
     assert not train & {d.text for d in val}
 
 
-def test_randperm42_is_the_guides_split(tmp_path):
+def test_randperm42_equals_the_reference_split(tmp_path):
     (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(dict(text=str(i))) for i in range(100)))
     corpus = get_corpus(tmp_path / "x.jsonl")
     order = torch.randperm(100, generator=torch.Generator().manual_seed(42)).tolist()
@@ -284,7 +284,7 @@ def test_prepare_again_after_the_text_was_edited_in_place(tmp_path, capsys):
     (tmp_path / "out" / "val.bin").write_bytes(b"ab")
     third = tokenize_splits(get_corpus(path), ByteTokenizer(), tmp_path / "out")
     assert third["val"].ids.tolist() == expected
-    assert "it is written anew" in capsys.readouterr().out
+    assert "The file is written again" in capsys.readouterr().out
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -350,7 +350,7 @@ def test_wikitext_comes_in_its_own_parts(tmp_path):
         get_corpus("wikitext-2", tmp_path)
 
 
-def test_stories_are_cut_at_their_end_marks(tmp_path):
+def test_stories_are_split_at_their_end_marks(tmp_path):
     (tmp_path / "tinystories").mkdir()
     for part in ("train", "valid"):
         text = f"\n{part} one.\nMore.\n<|endoftext|>\n{part} two.\n<|endoftext|>\n"
@@ -360,7 +360,7 @@ def test_stories_are_cut_at_their_end_marks(tmp_path):
     assert [d.text for d in split_documents(corpus, part="val")] == ["valid one.\nMore.", "valid two."]
 
 
-def test_offline_says_what_to_put_where(tmp_path, monkeypatch):
+def test_offline_error_names_the_file_and_folder(tmp_path, monkeypatch):
     item = datasets.DOWNLOADS["tinyshakespeare"][0]._replace(url="http://127.0.0.1:9/input.txt")
     monkeypatch.setitem(datasets.DOWNLOADS, "tinyshakespeare", [item])
     with pytest.raises(DataError, match="put it at") as e:
@@ -368,7 +368,7 @@ def test_offline_says_what_to_put_where(tmp_path, monkeypatch):
     assert str(tmp_path / "tinyshakespeare" / "input.txt") in str(e.value)
 
 
-def need(path):
+def require_file(path):
     "Skip a test whose real data is not here"
     if not path.exists():
         pytest.skip(f"{path} is not there; LMNOTES_DATA can name the folder that holds it")
@@ -376,7 +376,7 @@ def need(path):
 
 
 def test_real_tinyshakespeare(tmp_path):
-    path = need(data_root() / "tinyshakespeare" / "input.txt")
+    path = require_file(data_root() / "tinyshakespeare" / "input.txt")
     corpus = get_corpus("tinyshakespeare")
     assert corpus.fingerprint == get_corpus(path).fingerprint
     assert hashlib.sha256(path.read_bytes()).hexdigest() == datasets.DOWNLOADS["tinyshakespeare"][0].sha256
@@ -387,7 +387,7 @@ def test_real_tinyshakespeare(tmp_path):
 
 
 def test_real_gpt2_equals_transformers():
-    folder = need(data_root() / "gpt2" / "vocab.json").parent
+    folder = require_file(data_root() / "gpt2" / "vocab.json").parent
     from transformers import GPT2TokenizerFast
 
     ours, theirs = get_tokenizer("gpt2"), GPT2TokenizerFast.from_pretrained(str(folder))

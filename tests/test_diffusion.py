@@ -1,11 +1,11 @@
-"""Diffusion: with the true conditionals bound and sampler are the truth, samplers agree with plain loops, runs are runs like any other."""
+"""Diffusion: bound and sampler are exact with the true conditionals, samplers agree with plain loops, and runs resume exactly."""
 
 import json
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, call, differences, left_behind, lmnotes_command, log, train, words
+from helpers import TINY, command_line_args, differences, lmnotes_command, read_log, run_in_process, run_results, train
 
 from lmnotes.data.batches import IGNORE_INDEX, Batch
 from lmnotes.data.tokenizer import ByteTokenizer
@@ -13,7 +13,7 @@ from lmnotes.inference.generation import TokenSampler, generate, generate_ids
 from lmnotes.models.diffusion import (
     Diffusion,
     DiffusionConfig,
-    Masked,
+    MaskedObjective,
     fill,
     generate_blocks,
     infill,
@@ -43,7 +43,7 @@ TEXTS = JOINT.multinomial(400, replacement=True, generator=torch.Generator().man
 
 
 def model(**config):
-    "A tiny model with weights as if trained"
+    "Return a tiny model with random non-zero weights"
     torch.manual_seed(0)
     lm = new_lm("diffusion", **{**SMALL, **config}).eval()
     for p in lm.parameters():
@@ -59,7 +59,7 @@ def conditionals(ids):
     return (found / found.sum(-1, keepdim=True)).log()
 
 
-class KnownText(Masked):
+class KnownText(MaskedObjective):
     def embed_ids(self, ids):
         return F.one_hot(ids, V + 1).float()
 
@@ -68,16 +68,16 @@ class KnownText(Masked):
 
 
 class Known(Diffusion):
-    "Knows the probability of every text"
+    "Model that returns the true probability of every text"
 
     def __init__(self, **config):
         super().__init__(DiffusionConfig(vocab_size=V, ctx_len=T, d_model=4, n_layers=1, n_heads=1, **config))
         self.text = KnownText(self.cfg)
 
-    def _together(self, h, real, hidden, t):
+    def _full_states(self, h, real, hidden, t):
         return conditionals(h.argmax(-1))
 
-    def _streams(self, clean, noisy, at, block, past=None, real=None):
+    def _block_states(self, clean, noisy, at, block, past=None, real=None):
         clean, noisy = clean.argmax(-1), noisy.argmax(-1)
         states = []
         for start in range(1, T + 1, block):
@@ -92,28 +92,28 @@ def bound(lm, samples=300, **how):
     return likelihood_bound(lm, [Batch(ids[:, :-1], ids[:, 1:])], samples, **how)
 
 
-def truth():
-    "Nats of the last four ids given the first, a mean over texts and ids"
+def true_nll():
+    "Return the mean nats per id of the last four ids given the first"
     first = torch.stack([JOINT[ALL[:, 0] == v].sum() for v in range(V)])
     return -(JOINT.log() - first.log()[ALL[:, 0]])[TEXTS].mean().item() / T
 
 
 @pytest.mark.parametrize("block", [0, 1, 2, 3])
-def test_with_the_true_conditionals_the_bound_is_the_truth(block):
+def test_bound_is_exact_with_the_true_conditionals(block):
     found = bound(Known(block=block))
-    assert abs(found["loss"] - truth()) < 4 * found["stderr"] + 1e-6
-    assert found["stderr"] < 0.01 * truth()
+    assert abs(found["loss"] - true_nll()) < 4 * found["stderr"] + 1e-6
+    assert found["stderr"] < 0.01 * true_nll()
 
 
-def test_fewer_steps_are_a_looser_bound():
+def test_fewer_steps_give_a_looser_bound():
     "With the true conditionals too: ids revealed at once do not see each other"
     bounds = [bound(Known(), steps=steps)["loss"] for steps in (1, 2, 4, 100)]
     assert bounds[0] > bounds[1] > bounds[2] == bounds[3]
-    assert bounds[0] > 1.02 * truth()
+    assert bounds[0] > 1.02 * true_nll()
 
 
-def written(steps, rows=6000, seed=0):
-    "How often each text is written after a first id 0, beside how often it should be"
+def sampled_distribution(steps, rows=6000, seed=0):
+    "Return the sampled and the true probability of each text after a first id 0"
     lm = Known(sample_steps=steps)
     ids = torch.tensor(generate_ids(lm, [[0]] * rows, T, temperature=1.0, seed=seed))
     number = (ids * V ** torch.arange(T - 1, -1, -1)).sum(1)
@@ -122,13 +122,13 @@ def written(steps, rows=6000, seed=0):
 
 
 @pytest.mark.parametrize("steps", [0, 4, 1000])
-def test_the_ancestral_sampler_draws_from_the_distribution(steps):
-    found, wanted = written(steps)
+def test_ancestral_sampling_is_unbiased(steps):
+    found, wanted = sampled_distribution(steps)
     assert (found - wanted).abs().sum() / 2 < 0.03
 
 
-def test_in_one_step_it_does_not():
-    found, wanted = written(1)
+def test_one_step_sampling_is_biased():
+    found, wanted = sampled_distribution(1)
     assert (found - wanted).abs().sum() / 2 > 0.1
 
 
@@ -148,7 +148,7 @@ def plain_sampler(lm, prompt, steps, seed, row):
 
 
 @pytest.mark.parametrize("steps", [3, 13, 1000])
-def test_the_sampler_that_skips_calls_writes_what_the_plain_one_writes(steps):
+def test_cached_sampler_equals_plain_sampler(steps):
     lm, prompts = model(sample_steps=steps), [[3, 1], [7, 2], [3, 1]]
     n, calls, network = 12, [], lm.trunk.forward
     lm.trunk.forward = lambda *args: calls.append(args) or network(*args)
@@ -161,7 +161,7 @@ def test_the_sampler_that_skips_calls_writes_what_the_plain_one_writes(steps):
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_texts_are_their_seeds_and_not_their_neighbours(name):
+def test_generated_rows_depend_only_on_their_seed(name):
     lm, prompts = model(**FORMS[name]), [[1, 2, 3], [4, 5, 6], [1, 2, 3]]
     for n in (1, 9, 40):
         texts = generate_ids(lm, prompts, n, temperature=1.0, seed=2)
@@ -177,7 +177,7 @@ def test_texts_are_their_seeds_and_not_their_neighbours(name):
 
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_weights_of_other_types(name, dtype):
+def test_bfloat16_weights(name, dtype):
     lm, batch = model(**FORMS[name]).to(dtype), torch.randint(12, (2, 14))
     batch = Batch(batch[:, :-1], batch[:, 1:])
     assert len(generate_ids(lm, [[1, 2]], 30, seed=1)[0]) == 30
@@ -186,7 +186,7 @@ def test_weights_of_other_types(name, dtype):
 
 
 @torch.no_grad()
-def test_blocks_are_written_from_the_past_that_is_kept_as_from_the_whole_text():
+def test_block_sampling_with_cache_equals_full_recomputation():
     lm, x = model(block=3, sampler="confidence"), torch.randint(12, (2, 4))
     new = torch.cat(list(generate_blocks(lm, x, 9, lambda logits: logits.argmax(-1))), 1)
     whole = x
@@ -194,7 +194,7 @@ def test_blocks_are_written_from_the_past_that_is_kept_as_from_the_whole_text():
         block = torch.full((2, 3), 12)
         for _ in range(3):
             at = torch.arange(whole.shape[1], whole.shape[1] + 3)
-            logits = lm.logits(lm._streams(lm.embed_ids(whole), lm.embed_ids(block), at, 3))
+            logits = lm.logits(lm._block_states(lm.embed_ids(whole), lm.embed_ids(block), at, 3))
             certain = logits.log_softmax(-1).amax(-1).masked_fill(block < 12, -torch.inf).argmax(-1, keepdim=True)
             block.scatter_(1, certain, logits.argmax(-1).gather(1, certain))
         whole = torch.cat([whole, block], 1)
@@ -202,21 +202,21 @@ def test_blocks_are_written_from_the_past_that_is_kept_as_from_the_whole_text():
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_a_repetition_penalty_sees_the_text_and_nothing_else(name):
+def test_repetition_penalty_uses_only_the_text(name):
     lm, x = model(**FORMS[name], vocab_size=100), torch.tensor([[5, 6]])
     pick = TokenSampler(seed=1, repetition_penalty=1.5).reset(x)
     new = torch.cat(list(lm.generate(x, 20, pick)), 1)
     assert set(pick.seen[0].nonzero()[:, 0].tolist()) == {5, 6, *new[0].tolist()}
 
 
-def test_a_repetition_penalty_sees_no_holes():
+def test_repetition_penalty_ignores_masked_positions():
     lm, x = model(vocab_size=100), torch.tensor([[5, 100, 7, 100]])
     pick = TokenSampler(seed=1, repetition_penalty=1.5).reset(x)
     done = fill(lm, x, pick)
     assert set(pick.seen[0].nonzero()[:, 0].tolist()) == set(done[0].tolist())
 
 
-def test_an_error_leaves_the_model_in_training():
+def test_an_error_restores_training_mode():
     lm, x = model().train(), torch.tensor([[5, 12, 7]])
 
     def fails(logits):
@@ -229,7 +229,7 @@ def test_an_error_leaves_the_model_in_training():
     assert lm.training
 
 
-def test_what_is_given_stays():
+def test_given_tokens_are_kept():
     lm, left, right = model(), torch.randint(12, (2, 5)), torch.randint(12, (2, 4))
     pick = TokenSampler(seed=1).reset(left)
     assert infill(lm, left, right, 3, pick).shape == (2, 3)
@@ -249,8 +249,8 @@ def nats(lm, x, y):
     return out["nll"].item(), int(out["n"])
 
 
-def test_a_target_that_is_skipped_is_given():
-    "It is seen as what it is, costs nothing, and what comes after the last target is seen by nobody"
+def test_ignored_targets_are_given_context():
+    "It is visible as context and costs nothing, and tokens after the last target are invisible"
     x, y = torch.randint(12, (1, 13)), torch.randint(12, (1, 13))
     x[:, 1:] = y[:, :-1]
     y[0, 2] = IGNORE_INDEX
@@ -266,13 +266,13 @@ def test_a_target_that_is_skipped_is_given():
 
 @pytest.mark.parametrize("objective", ["masked", "mse"])
 @torch.no_grad()
-def test_a_text_has_no_end(objective):
+def test_texts_longer_than_ctx_len(objective):
     "In blocks of one, past `ctx_len` in chunks of any size, by `step` and by states of a kept past"
     lm, x = model(block=1, objective=objective), torch.randint(12, (2, 40))
-    full, state, past, at = lm(x), None, lm.new_cache(), 0
+    full, state, cache, at = lm(x), None, lm.new_cache(), 0
     for k in (5, 1, 1, 9, 1, 20, 1, 1, 1):
         logits, state = lm.step(x[:, at : at + k], state)
-        states = lm.hidden_states(lm.embed_ids(x[:, at : at + k]), past)
+        states = lm.hidden_states(lm.embed_ids(x[:, at : at + k]), cache)
         at += k
         assert (logits - full[:, at - 1]).abs().max() < 1e-4
         assert (lm.logits(states) - full[:, at - k : at]).abs().max() < 1e-4
@@ -280,14 +280,14 @@ def test_a_text_has_no_end(objective):
 
 REFUSED = {
     "block=-1": dict(block=-1),
-    "block=2, but with objective='mse'": dict(block=2, objective="mse"),
-    "causal_share=2.0 is a share": dict(causal_share=2.0),
+    "block=2 must be 0 .whole window. or 1 .next token. with objective='mse'": dict(block=2, objective="mse"),
+    "causal_share=2.0 must be from 0 to 1": dict(causal_share=2.0),
     "sampler='best' is not one of ancestral, confidence": dict(sampler="best"),
     "schedule='sqrt' is not one of cosine, linear": dict(schedule="sqrt"),
-    "inference_steps=200 is not from 1": dict(inference_steps=200),
+    "inference_steps=200 must be from 1 to training_steps=100": dict(inference_steps=200),
     "eval_samples=0, but eval_samples is at least 1": dict(eval_samples=0),
     "sample_steps=-1, but sample_steps is at least 0": dict(sample_steps=-1),
-    "signal_scale=-1.0 is a size": dict(signal_scale=-1.0),
+    "signal_scale=-1.0 must not be negative": dict(signal_scale=-1.0),
     "sample_block=-1, but sample_block is at least 0": dict(sample_block=-1),
     "n_layers=0, but n_layers is at least 1": dict(n_layers=0),
     "dropout=1.0, but dropout is at least 0 and less than 1": dict(dropout=1.0),
@@ -296,39 +296,39 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_values_that_make_no_model(message):
+def test_invalid_values_are_rejected(message):
     with pytest.raises(ValueError, match=message):
         model(**REFUSED[message])
 
 
-def test_what_has_no_answer():
+def test_invalid_calls_are_rejected():
     whole, mse, blocks = model(), model(objective="mse"), model(block=3)
     ids = torch.randint(12, (1, 5))
     for use, message in (
-        (lambda: whole.step(ids), "block=0 has no next id; use generate, or set block=1"),
+        (lambda: whole.step(ids), "block=0 predicts no next token. Use generate, or block=1"),
         (lambda: mse(ids), "objective='mse' denoises embeddings, so ids have no logits"),
-        (lambda: likelihood_bound(mse, []), "no likelihood of the whole window"),
-        (lambda: fill(blocks, ids, None), "block=3 does not see what comes after a block"),
-        (lambda: fill(whole, ids.repeat(1, 9), None), "45 positions, but a window has 14"),
-        (lambda: fill(whole, ids[:, :0], None), "has nothing given"),
+        (lambda: likelihood_bound(mse, []), "no likelihood for whole windows"),
+        (lambda: fill(blocks, ids, None), "block=3 ignores ids after a block"),
+        (lambda: fill(whole, ids.repeat(1, 9), None), "45 positions exceed the window of 14"),
+        (lambda: fill(whole, ids[:, :0], None), "has no given id"),
         (lambda: infill(whole, ids, ids, -1, None), "n=-1 ids do not fit"),
-        (lambda: likelihood_bound(whole, [Batch(ids, ids)], samples=0), "samples=0 steps=0, but samples is at least 1"),
-        (lambda: likelihood_bound(whole, [Batch(ids, ids)], steps=-1), "steps at least 0"),
-        (lambda: likelihood_bound(whole, []), "the batches hold no target"),
+        (lambda: likelihood_bound(whole, [Batch(ids, ids)], samples=0), "samples=0 must be at least 1"),
+        (lambda: likelihood_bound(whole, [Batch(ids, ids)], steps=-1), "steps=-1 at least 0"),
+        (lambda: likelihood_bound(whole, []), "the batches contain no target"),
     ):
         with pytest.raises(ValueError, match=message):
             use()
 
 
-def test_the_table_is_that_of_a_transformer_and_stays(tmp_path):
+def test_embedding_from_a_transformer_stays_frozen(tmp_path):
     "Grafted, and not trained"
-    place = tmp_path
+    workdir = tmp_path
     encoder = run(
         arch="gpt", model_args="d_model=32 n_layers=1 n_heads=2", data="pydocs", steps=1, batch_size=2, ctx_len=16,
-        tokenizer="bytes", device="cpu", sample_every=0, eval_batches=1, out_dir=str(place), run="encoder",
+        tokenizer="bytes", device="cpu", sample_every=0, eval_batches=1, out_dir=str(workdir), run="encoder",
     )  # fmt: skip
     lm = model(objective="mse", vocab_size=encoder.lm.cfg.vocab_size)
-    load_submodule(lm, "text.table", place / "encoder", "embed")
+    load_submodule(lm, "text.table", workdir / "encoder", "embed")
     before = encoder.lm.embed.weight.detach().clone()
     assert torch.equal(lm.text.table.weight, before) and not lm.text.table.weight.requires_grad
     opt = torch.optim.AdamW(lm.parameters(), lr=0.1, weight_decay=0.1)
@@ -353,27 +353,32 @@ RUNS = dict(
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_that_was_stopped_ends_the_same(place, name):
+def test_resumed_run_is_bit_identical(workdir, name):
     case = TINY | dict(arch="diffusion", model_args=RUNS[name], steps=20)
-    assert call(place, train, **case) == 0, log(place)
-    whole = left_behind(place / "runs/r")
-    assert call(place, train, 7, **case | dict(run="stopped")) == 130, log(place)
-    assert call(place, train, **dict(run="stopped", out_dir="runs", resume=True)) == 0, log(place)
-    assert not differences(whole, left_behind(place / "runs/stopped"))
+    assert run_in_process(workdir, train, **case) == 0, read_log(workdir)
+    whole = run_results(workdir / "runs/r")
+    assert run_in_process(workdir, train, 7, **case | dict(run="stopped")) == 130, read_log(workdir)
+    assert run_in_process(workdir, train, **dict(run="stopped", out_dir="runs", resume=True)) == 0, read_log(workdir)
+    assert not differences(whole, run_results(workdir / "runs/stopped"))
 
 
-def test_the_command_line(place):
-    "A bound has its sign, the other objective no perplexity, and one run is asked in both ways"
+def test_command_line(workdir):
+    "A bound is marked, the Gaussian objective has no perplexity, and one run is evaluated in both ways"
     case = TINY | dict(arch="diffusion", model_args=RUNS["masked"], steps=10)
-    assert call(place, lmnotes_command, "train", *words(**case)) == 0, log(place)
-    assert "≤" in log(place)
+    assert run_in_process(workdir, lmnotes_command, "train", *command_line_args(**case)) == 0, read_log(workdir)
+    assert "≤" in read_log(workdir)
     asked = dict(run="runs/r", prompt="a", n=9, dtype="bfloat16")
-    assert call(place, lmnotes_command, "generate", *words(**asked)) == 0, log(place)
-    lm = load(place / "runs/r", model_args="block=1 sampler=confidence").lm
+    assert run_in_process(workdir, lmnotes_command, "generate", *command_line_args(**asked)) == 0, read_log(workdir)
+    lm = load(workdir / "runs/r", model_args="block=1 sampler=confidence").lm
     assert lm.causal and not lm.nll_is_upper_bound and lm.cfg.sampler == "confidence"
     assert len(generate(lm, ByteTokenizer(), "wave", 30, seed=1)) > 0
-    (place / "log").write_text("")
-    assert call(place, lmnotes_command, "train", *words(**case | dict(model_args=RUNS["mse"], run="mse"))) == 0
-    assert "ppl" not in log(place) and "bpb" not in log(place)
-    lines = [json.loads(line) for line in (place / "runs/mse/metrics.jsonl").read_text().splitlines()]
+    (workdir / "log").write_text("")
+    assert (
+        run_in_process(
+            workdir, lmnotes_command, "train", *command_line_args(**case | dict(model_args=RUNS["mse"], run="mse"))
+        )
+        == 0
+    )
+    assert "ppl" not in read_log(workdir) and "bpb" not in read_log(workdir)
+    lines = [json.loads(line) for line in (workdir / "runs/mse/metrics.jsonl").read_text().splitlines()]
     assert not any("ppl" in line or "bpb" in line for line in lines) and "rounding" in lines[0]

@@ -1,4 +1,4 @@
-"""Two processes train what one trains, stop together, and leave a checkpoint with which one goes on."""
+"""Two processes train like one, stop together, and write a checkpoint that one process can resume."""
 
 import json
 import os
@@ -8,10 +8,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import DEADLINE, TINY, call, lmnotes_command, log, records, until, words
+from helpers import (
+    DEADLINE,
+    TINY,
+    command_line_args,
+    lmnotes_command,
+    read_log,
+    read_records,
+    run_in_process,
+    wait_until,
+)
 
 TESTS = Path(__file__).parent
-# Dropout draws other numbers on each process, so the comparison is without it; a constant rate, so that more steps change nothing.
+# Without dropout, which draws other numbers on each process, and with a constant rate, so that more steps change nothing.
 CASE = TINY | dict(
     model_args="d_model=16 n_layers=1 n_heads=2 dropout=0.0",
     optimizer="adamw",
@@ -29,77 +38,87 @@ sys.exit(command_held("before step 8", *sys.argv[1:]))
 """
 
 
-def torchrun(place, *command):
-    "Start two processes"
+def torchrun(workdir, *command):
+    "Run torchrun with two processes"
     clean = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
-    with open(place / "log", "ab") as said:
+    with open(workdir / "log", "ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command],
-            cwd=place,
+            cwd=workdir,
             env=clean
             | dict(
                 OMP_NUM_THREADS="1",
                 PYTHONPATH=os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
                 CUDA_VISIBLE_DEVICES="",
             ),
-            stdout=said,
-            stderr=said,
+            stdout=output,
+            stderr=output,
         )
 
 
-def figures(place, run):
-    "{(split, step): loss} of a run"
-    return {(r["split"], r["step"]): r["loss"] for r in records(place / "runs" / run / "metrics.jsonl")}
+def figures(workdir, run):
+    "Return {(split, step): loss} of a run"
+    return {(r["split"], r["step"]): r["loss"] for r in read_records(workdir / "runs" / run / "metrics.jsonl")}
 
 
-def the_same(two, one):
-    "Are losses the same within 1e-6? They are recorded with seven digits, the last of which is a millionth here"
-    return two.keys() <= one.keys() and all(abs(loss - one[key]) <= 1e-6 + 1e-9 for key, loss in two.items())
+def equal_losses(two, single_process_run):
+    "Return True if losses are equal within 1e-6, the last digit of their record"
+    return two.keys() <= single_process_run.keys() and all(
+        abs(loss - single_process_run[key]) <= 1e-6 + 1e-9 for key, loss in two.items()
+    )
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory, corpus):
-    "The losses of one process over 20 steps"
+def single_process_run(tmp_path_factory, corpus):
+    "Return the losses of one process over 20 steps"
     folder = tmp_path_factory.mktemp("one")
     (folder / "corpus").symlink_to(corpus)
-    assert call(folder, lmnotes_command, "train", *words(**CASE | dict(steps=20))) == 0, log(folder)
+    assert run_in_process(folder, lmnotes_command, "train", *command_line_args(**CASE | dict(steps=20))) == 0, read_log(
+        folder
+    )
     return figures(folder, "r")
 
 
-def test_two_processes_are_one(place, one):
-    "Ten steps on two; then ten on one, from the checkpoint of two"
-    process = torchrun(place, "-m", "--", "lmnotes", "train", *words(**CASE))
-    assert process.wait(DEADLINE) == 0, log(place)
-    two = figures(place, "r")
+def test_two_processes_equal_one(workdir, single_process_run):
+    "Ten steps on two processes, then ten on one from their checkpoint"
+    process = torchrun(workdir, "-m", "--", "lmnotes", "train", *command_line_args(**CASE))
+    assert process.wait(DEADLINE) == 0, read_log(workdir)
+    two = figures(workdir, "r")
     assert [step for split, step in two if split == "train"] == list(range(1, 11))
-    assert the_same(two, one), (two, one)
+    assert equal_losses(two, single_process_run), (two, single_process_run)
     more = dict(run="r", out_dir="runs", resume=True, steps=20, allow_change="steps")
-    assert call(place, lmnotes_command, "train", *words(**more)) == 0, log(place)
-    both = figures(place, "r")
-    assert both.keys() == one.keys()
+    assert run_in_process(workdir, lmnotes_command, "train", *command_line_args(**more)) == 0, read_log(workdir)
+    both = figures(workdir, "r")
+    assert both.keys() == single_process_run.keys()
     for key, loss in both.items():
-        assert abs(loss - one[key]) <= 1e-5, (key, loss, one[key])
+        assert abs(loss - single_process_run[key]) <= 1e-5, (key, loss, single_process_run[key])
 
 
-def test_two_processes_stop_together(place, one):
+def test_two_processes_stop_together(workdir, single_process_run):
     "A signal to torchrun, held until one process is about to begin its eighth step"
-    (place / "held.py").write_text(HELD)
-    process = torchrun(place, "--", "held.py", "train", *words(**CASE | dict(steps=20)))
-    until(lambda: (place / "reached").exists() or process.poll() is not None)
+    (workdir / "held.py").write_text(HELD)
+    process = torchrun(workdir, "--", "held.py", "train", *command_line_args(**CASE | dict(steps=20)))
+    wait_until(lambda: (workdir / "reached").exists() or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
-    until(lambda: "SIGTERM" in log(place))
-    (place / "go").touch()
+    wait_until(lambda: "SIGTERM" in read_log(workdir))
+    (workdir / "go").touch()
     assert process.wait(DEADLINE) != 0
-    record = json.loads((place / "runs/r/run.json").read_bytes())
-    assert record["status"] == "interrupted" and record["step"] in (8, 9), log(place)
-    assert call(place, lmnotes_command, "train", *words(run="r", out_dir="runs", resume=True)) == 0, log(place)
-    both = figures(place, "r")
-    assert both.keys() == one.keys()
+    record = json.loads((workdir / "runs/r/run.json").read_bytes())
+    assert record["status"] == "interrupted" and record["step"] in (8, 9), read_log(workdir)
+    assert (
+        run_in_process(workdir, lmnotes_command, "train", *command_line_args(run="r", out_dir="runs", resume=True)) == 0
+    ), read_log(workdir)
+    both = figures(workdir, "r")
+    assert both.keys() == single_process_run.keys()
     for key, loss in both.items():
-        assert abs(loss - one[key]) <= 1e-5, (key, loss, one[key])
+        assert abs(loss - single_process_run[key]) <= 1e-5, (key, loss, single_process_run[key])
 
 
-def test_processes_started_by_the_command(place, one):
+def test_processes_started_by_the_command(workdir, single_process_run):
     "`--procs 2` starts them itself"
-    assert call(place, lmnotes_command, "train", *words(**CASE, procs=2)) == 0, log(place)
-    assert len(figures(place, "r")) == 12 and the_same(figures(place, "r"), one), log(place)
+    assert run_in_process(workdir, lmnotes_command, "train", *command_line_args(**CASE, procs=2)) == 0, read_log(
+        workdir
+    )
+    assert len(figures(workdir, "r")) == 12 and equal_losses(figures(workdir, "r"), single_process_run), read_log(
+        workdir
+    )

@@ -1,4 +1,4 @@
-"""The site: built once, without warnings; every link leads somewhere; and in a browser it shows what it should, without the network."""
+"""The documentation site: it builds without warnings, every link has a target, and a browser shows it without the network."""
 
 import ast
 import dataclasses
@@ -26,7 +26,7 @@ from pages import as_on_a_terminal, directives, fenced
 
 ROOT = Path(__file__).parent.parent
 
-# Parts: what a cell defines
+# Parts: definitions of a cell
 
 
 CELL = """
@@ -35,7 +35,7 @@ class Wide(Narrow, Low):
     "A `Wide` one"
 
     width: int = 1 << 4  # How wide; a | b
-    _hidden: int = 0  # Nobody's business
+    _hidden: int = 0  # Private
     kind: str = "x"
 
     def grow(self, by=1e-4):  # Metres -> metres
@@ -87,16 +87,16 @@ def test_definitions_are_read_from_the_source():
     assert ([p.name for p in door.fields], [p.comment for p in door.parameters]) == (["open"], ["Metres"])
 
 
-def test_a_table_has_only_the_columns_that_say_something():
+def test_tables_omit_empty_columns():
     wide = reference.definitions(CELL)[0]
     lines = notebook_page.table(wide.fields, "Field").split("\n")
-    assert lines[0] == "| Field | Type | Default | What it is |"
+    assert lines[0] == "| Field | Type | Default | Description |"
     assert lines[2] == r"| <code class='parameter'>width</code> | `int` | `1 << 4` | How wide; a \| b |"
-    assert notebook_page.table(wide.members[1].parameters).startswith("| Parameter | Default | What it is |")
+    assert notebook_page.table(wide.members[1].parameters).startswith("| Parameter | Default | Description |")
     assert notebook_page.table(wide.members[0].parameters) == ""
 
 
-def test_imports_are_known():
+def test_import_cells_are_recognized():
     assert reference.only_imports("import os\n_all_ = ['x']")
     assert not reference.only_imports("import os\nx = 1")
 
@@ -158,7 +158,7 @@ def test_names_in_code_become_links(names):
 # Parts: text
 
 
-def test_text_of_a_terminal():
+def test_terminal_text():
     assert as_on_a_terminal("\x1b[31m10%\r100%\x1b[0m\nend\n") == "100%\nend"
     assert fenced("```") == "````\n```\n````"
     assert directives("#| export\n#| code-fold: true\n\nx = 1") == ({"export": "true", "code-fold": "true"}, "x = 1")
@@ -176,7 +176,7 @@ def test_formulas_become_mathml_and_code_keeps_its_dollars():
     assert "$HOME" in convert("```\necho $HOME $x$\n```") and "<math" not in convert("```\n$x$\n```")
 
 
-def test_a_cell_without_a_title_is_refused(tmp_path):
+def test_notebook_without_a_title_is_rejected(tmp_path):
     (tmp_path / "x.ipynb").write_text('{"cells": [{"cell_type": "markdown", "metadata": {}, "source": "text"}]}')
     with pytest.raises(ValueError, match="must begin with `# Title`"):
         notebook_page.read(tmp_path / "x.ipynb", tmp_path)
@@ -215,19 +215,19 @@ class Links(HTMLParser):
 
 @pytest.fixture(scope="module")
 def pages(site):
-    "Path -> what is in it; MkDocs' own page for wrong addresses aside, which knows where it is published"
+    "Return {path: `Links`} of all pages except 404.html, which contains the address of the published site"
     return {path: Links(path) for path in sorted(site.rglob("*.html")) if path.name != "404.html"}
 
 
 def test_every_notebook_and_text_has_a_page(site, pages):
     expected = {notebook_page.read(path, ROOT / "nbs").page for path in build_docs.notebooks()}
-    expected |= {f"{name}.md" for name in build_docs.PROJECT_PAGES} | {"results.md"}
+    expected |= {build_docs.project_page(name) for name in build_docs.PROJECT_PAGES} | {"results.md"}
     expected |= {f"guides/{path.name}" for path in (ROOT / "docs/guides").glob("*.md")}
     found = {path.relative_to(site).with_suffix(".md").as_posix() for path in pages}
     assert found == expected
 
 
-def test_links_lead_somewhere(site, pages):
+def test_links_have_targets(site, pages):
     wrong = []
     for path, page in pages.items():
         for link in page.links + page.loads:
@@ -246,11 +246,11 @@ def test_ids_are_unique(site, pages):
         assert [id for id, count in Counter(page.ids).items() if count > 1] == [], path.relative_to(site)
 
 
-def test_nothing_is_loaded_from_elsewhere(pages):
+def test_pages_load_nothing_external(pages):
     assert not [link for page in pages.values() for link in page.loads if re.match("(https?:)?//", link)]
 
 
-def test_nbdevs_own_links_are_right_too(site, pages):
+def test_nbdev_links_have_targets(site, pages):
     "`nbdev` notes in lmnotes/_modidx.py where each definition is in the site"
     from lmnotes._modidx import d
 
@@ -264,14 +264,14 @@ def test_nbdevs_own_links_are_right_too(site, pages):
     assert not missing
 
 
-def test_no_page_shows_where_it_was_made(site):
+def test_no_page_contains_local_paths(site):
     for path in site.rglob("*.html"):
         text = path.read_text(encoding="utf-8")
         assert str(ROOT) not in text and str(site) not in text, path
 
 
 @pytest.mark.parametrize("link", ["nowhere.md", "index.md#nothing"])
-def test_a_link_that_leads_nowhere_stops_the_build(tmp_path, link):
+def test_a_broken_link_stops_the_build(tmp_path, link):
     (tmp_path / "pages").mkdir()
     (tmp_path / "pages/index.md").write_text(f"# Title\n\n[link]({link})\n")
     places = {"docs_dir": str(tmp_path / "pages"), "site_dir": str(tmp_path / "site")}
@@ -281,11 +281,11 @@ def test_a_link_that_leads_nowhere_stops_the_build(tmp_path, link):
         build_docs.make_site(tmp_path / "mkdocs.yml")
 
 
-def test_pages_do_not_share_a_name(tmp_path):
+def test_page_name_collision_is_rejected(tmp_path):
     one = notebook_page.read(ROOT / "nbs/nn/20_lm.ipynb", ROOT / "nbs")
     site = build_docs.Site(tmp_path)
     site.notebooks = [one, dataclasses.replace(one, path=Path("nbs/lm.ipynb"))]
-    with pytest.raises(ValueError, match="would both be lm.md; rename one of them"):
+    with pytest.raises(ValueError, match="would both be nn/lm.md. Rename one of them"):
         site.learn_names()
 
 
@@ -305,7 +305,7 @@ print([output for cell in notebook.cells for output in cell.get("outputs", []) i
 """
 
 
-def test_nbdevs_way_to_quarto_is_open(tmp_path):
+def test_quarto_export_works(tmp_path):
     shutil.copy(ROOT / "settings.ini", tmp_path)
     (tmp_path / "nbs").mkdir()
     shutil.copy(ROOT / "nbs/inference/51_evaluation.ipynb", tmp_path / "nbs")
@@ -353,7 +353,7 @@ def browser(home):
 
 @pytest.fixture
 def page(browser, home, request):
-    "A page that must do nothing wrong; by day, unless the test says `dark`"
+    "Yield a page that must cause no errors, in the light scheme unless the test passes `dark`"
     scheme = request.param if hasattr(request, "param") else "light"
     context = new_context(browser, color_scheme=scheme, reduced_motion="reduce")
     page = context.new_page()
@@ -365,7 +365,7 @@ def page(browser, home, request):
 
 def test_every_page_loads(page, home, site, pages):
     index = json.loads((site / "search/search_index.json").read_text(encoding="utf-8"))
-    little = index | {"docs": index["docs"][:1]}  # What is searched takes a second to prepare on each page
+    little = index | {"docs": index["docs"][:1]}  # Preparing the full index takes a second on each page
     page.route("**/search_index.json", lambda route: route.fulfill(json=little))
     for path in pages:
         address = home + path.relative_to(site).as_posix()
@@ -383,36 +383,36 @@ def test_search_finds_a_definition(page, home):
     first = page.locator(".md-search-result__item a").first
     first.wait_for()
     first.click()
-    page.wait_for_url("**/lm.html**")
+    page.wait_for_url("**/nn/lm.html**")
     assert page.locator("#parse_model_args").count() == 1
 
 
-def test_math_is_drawn(page, home):
-    page.goto(home + "layers.html")
+def test_math_is_rendered(page, home):
+    page.goto(home + "nn/layers.html")
     boxes = [formula.bounding_box() for formula in page.locator("math").all()[:5]]
     assert len(boxes) == 5 and all(box["width"] > 5 and box["height"] > 5 for box in boxes)
     assert page.locator("math msub").count() > 5
     assert "\\(" not in page.locator("article").inner_text()
 
 
-def test_folded_code_opens(page, home):
-    page.goto(home + "lm.html")
+def test_folded_code_expands(page, home):
+    page.goto(home + "nn/lm.html")
     code = page.locator("details.code").first.locator("pre")
     assert not code.is_visible()
     page.locator("details.code summary").first.click()
     assert code.is_visible()
     page.locator("button.fold-all").click()
     assert page.locator("details.code:not([open])").count() == 0
-    page.goto(home + "optim.html")
-    assert page.locator("details.code:not([open])").count() == 0  # The choice is kept
+    page.goto(home + "training/optim.html")
+    assert page.locator("details.code:not([open])").count() == 0  # The browser stores the choice
     page.locator("button.fold-all").click()
     assert page.locator("details.code[open]").count() == 0
 
 
-def test_a_name_leads_to_its_definition(page, home):
+def test_names_link_to_their_definitions(page, home):
     page.goto(home + "models/gpt.html")
     page.locator("article a.name", has_text="LMConfig").first.click()
-    page.wait_for_url("**/lm.html#lmconfig")
+    page.wait_for_url("**/nn/lm.html#lmconfig")
     assert "vocab_size" in page.locator("#lmconfig ~ div table").first.inner_text()
 
 
@@ -442,8 +442,8 @@ READ = {
 }
 
 
-@pytest.mark.parametrize("name", ["index", "lm", "looks", "train", "results"])
-def test_both_schemes_can_be_read(page, home, name):
+@pytest.mark.parametrize("name", ["index", "nn/lm", "inspect/tokens", "train", "results"])
+def test_contrast_in_both_color_schemes(page, home, name):
     page.goto(f"{home}{name}.html")
     backgrounds = []
     for scheme in ("default", "slate"):
@@ -459,8 +459,8 @@ def test_both_schemes_can_be_read(page, home, name):
 
 
 @pytest.mark.parametrize("page", ["dark"], indirect=True)
-def test_pictures_keep_a_light_ground_in_the_dark(page, home):
-    page.goto(home + "optim.html")
+def test_figures_have_a_light_background_in_dark_mode(page, home):
+    page.goto(home + "training/optim.html")
     assert page.locator("body").get_attribute("data-md-color-scheme") == "slate"
     picture = page.locator("article img.figure").first
     assert picture.evaluate("e => getComputedStyle(e).backgroundColor") == "rgb(255, 255, 255)"

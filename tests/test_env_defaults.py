@@ -1,4 +1,4 @@
-"""The guide's environment variables, one by one: the default of each in every mode, and what another value changes."""
+"""Environment variables of the fresh-or-resume guide: the default of each in every mode, and the effect of another value."""
 
 import os
 import random
@@ -37,8 +37,8 @@ TINY = dict(
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    "An empty folder that is the current one, but for a text; and an environment that says nothing of its own"
+def workdir(tmp_path, monkeypatch):
+    "Return the current folder, which holds only a text, with a clean environment"
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("LMNOTES_")]:
         monkeypatch.delenv(name)
@@ -103,16 +103,16 @@ def test_every_default(mode):
     assert {name: type(config[name]) for name in known} == {name: type(value) for name, value in known.items()}
 
 
-def test_nothing_set_is_from_scratch():
+def test_default_model_type_is_from_scratch():
     assert load_config_fresh_from_env({}) == load_config_fresh_from_env(MODES["from_scratch"])
 
 
-def test_an_empty_variable_is_not_set():
+def test_empty_variable_counts_as_unset():
     empty = {name.upper(): " " for name in ALL}
     assert load_config_fresh_from_env(empty) == load_config_fresh_from_env({})
 
 
-# What no variable sets: 100 warm-up steps are 2% of 5,000
+# Parameters that no variable sets: 100 warm-up steps are 2% of 5,000
 RECIPE = dict(split="first90", sampler="random", seed=1337, dtype="float32", prompt="")
 RECIPE |= dict(optimizer="adamw", weight_decay=0.01, betas="0.9 0.999", schedule="constant", warmup=0.0, clip=0.0)
 TUNED = RECIPE | dict(prompt="QUESTION: ", warmup=100.0)
@@ -129,7 +129,7 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_recipe_of_the_guide(name):
+def test_recipe_matches_the_guide(name):
     "Optimizer, clipping, warm-up, seed and split"
     variables, expected = RECIPES[name]
     params = to_run_params(load_config_fresh_from_env(variables))
@@ -180,24 +180,24 @@ EFFECTS = dict(
 
 
 def changes(before, after):
-    "{name: value after} of all that is not the same"
+    "Return {name: new value} of everything that differs"
     names = [name for name in before | after if before.get(name) != after.get(name)]
     return {name: after.get(name) for name in names}
 
 
 @pytest.mark.parametrize("field", EFFECTS)
-def test_a_variable_changes_the_run(field, place):
+def test_a_variable_changes_the_run(field, workdir):
     "Its own field, and the parameters in the table and no others"
     beside, value, expected = EFFECTS[field]
     a, b = (load_config_fresh_from_env(beside | more) for more in ({}, {field.upper(): value}))
     assert vars(a)[field] != vars(b)[field]
     before, after = to_run_params(a), to_run_params(b)
     if "out_dir" in expected:
-        expected = dict(out_dir=str(place / expected["out_dir"]))
+        expected = dict(out_dir=str(workdir / expected["out_dir"]))
     assert changes(before, after) == expected
 
 
-# What a variable changes in the files that a session leaves, and in the text it asks for
+# Effects of a variable on the files and the generated text of a session
 
 SEEN = dict(log="logs", output="outputs", test="false", prompt="", n=300, temperature=0.7, top_k=50)
 WRITTEN = dict(
@@ -213,8 +213,8 @@ WRITTEN = dict(
 NOT_SET = dict(start_step="0, or the step of the checkpoint that CHECKPOINT_PATH names")
 
 
-def session(place, monkeypatch, **variables):
-    "Train as the variables say; the run, and what can be seen of it"
+def session(workdir, monkeypatch, **variables):
+    "Train with the variables set, and return the run and its visible effects"
     asked = {}
 
     def generate(run, prompts="", n=200, **sampling):
@@ -223,41 +223,41 @@ def session(place, monkeypatch, **variables):
 
     monkeypatch.setattr(Run, "generate", generate)
     run = from_env(TINY | variables)
-    (log,) = place.glob("*/*training_log_*.log")
-    output = next(place.glob("*/build_llm_output_*.txt"), None)
+    (log,) = workdir.glob("*/*training_log_*.log")
+    output = next(workdir.glob("*/build_llm_output_*.txt"), None)
     tested = output and output.name.partition("_test=")[2].partition("_")[0]
     return run, dict(log=log.parent.name, output=output and output.parent.name, test=tested, **asked)
 
 
-def test_a_session_with_the_defaults(place, monkeypatch, capsys):
-    assert session(place, monkeypatch)[1] == SEEN
+def test_a_session_with_the_defaults(workdir, monkeypatch, capsys):
+    assert session(workdir, monkeypatch)[1] == SEEN
     assert "note: below 5 million parameters" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("field", WRITTEN)
-def test_a_variable_changes_what_is_written(field, place, monkeypatch):
+def test_variables_change_the_output_files(field, workdir, monkeypatch):
     value, expected = WRITTEN[field]
-    assert changes(SEEN, session(place, monkeypatch, **{field.upper(): value})[1]) == expected
+    assert changes(SEEN, session(workdir, monkeypatch, **{field.upper(): value})[1]) == expected
 
 
-def test_start_step_is_the_checkpoints(place, monkeypatch):
-    "No variable says it; what follows from it is the number of steps in all, and the log's name"
+def test_start_step_comes_from_the_checkpoint(workdir, monkeypatch):
+    "No variable sets it. It determines the total number of steps and the name of the log"
     assert load_config_fresh_from_env(dict(START_STEP="7")).start_step == 0
     config = load_config_fresh_from_env({})
     more = changes(to_run_params(config), to_run_params(replace(config, start_step=7)))
     assert more == dict(steps=5007, save_every=5007)
-    first, _ = session(place, monkeypatch)
-    for log in place.glob("logs/*"):
+    first, _ = session(workdir, monkeypatch)
+    for log in workdir.glob("logs/*"):
         log.unlink()
-    second, _ = session(place, monkeypatch, CHECKPOINT_PATH=str(first.folder), RESUME_STEPS="3")
-    (log,) = place.glob("logs/*")
+    second, _ = session(workdir, monkeypatch, CHECKPOINT_PATH=str(first.folder), RESUME_STEPS="3")
+    (log,) = workdir.glob("logs/*")
     assert second.step == 5 and log.name.startswith("resume_training_log_")
     assert log.read_text().startswith("Resuming from step 2 - ")
 
 
-def test_a_resumed_session_has_its_own_defaults(place, monkeypatch):
-    "RESUME_STEPS is 5000, checkpoints are kept, and all else is as in the session before"
-    first, _ = session(place, monkeypatch)
+def test_a_resumed_session_has_its_own_defaults(workdir, monkeypatch):
+    "RESUME_STEPS is 5000, checkpoints stay, and everything else is as in the session before"
+    first, _ = session(workdir, monkeypatch)
     configs = []
 
     def look(checkpoint, environ):
@@ -289,20 +289,20 @@ EVERYTHING = dict(
 )
 
 
-def test_all_values_reach_the_run_and_the_output_file(place, monkeypatch, capsys):
+def test_all_values_reach_the_run_and_the_output_file(workdir, monkeypatch, capsys):
     "The run's own record has each parameter, the output file each field, and the adapters on a small model are remarked on"
-    run, _ = session(place, monkeypatch, **EVERYTHING)
+    run, _ = session(workdir, monkeypatch, **EVERYTHING)
     config = load_config_fresh_from_env(TINY | EVERYTHING)
     params = to_run_params(config)
     assert {name: vars(run.config)[name] for name in params} == params
-    assert run.folder.parent == place / "kept"
-    (output,) = place.glob("outputs/*.txt")
+    assert run.folder.parent == workdir / "kept"
+    (output,) = workdir.glob("outputs/*.txt")
     lines = output.read_text().partition("\n\nOUTPUT\n")[0].splitlines()[2:]
     assert lines == [f"{name} = {value}" for name, value in vars(config).items()]
     assert "note: below 5 million parameters" in capsys.readouterr().out
 
 
-def test_no_field_is_without_a_test():
+def test_every_field_has_a_test():
     assert set(EFFECTS) | set(WRITTEN) | set(NOT_SET) == ALL
     assert not set(NOT_SET) & (set(EFFECTS) | set(WRITTEN))
 
@@ -310,8 +310,8 @@ def test_no_field_is_without_a_test():
 # The note on small models
 
 
-def said_of(lm, capsys, rank=0):
-    "What the report says of a model, over two steps"
+def report_of(lm, capsys, rank=0):
+    "Return the report on a model over two steps"
     report = ParameterReport()
     for _ in range(2):
         report.after_step(SimpleNamespace(lm=lm, rank=rank))  # All that it looks at of a trainer
@@ -324,21 +324,21 @@ def model(vocab_size, lora):
 
 
 @pytest.mark.parametrize("lora", [True, False])
-def test_the_note_is_for_adapters_on_a_small_model(lora, capsys):
-    said = said_of(model(100, lora), capsys)
-    assert said.count("parameters: total ") == 1
-    assert said.count("note: below 5 million parameters") == lora
+def test_small_model_note_only_with_adapters(lora, capsys):
+    captured_output = report_of(model(100, lora), capsys)
+    assert captured_output.count("parameters: total ") == 1
+    assert captured_output.count("note: below 5 million parameters") == lora
 
 
-def test_the_note_ends_at_five_million(capsys):
+def test_small_model_note_limit_is_five_million(capsys):
     "A token more is 133 parameters more: two rows of 64, a bias, and 4 of the adapter"
     few = parameter_statistics(model(100, True))["total"]
     most = 100 + (4_999_999 - few) // 133
     sizes = [parameter_statistics(model(size, True))["total"] for size in (most, most + 1)]
     assert sizes[0] < 5_000_000 <= sizes[1] == sizes[0] + 133
-    notes = [said_of(model(size, True), capsys).count("note: below 5 million") for size in (most, most + 1)]
+    notes = [report_of(model(size, True), capsys).count("note: below 5 million") for size in (most, most + 1)]
     assert notes == [1, 0]
 
 
 def test_only_the_first_process_reports(capsys):
-    assert said_of(model(100, True), capsys, rank=1) == ""
+    assert report_of(model(100, True), capsys, rank=1) == ""

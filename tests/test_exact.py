@@ -1,10 +1,10 @@
-"""A run that was stopped, anywhere and often, leaves behind what a run leaves behind that never was."""
+"""A run that was stopped anywhere, also many times, writes the same results as an uninterrupted run."""
 
 import itertools
 import shutil
 
 import pytest
-from helpers import TINY, call, differences, left_behind, log, train
+from helpers import TINY, differences, read_log, run_in_process, run_results, train
 
 from lmnotes.data.batches import EpochBatches, get_batches
 from lmnotes.runs.config import RunConfig
@@ -20,46 +20,46 @@ CASES = {
     for (t, tokenizer), (s, sampler) in itertools.product(enumerate(TOKENIZERS), enumerate(SAMPLERS))
 }
 CASES["early stop"] = dict(optimizer="adamw", lr=0.1, patience=2, eval_every=4)
-# After these steps what was stopped also goes on to the end without another stop: after all of them in three cases.
+# After these steps the stopped run is also resumed to the end without another stop: after all of them in three cases.
 BRANCHES = dict.fromkeys(CASES, range(2, 40, 4)) | dict.fromkeys(
     ["bytes random", "bpe:300 epochs", "early stop"], range(40)
 )
 
 
-def begin(place, case, *stops, run="r"):
-    "A new run, to its first stop or to its end"
-    assert call(place, train, *stops, **case | dict(run=run)) == (130 if stops else 0), log(place)
-    return place / "runs" / run
+def start_run(workdir, case, *stops, run="r"):
+    "Start a run and train to its first stop or its end"
+    assert run_in_process(workdir, train, *stops, **case | dict(run=run)) == (130 if stops else 0), read_log(workdir)
+    return workdir / "runs" / run
 
 
-def go_on(place, *stops, run="r", **params):
-    "A run resumed in a new process, to its next stop or to its end"
-    assert call(place, train, *stops, **params, run=run, out_dir="runs", resume=True) == (130 if stops else 0), log(
-        place
-    )
-    return place / "runs" / run
+def resume(workdir, *stops, run="r", **params):
+    "Resume a run in a new process, to its next stop or its end"
+    assert run_in_process(workdir, train, *stops, **params, run=run, out_dir="runs", resume=True) == (
+        130 if stops else 0
+    ), read_log(workdir)
+    return workdir / "runs" / run
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_stopped_at_every_step(place, name):
-    "One run is stopped after every step and goes on in a new process; copies of it go on to the end at once"
+def test_stop_and_resume_at_every_step(workdir, name):
+    "One run is stopped after every step and resumed in a new process. Copies of it are resumed to the end"
     case = TINY | CASES[name]
-    whole = left_behind(begin(place, case))
-    chain = begin(place, case, 1, run="chain")
+    whole = run_results(start_run(workdir, case))
+    chain = start_run(workdir, case, 1, run="chain")
     for step in range(1, whole["step"]):
         assert (chain / "interrupted").read_text() == f"step_{step:08d}\n"
         if step in BRANCHES[name]:
-            shutil.copytree(chain, place / "runs/copy")
-            seen = differences(whole, left_behind(go_on(place, run="copy")))
+            shutil.copytree(chain, workdir / "runs/copy")
+            seen = differences(whole, run_results(resume(workdir, run="copy")))
             assert not seen, f"after stops up to step {step}, these differ: {seen}"
-            shutil.rmtree(place / "runs/copy")
-        go_on(place, *([step + 1] if step + 1 < whole["step"] else []), run="chain")
-    assert not differences(whole, left_behind(chain))
+            shutil.rmtree(workdir / "runs/copy")
+        resume(workdir, *([step + 1] if step + 1 < whole["step"] else []), run="chain")
+    assert not differences(whole, run_results(chain))
 
 
-def test_the_cases_are_what_they_say(place, monkeypatch):
-    "Two epochs end within the run, in the middle of a batch; early stopping stops it"
-    monkeypatch.chdir(place)
+def test_cases_use_their_features(workdir, monkeypatch):
+    "Two epochs end within the run, in the middle of a batch, and early stopping stops it"
+    monkeypatch.chdir(workdir)
     for name, case in CASES.items():
         cfg = RunConfig(**TINY | case)
         tokens = load_data(cfg, log_fn=None).tokens["train"]
@@ -67,36 +67,36 @@ def test_the_cases_are_what_they_say(place, monkeypatch):
         if cfg.sampler in ("epochs", "documents"):
             assert 2 * steps_per_epoch < 40 and steps_per_epoch % 1, name
         assert len(tokens.domains) == 2
-    whole = left_behind(begin(place, TINY | CASES["early stop"]))
+    whole = run_results(start_run(workdir, TINY | CASES["early stop"]))
     assert whole["status"] == "early_stop" and 20 < whole["step"] < 40
 
 
 @pytest.mark.parametrize("step", [1, 10, 15, 23, 39])
-def test_stopped_once(place, step):
+def test_one_stop_and_resume(workdir, step):
     "At a first step, with a checkpoint and an evaluation, with a sample, between, and before the last"
-    whole = left_behind(begin(place, TINY))
-    begin(place, TINY, step, run="once")
-    assert not differences(whole, left_behind(go_on(place, run="once")))
+    whole = run_results(start_run(workdir, TINY))
+    start_run(workdir, TINY, step, run="once")
+    assert not differences(whole, run_results(resume(workdir, run="once")))
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_stopped_in_bfloat16(place, optimizer):
+def test_stop_and_resume_in_bfloat16(workdir, optimizer):
     "The dtype that most machines choose by themselves"
     case = TINY | dict(dtype="bfloat16", optimizer=optimizer)
-    whole = left_behind(begin(place, case))
-    begin(place, case, 17, run="once")
-    assert not differences(whole, left_behind(go_on(place, run="once")))
+    whole = run_results(start_run(workdir, case))
+    start_run(workdir, case, 17, run="once")
+    assert not differences(whole, run_results(resume(workdir, run="once")))
 
 
-def test_stopped_after_the_last_step(place):
-    whole = left_behind(begin(place, TINY))
-    stopped = begin(place, TINY, 40, run="stopped")
+def test_stop_after_the_last_step(workdir):
+    whole = run_results(start_run(workdir, TINY))
+    stopped = start_run(workdir, TINY, 40, run="stopped")
     assert (stopped / "interrupted").exists()
-    assert not differences(whole, left_behind(go_on(place, run="stopped")))
+    assert not differences(whole, run_results(resume(workdir, run="stopped")))
 
 
 def _forget(key):
-    "Go on without a part of the saved state"
+    "Resume without a part of the saved state"
 
     def load_state_dict(t, state):
         t.step = state["step"]
@@ -135,13 +135,15 @@ def train_without(what, **params):
 
 
 @pytest.mark.parametrize("what", ABLATIONS)
-def test_the_comparison_is_sharp(place, what):
-    "What a resume could forget is seen in the comparison"
+def test_comparison_detects_each_missing_state(workdir, what):
+    "The comparison detects every state that a resume could forget"
     case = TINY | dict(sampler="epochs")
-    whole = left_behind(begin(place, case))
-    begin(place, case, 13, run="again")
-    assert call(place, train_without, what, run="again", out_dir="runs", resume=True) == 0, log(place)
-    seen = differences(whole, left_behind(place / "runs/again"))
+    whole = run_results(start_run(workdir, case))
+    start_run(workdir, case, 13, run="again")
+    assert run_in_process(workdir, train_without, what, run="again", out_dir="runs", resume=True) == 0, read_log(
+        workdir
+    )
+    seen = differences(whole, run_results(workdir / "runs/again"))
     expected = dict(nothing=[], counters=["metrics"], metrics=["metrics"]).get(what, ["final weights", "metrics"])
     assert set(expected) <= set(seen) and bool(seen) == (what != "nothing"), seen
 
@@ -169,11 +171,11 @@ ARCHITECTURES = {
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_each_architecture(place, name):
+def test_each_architecture(workdir, name):
     "Stopped after a few steps, each time in a new process"
     case = TINY | dict(arch=name, optimizer="adamw") | ARCHITECTURES[name]
-    whole = left_behind(begin(place, case))
-    begin(place, case, 3, run="chain")
+    whole = run_results(start_run(workdir, case))
+    start_run(workdir, case, 3, run="chain")
     for stop in (10, 17, 38):
-        go_on(place, stop, run="chain")
-    assert not differences(whole, left_behind(go_on(place, run="chain")))
+        resume(workdir, stop, run="chain")
+    assert not differences(whole, run_results(resume(workdir, run="chain")))

@@ -39,25 +39,25 @@ NANOTHINK = (
 
 
 def trained(folder, **params):
-    "A tiny run; its text, tokenizer and runs are all inside `folder`"
+    "Return a tiny run, whose text, tokenizer and runs are all inside `folder`"
     if not (folder / "corpus").exists():
         write_corpus(folder / "corpus")
     return run(**SMALL | dict(data=str(folder / "corpus"), out_dir=str(folder / "runs")) | params)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def workdir(tmp_path_factory):
     return tmp_path_factory.mktemp("private-folder")
 
 
 @pytest.fixture(scope="module")
-def r(place):
-    return trained(place)
+def r(workdir):
+    return trained(workdir)
 
 
 @pytest.fixture(scope="module")
-def exported(r, place):
-    return export(r, place / "exported", state_dict="best_model.pth")
+def exported(r, workdir):
+    return export(r, workdir / "exported", state_dict="best_model.pth")
 
 
 # It works alone
@@ -78,7 +78,7 @@ assert len(ours) > 5 and not strange, strange
 """
 
 
-def alone(folder, tmp_path):
+def run_exported(folder, tmp_path):
     "(logits, greedy text) of a copy of an exported folder, in a process that sees no other lmnotes"
     copy = tmp_path / "elsewhere"
     shutil.copytree(folder, copy)
@@ -90,15 +90,15 @@ def alone(folder, tmp_path):
 
 
 @torch.no_grad()
-def here(r, lm=None):
+def local_logits(r, lm=None):
     "(logits, greedy text) of a run"
     lm = (lm or r.lm).eval()
     return lm(torch.arange(12)[None] * 3 % lm.cfg.vocab_size), r.generate("3: ", 30, temperature=0)
 
 
-def test_the_same_logits_and_the_same_text(r, exported, tmp_path):
-    logits, text = alone(exported, tmp_path)
-    assert torch.equal(logits, here(r)[0]) and text == here(r)[1] and text
+def test_exported_model_gives_the_same_logits_and_text(r, exported, tmp_path):
+    logits, text = run_exported(exported, tmp_path)
+    assert torch.equal(logits, local_logits(r)[0]) and text == local_logits(r)[1] and text
 
 
 @pytest.mark.parametrize(
@@ -130,27 +130,27 @@ def test_the_same_logits_and_the_same_text(r, exported, tmp_path):
         "chars",
     ],
 )
-def test_other_models_and_tokenizers(params, place, tmp_path):
+def test_other_models_and_tokenizers(params, workdir, tmp_path):
     name = params.get("arch", params.get("tokenizer", "gpt").partition(":")[0])
-    r = trained(place, **dict(run=name, steps=5) | params)
+    r = trained(workdir, **dict(run=name, steps=5) | params)
     folder = export(r, tmp_path / name)
-    logits, text = alone(folder, tmp_path)
-    torch.testing.assert_close(logits, here(r)[0], atol=1e-6, rtol=1e-5)
-    assert text == here(r)[1]
+    logits, text = run_exported(folder, tmp_path)
+    torch.testing.assert_close(logits, local_logits(r)[0], atol=1e-6, rtol=1e-5)
+    assert text == local_logits(r)[1]
     models = {type(m).__module__.rpartition(".")[2] for m in r.lm.modules() if isinstance(m, LM)}
     assert {p.stem for p in (folder / "lmnotes/models").glob("*.py")} == models | {"__init__"}
     packages = re.search(r"pip install (.*)", (folder / "README.md").read_text())[1].split()
     assert ("transformers" in packages) == (name == "gpt2") and ("tokenizers" in packages) == (name == "bpe")
 
 
-def test_adapters_become_part_of_the_weights(r, place, tmp_path):
-    a = trained(place, run="adapted", init_from=str(r.folder), lora_rank=2, lr=0.01, optimizer="adamw", steps=10)
-    assert not torch.equal(here(a)[0], here(r)[0])
+def test_adapters_become_part_of_the_weights(r, workdir, tmp_path):
+    a = trained(workdir, run="adapted", init_from=str(r.folder), lora_rank=2, lr=0.01, optimizer="adamw", steps=10)
+    assert not torch.equal(local_logits(a)[0], local_logits(r)[0])
     folder = export(a, tmp_path / "adapted")
-    logits, _ = alone(folder, tmp_path)
-    assert torch.equal(logits, here(a, merge_and_unload(a.lm))[0])
+    logits, _ = run_exported(folder, tmp_path)
+    assert torch.equal(logits, local_logits(a, merge_and_unload(a.lm))[0])
     assert not [name for name in load_file(folder / "model.safetensors") if "lora" in name]
-    assert "rank 2, added to the weights of r" in (folder / "README.md").read_text()
+    assert "rank 2, merged into r" in (folder / "README.md").read_text()
 
 
 THINKING = """
@@ -163,8 +163,8 @@ with torch.no_grad():
 """
 
 
-def test_a_model_that_thinks_thinks_longer_when_asked(place, tmp_path):
-    r = trained(place, run="thinker", arch="bytepatch", model_args=SHAPE + " d_byte=16 ngram_rows=64", steps=5)
+def test_thinking_steps_can_be_raised(workdir, tmp_path):
+    r = trained(workdir, run="thinker", arch="bytepatch", model_args=SHAPE + " d_byte=16 ngram_rows=64", steps=5)
     folder = export(r, tmp_path / "thinker")
     subprocess.run(
         [sys.executable, "-c", THINKING, str(folder), str(tmp_path / "logits.pt")], check=True, timeout=DEADLINE
@@ -184,7 +184,7 @@ def test_the_plain_weights_are_those_of_the_model(r, exported):
     assert all(torch.equal(t, r.lm.state_dict()[name]) for name, t in weights.items())
 
 
-def test_its_script_writes_text_and_leaves_nothing_that_is_uploaded(exported, tmp_path, capsys):
+def test_exported_script_generates_and_leaves_no_files(exported, tmp_path, capsys):
     copy = shutil.copytree(exported, tmp_path / "copy")
     command = [sys.executable, str(copy / "generate.py"), "3: ", "--n", "20", "--top-k", "5"]
     env = {n: v for n, v in os.environ.items() if n != "PYTHONDONTWRITEBYTECODE"}
@@ -198,9 +198,9 @@ def test_its_script_writes_text_and_leaves_nothing_that_is_uploaded(exported, tm
 # What it tells
 
 
-def test_no_file_names_this_machine(exported, place):
+def test_no_file_contains_local_paths(exported, workdir):
     words = [
-        str(place),
+        str(workdir),
         "private-folder",
         str(Path.home()) + "/",
         str(Path(sys.prefix)),
@@ -213,7 +213,7 @@ def test_no_file_names_this_machine(exported, place):
             assert not told, f"{path.name} says {told}"
 
 
-def test_the_card(r, exported):
+def test_model_card(r, exported):
     import yaml
     from huggingface_hub import ModelCard
 
@@ -231,25 +231,25 @@ def test_the_card(r, exported):
     assert (exported / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_its_command_trains_the_same_model(r, exported, place):
+def test_model_card_command_trains_the_same_model(r, exported, workdir):
     command = re.search(r"^lmnotes train .*$", (exported / "README.md").read_text(), re.M)[0]
-    again = shlex.split(command)[1:] + ["--data", str(place / "corpus"), "--out-dir", str(place / "again")]
+    again = shlex.split(command)[1:] + ["--data", str(workdir / "corpus"), "--out-dir", str(workdir / "again")]
     assert "--data corpus" in command
     assert lmnotes_command(*again, "--device", "cpu") == 0
-    new = load(place / "again" / "r")
+    new = load(workdir / "again" / "r")
     assert all(torch.equal(a, b) for a, b in zip(new.lm.parameters(), r.lm.parameters()))
 
 
-def test_a_file_read_as_bytes_is_named_as_such(place, tmp_path):
-    (place / "raw.dat").write_bytes(bytes(range(256)) * 20)
-    r = trained(place, run="raw", data=f"bytes:{place / 'raw.dat'}", steps=5)
+def test_model_card_names_byte_data(workdir, tmp_path):
+    (workdir / "raw.dat").write_bytes(bytes(range(256)) * 20)
+    r = trained(workdir, run="raw", data=f"bytes:{workdir / 'raw.dat'}", steps=5)
     folder = export(r, tmp_path / "raw")
     assert "--data bytes:raw.dat" in (folder / "README.md").read_text()
-    assert not [p for p in folder.rglob("*.*") if p.is_file() and str(place).encode() in p.read_bytes()]
+    assert not [p for p in folder.rglob("*.*") if p.is_file() and str(workdir).encode() in p.read_bytes()]
 
 
-def test_an_older_step_has_its_own_weights_and_figures(place, tmp_path):
-    r = trained(place, run="worse", lr=0.3, optimizer="adamw", schedule="constant", seed=1, steps=35)
+def test_export_of_an_older_step(workdir, tmp_path):
+    r = trained(workdir, run="worse", lr=0.3, optimizer="adamw", schedule="constant", seed=1, steps=35)
     best = load(r.folder, "best")
     assert best.step < r.step, "this run was to get worse"
     folder = export(r, tmp_path / "best", which="best")
@@ -264,16 +264,16 @@ def test_an_older_step_has_its_own_weights_and_figures(place, tmp_path):
 # The folder
 
 
-def test_a_folder_with_something_else_is_refused(r, exported, tmp_path):
+def test_nonempty_folder_is_rejected(r, exported, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("x")
-    with pytest.raises(ValueError, match="holds something else than an exported model; name a new folder"):
+    with pytest.raises(ValueError, match="is not empty and not an exported model. Choose a new folder"):
         export(r, tmp_path / "mine")
     with pytest.raises(ValueError, match="is a file"):
         export(r, tmp_path / "mine/notes.txt")
     copy = shutil.copytree(exported, tmp_path / "copy")
     (copy / "more.txt").write_text("x")
-    with pytest.raises(ValueError, match="more.txt changed since the export, and would be lost"):
+    with pytest.raises(ValueError, match="more.txt changed since the export. Move these files"):
         export(r, copy)
     (copy / "more.txt").unlink()
     (copy / "config.json").unlink()
@@ -290,14 +290,14 @@ def test_an_earlier_export_is_replaced_by_the_same_bytes(r, exported, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty"]
 
 
-def test_what_fails_leaves_nothing_and_takes_nothing(r, tmp_path, monkeypatch):
+def test_failed_export_changes_no_files(r, tmp_path, monkeypatch):
     folder = export(r, tmp_path / "model")
     before = read_manifest(folder)
 
     def fails(*args):
         raise OSError("no space left on device")
 
-    for name in ("model_card", "_replace_folder", "fsync_path"):
+    for name in ("model_card", "replace_folder", "fsync_path"):
         with monkeypatch.context() as patched:
             patched.setattr(module, name, fails)
             for target in (folder, tmp_path / "new"):
@@ -308,7 +308,7 @@ def test_what_fails_leaves_nothing_and_takes_nothing(r, tmp_path, monkeypatch):
         assert read_manifest(folder) == before
 
 
-def test_a_name_that_cannot_be_taken_leaves_the_earlier_export(r, tmp_path, monkeypatch):
+def test_failed_rename_keeps_the_earlier_export(r, tmp_path, monkeypatch):
     folder = export(r, tmp_path / "model")
     before, real = read_manifest(folder), os.replace
 
@@ -324,14 +324,14 @@ def test_a_name_that_cannot_be_taken_leaves_the_earlier_export(r, tmp_path, monk
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
-def test_what_cannot_be_exported(r, place, tmp_path):
+def test_unexportable_models_are_rejected(r, workdir, tmp_path):
     for name in ("../best.pth", "model.safetensors", "README.md", "manifest.json", "..", "lmnotes", ".pth", "a/b.pt"):
-        with pytest.raises(ValueError, match="is not the name of a .pt or .pth file; write it like best_model.pth"):
+        with pytest.raises(ValueError, match="is not the name of a .pt or .pth file, such as best_model.pth"):
             export(r, tmp_path / "x", state_dict=name)
     with pytest.raises(ValueError, match="no such run"):
-        export(place / "nothing", tmp_path / "x")
-    dry = trained(place, run="dry", dry_run=True)
-    with pytest.raises(ValueError, match="a dry run leaves nothing"):
+        export(workdir / "nothing", tmp_path / "x")
+    dry = trained(workdir, run="dry", dry_run=True)
+    with pytest.raises(ValueError, match="a dry run saves nothing"):
         export(dry, tmp_path / "x")
     broken = load(r.folder)
     next(broken.lm.parameters()).data[0, 0] = torch.nan
@@ -340,13 +340,13 @@ def test_what_cannot_be_exported(r, place, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_imports_inside_functions_go_along():
+def test_imports_inside_functions_are_exported():
     names = {p.relative_to(module._ROOT).as_posix() for p in source_files("lmnotes.nn.lm")}
     assert "lmnotes/models/__init__.py" in names  # `archs` imports it when it is called
     assert "lmnotes/nn/lm.py" in names and not any(name.startswith("lmnotes/runs/") for name in names)
 
 
-def test_the_commands(r, tmp_path, capsys):
+def test_commands(r, tmp_path, capsys):
     to = tmp_path / "model"
     words = "export", "--run", r.folder, "--to", to, "--which", "best", "--state-dict", "best_model.pth"
     assert lmnotes_command(*words) == 0 and (to / "best_model.pth").exists()
@@ -361,7 +361,7 @@ def test_the_commands(r, tmp_path, capsys):
 
 
 class Hub(BaseHTTPRequestHandler):
-    "As much of a hub as it takes to make a repository and commit files to it; names of repositories choose what goes wrong"
+    "Minimal hub that creates repositories and accepts commits. The repository name selects the error"
 
     protocol_version = "HTTP/1.1"
 
@@ -379,7 +379,7 @@ class Hub(BaseHTTPRequestHandler):
     do_POST = do_PUT = do_GET = do_HEAD = handle_any
 
     def answer(self, body):
-        here, path = f"http://127.0.0.1:{self.server.server_address[1]}", self.path.split("?")[0]
+        address, path = f"http://127.0.0.1:{self.server.server_address[1]}", self.path.split("?")[0]
         if path.startswith("/storage/"):
             if self.server.storage_fails:
                 return 403, {}
@@ -394,7 +394,7 @@ class Hub(BaseHTTPRequestHandler):
             wrong = dict(unauthorized=401, forbidden=403, missing=404, teapot=418).get(name)
             if wrong:
                 return wrong, dict(error=f"what the hub says of {self.headers['Authorization']}")
-            return 200, dict(url=f"{here}/me/{name}")
+            return 200, dict(url=f"{address}/me/{name}")
         if "/preupload/" in path:
             files = [dict(path=f["path"], shouldIgnore=False) for f in json.loads(body)["files"]]
             large = (".safetensors", ".pth", ".png")
@@ -403,11 +403,13 @@ class Hub(BaseHTTPRequestHandler):
         if path.endswith("/info/lfs/objects/batch"):
             objects = json.loads(body)["objects"]
             for o in objects:
-                o["actions"] = dict(upload=dict(href=f"{here}/storage/{o['oid']}"), verify=dict(href=f"{here}/verify"))
+                o["actions"] = dict(
+                    upload=dict(href=f"{address}/storage/{o['oid']}"), verify=dict(href=f"{address}/verify")
+                )
             return 200, dict(transfer="basic", objects=objects)
         if "/commit/" in path:
             self.server.commits.append([json.loads(line) for line in body.decode().splitlines()])
-            return 200, dict(success=True, commitUrl=f"{here}/me/ok/commit/{'0' * 40}", commitOid="0" * 40)
+            return 200, dict(success=True, commitUrl=f"{address}/me/ok/commit/{'0' * 40}", commitOid="0" * 40)
         return 404, dict(error="no such page")
 
     def log_message(self, *args):
@@ -436,7 +438,7 @@ for repo in sys.argv[2:]:
 
 
 def uploading(folder, home, *repos, port=9, **environment):
-    "What a new process says that uploads a folder to each of some repositories"
+    "Return the output of a new process that uploads a folder to several repositories"
     clean = {n: v for n, v in os.environ.items() if not n.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "LMNOTES_"))}
     clean = {n: v for n, v in clean.items() if not n.lower().endswith("_proxy")}
     clean |= dict(HF_HOME=str(home), HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_XET="1", NO_PROXY="127.0.0.1")
@@ -465,12 +467,12 @@ def received(hub):
     return files
 
 
-def test_what_is_uploaded_is_what_was_exported(hub, exported, tmp_path):
-    said = uploading(exported, tmp_path, "me/ok", port=hub.server_address[1], HF_TOKEN=TOKEN)
+def test_uploaded_files_equal_exported_files(hub, exported, tmp_path):
+    output = uploading(exported, tmp_path, "me/ok", port=hub.server_address[1], HF_TOKEN=TOKEN)
     files = {p.relative_to(exported).as_posix(): p.read_bytes() for p in exported.rglob("*") if p.is_file()}
     assert received(hub) == files
     assert {"best_model.pth", "README.md", "generate.py", "lmnotes/models/gpt.py"} <= files.keys()
-    assert str(sorted(files)) in said and "/me/ok/commit/" in said
+    assert str(sorted(files)) in output and "/me/ok/commit/" in output
     header = hub.commits[-1][0]
     assert header["key"] == "header" and header["value"]["summary"] == "exported, step 20"
     create = next(json.loads(body) for _, path, _, body in hub.asked if path == "/api/repos/create")
@@ -478,7 +480,7 @@ def test_what_is_uploaded_is_what_was_exported(hub, exported, tmp_path):
     assert create.get("private") is True or create.get("visibility") == "private"
 
 
-def test_the_token_goes_nowhere_but_into_its_header(hub, exported, tmp_path):
+def test_token_appears_only_in_its_header(hub, exported, tmp_path):
     uploading(exported, tmp_path, "me/ok", port=hub.server_address[1], HF_TOKEN=TOKEN)
     assert len(hub.asked) > 5
     for method, path, headers, body in hub.asked:
@@ -492,32 +494,32 @@ def test_the_token_goes_nowhere_but_into_its_header(hub, exported, tmp_path):
     assert written == []
 
 
-def test_the_token_of_a_login(hub, exported, tmp_path):
+def test_token_from_a_login(hub, exported, tmp_path):
     (tmp_path / "token").write_text(TOKEN)
-    said = uploading(exported, tmp_path, "me/ok", port=hub.server_address[1])
-    assert "/me/ok/commit/" in said and received(hub)
+    output = uploading(exported, tmp_path, "me/ok", port=hub.server_address[1])
+    assert "/me/ok/commit/" in output and received(hub)
 
 
-def test_without_a_token_nothing_is_sent(hub, exported, tmp_path):
-    said = uploading(exported, tmp_path, "me/ok", port=hub.server_address[1])
+def test_no_request_without_a_token(hub, exported, tmp_path):
+    output = uploading(exported, tmp_path, "me/ok", port=hub.server_address[1])
     for part in ("UploadError", "set HF_TOKEN", "hf auth login"):
-        assert part in said
+        assert part in output
     assert hub.asked == []
 
 
-def test_what_a_hub_may_say_no_to(hub, exported, tmp_path):
+def test_hub_errors_are_explained(hub, exported, tmp_path):
     repos = ["me/unauthorized", "me/forbidden", "me/missing", "me/teapot"]
-    said = uploading(exported, tmp_path, *repos, port=hub.server_address[1], HF_TOKEN=TOKEN).splitlines()
-    assert [line.split(":")[0] for line in said] == ["UploadError"] * 4
-    for line, words in zip(said, ["does not know the token", "may not write there", "no such owner", "418"]):
+    output = uploading(exported, tmp_path, *repos, port=hub.server_address[1], HF_TOKEN=TOKEN).splitlines()
+    assert [line.split(":")[0] for line in output] == ["UploadError"] * 4
+    for line, words in zip(output, ["does not know the token", "may not write there", "no such owner", "418"]):
         assert words in line
     assert hub.commits == []
 
 
-def test_a_large_file_that_is_not_taken(hub, exported, tmp_path):
+def test_failed_upload_of_a_large_file(hub, exported, tmp_path):
     hub.storage_fails = True
-    said = uploading(exported, tmp_path, "me/ok", port=hub.server_address[1], HF_TOKEN=TOKEN)
-    assert "UploadError: me/ok: Error while uploading" in said and "the answer was 403" in said
+    output = uploading(exported, tmp_path, "me/ok", port=hub.server_address[1], HF_TOKEN=TOKEN)
+    assert "UploadError: me/ok: Error while uploading" in output and "the answer was 403" in output
     assert hub.commits == []
 
 
@@ -525,24 +527,24 @@ def test_no_network(exported, tmp_path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-    said = uploading(exported, tmp_path, "me/ok", port=port, HF_TOKEN=TOKEN)
-    assert "UploadError: me/ok: not uploaded: the hub cannot be reached" in said
-    said = uploading(exported, tmp_path, "me/ok", HF_TOKEN=TOKEN, HF_HUB_OFFLINE="1")
-    assert "the hub cannot be reached (OfflineModeIsEnabled: " in said
+    output = uploading(exported, tmp_path, "me/ok", port=port, HF_TOKEN=TOKEN)
+    assert "UploadError: me/ok: not uploaded: the hub cannot be reached" in output
+    output = uploading(exported, tmp_path, "me/ok", HF_TOKEN=TOKEN, HF_HUB_OFFLINE="1")
+    assert "the hub cannot be reached (OfflineModeIsEnabled: " in output
 
 
 def test_a_dry_run_needs_no_token_and_no_network(exported, monkeypatch, capsys):
     monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("a dry run connects to something"))
     sizes = upload(exported, "me/ok", dry_run=True)
     assert sizes["model.safetensors"] == (exported / "model.safetensors").stat().st_size
-    said = capsys.readouterr().out
-    assert "model.safetensors" in said and "nothing has been sent" in said
+    output = capsys.readouterr().out
+    assert "model.safetensors" in output and "Nothing has been sent" in output
     for repo in ("ok", "me/", "a/b/c", "me/o k", "../me"):
         with pytest.raises(ValueError, match="not of the form owner/name"):
             upload(exported, repo, dry_run=True)
 
 
-def test_a_folder_with_a_secret_or_a_damaged_file_is_not_uploaded(exported, tmp_path, capsys):
+def test_secrets_and_damaged_files_are_not_uploaded(exported, tmp_path, capsys):
     copy = shutil.copytree(exported, tmp_path / "copy")
     with open(copy / "README.md", "a") as f:
         f.write("\nmore words\n")
@@ -552,11 +554,11 @@ def test_a_folder_with_a_secret_or_a_damaged_file_is_not_uploaded(exported, tmp_
     assert "not uploaded: .env" in capsys.readouterr().out
     with open(copy / "README.md", "a") as f:
         f.write(f"export HF_TOKEN={TOKEN}\n")
-    with pytest.raises(ValueError, match=r"README.md:\d+: here stands something like an access token") as caught:
+    with pytest.raises(ValueError, match=r"README.md:\d+: contains something like an access token") as caught:
         upload(copy, "me/ok", dry_run=True)
     assert TOKEN not in str(caught.value)
     (copy / "README.md").unlink()
-    with pytest.raises(ValueError, match="README.md changed since the export, or gone"):
+    with pytest.raises(ValueError, match="README.md changed since the export, or deleted"):
         upload(copy, "me/ok", dry_run=True)
     shutil.rmtree(copy)
     shutil.copytree(exported, copy)

@@ -1,6 +1,7 @@
 """Chapters import in one direction only, models know only the parts of models, and modules stay small."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -28,11 +29,12 @@ def chapter(name):
     return "apps" if part == "__main__" else part
 
 
-def imports(path):
-    "Every module of this package that a file imports, anywhere in it"
+def imports(path, anywhere=True):
+    "Every module of this package that a file imports, anywhere in it or only when it is loaded"
     package = path.relative_to(ROOT).parent.parts
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree) if anywhere else tree.body:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -91,10 +93,22 @@ def test_notebooks_are_in_the_folder_of_their_chapter():
             assert file.split("_", 1)[1].removesuffix(".ipynb") in (name.rpartition(".")[2], "main")
 
 
-def test_the_papermill_engine_imports_nothing_of_the_package():
+def test_the_papermill_engine_loads_nothing_of_the_package():
     "Papermill imports it at every start, also for other projects"
-    assert IMPORTS["lmnotes.apps.papermill_engine"] == set()
+    assert imports(MODULES["lmnotes.apps.papermill_engine"], anywhere=False) == set()
     assert all(path.read_text() == "" for path in PACKAGE.glob("*/__init__.py"))
+
+
+def test_only_recipes_refer_to_a_guide():
+    "Elsewhere, a guide's name may be that of an architecture, a preset or a tokenizer format, which users type"
+    names = r"(?i:guide|tiss_?lm|agiformer|nanothink|from_env|fresh_or_resume|text_only)|RESUME_[A-Z]|CHECKPOINT_PATH"
+    allowed = r"NanoThink(Config)?\b|[:\"']nanothink|\bnanothink\w*=dict|(such as|\|) nanothink|\bguide=dict"
+    allowed += r"|\btext_only=|\bagiformer\w*=\(|\"tisslm\"|\w+\.ipynb"
+    for name, path in MODULES.items():
+        if chapter(name) not in ("", "recipes"):
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                found = re.search(names, re.sub(allowed, "", line))
+                assert not found, f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
 
 
 def test_runtime_code_does_not_import_development_tools():

@@ -17,7 +17,7 @@ import nbformat
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, call, log, state_hash
+from helpers import ROOT, read_log, run_in_process, state_hash
 
 from lmnotes.core import CheckpointError
 from lmnotes.data.batches import Batch
@@ -77,14 +77,14 @@ def material(tmp_path_factory):
     lm = new_lm("gpt2", vocab_size=tokenizer.vocab_size, n_positions=32, ctx_len=32, d_model=16, n_layers=2, n_heads=2)
     (folder / "tiny-gpt2").mkdir()
     save_hf(lm, folder / "tiny-gpt2")
-    for place in (folder / "tiny-gpt2", folder / "data/gpt2"):
-        tokenizer.save(place)
+    for workdir in (folder / "tiny-gpt2", folder / "data/gpt2"):
+        tokenizer.save(workdir)
     return folder
 
 
 @pytest.fixture
-def place(tmp_path, material, monkeypatch):
-    "A folder to work in, with the material; it is the current one"
+def workdir(tmp_path, material, monkeypatch):
+    "Return the current folder with the material"
     shutil.copytree(material, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LMNOTES_OUT_DIR", raising=False)
@@ -97,9 +97,9 @@ def enter(variables):
     return dict(done=0, interrupted=130)[from_env(variables).status]
 
 
-def only_run(place):
+def only_run(workdir):
     "The folder of the one run there is"
-    (record,) = (place / "checkpoints").glob("*/run.json")
+    (record,) = (workdir / "checkpoints").glob("*/run.json")
     return record.parent
 
 
@@ -117,7 +117,7 @@ def bits(folder):
 
 
 def state_hash_without_reports(step):
-    "The optimizers' state; the counters know of one evaluation more where a session ended"
+    "Return the hash of the optimizer states. The counters include one more evaluation where a session ended"
     state = torch.load(step / "state.pt", weights_only=True)
     torch.save(dict(optimizers=state["optimizers"], step=state["step"]), step.parent / "state.pt")
     return state_hash(step.parent)
@@ -133,41 +133,45 @@ def text_of(folder, pattern):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_fresh_then_resumed(place, name):
-    "A fresh run of 200 steps; from its checkpoint 300 more, in a new process: the losses and the bits of 500 in one go"
+def test_fresh_then_resumed(workdir, name):
+    "A fresh run of 200 steps, then 300 more in a new process from its checkpoint, equals 500 steps in losses and bits"
     case = CASES[name] | KEEP
-    assert call(place, enter, case | dict(TRAINING_STEPS="500")) == 0, log(place)
-    whole = only_run(place).rename(place / "whole")
-    shutil.rmtree(place / "logs")
-    assert call(place, enter, case | dict(TRAINING_STEPS="200", CHECKPOINT_INTERVAL="200")) == 0, log(place)
-    part = only_run(place)
+    assert run_in_process(workdir, enter, case | dict(TRAINING_STEPS="500")) == 0, read_log(workdir)
+    whole = only_run(workdir).rename(workdir / "whole")
+    shutil.rmtree(workdir / "logs")
+    assert run_in_process(workdir, enter, case | dict(TRAINING_STEPS="200", CHECKPOINT_INTERVAL="200")) == 0, read_log(
+        workdir
+    )
+    part = only_run(workdir)
     assert json.loads((part / "run.json").read_text())["step"] == 200
     (file,) = part.glob("checkpoint_*_step000200_*.pt")
     assert all(isinstance(t, torch.Tensor) for t in torch.load(file, weights_only=True).values())
-    assert call(place, enter, case | dict(CHECKPOINT_PATH=str(file), RESUME_STEPS="300")) == 0, log(place)
+    assert run_in_process(workdir, enter, case | dict(CHECKPOINT_PATH=str(file), RESUME_STEPS="300")) == 0, read_log(
+        workdir
+    )
     record = json.loads((part / "run.json").read_text())
     assert (record["status"], record["step"], record["config"]["steps"]) == ("done", 500, 500)
-    said = text_of(place / "logs", "resume_training_log_*.log").splitlines()
-    assert said[0].startswith("Resuming from step 200 - Training Log - Started at ")
-    reports = [line for line in said if re.match(r"step \d+/500", line)]
+    printed = text_of(workdir / "logs", "resume_training_log_*.log").splitlines()
+    assert printed[0].startswith("Resuming from step 200 - Training Log - Started at ")
+    reports = [line for line in printed if re.match(r"step \d+/500", line)]
     assert reports[0].startswith("step 200/500 (40.0%) | val loss") and reports[-1].startswith("step 500/500")
     assert train_losses(part) == train_losses(whole) and len(train_losses(part)) == 20
     assert bits(part) == bits(whole)
     assert load(part).lm.lora is None or "lora" in name
 
 
-def test_a_fresh_gpt2_learns(place):
+def test_a_fresh_gpt2_learns(workdir):
     "200 steps: the loss falls from that of the weights it was given"
     r = from_env(GPT2 | dict(TRAINING_STEPS="200", LEARNING_RATE="1e-2"))
     losses = train_losses(r.folder)
     assert (r.status, r.step) == ("done", 200) and losses[200] < losses[25] - 0.3
-    said = text_of(place / "logs", "training_log_tinygpt2_text_*.log")
-    assert said.startswith("Training Log - Started at ") and "done at step 200 of 200\nQUESTION: " in said
+    printed = text_of(workdir / "logs", "training_log_tinygpt2_text_*.log")
+    assert printed.startswith("Training Log - Started at ") and "done at step 200 of 200\nQUESTION: " in printed
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_data_file_changed(place, method):
-    "Refused under the same name; under another it is a stage of its own, which keeps the tokenizer and says so"
+def test_changed_data_file(workdir, method):
+    "Rejected under the same name. Under another name it is a new stage with the same tokenizer and a message"
     case = TINY | KEEP | dict(TOKENIZATION_METHOD=method)
     first = from_env(case | dict(TRAINING_STEPS="10"))
     again = case | dict(CHECKPOINT_PATH=str(first.folder), RESUME_STEPS="10")
@@ -178,11 +182,11 @@ def test_the_data_file_changed(place, method):
     second = from_env(again | dict(TRAINING_DATA_SOURCE="other.txt"))
     assert (second.step, second.tokenizer.fingerprint) == (20, first.tokenizer.fingerprint)
     assert second.info["data"]["fingerprint"] != first.info["data"]["fingerprint"]
-    said = "".join(p.read_text() for p in (place / "logs").glob("resume_*_other_*"))
-    assert "a new stage: from step 10 on the text is other.txt; the tokenizer stays" in said
+    printed = "".join(p.read_text() for p in (workdir / "logs").glob("resume_*_other_*"))
+    assert "new data from step 10: other.txt (same tokenizer)" in printed
 
 
-# What the guide's system got wrong, in the order of the list of its mistakes
+# Mistakes of the guide's code, in the order of its list
 
 
 def test_mistake_01_frozen_layers_stop_the_gradient():
@@ -205,8 +209,8 @@ def test_mistake_02_targets_are_shifted_twice(material):
     assert torch.allclose(lm.loss(Batch(w[:, :-1], w[:, 1:]))["loss"], by_hand, atol=1e-6)
 
 
-def test_mistake_03_adapters_are_not_in_the_configuration(place):
-    "A run with LORA_RANK=8 goes on without the variable; with another value it is refused"
+def test_mistake_03_adapters_are_not_in_the_configuration(workdir):
+    "A run with LORA_RANK=8 resumes without the variable, and another value is rejected"
     r = from_env(TINY | KEEP | dict(TRAINING_STEPS="5", USE_LORA="True", LORA_RANK="8", LORA_ALPHA="8"))
     go_on = TINY | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="5")
     with pytest.raises(ValueError, match="LORA_RANK=4, but the checkpoint was trained with 8"):
@@ -217,7 +221,7 @@ def test_mistake_03_adapters_are_not_in_the_configuration(place):
     assert (after.lm.lora.rank, after.lm.lora.alpha, after.config.lora_rank) == (8, 8.0, 8)
 
 
-def test_mistake_04_the_first_batches_come_again(place):
+def test_mistake_04_the_first_batches_come_again(workdir):
     "60 + 40 steps are 100 steps"
     whole = from_env(TINY | dict(TRAINING_STEPS="100"))
     part = from_env(TINY | KEEP | dict(TRAINING_STEPS="60"))
@@ -227,7 +231,7 @@ def test_mistake_04_the_first_batches_come_again(place):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_mistake_05_the_tokenizer_is_made_again_from_other_text(place, method):
+def test_mistake_05_the_tokenizer_is_made_again_from_other_text(workdir, method):
     "The run's own tokenizer encodes the new text, and the loaded run decodes with it"
     r = from_env(TINY | KEEP | dict(TRAINING_STEPS="5", TOKENIZATION_METHOD=method))
     new = dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="5", TRAINING_DATA_SOURCE="other.txt")
@@ -237,45 +241,45 @@ def test_mistake_05_the_tokenizer_is_made_again_from_other_text(place, method):
     assert after.tokenizer.decode(after.tokenizer.encode("wave\nfoam")) == "wave\nfoam"  # no spaces between pieces
 
 
-def test_mistake_06_checkpoints_only_at_evaluations(place):
+def test_mistake_06_checkpoints_only_at_evaluations(workdir):
     r = from_env(TINY | KEEP | dict(TRAINING_STEPS="100", CHECKPOINT_INTERVAL="30", EVAL_INTERVAL="100"))
     steps = sorted(int(re.search(r"step(\d+)", p.name)[1]) for p in r.folder.glob("checkpoint_*.pt"))
     assert steps == [30, 60, 90, 100]
     assert [int(p.name[5:]) for p in checkpoint.list_checkpoints(r.folder)] == [30, 60, 90, 100]
 
 
-def test_mistake_07_warming_up_is_an_error(place):
+def test_mistake_07_warming_up_is_an_error(workdir):
     "GPT-2 with the default USE_LR_WARMUP=True: the rate rises over 50 steps, and stays"
     r = from_env(GPT2 | dict(TRAINING_STEPS="75", LEARNING_RATE="1e-3"))
     lr = {m["step"]: m["lr"] for m in r.metrics if m["split"] == "train"}
     assert lr[25] == pytest.approx(0.5e-3) and lr[50] == lr[75] == 1e-3
 
 
-def test_mistake_08_the_new_rate_is_not_applied(place):
+def test_mistake_08_the_new_rate_is_not_applied(workdir):
     r = from_env(TINY | KEEP | dict(TRAINING_STEPS="25", LEARNING_RATE="1e-3"))
     r = from_env(TINY | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="25", LEARNING_RATE="1e-5"))
     assert [m["lr"] for m in r.metrics if m["split"] == "train"] == [1e-3, 1e-5]
     assert r.config.lr == 1e-5
 
 
-def test_mistake_09_the_loss_at_the_beginning_is_that_at_the_end(place):
+def test_mistake_09_the_loss_at_the_beginning_is_that_at_the_end(workdir):
     "The report begins with the loss of the checkpoint, on the checkpoint's own text"
     r = from_env(TINY | KEEP | dict(TRAINING_STEPS="50", LEARNING_RATE="1e-2"))
     before = next(m["loss"] for m in r.metrics if m["split"] == "val" and m["step"] == 50)
     case = {name: value for name, value in TINY.items() if name != "TRAINING_DATA_SOURCE"}
     r = from_env(case | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="50"))
     after = next(m["loss"] for m in r.metrics if m["split"] == "val" and m["step"] == 100)
-    said = text_of(place / "logs", "resume_training_log_bigram_text_*.log")
-    assert f"val loss {before:.4f} at step 50, {after:.4f} at step 100: {after - before:+.4f}" in said
+    printed = text_of(workdir / "logs", "resume_training_log_bigram_text_*.log")
+    assert f"val loss {before:.4f} at step 50, {after:.4f} at step 100: {after - before:+.4f}" in printed
     assert before - after > 0.05 and r.config.data == "text.txt"
 
 
-def test_mistake_10_sampling_with_dropout(place):
+def test_mistake_10_sampling_with_dropout(workdir):
     "The model is in eval mode afterwards, keeps no graph, and GENERATION_TOP_K=1 gives the likeliest tokens"
     r = from_env(TINY | dict(TRAINING_STEPS="20", DROPOUT="0.5", GENERATION_TOP_K="1"))
     assert not r.lm.training and all(p.grad is None for p in r.lm.parameters())
     likeliest = r.generate("", 20, temperature=0)
-    assert likeliest in text_of(place / "logs", "training_log_*.log")
+    assert likeliest in text_of(workdir / "logs", "training_log_*.log")
 
 
 def test_mistake_11_the_attention_scale_of_the_whole_width():
@@ -288,8 +292,8 @@ def test_mistake_11_the_attention_scale_of_the_whole_width():
     assert torch.allclose(a(x, make_causal_attention_fn())[0], a.out(y), atol=1e-6)
 
 
-def test_mistake_12_no_best_checkpoint_and_noisy_figures(place):
-    "The same batches at every evaluation, and the best model is kept, also without ENABLE_CHECKPOINTS"
+def test_mistake_12_no_best_checkpoint_and_noisy_figures(workdir):
+    "Every evaluation uses the same batches, and the best model stays, also without ENABLE_CHECKPOINTS"
     r = from_env(TINY | dict(TRAINING_STEPS="60", EVAL_INTERVAL="20", LEARNING_RATE="3e-3"))
     figures = {m["step"]: m for m in r.metrics if m["split"] == "val"}
     assert len({m["tokens"] for step, m in figures.items() if 0 < step < 60}) == 1
@@ -297,56 +301,56 @@ def test_mistake_12_no_best_checkpoint_and_noisy_figures(place):
 
 
 @pytest.mark.parametrize("method", ["character", "custom_bpe"])
-def test_mistake_13_the_tokenizer_learns_validation_text(place, method):
+def test_mistake_13_the_tokenizer_learns_validation_text(workdir, method):
     Path("text.txt").write_text(sentences("wave salt tide") + sentences("quartz", n=20))
     r = from_env(TINY | dict(TRAINING_STEPS="2", TOKENIZATION_METHOD=method))
     known = [r.tokenizer.decode([i]) for i in range(r.tokenizer.vocab_size) if i != r.tokenizer.unk_id]
     assert not any("qu" in token for token in known) and ("q" in known) == (method == "custom_bpe")
 
 
-def test_mistake_14_an_empty_path_counts_as_one(place):
+def test_mistake_14_an_empty_path_counts_as_one(workdir):
     r = from_env(TINY | dict(TRAINING_STEPS="2", CHECKPOINT_PATH=""))
     assert (r.status, r.step) == ("done", 2)
 
 
-def test_mistake_15_the_total_is_lost(place):
+def test_mistake_15_the_total_is_lost(workdir):
     r = from_env(TINY | KEEP | dict(TRAINING_STEPS="20"))
     r = from_env(TINY | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="10"))
-    names = [p.name for p in (place / "outputs").iterdir()]
+    names = [p.name for p in (workdir / "outputs").iterdir()]
     assert r.config.steps == 30 and sorted(re.search(r"_(\d+)_test=false", n)[1] for n in names) == ["20", "30"]
 
 
 @pytest.mark.parametrize("output", ["True", "false"])
-def test_mistake_16_the_log_grows_with_its_square(place, output):
-    "Each line is there once, also when no output file is asked for"
+def test_mistake_16_the_log_grows_with_its_square(workdir, output):
+    "Each line appears once, also without an output file"
     case = dict(TRAINING_STEPS="100", CHECKPOINT_INTERVAL="10", ENABLE_OUTPUT_TO_FILE=output)
     from_env(TINY | KEEP | case)
-    said = text_of(place / "logs", "training_log_*.log")
-    lines = said.splitlines()
-    assert [said.count(f"step {n}/100 | loss") for n in (25, 50, 75, 100)] == [1] * 4
-    assert (place / "outputs").exists() == (output == "True")
+    printed = text_of(workdir / "logs", "training_log_*.log")
+    lines = printed.splitlines()
+    assert [printed.count(f"step {n}/100 | loss") for n in (25, 50, 75, 100)] == [1] * 4
+    assert (workdir / "outputs").exists() == (output == "True")
     if output == "True":
-        said = text_of(place / "outputs", "*.txt")
-        assert said.startswith("HYPERPARAMETERS\n================\nmodel_type = from_scratch\n")
-        assert f"\n\nOUTPUT\n======\n{lines[0]}\n" in said and lines[-1] in said
+        printed = text_of(workdir / "outputs", "*.txt")
+        assert printed.startswith("HYPERPARAMETERS\n================\nmodel_type = from_scratch\n")
+        assert f"\n\nOUTPUT\n======\n{lines[0]}\n" in printed and lines[-1] in printed
 
 
 @pytest.mark.parametrize("lora", ["False", "True"])
-def test_mistake_17_gpt2_is_fetched_again_on_resume(place, lora):
-    "The folder with its weights is gone; the run has all that it needs"
+def test_mistake_17_gpt2_is_fetched_again_on_resume(workdir, lora):
+    "The run resumes after the folder with the weights was removed"
     case = GPT2 | dict(USE_LORA=lora, LORA_RANK="4")
     r = from_env(case | KEEP | dict(TRAINING_STEPS="5"))
-    shutil.rmtree(place / "tiny-gpt2")
+    shutil.rmtree(workdir / "tiny-gpt2")
     assert from_env(case | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="5")).step == 10
 
 
-def test_mistake_18_a_validation_text_shorter_than_a_window(place):
+def test_mistake_18_a_validation_text_shorter_than_a_window(workdir):
     Path("text.txt").write_text(sentences("wave salt tide", n=10)[:200])
     r = from_env(TINY | dict(TRAINING_STEPS="3", BLOCK_SIZE="64"))
     assert r.result["last"]["tokens"] == 19
 
 
-def test_mistake_19_errors_of_saving_are_swallowed(place, monkeypatch):
+def test_mistake_19_errors_of_saving_are_swallowed(workdir, monkeypatch):
     def full(path, data):
         raise OSError(28, "No space left on device")
 
@@ -358,8 +362,8 @@ def test_mistake_19_errors_of_saving_are_swallowed(place, monkeypatch):
 # Where a run goes on
 
 
-def test_an_older_checkpoint_becomes_a_new_run(place):
-    "The run stays as it is; the new one ends in the same bits"
+def test_an_older_checkpoint_becomes_a_new_run(workdir):
+    "The run does not change, and the new one ends in the same bits"
     r = from_env(TINY | KEEP | dict(TRAINING_STEPS="100", CHECKPOINT_INTERVAL="50"))
     before = bits(r.folder)
     step = r.folder / "step_00000050"
@@ -368,13 +372,13 @@ def test_an_older_checkpoint_becomes_a_new_run(place):
     assert bits(other.folder) == bits(r.folder) == before
 
 
-def test_another_checkpoint_dir_becomes_a_new_run_there(place):
+def test_another_checkpoint_dir_becomes_a_new_run_there(workdir):
     r = from_env(TINY | KEEP | dict(TRAINING_STEPS="20"))
     other = from_env(TINY | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="5", CHECKPOINT_DIR="elsewhere"))
-    assert other.folder.parent == place / "elsewhere" and (other.step, load(r.folder).step) == (25, 20)
+    assert other.folder.parent == workdir / "elsewhere" and (other.step, load(r.folder).step) == (25, 20)
 
 
-def test_a_run_made_without_variables(place):
+def test_resuming_a_run_made_without_variables(workdir):
     "Trained by `run` with its own defaults, taken further by the entry point: nothing changes but the steps"
     shape = dict(
         model_args="d_model=16 n_heads=2 n_layers=1", ctx_len=16, batch_size=4, device="cpu", out_dir="checkpoints"
@@ -386,29 +390,27 @@ def test_a_run_made_without_variables(place):
     assert bits(part.folder) == bits(whole.folder)
 
 
-def test_two_runs_in_one_second_do_not_collide(place):
+def test_two_runs_in_one_second_do_not_collide(workdir):
     a, b = (from_env(TINY | dict(TRAINING_STEPS="2")) for _ in range(2))
     assert a.folder != b.folder and (load(a.folder).step, load(b.folder).step) == (2, 2)
 
 
-def test_what_cannot_be_gone_on_with(place):
+def test_unusable_checkpoints_are_rejected(workdir):
     r = from_env(TINY | KEEP | dict(TRAINING_STEPS="4"))
-    with pytest.raises(CheckpointError, match="CHECKPOINT_PATH=nowhere: there is no such run"):
+    with pytest.raises(CheckpointError, match="CHECKPOINT_PATH=nowhere: no such run"):
         from_env(TINY | dict(CHECKPOINT_PATH="nowhere"))
     with pytest.raises(CheckpointError, match="there is no run.json in"):
         from_env(TINY | dict(CHECKPOINT_PATH="text.txt"))
     (file,) = r.folder.glob("checkpoint_*.pt")
     shutil.move(r.folder / "step_00000004", r.folder / "step_00000002")
-    with pytest.raises(
-        CheckpointError, match="step_00000004, with the optimizer's state, is not there; there are step_0"
-    ):
+    with pytest.raises(CheckpointError, match="step_00000004 does not exist. The run has step_0"):
         from_env(TINY | dict(CHECKPOINT_PATH=str(file)))
     with pytest.raises(ValueError, match="MODEL_TYPE=gpt2, but the checkpoint was trained with from_scratch"):
         from_env(TINY | dict(CHECKPOINT_PATH=str(r.folder / "step_00000002"), MODEL_TYPE="gpt2"))
 
 
-def test_stopped_by_a_signal(place, monkeypatch):
-    "Also without ENABLE_CHECKPOINTS the run is saved, and goes on to the same bits"
+def test_stopped_by_a_signal(workdir, monkeypatch):
+    "Also without ENABLE_CHECKPOINTS the run is saved, and resumes to the same bits"
     whole = from_env(TINY | dict(TRAINING_STEPS="50"))
     as_it_is = Trainer.train_step
 
@@ -427,46 +429,46 @@ def test_stopped_by_a_signal(place, monkeypatch):
 # The ways in
 
 
-def environ(place, **variables):
+def environ(workdir, **variables):
     "The process's environment with the guide's variables in it, and none of ours"
     clean = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
-    return clean | dict(OMP_NUM_THREADS="1", IPYTHONDIR=str(place / "ipython"), MPLBACKEND="agg") | TINY | variables
+    return clean | dict(OMP_NUM_THREADS="1", IPYTHONDIR=str(workdir / "ipython"), MPLBACKEND="agg") | TINY | variables
 
 
-def shell(place, *words, **variables):
-    "Run a program of this environment; all that it says"
+def shell(workdir, *words, **variables):
+    "Run a program of this environment, and return its output"
     program = str(Path(sys.executable).parent / words[0])
-    said = subprocess.run(
-        [program, *map(str, words[1:])], cwd=place, env=environ(place, **variables), capture_output=True, text=True
+    printed = subprocess.run(
+        [program, *map(str, words[1:])], cwd=workdir, env=environ(workdir, **variables), capture_output=True, text=True
     )
-    return said.returncode, said.stdout + said.stderr
+    return printed.returncode, printed.stdout + printed.stderr
 
 
-def test_the_notebook_under_papermill(place):
+def test_the_notebook_under_papermill(workdir):
     "Variables from the environment, then parameters over them: fresh, and resumed"
     notebook = ROOT / "nbs/recipes/fresh_or_resume.ipynb"
-    code, said = shell(place, "papermill", notebook, "fresh.ipynb", TRAINING_STEPS="25", ENABLE_CHECKPOINTS="true")
-    assert code == 0, said
-    words = "-p", "CHECKPOINT_PATH", only_run(place), "-p", "RESUME_STEPS", 25
-    code, said = shell(place, "papermill", notebook, "resumed.ipynb", *words, RESUME_STEPS="9")
-    assert code == 0, said
-    assert load(only_run(place)).step == 50
-    cells = nbformat.read(place / "resumed.ipynb", 4).cells
+    code, printed = shell(workdir, "papermill", notebook, "fresh.ipynb", TRAINING_STEPS="25", ENABLE_CHECKPOINTS="true")
+    assert code == 0, printed
+    words = "-p", "CHECKPOINT_PATH", only_run(workdir), "-p", "RESUME_STEPS", 25
+    code, printed = shell(workdir, "papermill", notebook, "resumed.ipynb", *words, RESUME_STEPS="9")
+    assert code == 0, printed
+    assert load(only_run(workdir)).step == 50
+    cells = nbformat.read(workdir / "resumed.ipynb", 4).cells
     shown = "".join(out.get("text", "") for cell in cells if cell.cell_type == "code" for out in cell.outputs)
     assert shown.startswith("Resuming from step 25 - Training Log - Started at ") and "done at step 50 of 50" in shown
 
 
-def test_the_command(place):
-    code, said = shell(place, "lmnotes", "from-env", TRAINING_STEPS="3")
-    assert code == 0 and only_run(place).name in said, said
-    code, said = shell(place, "lmnotes", "from-env", USE_LORA="yes")
-    assert (code, said) == (2, "lmnotes: USE_LORA='yes': True or False is needed; mend it, or unset USE_LORA\n")
+def test_the_command(workdir):
+    code, printed = shell(workdir, "lmnotes", "from-env", TRAINING_STEPS="3")
+    assert code == 0 and only_run(workdir).name in printed, printed
+    code, printed = shell(workdir, "lmnotes", "from-env", USE_LORA="yes")
+    assert (code, printed) == (2, "lmnotes: USE_LORA='yes': expected True or False. Correct it, or unset USE_LORA.\n")
 
 
 # The tables
 
 
-def test_the_fields_are_complete_and_right():
+def test_fields_are_complete_and_correct():
     "All of the guide's 22 fields, each with a variable, and a parameter that exists"
     own = [f.name for f in fields(TrainingConfig)]
     assert [row["field"] for row in FIELD_TABLE] == own[:22]
@@ -504,24 +506,24 @@ CHANGES = dict(
 
 
 @pytest.mark.parametrize("row", [row for row in FIELD_TABLE if row["field"] in CHANGES], ids=lambda row: row["field"])
-def test_every_variable_has_its_effect(row):
+def test_every_variable_has_an_effect(row):
     "Another value of the variable is another value of the field and of the parameter in the table"
     a, b = load_config_fresh_from_env({}), load_config_fresh_from_env(CHANGES[row["field"]])
     assert vars(a)[row["field"]] != vars(b)[row["field"]]
     assert to_run_params(a).get(row["parameter"]) != to_run_params(b).get(row["parameter"])
 
 
-def test_the_functions_exist():
+def test_functions_of_the_guide_exist():
     for row in FUNCTION_TABLE:
         module, _, name = row["here"].rpartition(".")
         assert hasattr(import_module(module), name), row
 
 
-# What a second reading found
+# Further cases
 
 
-def test_an_older_checkpoint_takes_the_variables(place):
-    "Also where the run has gone on with the same values since, or with another text"
+def test_older_checkpoint_with_variables(workdir):
+    "Also if the run was resumed since with the same values or with another text"
     r = from_env(TINY | KEEP | dict(TRAINING_STEPS="10", LEARNING_RATE="1e-3"))
     changed = dict(LEARNING_RATE="1e-5", BATCH_SIZE="8", TRAINING_DATA_SOURCE="other.txt")
     from_env(TINY | changed | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="10"))
@@ -533,13 +535,13 @@ def test_an_older_checkpoint_takes_the_variables(place):
     assert (as_then.config.lr, as_then.config.batch_size, as_then.config.data) == (1e-3, 4, "text.txt")
 
 
-def test_checkpoints_that_are_there_stay(place):
+def test_existing_checkpoints_are_kept(workdir):
     r = from_env(TINY | KEEP | dict(TRAINING_STEPS="30", CHECKPOINT_INTERVAL="10"))
     from_env(TINY | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="20", ENABLE_CHECKPOINTS="False"))
     assert {"step_00000010", "step_00000020", "step_00000030", "step_00000050"} <= {p.name for p in r.folder.iterdir()}
 
 
-def test_a_name_with_a_step_in_it(place):
+def test_run_name_that_contains_a_step(workdir):
     shutil.copy("text.txt", "mystep3.txt")
     r = from_env(TINY | KEEP | dict(TRAINING_STEPS="4", TRAINING_DATA_SOURCE="mystep3.txt"))
     (file,) = r.folder.glob("*.pt")
@@ -548,33 +550,33 @@ def test_a_name_with_a_step_in_it(place):
         assert from_env(case).step > 4
 
 
-def test_runs_of_one_second_have_a_log_each(place, monkeypatch):
+def test_runs_in_one_second_have_separate_logs(workdir, monkeypatch):
     monkeypatch.setattr("lmnotes.recipes.fresh_or_resume.timestamp", lambda: "01012026_000000")
     runs = [from_env(TINY | dict(TRAINING_STEPS="2")) for _ in range(3)]
-    assert len(list((place / "logs").iterdir())) == len(list((place / "outputs").iterdir())) == 3
+    assert len(list((workdir / "logs").iterdir())) == len(list((workdir / "outputs").iterdir())) == 3
     for r in runs:
         at = r.folder.name.partition("01012026")[2]
-        assert r.folder.name + ":" in text_of(place / "logs", f"*01012026{at}.log")
+        assert r.folder.name + ":" in text_of(workdir / "logs", f"*01012026{at}.log")
 
 
-def test_the_first_figure_of_a_session_is_the_checkpoints(place):
-    "Where no evaluation fell on the checkpoint, one is made; another text is compared with itself alone"
+def test_first_loss_of_a_session_is_the_loss_of_the_checkpoint(workdir):
+    "Without an evaluation at the checkpoint, one is made. Losses on another text are not compared with the first text"
     r = from_env(
         TINY | KEEP | dict(TRAINING_STEPS="90", CHECKPOINT_INTERVAL="30", EVAL_INTERVAL="50", LEARNING_RATE="1e-2")
     )
     step = str(r.folder / "step_00000060")
     from_env(TINY | dict(CHECKPOINT_PATH=step, RESUME_STEPS="20"))
-    said = text_of(place / "logs", "resume_*.log")
-    assert re.search(r"step 60/80 .*val loss [\d.]+ \(step 60\)", said) and "at step 60, " in said
+    printed = text_of(workdir / "logs", "resume_*.log")
+    assert re.search(r"step 60/80 .*val loss [\d.]+ \(step 60\)", printed) and "at step 60, " in printed
     shutil.rmtree("logs")
     from_env(TINY | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="5", TRAINING_DATA_SOURCE="other.txt"))
     assert re.search(
-        r"\(step 90\) \| net loss change since the beginning: \+0.0000", text_of(place / "logs", "resume_*.log")
+        r"\(step 90\) \| net loss change since the beginning: \+0.0000", text_of(workdir / "logs", "resume_*.log")
     )
 
 
-def test_mistake_19_also_on_the_way(place, monkeypatch):
-    "A save that fails on the way is said, counted, and in the last line; the next one is tried"
+def test_failed_saves_during_training_are_reported(workdir, monkeypatch):
+    "A failed save is reported, counted and named in the last line, and the next save is tried"
     write = checkpoint._write_file
 
     def sometimes_full(path, data):
@@ -585,16 +587,16 @@ def test_mistake_19_also_on_the_way(place, monkeypatch):
     monkeypatch.setattr(checkpoint, "_write_file", sometimes_full)
     r = from_env(TINY | KEEP | dict(TRAINING_STEPS="20", CHECKPOINT_INTERVAL="10"))
     assert r.info["unsaved"] == 1 and r.status == "done"
-    assert "1 saves on the way failed" in text_of(place / "logs", "*.log")
+    assert "1 saves failed during training" in text_of(workdir / "logs", "*.log")
 
 
-def test_a_run_that_diverges_leaves_its_output(place):
+def test_a_run_that_diverges_leaves_its_output(workdir):
     r = from_env(TINY | dict(TRAINING_STEPS="40", LEARNING_RATE="1000", N_EMBD="16", BLOCK_SIZE="16") | KEEP)
-    assert r.status in ("diverged", "done") and list((place / "outputs").iterdir())
+    assert r.status in ("diverged", "done") and list((workdir / "outputs").iterdir())
 
 
 @pytest.mark.parametrize(
-    "given, said",
+    "given, printed",
     [
         (dict(LORA_RANK="4"), "LORA_RANK=4 is not used: USE_LORA is False"),
         (dict(GPT2_MODEL_NAME="nope"), "GPT2_MODEL_NAME=nope is not used: MODEL_TYPE is from_scratch"),
@@ -604,16 +606,16 @@ def test_a_run_that_diverges_leaves_its_output(place):
     ],
     ids=str,
 )
-def test_what_decides_nothing_is_named(given, said, capsys):
+def test_unused_variables_are_named(given, printed, capsys):
     load_config_fresh_from_env(given)
-    assert said in capsys.readouterr().out
+    assert printed in capsys.readouterr().out
 
 
-def test_what_decides_nothing_on_resume_is_named(place, capsys):
+def test_unused_variables_on_resume_are_named(workdir, capsys):
     r = from_env(TINY | KEEP | dict(TRAINING_STEPS="4"))
     from_env(TINY | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="2", TRAINING_STEPS="77", LORA_RANK="3"))
-    said = capsys.readouterr().out
-    assert "TRAINING_STEPS=77 is not used: RESUME_STEPS says" in said and "LORA_RANK=3 is not used" in said
+    printed = capsys.readouterr().out
+    assert "TRAINING_STEPS=77 is not used: RESUME_STEPS says" in printed and "LORA_RANK=3 is not used" in printed
 
 
 @pytest.mark.parametrize(
@@ -628,14 +630,14 @@ def test_what_decides_nothing_on_resume_is_named(place, capsys):
     ]
     + ["GENERATION_TEMPERATURE=-1", "GENERATION_TOP_K=-3", "DROPOUT=nan", "DROPOUT=1", "BATCH_SIZE=0", "N_EMBD=None"],
 )
-def test_numbers_that_make_no_sense(given):
+def test_invalid_numbers_are_rejected(given):
     name, _, value = given.partition("=")
     with pytest.raises(ValueError, match=f"{name}=.* must be at least"):
         load_config_fresh_from_env({name: value})
 
 
-def test_resume_steps_without_a_checkpoint(place):
-    with pytest.raises(ValueError, match="RESUME_STEPS is how far to go on from CHECKPOINT_PATH, which is not set"):
+def test_resume_steps_without_a_checkpoint(workdir):
+    with pytest.raises(ValueError, match="RESUME_STEPS needs CHECKPOINT_PATH, which is not set"):
         from_env(TINY | dict(RESUME_STEPS="300"))
     r = from_env(TINY | KEEP | dict(TRAINING_STEPS="2"))
     with pytest.raises(ValueError, match="RESUME_STEPS=0 must be at least 1"):
@@ -643,35 +645,36 @@ def test_resume_steps_without_a_checkpoint(place):
 
 
 @pytest.mark.parametrize("name", ["CHECKPOINT_DIR", "LOG_DIR", "OUTPUT_DIR"])
-def test_a_folder_that_is_a_file_is_found_before_training(place, name):
-    with pytest.raises(ValueError, match=f"{name}=text.txt cannot be a folder to write in"):
+def test_folder_that_is_a_file_is_rejected_before_training(workdir, name):
+    with pytest.raises(ValueError, match=f"{name}=text.txt is not a writable folder"):
         from_env(TINY | dict(TRAINING_STEPS="2") | {name: "text.txt"})
 
 
-def test_another_spelling_of_a_folder(place):
+def test_other_spellings_of_a_folder(workdir):
     r = from_env(GPT2 | KEEP | dict(TRAINING_STEPS="2"))
-    for name in ("./tiny-gpt2", "tiny-gpt2/", str(place / "tiny-gpt2")):
+    for name in ("./tiny-gpt2", "tiny-gpt2/", str(workdir / "tiny-gpt2")):
         from_env(GPT2 | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="1", GPT2_MODEL_NAME=name))
     again = from_env(
-        GPT2 | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="1", CHECKPOINT_DIR="../" + place.name + "/checkpoints")
+        GPT2
+        | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="1", CHECKPOINT_DIR="../" + workdir.name + "/checkpoints")
     )
     assert again.folder == r.folder
 
 
-def test_what_a_fresh_run_was_told_is_kept(place):
-    "Folders, generation and the shape in the output file; the environment still wins"
+def test_settings_of_a_fresh_run_are_kept(workdir):
+    "Folders, generation and the shape in the output file. The environment still wins"
     told = dict(LOG_DIR="mylogs", OUTPUT_DIR="myout", GENERATION_TOP_K="3", MAX_NEW_TOKENS="7", TEST_MODE="True")
     case = {name: value for name, value in GPT2.items() if name != "MAX_NEW_TOKENS"}
     r = from_env(case | KEEP | told | dict(TRAINING_STEPS="2"))
     from_env(dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="2", DEVICE="cpu"))
-    assert not (place / "logs").exists() and len(list((place / "mylogs").iterdir())) == 2
-    later = max((place / "myout").iterdir(), key=lambda p: p.stat().st_mtime_ns)
+    assert not (workdir / "logs").exists() and len(list((workdir / "mylogs").iterdir())) == 2
+    later = max((workdir / "myout").iterdir(), key=lambda p: p.stat().st_mtime_ns)
     values = dict(line.split(" = ") for line in later.read_text().splitlines() if " = " in line)
     assert (values["test_mode"], values["max_new_tokens"], values["generation_top_k"]) == ("True", "7", "3")
     assert (values["n_embd"], values["n_layer"], values["output_dir"]) == ("16", "2", "myout")
 
 
-def test_a_text_without_line_breaks_can_begin(place):
+def test_a_text_without_line_breaks_can_begin(workdir):
     "The first token is one that the vocabulary has"
     Path("text.txt").write_text("wave salt tide foam " * 300)
     r = from_env(TINY | dict(TRAINING_STEPS="2", TOKENIZATION_METHOD="character"))

@@ -37,7 +37,7 @@ def expected(release, name, tmp_path, monkeypatch):
     return RELEASES[release]["runs"][name]
 
 
-def test_the_golden_folders_are_here():
+def test_golden_folders_exist():
     "Without them the other tests would have no cases"
     assert len(RELEASES["0.1"]["runs"]) == 12
 
@@ -77,7 +77,7 @@ def test_an_export_generates(release, tmp_path):
 
 
 @each_release
-def test_an_export_has_its_bytes(release):
+def test_export_files_are_unchanged(release):
     "Git changes no line ending, and no formatter has rewritten a file"
     folder = GOLDEN / release / "export"
     files = json.loads((folder / "manifest.json").read_bytes())["files"]

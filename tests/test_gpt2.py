@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from helpers import DEADLINE, call, differences, log, records, state_hash, train
+from helpers import DEADLINE, differences, read_log, read_records, run_in_process, state_hash, train
 from helpers import TINY as TINY_RUN
 from safetensors.torch import load_file, save_file
 
@@ -27,7 +27,7 @@ WEIGHTS = "model.safetensors"
 
 
 def published(folder, tie=True, **shape):
-    "A random GPT-2 made and written by transformers alone; the model"
+    "Write a random GPT-2 with transformers alone, and return the model"
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -67,7 +67,7 @@ def close(a, b):
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_a_folder_gives_the_logits_and_the_names_of_transformers(tmp_path, tie):
+def test_logits_and_names_equal_transformers(tmp_path, tie):
     hf = published(tmp_path / "source", tie)
     lm = GPT2.pretrained(str(tmp_path / "source"))
     assert lm.training and lm.cfg.ctx_len == 16 and lm.cfg.tie is tie and lm.cfg.dropout == 0.1
@@ -77,7 +77,7 @@ def test_a_folder_gives_the_logits_and_the_names_of_transformers(tmp_path, tie):
     close(lm.eval()(x), hf(x).logits)
 
 
-def test_other_ways_to_store_the_same_weights(source):
+def test_other_weight_file_formats(source):
     x, tensors = ids(2, 16), load_file(source / WEIGHTS)
     want = GPT2.pretrained(source).eval()(x)
     buffers = {f"h.{i}.attn.bias": torch.ones(1, 1, 16, 16) for i in range(2)}  # As in the first published files
@@ -104,7 +104,7 @@ def test_weights_in_several_files(tmp_path):
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_what_is_written_is_opened_by_transformers(tmp_path, tie):
+def test_transformers_opens_saved_models(tmp_path, tie):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
@@ -120,7 +120,7 @@ def test_what_is_written_is_opened_by_transformers(tmp_path, tie):
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_a_checkpoint_is_rebuilt_without_the_source(source, tmp_path, tie):
+def test_checkpoint_loads_without_the_source(source, tmp_path, tie):
     shutil.rmtree(source)
     published(source, tie)
     lm = GPT2.pretrained(source, vocab_size=60, ctx_len=8, dropout=0.3)
@@ -132,7 +132,7 @@ def test_a_checkpoint_is_rebuilt_without_the_source(source, tmp_path, tie):
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_tokens_that_only_fill_up_the_vocabulary_are_left_out(tmp_path, tie):
+def test_padding_tokens_of_the_vocabulary_are_dropped(tmp_path, tie):
     hf = published(tmp_path / "source", tie)
     lm = GPT2.pretrained(tmp_path / "source", vocab_size=50).eval()
     assert lm.cfg.vocab_size == 50 and lm.cfg.tie is tie
@@ -145,7 +145,7 @@ def test_tokens_that_only_fill_up_the_vocabulary_are_left_out(tmp_path, tie):
 # The loss
 
 
-def test_nothing_is_shifted_twice(source):
+def test_targets_are_shifted_once(source):
     "The loss is what transformers computes from a whole window, which shifts once"
     from transformers import GPT2LMHeadModel
 
@@ -162,7 +162,7 @@ def test_nothing_is_shifted_twice(source):
     close(lm.loss(batch)["loss"], by_hand[batch.y != IGNORE_INDEX].mean())
 
 
-def test_dropout_is_off_in_generation_and_no_graph_is_built(source):
+def test_generation_uses_eval_mode_without_gradients(source):
     lm = GPT2.pretrained(source, dropout=0.5)
     assert not torch.equal(lm(ids(1, 9)), lm(ids(1, 9)))
     a, b = (generate_ids(lm.train(), [[1, 2, 3], [4, 5]], 30, temperature=0) for _ in range(2))
@@ -171,7 +171,7 @@ def test_dropout_is_off_in_generation_and_no_graph_is_built(source):
     assert lm.transformer.gradient_checkpointing is False
 
 
-def test_steps_equal_transformers_own_cache_to_the_end_of_the_window(source):
+def test_cached_steps_equal_transformers(source):
     hf, lm, x = to_hf(GPT2.pretrained(source)).eval(), GPT2.pretrained(source).eval(), ids(3, 16)
     state, cache = None, None
     with torch.no_grad():
@@ -188,20 +188,20 @@ def test_steps_equal_transformers_own_cache_to_the_end_of_the_window(source):
 
 
 @pytest.mark.parametrize("given", [72, 201, 50257])
-def test_another_vocabulary_is_refused(tmp_path, given):
+def test_other_vocabulary_is_rejected(tmp_path, given):
     published(tmp_path, vocab_size=200)
     assert GPT2.pretrained(tmp_path, vocab_size=73).cfg.vocab_size == 73
-    with pytest.raises(ValueError, match=f"the tokenizer has {given} tokens, and .* with 200"):
+    with pytest.raises(ValueError, match=f"the tokenizer has {given} tokens, but .* with 200"):
         GPT2.pretrained(tmp_path, vocab_size=given)
 
 
-def test_a_vocabulary_that_does_not_fit_names_the_tokenizer(tmp_path):
+def test_vocabulary_mismatch_names_the_tokenizer(tmp_path):
     published(tmp_path, vocab_size=50257, n_embd=2, n_head=1, n_layer=1)
     with pytest.raises(ValueError, match="tokenizer='gpt2'"):
         GPT2.pretrained(tmp_path, vocab_size=2048)
 
 
-def test_a_window_longer_than_the_positions_is_refused(source):
+def test_ctx_len_beyond_the_positions_is_rejected(source):
     with pytest.raises(ValueError, match="ctx_len=17 is more than the n_positions=16"):
         GPT2.pretrained(source, ctx_len=17)
     with pytest.raises(ValueError, match="17 positions given, and n_positions=16"):
@@ -209,21 +209,21 @@ def test_a_window_longer_than_the_positions_is_refused(source):
 
 
 @pytest.mark.parametrize("name, value", dict(d_model=16, n_layers=3, n_heads=4, n_positions=32, tie=False).items())
-def test_a_shape_that_is_not_the_sources_is_refused(source, name, value):
-    with pytest.raises(ValueError, match=f"{name}={value}.*leave it out"):
+def test_other_shape_than_the_source_is_rejected(source, name, value):
+    with pytest.raises(ValueError, match=f"{name}={value}.*Leave it out"):
         GPT2.pretrained(source, **{name: value})
 
 
-def test_three_different_dropouts_are_not_one(source):
+def test_different_dropout_values_are_rejected(source):
     change(source / "config.json", attn_pdrop=0.2)
-    with pytest.raises(ValueError, match=r"are \(0.1, 0.2, 0.1\), not one value; give dropout"):
+    with pytest.raises(ValueError, match=r"are \(0.1, 0.2, 0.1\), not one value. Set dropout"):
         GPT2.pretrained(source)
     hf = to_hf(GPT2.pretrained(source, dropout=0.3))
     assert {m.p for m in hf.modules() if isinstance(m, torch.nn.Dropout)} == {0.3}
 
 
-def test_an_unknown_value_is_refused(source):
-    with pytest.raises(ValueError, match="'layers' is not a configuration value"):
+def test_unknown_value_is_rejected(source):
+    with pytest.raises(ValueError, match="no configuration field 'layers'"):
         GPT2.pretrained(source, layers=2)
 
 
@@ -246,7 +246,7 @@ def test_an_unknown_value_is_refused(source):
         (dict(tie_word_embeddings=False), "1 tensors are missing: lm_head.weight"),
     ],
 )
-def test_a_configuration_of_something_else_is_refused(source, values, message):
+def test_configuration_of_another_model_is_rejected(source, values, message):
     change(source / "config.json", **values)
     with pytest.raises(ValueError, match=message):
         GPT2.pretrained(source)
@@ -269,7 +269,7 @@ DAMAGE = {
     "code in a pickle": (pickled, "pytorch_model.bin cannot be read"),
     "config cut": (lambda path: cut(path.with_name("config.json")), "config.json cannot be read"),
     "config a list": (lambda path: path.with_name("config.json").write_text("[]"), "config.json cannot be read"),
-    "no config": (lambda path: path.with_name("config.json").unlink(), "config.json: there is no such file"),
+    "no config": (lambda path: path.with_name("config.json").unlink(), "config.json: no such file"),
     "one missing": (
         lambda path: rewrite(path, lambda ts: {n: t for n, t in ts.items() if n != "transformer.h.1.attn.c_attn.bias"}),
         "model.safetensors: 1 tensors are missing: transformer.h.1.attn.c_attn.bias",
@@ -294,7 +294,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_damaged_files_are_refused_by_name(source, what, capfd):
+def test_damaged_files_are_rejected_by_name(source, what, capfd):
     damage, message = DAMAGE[what]
     damage(source / WEIGHTS)
     with pytest.raises(ValueError, match=message) as caught:
@@ -316,7 +316,7 @@ def adapted(source, **more):
     return lm.eval()
 
 
-def test_adapters_become_part_of_the_weights_and_the_head_its_own_matrix(source, tmp_path):
+def test_merged_adapters_untie_the_head(source, tmp_path):
     lm, x = adapted(source), ids(2, 9)
     with pytest.raises(ValueError, match="merge_and_unload"):
         to_hf(lm)
@@ -342,7 +342,7 @@ def test_peft_opens_the_adapters_on_transformers_model(source, tmp_path):
 # Runs
 
 
-def the_end(folder):
+def final_checkpoint(folder):
     "{what: hash or content} of the last checkpoint of a run, with adapters or without, and of what it measured"
     checkpoint_folder = folder / (folder / "final").read_text().strip()
     files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in checkpoint_folder.glob("*.safetensors")}
@@ -351,7 +351,7 @@ def the_end(folder):
         files,
         step=checkpoint_folder.name,
         state=state_hash(checkpoint_folder),
-        metrics=records(folder / "metrics.jsonl"),
+        metrics=read_records(folder / "metrics.jsonl"),
     )
 
 
@@ -359,43 +359,43 @@ RUN = dict({n: v for n, v in TINY_RUN.items() if n != "model_args"}, arch="gpt2"
 
 
 @pytest.mark.parametrize("more", [dict(), dict(lora_rank=2, lora_dropout=0.1)], ids=["all of it", "adapters"])
-def test_a_run_that_was_stopped_ends_the_same_and_needs_no_source(place, more):
-    published(place / "source", vocab_size=320)  # 64 more than there are bytes
-    assert call(place, train, **RUN | more | dict(run="unbroken")) == 0, log(place)
-    assert call(place, train, 7, **RUN | more) == 130, log(place)
-    shutil.rmtree(place / "source")
-    assert call(place, train, 13, resume=True, run="r", out_dir="runs") == 130, log(place)
-    assert call(place, train, resume=True, run="r", out_dir="runs") == 0, log(place)
-    assert differences(the_end(place / "runs/unbroken"), the_end(place / "runs/r")) == []
+def test_resumed_run_is_bit_identical_and_needs_no_source(workdir, more):
+    published(workdir / "source", vocab_size=320)  # 64 more than there are bytes
+    assert run_in_process(workdir, train, **RUN | more | dict(run="unbroken")) == 0, read_log(workdir)
+    assert run_in_process(workdir, train, 7, **RUN | more) == 130, read_log(workdir)
+    shutil.rmtree(workdir / "source")
+    assert run_in_process(workdir, train, 13, resume=True, run="r", out_dir="runs") == 130, read_log(workdir)
+    assert run_in_process(workdir, train, resume=True, run="r", out_dir="runs") == 0, read_log(workdir)
+    assert differences(final_checkpoint(workdir / "runs/unbroken"), final_checkpoint(workdir / "runs/r")) == []
 
 
-def test_a_run_begins_with_the_published_weights(place):
-    published(place / "source", vocab_size=256)
-    assert call(place, train, 1, **RUN, model_args="dropout=0") == 130, log(place)
-    lm, its = load_lm(place / "runs/r"), GPT2.pretrained(place / "source", ctx_len=16, dropout=0.0)
+def test_run_starts_from_the_published_weights(workdir):
+    published(workdir / "source", vocab_size=256)
+    assert run_in_process(workdir, train, 1, **RUN, model_args="dropout=0") == 130, read_log(workdir)
+    lm, its = load_lm(workdir / "runs/r"), GPT2.pretrained(workdir / "source", ctx_len=16, dropout=0.0)
     assert lm.cfg == its.cfg
     far = max((a - b).abs().max().item() for a, b in zip(lm.parameters(), its.parameters()))
     assert 0 < far < 0.01  # One step of AdamW
 
 
-def test_a_run_from_random_weights_needs_no_files(place):
+def test_a_run_from_random_weights_needs_no_files(workdir):
     shape = "d_model=16 n_layers=1 n_heads=2 n_positions=16"
     params = RUN | dict(init_from="random", model_args=shape, steps=3)
-    assert call(place, train, **params) == 0, log(place)
-    assert load_lm(place / "runs/r").cfg.vocab_size == 256
+    assert run_in_process(workdir, train, **params) == 0, read_log(workdir)
+    assert load_lm(workdir / "runs/r").cfg.vocab_size == 256
 
 
-def test_a_run_with_another_tokenizer_is_refused(place):
-    published(place / "source", vocab_size=64)
-    assert call(place, train, **RUN) == 1
-    assert "the tokenizer has 256 tokens" in log(place)
+def test_other_tokenizer_is_rejected(workdir):
+    published(workdir / "source", vocab_size=64)
+    assert run_in_process(workdir, train, **RUN) == 1
+    assert "the tokenizer has 256 tokens" in read_log(workdir)
 
 
 # Names
 
 
 def fresh(code, home, **environment):
-    "Run code in a new process with a cache of its own; what it printed"
+    "Run code in a new process with a separate cache, and return its output"
     clean = {n: v for n, v in os.environ.items() if not n.startswith(("HF_", "TRANSFORMERS_", "LMNOTES_"))}
     clean |= dict(HF_HOME=str(home), HF_HUB_DISABLE_TELEMETRY="1", NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
     done = subprocess.run(
@@ -421,10 +421,10 @@ for name in {names!r}:
 """
 
 
-def test_a_name_that_cannot_be_downloaded(tmp_path):
-    said = fresh(OPEN.format(names=["gpt2"]), tmp_path, HF_HUB_OFFLINE="1")
-    for part in ("gpt2 cannot be downloaded", "in a folder and give that as init_from", "init_from='random'"):
-        assert part in said
+def test_failed_download_by_name(tmp_path):
+    output = fresh(OPEN.format(names=["gpt2"]), tmp_path, HF_HUB_OFFLINE="1")
+    for part in ("gpt2 cannot be downloaded", "in a folder and pass that folder as init_from", "init_from='random'"):
+        assert part in output
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -467,16 +467,16 @@ def hub(source):
 def test_a_name_is_downloaded_once_and_then_found_offline(hub, source, tmp_path):
     endpoint = dict(HF_ENDPOINT=f"http://127.0.0.1:{hub.server_address[1]}")
     logits = GPT2.pretrained(source).eval()(torch.zeros(1, 8, dtype=torch.long)).sum().item()
-    said, unknown = fresh(OPEN.format(names=["gpt2", "gpt3"]), tmp_path / "home", **endpoint).splitlines()
-    assert said.startswith("logits") and float(said.split()[1]) == pytest.approx(logits, abs=1e-4)
+    output, unknown = fresh(OPEN.format(names=["gpt2", "gpt3"]), tmp_path / "home", **endpoint).splitlines()
+    assert output.startswith("logits") and float(output.split()[1]) == pytest.approx(logits, abs=1e-4)
     assert "gpt3 cannot be downloaded" in unknown and "init_from='random'" in unknown
     assert ("GET", "/gpt2/resolve/main/model.safetensors") in hub.asked
-    assert fresh(OPEN.format(names=["gpt2"]), tmp_path / "home", HF_HUB_OFFLINE="1") == said + "\n"
+    assert fresh(OPEN.format(names=["gpt2"]), tmp_path / "home", HF_HUB_OFFLINE="1") == output + "\n"
 
 
-def test_a_hub_that_sends_half_a_file(hub, source, tmp_path):
+def test_interrupted_download(hub, source, tmp_path):
     cut(source / WEIGHTS)
-    said = fresh(
+    output = fresh(
         OPEN.format(names=["gpt2"]), tmp_path / "home", HF_ENDPOINT=f"http://127.0.0.1:{hub.server_address[1]}"
     )
-    assert "gpt2" in said and "logits" not in said
+    assert "gpt2" in output and "logits" not in output

@@ -1,6 +1,6 @@
-"""The pages "you come from ...": every line that a page says to type is typed, in order, in a small project, and what it promises is looked up.
+"""The migration guides: every command of a page is run, in order, in a small project, and every promise is checked.
 
-A table's heads say how its rows are checked; the rows themselves are the data.
+The headings of a table select the check of its rows, and the rows are the data.
 """
 
 import ast
@@ -15,7 +15,7 @@ import subprocess
 from importlib import import_module
 
 import pytest
-from helpers import ROOT, call, lmnotes_command, recipe_parameters
+from helpers import ROOT, lmnotes_command, recipe_parameters, run_in_process
 
 from lmnotes.apps.papermill_engine import fill_in_command
 from lmnotes.data.tokenizer import BPETokenizer
@@ -66,7 +66,7 @@ def read_page(path):
 
 
 def execute(line, given, variables):
-    "Do what a line says, a notebook in this process, with parameters and variables that make it small; the exit code"
+    "Run a line with small parameters and variables, notebooks in this process, and return the exit code"
     os.environ.update(variables)
     words = shlex.split(line)
     while re.fullmatch(r"[A-Z_0-9]+=.*", words[0]):
@@ -96,8 +96,8 @@ def evaluate(code):
 class Reader:
     "Goes through a page in a project of its own"
 
-    def __init__(self, place, page):
-        self.place, self.page, self.toy = place, page, TOYS[page]
+    def __init__(self, workdir, page):
+        self.place, self.page, self.toy = workdir, page, TOYS[page]
         self.given, self.records, self.said, self.smaller = {}, {}, "", set()
 
     def small(self, line):
@@ -109,23 +109,23 @@ class Reader:
         return line
 
     def type(self, line):
-        "Type a line; its exit code, and what it printed"
+        "Run a line, and return its exit code and output"
         log = self.place / "log"
         before = log.stat().st_size if log.exists() else 0
         if re.match(r"import |from ", line):
-            code = call(self.place, evaluate, line)
+            code = run_in_process(self.place, evaluate, line)
         elif re.match(r"lmnotes |papermill |[A-Z_]+=", line):
             line = self.small(line)
             notebook = re.search(r"nbs/[\w/]+\.ipynb", line)
             toy = self.toy["notebooks"].get(notebook[0], {}) if notebook else {}
-            code = call(self.place, execute, line, toy, self.toy.get("variables", {}))
+            code = run_in_process(self.place, execute, line, toy, self.toy.get("variables", {}))
             self.note(toy, line)
         else:
             with open(log, "ab") as out:
                 code = subprocess.run(["bash", "-c", line], cwd=self.place, stdout=out, stderr=out).returncode
-        said = log.read_bytes()[before:].decode(errors="replace")
-        self.said += said
-        return code, said
+        output = log.read_bytes()[before:].decode(errors="replace")
+        self.said += output
+        return code, output
 
     def note(self, toy, line):
         "Remember which parameters the run had whose record is new"
@@ -144,20 +144,20 @@ class Reader:
         if not lines:
             return "there is nothing to type"
         for line in lines:
-            code, said = self.type(line)
+            code, output = self.type(line)
             if code:
-                return f"{line}: exit code {code}\n{said[-3000:]}"
+                return f"{line}: exit code {code}\n{output[-3000:]}"
 
     def trouble(self, row, about):
         "The lines are typed, and the words in the last cell are printed"
         lines, words = spans(row[1]), spans(row[2])
         if not lines or not words:
             return "a line to type and words that are printed are needed"
-        said = "".join(self.type(line)[1] for line in lines)
-        return "\n".join(f"{word!r} was not printed:\n{said[-3000:]}" for word in words if not shows(word, said))
+        output = "".join(self.type(line)[1] for line in lines)
+        return "\n".join(f"{word!r} was not printed:\n{output[-3000:]}" for word in words if not shows(word, output))
 
     def parameter(self, row, about):
-        "`name=default` is what the recipe's cell says, and another value of it is found in the run's record"
+        "`name=default` is the default of the recipe's cell, and another value of it is found in the run's record"
         notebook, record = about
         name, _, default = spans(row[1])[0].partition("=")
         defaults = recipe_parameters(self.place / notebook)
@@ -166,7 +166,7 @@ class Reader:
         return self.recorded(name, defaults[name], record, spans(row[2]))
 
     def setting(self, row, about):
-        "`name=default` is what the configuration says, and another value of it is found in the run's record"
+        "`name=default` is the default of the configuration, and another value of it is found in the run's record"
         from lmnotes.recipes.text_only_config import DEFAULT_SETTINGS, load_text_config
 
         name, _, default = spans(row[1])[0].partition("=")
@@ -176,7 +176,7 @@ class Reader:
         return self.recorded(name, DEFAULT_SETTINGS[name], about[1], spans(row[2]))
 
     def variable(self, row, about):
-        "`NAME=default` is what the environment's reader says, and another value of it is found in the run's record"
+        "`NAME=default` is the default of the environment reader, and another value of it is found in the run's record"
         from lmnotes.recipes.fresh_or_resume_config import load_config_fresh_from_env
 
         name, _, default = spans(row[1])[0].partition("=")
@@ -269,7 +269,7 @@ def same(value, found):
 
 CHECKS = {
     ("There", "Type here", "Note"): Reader.command,
-    ("There", "Type here", "What is said"): Reader.trouble,
+    ("There", "Type here", "Message"): Reader.trouble,
     ("There", "Parameter here", "In the record", "Note"): Reader.parameter,
     ("There", "Setting here", "In the record", "Note"): Reader.setting,
     ("There", "Variable here", "In the record", "Note"): Reader.variable,
@@ -277,7 +277,7 @@ CHECKS = {
     ("There", "Line here", "Note"): Reader.line,
     ("There", "In Python here", "Note"): Reader.name,
     ("There", "Here", "Shown by"): Reader.elsewhere,
-    ("What", "Figure", "Command"): Reader.figure,
+    ("Measurement", "Figure", "Command"): Reader.figure,
 }
 
 # What makes each page small: parameters of its notebooks, variables, and values in place of large ones in its lines
@@ -418,29 +418,29 @@ def sentences(seed, words, n=200):
     return "".join(" ".join(draw.choices(words.split(), k=7)) + ".\n" for _ in range(n))
 
 
-def write_material(place, page):
-    "What a page's reader has: a project, and text of the kind that the page needs"
-    shutil.copy(ROOT / "settings.ini", place)
-    shutil.copytree(ROOT / "nbs/recipes", place / "nbs/recipes", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+def write_material(workdir, page):
+    "Write a project and text of the kind that the page needs"
+    shutil.copy(ROOT / "settings.ini", workdir)
+    shutil.copytree(ROOT / "nbs/recipes", workdir / "nbs/recipes", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     for name in ("generate", "train", "prepare"):
-        shutil.copy(ROOT / f"nbs/{name}.ipynb", place / "nbs")
+        shutil.copy(ROOT / f"nbs/{name}.ipynb", workdir / "nbs")
     for name, content in re.findall(r"^```python\n# (\S+\.py)\n(.*?)^```", PAGES[page].read_text(), re.M | re.S):
-        (place / name).write_text(content)
-    MATERIAL[page](place)
+        (workdir / name).write_text(content)
+    MATERIAL[page](workdir)
 
 
-def material_tisslm(place):
+def material_tisslm(workdir):
     for folder, seed in (("corpus", 0), ("my_corpus", 1)):
-        (place / folder).mkdir()
+        (workdir / folder).mkdir()
         for name in ("a", "b"):
-            (place / folder / f"{name}.txt").write_text(
+            (workdir / folder / f"{name}.txt").write_text(
                 sentences(f"{seed}{name}", "wave salt tide foam harbour gull sea")
             )
 
 
-def material_agiformer(place):
+def material_agiformer(workdir):
     for name, seed in (("text", 0), ("mine.txt", 1)):
-        (place / name).write_text(sentences(seed, "the patch thinks of bytes", n=1000))
+        (workdir / name).write_text(sentences(seed, "the patch thinks of bytes", n=1000))
 
 
 # As the guide prints its own, with tabs
@@ -471,32 +471,32 @@ model:
 """
 
 
-def material_text_only(place):
+def material_text_only(workdir):
     text = sentences(0, "once upon a time there was a wave", n=600)
     tokenizer = BPETokenizer.train([text], 300)
-    tokenizer.save(place / "data/gpt2")  # A small vocabulary in GPT-2's place
-    (place / "data/your_corpus.txt").write_text(text)
-    (place / "nbs/recipes/text_only_config.yaml").write_text(YAML.format(vocab_size=tokenizer.vocab_size))
+    tokenizer.save(workdir / "data/gpt2")  # A small vocabulary in GPT-2's place
+    (workdir / "data/your_corpus.txt").write_text(text)
+    (workdir / "nbs/recipes/text_only_config.yaml").write_text(YAML.format(vocab_size=tokenizer.vocab_size))
 
 
-def material_nanothink(place):
+def material_nanothink(workdir):
     for file in ("my_data.jsonl", "data/sea/texts.jsonl", "data/hills/texts.jsonl"):
-        (place / file).parent.mkdir(parents=True, exist_ok=True)
+        (workdir / file).parent.mkdir(parents=True, exist_ok=True)
         lines = sentences(file, "wave salt tide hill river stone light wind", n=50).splitlines()
         rows = [json.dumps(dict(text=line, source="test", id=i)) + "\n" for i, line in enumerate(lines)]
-        (place / file).write_text("".join(rows))
+        (workdir / file).write_text("".join(rows))
 
 
-def material_fresh_or_resume(place):
+def material_fresh_or_resume(workdir):
     text = sentences(0, "wave salt tide foam harbour gull sea", n=600)
-    (place / "text.txt").write_text(text)
-    (place / "other.txt").write_text(sentences(1, "moss fern oak bark owl clearing", n=600))
+    (workdir / "text.txt").write_text(text)
+    (workdir / "other.txt").write_text(sentences(1, "moss fern oak bark owl clearing", n=600))
     tokenizer = BPETokenizer.train([text], 300)
     shape = dict(n_positions=32, ctx_len=32, d_model=16, n_layers=2, n_heads=2)
-    (place / "tiny-gpt2").mkdir()
-    save_hf(new_lm("gpt2", vocab_size=tokenizer.vocab_size, **shape), place / "tiny-gpt2")
+    (workdir / "tiny-gpt2").mkdir()
+    save_hf(new_lm("gpt2", vocab_size=tokenizer.vocab_size, **shape), workdir / "tiny-gpt2")
     for folder in ("tiny-gpt2", "data/gpt2"):
-        tokenizer.save(place / folder)
+        tokenizer.save(workdir / folder)
 
 
 MATERIAL = dict(
@@ -522,14 +522,14 @@ WRONG = {
     "| There | Here | Shown by |\n|---|---|---|\n| a | b | `tests/test_guides.py::test_none` |": "there is no tests/test_guides.py::test_none",
     "| There | Type here | Note |\n|---|---|---|\n| a | `exit 3` | |": "exit 3: exit code 3",
     "| There | Type here | Note |\n|---|---|---|\n| a | nothing | |": "there is nothing to type",
-    "| There | Type here | What is said |\n|---|---|---|\n| a | `echo 12 and more` | `# and less` |": "'# and less' was not printed",
-    "| What | Figure | Command |\n|---|---|---|\n| a | 98.7 | `python benchmarks/memory.py` |": "98.7 is not among",
-    "| What | Figure | Command |\n|---|---|---|\n| a | 1 | `python benchmarks/none.py` |": "no such command",
+    "| There | Type here | Message |\n|---|---|---|\n| a | `echo 12 and more` | `# and less` |": "'# and less' was not printed",
+    "| Measurement | Result | Command |\n|---|---|---|\n| a | 98.7 | `python benchmarks/memory.py` |": "98.7 is not among",
+    "| Measurement | Result | Command |\n|---|---|---|\n| a | 1 | `python benchmarks/none.py` |": "no such command",
 }
 
 
 @pytest.mark.parametrize("table", WRONG)
-def test_a_row_that_does_not_hold_is_found(tmp_path, table):
+def test_wrong_rows_are_found(tmp_path, table):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/run.json").write_text(json.dumps(dict(config=dict(steps=1, lr=0.001))))
     shutil.copytree(ROOT / "nbs/recipes", tmp_path / "nbs/recipes")
@@ -543,7 +543,7 @@ def test_a_row_that_does_not_hold_is_found(tmp_path, table):
 @pytest.mark.parametrize(
     "table", ["| There | Else |\n|---|---|\n| a | b |", "| There | File here | Note |\n|---|---|---|\n| a | b |"]
 )
-def test_a_table_that_cannot_be_read_is_found(tmp_path, table):
+def test_unreadable_tables_are_found(tmp_path, table):
     (tmp_path / "page.md").write_text(table)
     with pytest.raises(AssertionError, match="page.md, line"):
         read_page(tmp_path / "page.md")
@@ -555,16 +555,16 @@ def test_every_row_holds(page, tmp_path):
     write_material(tmp_path, page)
     reader, wrong = Reader(tmp_path, page), []
     for number, heads, row, about in read_page(PAGES[page]):
-        if said := CHECKS[heads](reader, row, about):
-            wrong.append(f"docs/guides/{page}.md, line {number}: {said}")
+        if output := CHECKS[heads](reader, row, about):
+            wrong.append(f"docs/guides/{page}.md, line {number}: {output}")
     assert not wrong, "\n\n".join(wrong)
     assert reader.smaller == set(TOYS[page].get("instead", {})), "a value is made small that is not there"
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_nothing_of_the_guide_is_missing(page):
+def test_pages_cover_the_whole_guide(page):
     text = PAGES[page].read_text(encoding="utf-8").replace("\\|", "|")
     there = [code for _, _, row, _ in read_page(PAGES[page]) for code in spans(row[0])]
     lacking = [item for item in re.split(r"\s{2,}", ITEMS[page].strip()) if not any(item in code for code in there)]
     assert not lacking
-    assert text.startswith("# You come from ") and not re.search(r"https?:|github", text)
+    assert text.startswith("# Migrating from ") and not re.search(r"https?:|github", text)

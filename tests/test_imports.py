@@ -25,7 +25,7 @@ def test_import_loads_no_other_package(module):
 
 
 @pytest.mark.parametrize("use", ["import lmnotes; lmnotes.run", "import lmnotes.apps.cli"])
-def test_what_trains_loads_torch_and_nothing_else(use):
+def test_training_code_imports_only_torch(use):
     assert loaded(use) - loaded("import torch, torch._dynamo") == {"lmnotes"}
 
 

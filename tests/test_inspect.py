@@ -1,4 +1,4 @@
-"""What a run reads, what it costs and what it has learnt, looked at: for every architecture there is."""
+"""Inspection of the data, the cost and the trained model of a run, for every architecture."""
 
 from copy import deepcopy
 from html.parser import HTMLParser
@@ -54,7 +54,7 @@ def noise(V=256, rows=8, T=32, n=4):
     return [Batch(x[:, :-1], x[:, 1:]) for x in w]
 
 
-def test_all_architectures_are_here():
+def test_all_architectures_are_tested():
     assert set(archs()) - set(TINY) <= {"toy"} and set(TINY) <= set(archs())
 
 
@@ -89,7 +89,7 @@ def check_page(look):
 
 
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, CharTokenizer("abc <"), BPETokenizer.train([AWKWARD * 9], 300)])
-def test_any_text_can_be_shown(tokenizer):
+def test_any_text_can_be_displayed(tokenizer):
     page = check_page(show_tokens(tokenizer, AWKWARD))
     ids = tokenizer.encode(AWKWARD)
     assert all(token_text(tokenizer, i) in page.text and str(i) in page.text for i in ids)
@@ -101,27 +101,27 @@ def test_any_text_can_be_shown(tokenizer):
     page.text.encode(), repr(show_tokens(tokenizer, AWKWARD)).encode()
 
 
-def test_a_batch_shows_what_is_not_predicted():
+def test_batch_marks_ignored_targets():
     ids = torch.tensor(TOKENIZER.encode(TEXT))
     x, y = ids[None, :-1], ids[None, 1:].clone()
     y[0, 3:5] = IGNORE_INDEX
     look = show_batch(TOKENIZER, Batch(x, y), n=6)
     page = check_page(look)
-    assert page.text.count("—") == 3 and "2 (—) are not" in page.text
+    assert page.text.count("—") == 3 and "2 positions (—) without" in page.text
     assert len(repr(look).splitlines()) == 8
 
 
 @pytest.mark.parametrize("name", sorted(set(TINY) - {"diffusion"}))
-@pytest.mark.parametrize("given", ["", "the c"])
-def test_probabilities_are_the_models_own_loss_taken_apart(name, given):
-    "Whatever is given; a document begins after the id 0 here"
+@pytest.mark.parametrize("context", ["", "the c"])
+def test_token_probabilities_sum_to_the_loss(name, context):
+    "With and without a context; here a document starts after the id 0"
     lm = new(name).train()
     before = deepcopy(lm.state_dict())
-    rows = token_probabilities(lm, TOKENIZER, TEXT[5:], given=given)
+    rows = token_probabilities(lm, TOKENIZER, TEXT[5:], context=context)
     assert lm.training and all(torch.equal(before[n], t) for n, t in lm.state_dict().items())
-    ids = torch.tensor(TOKENIZER.encode((given or "\0") + TEXT[5:]))[None]
+    ids = torch.tensor(TOKENIZER.encode((context or "\0") + TEXT[5:]))[None]
     y = ids[:, 1:].clone()
-    y[:, : len(given or "\0") - 1] = IGNORE_INDEX
+    y[:, : len(context or "\0") - 1] = IGNORE_INDEX
     with torch.no_grad():
         nll = lm.eval().loss(Batch(ids[:, :-1], y))["nll"].item()
     assert sum(row["nats"] for row in rows) == pytest.approx(nll, rel=1e-4)
@@ -130,29 +130,29 @@ def test_probabilities_are_the_models_own_loss_taken_apart(name, given):
         assert row["rank"] > 5 or row["best"][row["rank"] - 1][1] == pytest.approx(row["p"], rel=1e-3)
 
 
-def test_a_text_may_be_longer_than_the_window():
+def test_texts_longer_than_ctx_len():
     lm = new("gpt", ctx_len=8, pos="learned")
-    page = check_page(show_probabilities(lm, TOKENIZER, TEXT, given="<Once>"))
+    page = check_page(show_probabilities(lm, TOKENIZER, TEXT, context="<Once>"))
     assert page.text.startswith("24 tokens") and "<Once>│the·cat·sat" in page.text
 
 
-def test_any_text_can_be_judged():
+def test_token_probabilities_of_any_text():
     "Nothing of it is taken for HTML, and nothing invisible is let through"
-    look = show_probabilities(new("gpt"), TOKENIZER, AWKWARD, given="<i>\u200b\n", least=0)
+    look = show_probabilities(new("gpt"), TOKENIZER, AWKWARD, context="<i>\u200b\n", n_least_likely=0)
     page = check_page(look)
     assert "<i>⟨U+200B⟩↵│<b>&amp;·" in page.text and "<i>⟨U+200B⟩↵│<b>&amp;·" in repr(look)
     assert not {"\u200b", "\udcff"} & {*page.text, *repr(look)}
 
 
 @pytest.mark.parametrize("objective", ["masked", "mse"])
-def test_diffusion_has_no_probabilities_one_by_one(objective):
-    with pytest.raises(ValueError, match="'diffusion' does not write from left to right.*`evaluate` gives"):
+def test_diffusion_has_no_token_probabilities(objective):
+    with pytest.raises(ValueError, match="'diffusion' is not causal.*Use `evaluate`"):
         token_probabilities(new("diffusion", objective=objective), TOKENIZER, TEXT)
     assert token_probabilities(new("diffusion", block=1), TOKENIZER, TEXT)
 
 
 @pytest.mark.parametrize("name", sorted(set(TINY) - NO_ATTENTION))
-def test_each_layers_attention(name):
+def test_attention_of_each_layer(name):
     lm, ids = new(name).train(), TOKENIZER.encode(TEXT)
     maps = attention_maps(lm, ids)
     assert lm.training and maps
@@ -164,7 +164,7 @@ def test_each_layers_attention(name):
     assert len(figure.axes) == len(maps) * max(len(m) for m in maps) + 1
 
 
-def test_a_picture_of_attention_names_its_maps_and_can_be_read():
+def test_attention_figure_has_titles_and_readable_labels():
     "Where the bytes-in-patches model attends among patches there are no tokens to name"
     words = [f"word {i} is long" for i in range(24)]
     maps = attention_maps(new("bytepatch"), range(24))
@@ -183,7 +183,7 @@ def test_a_picture_of_attention_names_its_maps_and_can_be_read():
 
 
 @pytest.mark.parametrize("name", sorted(NO_ATTENTION))
-def test_without_attention_there_is_none_to_see(name):
+def test_models_without_attention(name):
     with pytest.raises(ValueError, match=f"arch='{name}' has no attention"):
         attention_maps(new(name), TOKENIZER.encode(TEXT))
 
@@ -217,7 +217,7 @@ def peak(trainer):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("name", TINY)
-def test_memory_is_what_the_allocator_reports(name, optimizer):
+def test_memory_estimate_equals_the_allocator(name, optimizer):
     "Between the beginning and the end of a step gradients and activations come and go; weights and states are there before"
     lm, cfg = new(name), TrainConfig(steps=4, optimizer=optimizer, dtype="float32")
     before, random = deepcopy(lm.state_dict()), torch.get_rng_state()
@@ -240,7 +240,7 @@ def test_activations_grow_with_the_rows_and_shrink_with_accumulation():
     assert kept(8) == pytest.approx(2 * kept(4), rel=0.01) and kept(8, accum=2) == kept(4)
 
 
-def test_what_is_frozen_costs_no_gradient():
+def test_frozen_weights_have_no_gradient_memory():
     lm = new("gpt")
     lm.blocks.requires_grad_(False)
     cost = measure_step(lm, noise(), TrainConfig(steps=4), seconds=0.0)
@@ -259,11 +259,11 @@ class Late(type(new_lm("bigram"))):
         return dict(out, loss=out["loss"] * float("nan")) if self.calls < 3 else out
 
 
-def test_steps_that_are_refused_are_no_estimate():
+def test_skipped_steps_are_not_timed():
     cost = measure_step(Late(new("bigram").cfg), noise(n=9), TrainConfig(steps=9, dtype="float32"), seconds=0.0)
     assert cost["optimizers"] == dict(AdamW=2 * 4 * 256**2 + 4)
 
 
-def test_an_estimate_can_be_read():
+def test_estimate_is_readable():
     text = repr(cost_table(new("gpt"), noise(), TrainConfig(steps=7_200_000, accum=2), seconds=0.0))
     assert "4 × 32 tokens" in text and "7,200,000 steps" in text and "tokens a second" in text

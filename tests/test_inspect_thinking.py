@@ -1,4 +1,4 @@
-"""What is said of a model that thinks is what its logits and latents say, and looking changes nothing."""
+"""Diagnostics of thinking models equal a plain computation from logits and latents, and do not change the model."""
 
 import math
 
@@ -38,7 +38,7 @@ def val():
     return EvaluationBatches(BYTES, 4, 32)
 
 
-def test_the_figures_are_those_of_the_logits_and_latents(lm, val):
+def test_diagnostics_equal_a_plain_computation(lm, val):
     "One batch, computed plainly"
     batch = val[0]
     row = thinking_rows(lm, [batch])[2]
@@ -60,7 +60,7 @@ def test_the_figures_are_those_of_the_logits_and_latents(lm, val):
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
-def test_each_row_is_what_evaluation_measures_with_so_many_steps(lm, val, steps):
+def test_each_row_equals_an_evaluation_with_that_many_steps(lm, val, steps):
     row = thinking_rows(lm, val, np.full(256, 2), steps=5)[steps]  # As if each id stood for two bytes
     lm.cfg.thinking_steps = steps
     full = evaluate(lm, val, np.full(256, 2))
@@ -78,7 +78,7 @@ def test_padding_does_not_count(lm):
     assert rows[2]["bpb"] == pytest.approx(want, rel=1e-5)
 
 
-def test_looking_changes_nothing(lm, val):
+def test_inspection_does_not_change_the_model(lm, val):
     lm.train()
     before = {name: t.clone() for name, t in lm.state_dict().items()}
     generator = torch.get_rng_state()
@@ -92,7 +92,7 @@ def test_looking_changes_nothing(lm, val):
     assert lm.cfg.thinking_steps == 2 and lm.training  # Also after an error
 
 
-def test_the_untrained_copy_is_always_there(lm, val):
+def test_untrained_copy_is_always_included(lm, val):
     rows = inspect_thinking(lm, val.subset(2))
     assert [(r["model"], r["steps"]) for r in rows] == [(m, k) for m in ("trained", "untrained") for k in range(3)]
     assert rows[3]["bpb"] == pytest.approx(8, abs=0.3)
@@ -101,16 +101,16 @@ def test_the_untrained_copy_is_always_there(lm, val):
     assert again == rows
 
 
-def test_the_figure_shows_both(lm, val):
+def test_figure_shows_trained_and_untrained(lm, val):
     figure = plot_thinking(inspect_thinking(lm, val.subset(2)), "title")
     assert figure.get_suptitle() == "title"
     for ax in figure.axes:
         assert ax.get_title() and ax.get_ylabel()
         assert len(ax.containers) == 2  # Trained and untrained
-    assert all(ax.get_xlabel() == "steps of thinking" for ax in figure.axes[3:])
+    assert all(ax.get_xlabel() == "thinking steps" for ax in figure.axes[3:])
 
 
-def test_the_guides_diagnostics(lm, capsys):
+def test_agiformer_diagnostics(lm, capsys):
     x = torch.tensor([list(b"The history of artificial intelligence")])
     found = system2_diagnostics(lm, x)
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_the_guides_diagnostics(lm, capsys):
     assert [line[:2] for line in lines[1:4]] == ["1.", "2.", "3."] and "(untrained: SYSTEM 2 IS " in lines[4]
 
 
-def test_an_untrained_model_of_the_guides_size_is_active_already():
+def test_untrained_agiformer_is_already_active():
     "6.87 in the guide's own implementation"
     torch.manual_seed(0)
     found = system2_diagnostics(
@@ -131,47 +131,53 @@ def test_an_untrained_model_of_the_guides_size_is_active_already():
     assert found["verdict"] == "SYSTEM 2 IS ACTIVE" and 5 < found["magnitude"] < 9
 
 
-def test_of_a_run(place):
+def test_diagnostics_of_a_run(workdir):
     args = "d_model=16 n_layers=1 n_heads=2 d_byte=16 ngram_rows=64 thinking_steps=2"
-    r = run(**TINY | dict(arch="bytepatch", model_args=args, steps=5, data=str(place / "corpus"), out_dir=str(place)))
+    r = run(
+        **TINY | dict(arch="bytepatch", model_args=args, steps=5, data=str(workdir / "corpus"), out_dir=str(workdir))
+    )
     rows = inspect_thinking(r.lm, EvaluationBatches(BYTES, 4, 32).subset(2), r.tokenizer.byte_lengths, steps=4)
     assert len(rows) == 10
 
 
-def test_one_batch_tells_nothing_sure(lm, val):
+def test_one_batch_has_no_standard_error(lm, val):
     rows = inspect_thinking(lm, val.subset(1))
     assert not [name for row in rows for name in row if name.endswith("stderr")]
-    said = summarize_thinking(rows, 2)
-    assert "make no sure difference" in said and "one batch, which tells nothing sure" in said and "±" not in said
+    output = summarize_thinking(rows, 2)
+    assert (
+        "make no clear difference" in output
+        and "one batch, so without a standard error" in output
+        and "±" not in output
+    )
     plot_thinking(rows)
 
 
-def test_what_cannot_be_looked_at(lm, val):
+def test_invalid_inputs_are_rejected(lm, val):
     none = Batch(val[0].x, torch.full_like(val[0].y, IGNORE_INDEX))
     with pytest.raises(ValueError, match="1 batches without a target"):
         thinking_rows(lm, [none])
     assert thinking_rows(lm, [none, val[0]])[2]["bpb"] == pytest.approx(thinking_rows(lm, [val[0]])[2]["bpb"])
     for look in (inspect_thinking, thinking_rows):
-        with pytest.raises(ValueError, match="steps=-1 of thinking"):
+        with pytest.raises(ValueError, match="steps=-1, expected 0"):
             look(lm, val, steps=-1)
-    with pytest.raises(ValueError, match="ids of shape .32,., and .rows, length. is needed"):
+    with pytest.raises(ValueError, match="ids of shape .32,. given, expected .rows, length."):
         system2_diagnostics(lm, val[0].x[0])
     with pytest.raises(ValueError, match="ids of shape"):
         thinking_rows(lm, [Batch(val[0].x[0], val[0].y[0])])
 
 
 @pytest.mark.parametrize("steps", [0, 3, -1])
-def test_a_conclusion_of_steps_that_are_not_there(lm, val, steps):
+def test_conclusion_without_thinking_steps(lm, val, steps):
     rows = inspect_thinking(lm, val.subset(2))
-    with pytest.raises(ValueError, match=f"steps={steps} is not in these rows .* which hold .1, 2."):
+    with pytest.raises(ValueError, match=f"steps={steps} is not in these rows, which have steps .1, 2."):
         summarize_thinking(rows, steps)
     with pytest.raises(ValueError, match="steps=2 is not in these rows"):
         summarize_thinking(rows[:3], 2)  # Without the untrained copy
 
 
-def test_models_that_do_not_think(val):
+def test_models_without_thinking_are_rejected(val):
     for look in (inspect_thinking, thinking_rows, lambda lm, x: system2_diagnostics(lm, val[0].x)):
-        with pytest.raises(ValueError, match="arch='gpt' does not think.*such as bytepatch"):
+        with pytest.raises(ValueError, match="arch='gpt' has no thinking steps.*such as bytepatch"):
             look(new_lm("gpt", d_model=16, n_layers=1, n_heads=2), val)
 
 
@@ -188,7 +194,7 @@ def test_parameters_are_counted_once(tie):
     assert ("head" in rows) != tie
 
 
-def test_parts_of_parts():
+def test_nested_modules():
     lm = new_lm("bytepatch", **FACES["strong"])
     parts = {row["part"]: row["parameters"] for row in parameter_table(lm, 2).rows}
     assert parts["patches.thinking"] == n_params(lm.patches.thinking)

@@ -34,7 +34,7 @@ def run_cell(client, code, seen=lambda text: None):
     raise TimeoutError(f"the cell is still running: {text[-300:]}")
 
 
-def test_the_stop_button_leaves_a_checkpoint_a_model_and_a_next_cell(tmp_path):
+def test_stop_button_saves_and_lets_the_next_cell_run(tmp_path):
     manager, client = start_new_kernel(startup_timeout=DEADLINE)
     pressed = []
 

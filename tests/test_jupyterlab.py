@@ -11,8 +11,7 @@ import urllib.request
 from contextlib import contextmanager
 
 from browser import chromium, open_browser, watch
-from helpers import DEADLINE, ROOT
-from helpers import until as wait_until
+from helpers import DEADLINE, ROOT, wait_until
 
 # A run that lasts until it is stopped, small and often sampled
 LONG = dict(
@@ -40,30 +39,32 @@ def answers(port):
 
 
 @contextmanager
-def jupyterlab(place):
+def jupyterlab(workdir):
     "JupyterLab over a folder with the notebooks, on loopback; its address with the token"
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    (place / "nbs").mkdir()
-    (place / "nbs" / "train.ipynb").write_bytes((ROOT / "nbs" / "train.ipynb").read_bytes())
+    (workdir / "nbs").mkdir()
+    (workdir / "nbs" / "train.ipynb").write_bytes((ROOT / "nbs" / "train.ipynb").read_bytes())
     settings = {f"LMNOTES_{name.upper()}": str(value) for name, value in LONG.items()}
     environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")} | settings
     environ |= dict(
-        LMNOTES_OUT_DIR=str(place / "runs"), JUPYTER_CONFIG_DIR=str(place / "config"), IPYTHONDIR=str(place / "ipython")
+        LMNOTES_OUT_DIR=str(workdir / "runs"),
+        JUPYTER_CONFIG_DIR=str(workdir / "config"),
+        IPYTHONDIR=str(workdir / "ipython"),
     )
     environ.pop("PYTEST_CURRENT_TEST", None)  # With it a kernel does not show what is written to its stderr
     environ |= dict(
-        JUPYTER_RUNTIME_DIR=str(place / "runtime"),
-        JUPYTER_DATA_DIR=str(place / "share"),
-        JUPYTERLAB_WORKSPACES_DIR=str(place / "w"),
+        JUPYTER_RUNTIME_DIR=str(workdir / "runtime"),
+        JUPYTER_DATA_DIR=str(workdir / "share"),
+        JUPYTERLAB_WORKSPACES_DIR=str(workdir / "w"),
     )
     command = f"-m jupyter lab --allow-root --no-browser --ip=127.0.0.1 --port={port} --ServerApp.port_retries=0 --IdentityProvider.token=abc"
-    with open(place / "server.log", "w") as log:
-        server = subprocess.Popen([sys.executable, *command.split()], cwd=place, env=environ, stdout=log, stderr=log)
+    with open(workdir / "server.log", "w") as log:
+        server = subprocess.Popen([sys.executable, *command.split()], cwd=workdir, env=environ, stdout=log, stderr=log)
         try:
             wait_until(lambda: server.poll() is not None or answers(port))
-            assert server.poll() is None, (place / "server.log").read_text()
+            assert server.poll() is None, (workdir / "server.log").read_text()
             yield f"http://127.0.0.1:{port}/lab/tree/nbs/train.ipynb?token=abc"
         finally:
             server.terminate()
@@ -86,7 +87,7 @@ def kernel(address):
     return sessions[0]["kernel"]["execution_state"] if sessions else "starting"
 
 
-def test_a_newcomer_trains_looks_on_and_stops(tmp_path):
+def test_train_watch_and_stop_in_jupyterlab(tmp_path):
     chromium()
     with jupyterlab(tmp_path) as address, open_browser(viewport=dict(width=1400, height=1000)) as browser:
         page = browser.new_page()

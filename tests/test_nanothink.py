@@ -1,4 +1,4 @@
-"""Experts, attention and router: laws with frozen experts, what is kept is what would be computed, memories without leaks."""
+"""NanoThink: the model contract with frozen experts, cached expert outputs equal computed ones, and no leaks from the vector store."""
 
 import copy
 import itertools
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, call, differences, left_behind, log, train
+from helpers import TINY, differences, read_log, run_in_process, run_results, train
 
 from lmnotes.data.batches import IGNORE_INDEX, Batch, EpochBatches, PackedBatches
 from lmnotes.models.nanothink import NanoThinkConfig
@@ -69,14 +69,14 @@ def same(a, b):
 
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("config", VARIANTS, ids=lambda c: " ".join(map(str, c.values())))
-def test_laws(config, frozen):
+def test_contract(config, frozen):
     lm = model(frozen, **config)
     for law in (check_state_dict_complete, check_causality, check_cached_decoding, check_padding_ignored):
         law(lm.eval(), batch())
 
 
 @pytest.mark.parametrize("config", VARIANTS, ids=lambda c: " ".join(map(str, c.values())))
-def test_cached_is_not_cached(config):
+def test_cached_decoding_equals_full_forward(config):
     "To 1e-5, in pieces, past the end of the context too, with experts of the guide's kinds and with the strong ones"
     for experts in (EXPERTS, GUIDE):
         _cached_is_not_cached(model(**experts, **config).eval(), config["kv_latent_dim"])
@@ -101,10 +101,10 @@ def test_begins_as_its_expert(config):
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=0.1)
     alone = lm.experts["state_space"].loss(batch())["nll"]
-    assert abs(lm.loss(batch())["nll"] - alone) / batch().n < 0.02
+    assert abs(lm.loss(batch())["nll"] - alone) / batch().n_targets < 0.02
 
 
-def test_frozen_experts_are_still():
+def test_frozen_experts_do_not_change():
     lm = model()
     before = copy.deepcopy(lm.experts.state_dict())
     trainer(lm, EpochBatches(IDS, 4, 24), steps=3).fit()
@@ -142,7 +142,7 @@ def test_a_batch_without_targets():
     [dict(), dict(fusion="hidden"), dict(dtype="bfloat16"), dict(accum=2), dict(budget=30_000), dict(stride=12)],
     ids=str,
 )
-def test_kept_is_what_would_be_computed(given):
+def test_cached_expert_outputs_equal_computed(given):
     """Over three epochs: all kept, a part kept, in pieces, in bfloat16, windows that overlap.
 
     Asked anew, experts see the whole batch at once, whose products may be rounded in another way.
@@ -159,12 +159,12 @@ def test_kept_is_what_would_be_computed(given):
     t.fit()
     for p, q in zip(kept.parameters(), anew.parameters()):
         assert (p - q).norm() <= (0.05 if given.get("dtype") else 1e-3) * q.norm()
-    assert batches.bytes <= budget and len(batches.kept) == min(
-        windows.order.n, budget // (batches.bytes // len(batches.kept))
+    assert batches.bytes <= budget and len(batches.cached_rows) == min(
+        windows.order.n, budget // (batches.bytes // len(batches.cached_rows))
     )
 
 
-def test_all_a_part_or_nothing_kept_are_the_same_bits():
+def test_cache_budget_does_not_change_bits():
     ends = []
     for budget in (2**30, 30_000, 0):
         lm = model()
@@ -173,7 +173,7 @@ def test_all_a_part_or_nothing_kept_are_the_same_bits():
     assert same(ends[0], ends[1]) and same(ends[0], ends[2])
 
 
-def test_kept_again_after_a_stop():
+def test_cache_is_rebuilt_after_resume():
     "What is kept is not saved, and a resumed run ends in the same bits, its windows met in other company"
     windows = EpochBatches(IDS, 4, 24)
     whole, half = model(), model()
@@ -187,7 +187,7 @@ def test_kept_again_after_a_stop():
     assert same(rest, whole)
 
 
-def test_kept_documents():
+def test_cached_documents_with_padding():
     "Rows with padding, of the sampler of whole documents"
     windows = PackedBatches(IDS, np.arange(0, len(IDS), 10), 4, 24)
     anew, kept = model(), model()
@@ -199,7 +199,7 @@ def test_kept_documents():
     assert batches.steps_per_epoch == windows.steps_per_epoch
 
 
-def test_each_rank_keeps_its_rows():
+def test_each_rank_caches_its_rows():
     windows = EpochBatches(IDS, 4, 24)
     lm = model()
     one = CachedExpertOutputs(lm, windows)
@@ -208,32 +208,32 @@ def test_each_rank_keeps_its_rows():
         for rank, batches in enumerate(ranks):
             mine, his = one[step].rank_slice(rank, 2).extras, batches[step].rank_slice(rank, 2).extras
             assert all(torch.equal(mine[name], his[name]) for name in mine)
-    assert len(ranks[0].kept) + len(ranks[1].kept) <= len(one.kept) + 2
+    assert len(ranks[0].cached_rows) + len(ranks[1].cached_rows) <= len(one.cached_rows) + 2
 
 
-def test_what_cannot_be_kept():
+def test_uncacheable_models_are_rejected():
     windows = EpochBatches(IDS, 4, 24)
     for lm in (model(frozen=False), model(attention_first=True)):
-        with pytest.raises(ValueError, match="can be kept if they are frozen"):
+        with pytest.raises(ValueError, match="caching needs frozen experts"):
             CachedExpertOutputs(lm, windows)
 
 
 MISTAKES = {
     "default_expert='mamba' is not one of transformer, state_space, diffuser": dict(default_expert="mamba"),
     "fusion='sum' is not one of mixture, hidden": dict(fusion="sum"),
-    "transformer='gpt,ctx_len=5': .*gives ctx_len": dict(transformer="gpt,ctx_len=5"),
+    "transformer='gpt,ctx_len=5': .*sets ctx_len": dict(transformer="gpt,ctx_len=5"),
     "transformer='gtp': .*did you mean 'gpt'": dict(transformer="gtp"),
-    "transformer='gpt,n_layer=2': .*is not name=value of arch='gpt'": dict(transformer="gpt,n_layer=2"),
-    "transformer='rnn': .*cannot be asked for the states": dict(transformer="rnn"),
+    "transformer='gpt,n_layer=2': .*is not field=value of arch='gpt'": dict(transformer="gpt,n_layer=2"),
+    "transformer='rnn': .*has no causal hidden states": dict(transformer="rnn"),
     "diffuser='gpt:nanogpt': .*cannot read past ctx_len": dict(diffuser="gpt:nanogpt"),
     "state_space='ssm,d_state=0': d_state=0, but d_state is at least 1": dict(state_space="ssm,d_state=0"),
     "default_expert='transformer' is not one of state_space, diffuser": dict(transformer=" "),
-    "default_expert='transformer' is not one of the experts: there is none": dict(
+    "default_expert='transformer' is not one of the experts, because all three are empty": dict(
         transformer="", state_space="", diffuser=" "
     ),
-    "rope_dim=3, but rotary positions": dict(rope_dim=3),
-    "rope_dim=0, but rotary positions": dict(rope_dim=0),
-    "head_dim=7, but rotary positions": dict(kv_latent_dim=0, head_dim=7),
+    "rope_dim=3 must be even": dict(rope_dim=3),
+    "rope_dim=0 must be even and at least 2": dict(rope_dim=0),
+    "head_dim=7 must be even": dict(kv_latent_dim=0, head_dim=7),
     "n_heads=0, but n_heads is at least 1": dict(n_heads=0),
     "head_dim=0, but head_dim is at least 1": dict(head_dim=0),
     "kv_latent_dim=-1, but kv_latent_dim is at least 0": dict(kv_latent_dim=-1),
@@ -241,18 +241,18 @@ MISTAKES = {
     "memory=-1, but memory is at least 0": dict(memory=-1),
     "max_vectors=0, but max_vectors is at least 1": dict(max_vectors=0),
     "memory=2 needs a transformer expert": dict(memory=2, attention_first=True),
-    "memory_chunk=13 does not fit twice into ctx_len=24": dict(memory=2, memory_chunk=13),
-    "memory_chunk=0 does not fit twice .* choose memory_chunk from 1 to 12": dict(memory=2, memory_chunk=0),
+    "memory_chunk=13 does not fit twice in ctx_len=24": dict(memory=2, memory_chunk=13),
+    "memory_chunk=0 does not fit twice .* Use 1 to 12": dict(memory=2, memory_chunk=0),
 }
 
 
 @pytest.mark.parametrize("message", MISTAKES)
-def test_mistakes_are_named(message):
+def test_invalid_settings_are_named(message):
     with pytest.raises(ValueError, match=message):
         new_lm("nanothink", **{**SIZE, **EXPERTS, **MISTAKES[message]})
 
 
-def test_the_guides_sizes():
+def test_parameter_counts_match_the_guide():
     "14,160,768 parameters without embedding and head, and 590,208 for attention as the guide has it, a gain of 384 less"
     with torch.device("meta"):
         lm = new_lm("nanothink", vocab_size=1000, ctx_len=512, kv_latent_dim=0)
@@ -261,35 +261,39 @@ def test_the_guides_sizes():
     assert n_params(lm.attention) == 590_208 - 384
 
 
-def test_a_run(place):
+def test_run_resume_and_generate(workdir):
     "Trained, stopped and taken up by name, to the same bits; and it writes"
     experts = " ".join(f"{name}={spec}" for name, spec in EXPERTS.items())
     args = f"{experts} d_model=16 n_heads=2 head_dim=8 kv_latent_dim=8 rope_dim=4"
     case = TINY | dict(arch="nanothink", model_args=args, steps=12, eval_every=6, save_every=6, sample_every=0)
-    assert call(place, train, **case) == 0, log(place)
-    whole = left_behind(place / "runs/r")
-    assert call(place, train, 5, **case | dict(run="stopped")) == 130, log(place)
-    assert call(place, train, run="stopped", out_dir="runs", resume=True) == 0, log(place)
-    assert not differences(whole, left_behind(place / "runs/stopped"))
-    found = load(place / "runs/r")
+    assert run_in_process(workdir, train, **case) == 0, read_log(workdir)
+    whole = run_results(workdir / "runs/r")
+    assert run_in_process(workdir, train, 5, **case | dict(run="stopped")) == 130, read_log(workdir)
+    assert run_in_process(workdir, train, run="stopped", out_dir="runs", resume=True) == 0, read_log(workdir)
+    assert not differences(whole, run_results(workdir / "runs/stopped"))
+    found = load(workdir / "runs/r")
     assert isinstance(found.lm.cfg, NanoThinkConfig) and found.lm.cfg.diffuser == EXPERTS["diffuser"]
     assert len(found.generate("wave", 20)) > 0
 
 
-def test_two_phases(place):
+def test_mixture_starts_from_trained_experts(workdir):
     "Experts trained by themselves, then a mixture that begins with their weights and leaves them as they are"
     small = TINY | dict(steps=6, accum=1, eval_every=6, save_every=6, sample_every=0)
     specs = dict(transformer=EXPERTS["transformer"], state_space=EXPERTS["state_space"])
     for name, spec in specs.items():
         arch, *args = spec.split(",")
-        assert call(place, train, **small | dict(run=name, arch=arch, model_args=" ".join(args))) == 0, log(place)
+        assert run_in_process(workdir, train, **small | dict(run=name, arch=arch, model_args=" ".join(args))) == 0, (
+            read_log(workdir)
+        )
     args = " ".join(f"{name}={spec}" for name, spec in {**specs, "diffuser": ""}.items())
     begin = " ".join(f"experts.{name}=runs/{name}" for name in specs)
     second = dict(
         run="two", arch="nanothink", model_args=f"{args} d_model=16 n_heads=2 head_dim=8 kv_latent_dim=8 rope_dim=4"
     )
-    assert call(place, train, **small | second | dict(init_from=begin, freeze="experts.*")) == 0, log(place)
-    lm, alone = load(place / "runs/two").lm, {name: load(place / "runs" / name).lm for name in specs}
+    assert run_in_process(workdir, train, **small | second | dict(init_from=begin, freeze="experts.*")) == 0, read_log(
+        workdir
+    )
+    lm, alone = load(workdir / "runs/two").lm, {name: load(workdir / "runs" / name).lm for name in specs}
     for name, expert in alone.items():
         assert same(lm.experts[name], expert)
     assert lm.links["transformer"].weight.abs().max() > 0
@@ -300,7 +304,7 @@ def test_two_phases(place):
 MEMORY = dict(memory=2, memory_chunk=6)
 
 
-def remembering(doc_starts=None, **config):
+def model_with_vector_store(doc_starts=None, **config):
     tokens = SimpleNamespace(ids=IDS, doc_starts=doc_starts)
     lm = model(**{**MEMORY, **config})
     lm.store = fill_store(lm, VectorStore(16), tokens)
@@ -309,8 +313,8 @@ def remembering(doc_starts=None, **config):
 
 @pytest.mark.parametrize("latent", [0, 8])
 @pytest.mark.parametrize("fusion", ["mixture", "hidden"])
-def test_laws_with_a_memory(latent, fusion):
-    lm, _ = remembering(kv_latent_dim=latent, fusion=fusion)
+def test_contract_with_a_vector_store(latent, fusion):
+    lm, _ = model_with_vector_store(kv_latent_dim=latent, fusion=fusion)
     check_cached_decoding(lm.eval(), batch())
     with torch.no_grad():
         base = lm(batch().x)
@@ -325,7 +329,7 @@ def test_laws_with_a_memory(latent, fusion):
 
 def test_no_document_retrieves_itself():
     starts = np.arange(0, len(IDS), 31)  # Seams fall within chunks and between them
-    lm, documents = remembering(starts)
+    lm, documents = model_with_vector_store(starts)
     at = np.arange(0, len(IDS) - 24, 24)
     own = documents(at)
     assert own.shape == (len(at), 3)
@@ -342,24 +346,24 @@ def test_no_document_retrieves_itself():
         assert n and all(own[a, b] not in (own[i, j], -1) for a, b in n)
 
 
-def test_what_is_remembered_of_a_document_knows_no_other():
+def test_stored_keys_depend_on_one_document():
     "Its keys are those of its chunks alone, whatever else was in their windows"
-    lm, _ = remembering()
+    lm, _ = model_with_vector_store()
     x = torch.from_numpy(IDS[:24])[None]
     other = torch.cat([(x[:, :12] + 1) % 32, x[:, 12:]], 1)
     a, b = (chunk_keys(lm.experts["transformer"], ids, 6) for ids in (x, other))
     assert torch.equal(a[:, 2:], b[:, 2:]) and (a[:, :2] - b[:, :2]).abs().max() > 0.1
 
 
-def test_one_document_is_taken_in_blocks():
+def test_long_document_is_stored_in_blocks():
     "Sixteen windows each; the last chunk of a block, whose last target is in the next, is left out"
-    _, documents = remembering()
+    _, documents = model_with_vector_store()
     at = np.array([0, 24 * 15, 24 * 16, 24 * 15 + 12])
     assert documents(at).tolist() == [[0, 0, 0], [0, 0, -1], [1, 1, 1], [-1, -1, 1]]
 
 
-def test_a_store_beside_the_weights(tmp_path, capsys):
-    lm, _ = remembering()
+def test_store_file_next_to_the_weights(tmp_path, capsys):
+    lm, _ = model_with_vector_store()
     lm.store.save(tmp_path / "memory.safetensors")
     other = model(**MEMORY).eval()
     other.load_extra_files(tmp_path / "elsewhere")
@@ -369,25 +373,25 @@ def test_a_store_beside_the_weights(tmp_path, capsys):
     assert torch.equal(other(batch().x), lm.eval()(batch().x)) and not any("store" in name for name in lm.state_dict())
 
 
-def test_training_with_a_memory():
+def test_training_with_a_vector_store():
     "Kept or not, the same bits; the log says how often something was found; without documents it is refused"
-    lm, documents = remembering(np.arange(0, len(IDS), 100))
+    lm, documents = model_with_vector_store(np.arange(0, len(IDS), 100))
     small = copy.deepcopy(lm)
     with pytest.raises(ValueError, match="must not retrieve itself"):
         lm.train().loss(batch())
-    with pytest.raises(ValueError, match="say which documents there are"):
+    with pytest.raises(ValueError, match="retrieval needs the documents of the text"):
         CachedExpertOutputs(lm, EpochBatches(IDS, 4, 24))
     t = trainer(lm, CachedExpertOutputs(lm, EpochBatches(IDS, 4, 24), documents=documents)).fit()
     trainer(small, CachedExpertOutputs(small, EpochBatches(IDS, 4, 24), 0, documents=documents)).fit()
     assert same(lm, small) and 0 < t.last_metrics["hits"] < 1
     lm.store = None
-    with pytest.raises(ValueError, match="there is a memory and nothing in it: nbs/recipes/train_mla fills one"):
+    with pytest.raises(ValueError, match="memory is set, but the store is empty. Call fill_store"):
         lm.train().loss(batch())
 
 
 @pytest.mark.parametrize("room", [2, 7, 20, 50, 98, 99, 1000])
-def test_what_is_remembered_is_spread_over_the_text(room):
-    lm, documents = remembering()
+def test_stored_chunks_are_spread_over_the_text(room):
+    lm, documents = model_with_vector_store()
     tokens = SimpleNamespace(ids=IDS, doc_starts=np.arange(0, len(IDS), 8 * 24))  # Every document is like any other
     store = fill_store(lm, VectorStore(16, room), tokens)
     whole = fill_store(lm, VectorStore(16), tokens)
@@ -400,7 +404,7 @@ def test_what_is_remembered_is_spread_over_the_text(room):
 
 @pytest.mark.parametrize("config", VARIANTS, ids=lambda c: " ".join(map(str, c.values())))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_weights_of_other_types(dtype, config):
+def test_bfloat16_weights(dtype, config):
     "Forward, in steps, and back; with a memory where there can be one"
     for memory in (False, True) if not config["attention_first"] else (False,):
         lm = model(False, **config, **MEMORY if memory else {}).to(dtype).eval()

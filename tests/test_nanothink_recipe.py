@@ -1,4 +1,4 @@
-"""`nbs/recipes/pretrain_expert.ipynb` and `train_mla.ipynb`: what NanoThink's guide promises is there, and the mistakes of the guide's system are not."""
+"""`nbs/recipes/pretrain_expert.ipynb` and `train_mla.ipynb` keep the promises of the NanoThink guide and avoid the mistakes of its code."""
 
 import json
 import os
@@ -13,7 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import call, log, recipe_parameters, records, run_papermill, run_recipe, stop_before_step, until
+from helpers import (
+    read_log,
+    read_records,
+    recipe_parameters,
+    run_in_process,
+    run_papermill,
+    run_recipe,
+    stop_before_step,
+    wait_until,
+)
 
 import lmnotes
 from lmnotes.data.batches import get_batches
@@ -40,10 +49,10 @@ def join(**params):
     return run_recipe(JOIN, **TOGETHER | params)
 
 
-def write_domains(place, documents=60):
+def write_domains(workdir, documents=60):
     rng = random.Random(0)
     for domain in ("sea", "hills"):
-        folder = place / "data" / domain
+        folder = workdir / "data" / domain
         folder.mkdir(parents=True)
         lines = [
             dict(text=f"{domain} {' '.join(rng.choices(WORDS, k=20))}", source="test", id=i) for i in range(documents)
@@ -52,7 +61,7 @@ def write_domains(place, documents=60):
 
 
 @pytest.fixture
-def place(tmp_path):
+def workdir(tmp_path):
     "A folder with two domains"
     write_domains(tmp_path)
     return tmp_path
@@ -61,11 +70,11 @@ def place(tmp_path):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     "A folder with three trained experts"
-    place = tmp_path_factory.mktemp("trained")
-    write_domains(place)
+    workdir = tmp_path_factory.mktemp("trained")
+    write_domains(workdir)
     for name in ("transformer", "state_space", "diffuser"):
-        assert call(place, expert, expert=name) == 0, log(place)
-    return place
+        assert run_in_process(workdir, expert, expert=name) == 0, read_log(workdir)
+    return workdir
 
 
 @pytest.fixture
@@ -75,16 +84,16 @@ def experts(trained, tmp_path):
     return tmp_path
 
 
-def kept(place, name):
-    return torch.load(place / "checkpoints" / name, weights_only=True)
+def load_checkpoint_file(workdir, name):
+    return torch.load(workdir / "checkpoints" / name, weights_only=True)
 
 
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def info(place, run):
-    return json.loads((place / "checkpoints" / run / "run.json").read_bytes())
+def info(workdir, run):
+    return json.loads((workdir / "checkpoints" / run / "run.json").read_bytes())
 
 
 def test_the_guides_defaults():
@@ -101,7 +110,7 @@ def test_the_guides_defaults():
 @pytest.mark.parametrize(
     "name, size", [("transformer", 14_160_768), ("state_space", 5_573_760), ("diffuser", 9_601_152)], ids=lambda v: v
 )
-def test_the_guides_sizes(place, name, size):
+def test_parameter_counts_match_the_guide(workdir, name, size):
     "A dry run would take long; the model alone is built"
     from lmnotes.nn.lm import n_params, new_lm
 
@@ -114,42 +123,44 @@ def test_the_guides_sizes(place, name, size):
     assert n_params(lm) - sum(p.numel() for p in outside) == size
 
 
-def test_by_papermill(place):
-    run_papermill(place, EXPERT, **QUICK | dict(expert="state_space", max_epochs=5))
-    files = sorted(p.name for p in (place / "checkpoints").glob("*.pt"))
+def test_by_papermill(workdir):
+    run_papermill(workdir, EXPERT, **QUICK | dict(expert="state_space", max_epochs=5))
+    files = sorted(p.name for p in (workdir / "checkpoints").glob("*.pt"))
     assert files == ["state_space_expert.pt", "state_space_expert_epoch5.pt"]
-    held = kept(place, "state_space_expert_epoch5.pt")
+    held = load_checkpoint_file(workdir, "state_space_expert_epoch5.pt")
     assert {"model_state", "optimizer_state", "step", "epoch"} <= set(held) and held["epoch"] == 5
     assert "amp_scaler" not in held
-    assert info(place, "state_space_expert")["config"]["sampler"] == "domains"
+    assert info(workdir, "state_space_expert")["config"]["sampler"] == "domains"
 
 
-def test_a_snapshot_every_five_epochs(place):
+def test_a_snapshot_every_five_epochs(workdir):
     "At 5 and 10, not at 4 and 9; the epoch inside is that of the name"
-    assert call(place, expert, max_epochs=10, patience=0) == 0, log(place)
-    found = {p.name: kept(place, p.name) for p in (place / "checkpoints").glob("*_epoch*.pt")}
+    assert run_in_process(workdir, expert, max_epochs=10, patience=0) == 0, read_log(workdir)
+    found = {p.name: load_checkpoint_file(workdir, p.name) for p in (workdir / "checkpoints").glob("*_epoch*.pt")}
     assert {name: held["epoch"] for name, held in found.items()} == {
         f"transformer_expert_epoch{n}.pt": n for n in (5, 10)
     }
     assert equal(
         found["transformer_expert_epoch10.pt"]["model_state"],
-        lmnotes.load(place / "checkpoints/transformer_expert").lm.state_dict(),
+        lmnotes.load(workdir / "checkpoints/transformer_expert").lm.state_dict(),
     )
 
 
-def test_domains_and_data_dir(place):
-    (place / "data/readme.jsonl").write_text('{"text": "beside the folders"}\n')
-    assert call(place, expert, domains="sea", max_epochs=1) == 0, log(place)
-    assert info(place, "transformer_expert")["data"]["what"] == "data" and "readme.jsonl" in log(place)
-    one = info(place, "transformer_expert")["data"]["tokens"]
-    shutil.move(place / "data", place / "mine")
-    assert call(place, expert, data_dir="mine", max_epochs=1) == 0, log(place)
-    both = info(place, "transformer_expert")["data"]["tokens"]
+def test_domains_and_data_dir(workdir):
+    (workdir / "data/readme.jsonl").write_text('{"text": "beside the folders"}\n')
+    assert run_in_process(workdir, expert, domains="sea", max_epochs=1) == 0, read_log(workdir)
+    assert info(workdir, "transformer_expert")["data"]["what"] == "data" and "readme.jsonl" in read_log(workdir)
+    one = info(workdir, "transformer_expert")["data"]["tokens"]
+    shutil.move(workdir / "data", workdir / "mine")
+    assert run_in_process(workdir, expert, data_dir="mine", max_epochs=1) == 0, read_log(workdir)
+    both = info(workdir, "transformer_expert")["data"]["tokens"]
     assert one["train"] < both["train"]
-    assert "the earlier run is now transformer_expert-1" in log(place)
-    aside = torch.load(place / "checkpoints/transformer_expert-1/transformer_expert.pt", weights_only=True)
+    assert "the earlier run is now transformer_expert-1" in read_log(workdir)
+    aside = torch.load(workdir / "checkpoints/transformer_expert-1/transformer_expert.pt", weights_only=True)
     assert aside["run"]["config"]["domains"] == "sea"  # Nothing that an earlier run wrote is written over
-    assert call(place, expert, data_dir="mine", domains="lake") and "its domains are hills sea" in log(place)
+    assert run_in_process(workdir, expert, data_dir="mine", domains="lake") and "Its domains are hills sea" in read_log(
+        workdir
+    )
 
 
 LONG = dict(max_epochs=12, patience=0, log_interval=1)
@@ -159,176 +170,183 @@ LONG = dict(max_epochs=12, patience=0, log_interval=1)
 def test_stopped_and_resumed(experts, tmp_path_factory, name):
     "Ctrl+C leaves a file and the way on; the resumed run ends in the same bits"
     run = f"{name}_expert"
-    assert stop_before_step(9, experts, expert, expert=name, **LONG) == 130, log(experts)
-    held = kept(experts, f"{run}_interrupted.pt")
-    assert f"go on with: papermill nbs/recipes/pretrain_expert.ipynb -p expert {name} -p resume True" in log(experts)
+    assert stop_before_step(9, experts, expert, expert=name, **LONG) == 130, read_log(experts)
+    held = load_checkpoint_file(experts, f"{run}_interrupted.pt")
+    assert f"go on with: papermill nbs/recipes/pretrain_expert.ipynb -p expert {name} -p resume True" in read_log(
+        experts
+    )
     assert held["step"] == 9 < 12 * info(experts, run)["config"]["eval_every"]
-    assert call(experts, run_recipe, EXPERT, expert=name, resume="True") == 0, log(experts)  # All else is as it was
-    assert f"Resuming from {run}_interrupted.pt: epoch {held['epoch']}, step {held['step']}" in log(experts)
+    assert run_in_process(experts, run_recipe, EXPERT, expert=name, resume="True") == 0, read_log(
+        experts
+    )  # All else is as it was
+    assert f"Resuming from {run}_interrupted.pt: epoch {held['epoch']}, step {held['step']}" in read_log(experts)
     whole = tmp_path_factory.mktemp("whole")
     shutil.copytree(experts / "data", whole / "data")
     (whole / "checkpoints").mkdir()
     shutil.copy(experts / "checkpoints/transformer_expert.pt", whole / "checkpoints")
-    assert call(whole, expert, expert=name, **LONG) == 0, log(whole)
+    assert run_in_process(whole, expert, expert=name, **LONG) == 0, read_log(whole)
     a, b = (lmnotes.load(p / "checkpoints" / run) for p in (experts, whole))
     assert a.step == b.step and equal(a.lm.state_dict(), b.lm.state_dict())
 
 
-def test_resume_takes_the_furthest(place):
-    assert call(place, expert, max_epochs=5) == 0, log(place)
-    assert call(place, expert, max_epochs=7, resume="True") == 0, log(place)
-    assert call(place, expert, max_epochs=8, resume="True") == 0, log(place)
+def test_resume_takes_the_furthest(workdir):
+    assert run_in_process(workdir, expert, max_epochs=5) == 0, read_log(workdir)
+    assert run_in_process(workdir, expert, max_epochs=7, resume="True") == 0, read_log(workdir)
+    assert run_in_process(workdir, expert, max_epochs=8, resume="True") == 0, read_log(workdir)
     assert re.search(
-        r"_epoch5.pt is of step \d+; the run has come to step \d+ since, and goes on from there", log(place)
+        r"_epoch5.pt is at step \d+; the run has reached step \d+ and resumes from there", read_log(workdir)
     )
-    assert kept(place, "transformer_expert.pt")["epoch"] == 8
+    assert load_checkpoint_file(workdir, "transformer_expert.pt")["epoch"] == 8
 
 
-def test_resume_from_a_path(place, tmp_path_factory):
+def test_resume_from_a_path(workdir, tmp_path_factory):
     "An older state, on request; and a file alone, in another place"
-    assert call(place, expert, max_epochs=10, patience=0) == 0, log(place)
-    ends = kept(place, "transformer_expert_epoch10.pt")["model_state"]
+    assert run_in_process(workdir, expert, max_epochs=10, patience=0) == 0, read_log(workdir)
+    ends = load_checkpoint_file(workdir, "transformer_expert_epoch10.pt")["model_state"]
     other = tmp_path_factory.mktemp("other")
-    shutil.copytree(place / "data", other / "data")
+    shutil.copytree(workdir / "data", other / "data")
     (other / "checkpoints").mkdir()
-    shutil.copy(place / "checkpoints/transformer_expert_epoch5.pt", other / "checkpoints")
-    for folder in (place, other):
+    shutil.copy(workdir / "checkpoints/transformer_expert_epoch5.pt", other / "checkpoints")
+    for folder in (workdir, other):
         path = "checkpoints/transformer_expert_epoch5.pt"
-        assert call(folder, expert, max_epochs=10, patience=0, resume=path) == 0, log(folder)
-        assert equal(kept(folder, "transformer_expert_epoch10.pt")["model_state"], ends)
-    assert "that is now transformer_expert-1, beside it" in log(place)
-    aside = place / "checkpoints/transformer_expert-1"
+        assert run_in_process(folder, expert, max_epochs=10, patience=0, resume=path) == 0, read_log(folder)
+        assert equal(load_checkpoint_file(folder, "transformer_expert_epoch10.pt")["model_state"], ends)
+    assert "moved that state to transformer_expert-1" in read_log(workdir)
+    aside = workdir / "checkpoints/transformer_expert-1"
     assert (aside / "transformer_expert_epoch10.pt").exists() and (aside / "run.json").exists()
 
 
-def test_resume_from_what_is_not_there(place):
-    assert call(place, expert, resume="checkpoints/transformer_expert.pt")
-    assert "there is no such file" in log(place)
-    assert call(place, expert, resume="True")
-    assert "there is nothing to resume: no whole transformer_expert_interrupted.pt" in log(place)
-    assert not (place / "checkpoints/transformer_expert").exists()
+def test_resume_from_a_missing_file(workdir):
+    assert run_in_process(workdir, expert, resume="checkpoints/transformer_expert.pt")
+    assert "there is no such file" in read_log(workdir)
+    assert run_in_process(workdir, expert, resume="True")
+    assert "there is nothing to resume: no whole transformer_expert_interrupted.pt" in read_log(workdir)
+    assert not (workdir / "checkpoints/transformer_expert").exists()
 
 
 def test_a_checkpoint_of_another_expert(experts):
-    assert call(experts, expert, resume="checkpoints/state_space_expert.pt")
-    assert "a checkpoint of the run 'state_space_expert', not of 'transformer_expert'" in log(experts)
+    assert run_in_process(experts, expert, resume="checkpoints/state_space_expert.pt")
+    assert "a checkpoint of the run 'state_space_expert', not of 'transformer_expert'" in read_log(experts)
     run = experts / "checkpoints/transformer_expert"
     step = sorted(run.glob("step_*"))[-1]
-    assert call(experts, expert, resume=str(step))
-    assert "is a folder; give True, or one of the files beside transformer_expert: transformer_expert.pt" in log(
+    assert run_in_process(experts, expert, resume=str(step))
+    assert "is a folder; give True, or one of the files next to transformer_expert: transformer_expert.pt" in read_log(
         experts
     )
 
 
-def test_what_is_not_given_is_as_it_was(place):
+def test_what_is_not_given_is_as_it_was(workdir):
     "A parameter made of several takes the others from the run, not from the cell's defaults"
-    assert call(place, expert, max_epochs=1) == 0, log(place)
-    assert call(place, run_recipe, EXPERT, resume="True", max_epochs=2, lr=1e-3) == 0, log(place)
-    record = info(place, "transformer_expert")
+    assert run_in_process(workdir, expert, max_epochs=1) == 0, read_log(workdir)
+    assert run_in_process(workdir, run_recipe, EXPERT, resume="True", max_epochs=2, lr=1e-3) == 0, read_log(workdir)
+    record = info(workdir, "transformer_expert")
     assert record["config"]["batch_size"] == 16 and record["config"]["lr"] == 1e-3 and record["model"]["d_model"] == 16
-    recipe = json.loads((place / "checkpoints/transformer_expert/recipe.json").read_bytes())
-    assert recipe == kept(place, "transformer_expert.pt")["recipe"] and recipe["lr"] == 1e-3
+    recipe = json.loads((workdir / "checkpoints/transformer_expert/recipe.json").read_bytes())
+    assert recipe == load_checkpoint_file(workdir, "transformer_expert.pt")["recipe"] and recipe["lr"] == 1e-3
     assert recipe.keys() | {"resume"} == recipe_parameters(EXPERT).keys()
-    assert "Resuming from transformer_expert.pt: epoch 1" in log(place)
-    assert "the earlier run is now" not in log(place)
-    assert call(place, run_recipe, EXPERT, resume="True", n_layers=2)
-    assert "this run has n_layers=1, not 2, and that cannot change" in log(place)
+    assert "Resuming from transformer_expert.pt: epoch 1" in read_log(workdir)
+    assert "the earlier run is now" not in read_log(workdir)
+    assert run_in_process(workdir, run_recipe, EXPERT, resume="True", n_layers=2)
+    assert "this run has n_layers=1, not 2, and that cannot change" in read_log(workdir)
 
 
-def test_two_runs_of_one_name(place, tmp_path_factory):
-    "Files of another run are passed over; asked for, the run in the folder goes aside"
-    assert call(place, expert, max_epochs=5, patience=0) == 0, log(place)
-    first, files = info(place, "transformer_expert")["started"], place / "checkpoints"
+def test_two_runs_with_one_name(workdir, tmp_path_factory):
+    "Files of another run are skipped; with a given path, the run in the folder is moved"
+    assert run_in_process(workdir, expert, max_epochs=5, patience=0) == 0, read_log(workdir)
+    first, files = info(workdir, "transformer_expert")["started"], workdir / "checkpoints"
     epoch5 = (files / "transformer_expert_epoch5.pt").read_bytes()
-    until(lambda: int(time.time()) > datetime.fromisoformat(first).timestamp() + 1)
-    assert call(place, expert, max_epochs=2, seed=1) == 0, log(place)
+    wait_until(lambda: int(time.time()) > datetime.fromisoformat(first).timestamp() + 1)
+    assert run_in_process(workdir, expert, max_epochs=2, seed=1) == 0, read_log(workdir)
     (files / "transformer_expert_epoch5.pt").write_bytes(epoch5)
-    assert call(place, run_recipe, EXPERT, resume="True", max_epochs=3) == 0, log(place)
-    assert "transformer_expert_epoch5.pt is passed over: its run began" in log(place)
-    assert info(place, "transformer_expert")["config"]["seed"] == 1
+    assert run_in_process(workdir, run_recipe, EXPERT, resume="True", max_epochs=3) == 0, read_log(workdir)
+    assert "transformer_expert_epoch5.pt is skipped: its run started" in read_log(workdir)
+    assert info(workdir, "transformer_expert")["config"]["seed"] == 1
     path = "checkpoints/transformer_expert_epoch5.pt"
-    assert call(place, run_recipe, EXPERT, resume=path, max_epochs=6) == 0, log(place)
-    assert "it is now transformer_expert-2, beside this one" in log(place)
-    record = info(place, "transformer_expert")
+    assert run_in_process(workdir, run_recipe, EXPERT, resume=path, max_epochs=6) == 0, read_log(workdir)
+    assert "moved it to transformer_expert-2, as this run started" in read_log(workdir)
+    record = info(workdir, "transformer_expert")
     assert record["started"] == first and record["config"]["seed"] == 42 and record["status"] == "done"
     assert (files / "transformer_expert-2/transformer_expert.pt").exists()
 
 
-def test_a_fresh_start_keeps_files(place):
+def test_fresh_start_keeps_earlier_files(workdir):
     "What an earlier run left goes aside, also if its folder is gone"
-    assert call(place, expert, max_epochs=1) == 0, log(place)
-    shutil.rmtree(place / "checkpoints/transformer_expert")
-    assert call(place, expert, max_epochs=1, seed=1) == 0, log(place)
-    assert torch.load(place / "checkpoints/transformer_expert-1/transformer_expert.pt", weights_only=True)
+    assert run_in_process(workdir, expert, max_epochs=1) == 0, read_log(workdir)
+    shutil.rmtree(workdir / "checkpoints/transformer_expert")
+    assert run_in_process(workdir, expert, max_epochs=1, seed=1) == 0, read_log(workdir)
+    assert torch.load(workdir / "checkpoints/transformer_expert-1/transformer_expert.pt", weights_only=True)
 
 
 def test_damaged_files(experts):
     "A bare resume takes the one before; what is needed is not taken damaged"
     files = experts / "checkpoints"
     shutil.rmtree(files / "transformer_expert")
-    held = kept(experts, "transformer_expert.pt")
+    held = load_checkpoint_file(experts, "transformer_expert.pt")
     whole = (files / "transformer_expert.pt").read_bytes()
     held["model_state"]["embed.weight"][0, 0] += 1
     torch.save({**held, "step": held["step"] + 1}, files / "transformer_expert_epoch5.pt")
-    assert call(experts, run_recipe, EXPERT, resume="True", max_epochs=3) == 0, log(experts)
-    assert "transformer_expert_epoch5.pt: damaged" in log(experts)
-    assert "Resuming from transformer_expert.pt" in log(experts)
+    assert run_in_process(experts, run_recipe, EXPERT, resume="True", max_epochs=3) == 0, read_log(experts)
+    assert "transformer_expert_epoch5.pt: damaged" in read_log(experts)
+    assert "Resuming from transformer_expert.pt" in read_log(experts)
     torch.save(held, files / "transformer_expert.pt")
-    assert call(experts, join)
-    assert "transformer_expert.pt: damaged, its content is not what was written" in log(experts)
+    assert run_in_process(experts, join)
+    assert "transformer_expert.pt: damaged, its content is not what was written" in read_log(experts)
     for content, message in ((b"", "the file is empty"), (whole[:-100], "not a whole file of tensors")):
         (files / "transformer_expert.pt").write_bytes(content)
-        assert call(experts, join) and message in log(experts)
+        assert run_in_process(experts, join) and message in read_log(experts)
     torch.save(
         {n: held[n] for n in ("model_state", "optimizer_state", "step", "epoch")}, files / "transformer_expert.pt"
     )
-    assert call(experts, join)
-    assert "'counters' is not in it; give another, or begin a new run with its weights: lmnotes train" in log(experts)
+    assert run_in_process(experts, join)
+    assert (
+        "'counters' is missing; give another checkpoint, or start a new run with its weights: lmnotes train"
+        in read_log(experts)
+    )
 
 
 @pytest.mark.parametrize(
     "params, message",
     [
-        (dict(max_epochs=0), "max_epochs=0 is at least 1"),
-        (dict(n_heads=0), "n_heads=0 is at least 1"),
-        (dict(batch_size=-1), "batch_size=-1 is at least 1"),
+        (dict(max_epochs=0), "max_epochs=0 must be at least 1"),
+        (dict(n_heads=0), "n_heads=0 must be at least 1"),
+        (dict(batch_size=-1), "batch_size=-1 must be at least 1"),
         (dict(amp_dtype="half"), "amp_dtype='half' is not one of bf16, fp16"),
     ],
     ids=str,
 )
-def test_values_that_make_no_sense(trained, params, message):
-    assert call(trained, expert, expert="state_space", **params) and message in log(trained)
-    assert call(trained, join, **params) and message in log(trained).split("Traceback")[-1]
+def test_invalid_values_are_rejected(trained, params, message):
+    assert run_in_process(trained, expert, expert="state_space", **params) and message in read_log(trained)
+    assert run_in_process(trained, join, **params) and message in read_log(trained).split("Traceback")[-1]
 
 
-def test_no_experts(trained):
-    assert call(trained, join, transformer_ckpt="", state_space_ckpt="", diffuser_ckpt="")
-    assert "are all empty; give at least one expert" in log(trained)
+def test_missing_experts_are_named(trained):
+    assert run_in_process(trained, join, transformer_ckpt="", state_space_ckpt="", diffuser_ckpt="")
+    assert "are all empty; give at least one expert" in read_log(trained)
 
 
-def test_processes_take_turns(place):
+def test_processes_take_turns(workdir):
     "Under torchrun only the first touches folders"
-    assert call(place, expert, max_epochs=5, patience=0) == 0, log(place)
-    shutil.rmtree(place / "checkpoints/transformer_expert")
+    assert run_in_process(workdir, expert, max_epochs=5, patience=0) == 0, read_log(workdir)
+    shutil.rmtree(workdir / "checkpoints/transformer_expert")
     given = dict(expert="transformer", resume="checkpoints/transformer_expert_epoch5.pt", max_epochs="6", device="cpu")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--"]
     command += ["lmnotes", "notebook", "--path", str(EXPERT), "--params", *(f"{n}={v}" for n, v in given.items())]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, env=environ | dict(OMP_NUM_THREADS="1"))
+    done = subprocess.run(command, cwd=workdir, capture_output=True, text=True, env=environ | dict(OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Resuming from transformer_expert_epoch5.pt: epoch 5") == 1
-    record = info(place, "transformer_expert")
+    record = info(workdir, "transformer_expert")
     assert record["status"] == "done" and record["step"] == 6 * record["config"]["eval_every"]
 
 
-def test_half_precision_keeps_its_scaler(place, monkeypatch):
+def test_half_precision_keeps_its_scaler(workdir, monkeypatch):
     "float16 needs a GPU, and that is said; a file has `amp_scaler` only where one scales"
-    assert call(place, expert, amp_dtype="fp16")
-    assert "dtype='float16' needs a CUDA device" in log(place)
-    assert call(place, expert, use_amp=False, max_epochs=1) == 0, log(place)
-    assert info(place, "transformer_expert")["dtype"] == "float32"
-    monkeypatch.chdir(place)
-    folder = place / "checkpoints/transformer_expert"
+    assert run_in_process(workdir, expert, amp_dtype="fp16")
+    assert "dtype='float16' needs a CUDA device" in read_log(workdir)
+    assert run_in_process(workdir, expert, use_amp=False, max_epochs=1) == 0, read_log(workdir)
+    assert info(workdir, "transformer_expert")["dtype"] == "float32"
+    monkeypatch.chdir(workdir)
+    folder = workdir / "checkpoints/transformer_expert"
     r = lmnotes.load(folder)
     data = load_data(r.config, r.tokenizer, log_fn=None)
     t = Trainer(r.lm, get_batches(data.tokens["train"], 16, 32, 42, "domains"), r.config)
@@ -337,50 +355,54 @@ def test_half_precision_keeps_its_scaler(place, monkeypatch):
     assert make_checkpoint_contents(folder)(t, {})["amp_scaler"]["scale"] > 0
 
 
-def test_the_diffuser_needs_the_transformer(place):
-    assert call(place, expert, expert="diffuser")
-    assert "train that first: papermill nbs/recipes/pretrain_expert.ipynb -p expert transformer" in log(place)
+def test_the_diffuser_needs_the_transformer(workdir):
+    assert run_in_process(workdir, expert, expert="diffuser")
+    assert "train that first: papermill nbs/recipes/pretrain_expert.ipynb -p expert transformer" in read_log(workdir)
 
 
-def test_the_diffuser_has_the_transformers_tokens_and_width(place):
-    assert call(place, expert, tokenizer="chars", max_epochs=1) == 0, log(place)
-    assert call(place, expert, expert="diffuser", tokenizer="bytes")
-    assert re.search(r"tokenizer='bytes' is not the one that .*transformer_expert.pt was trained with", log(place))
-    assert call(place, expert, expert="diffuser", tokenizer="chars", d_model=32)
-    assert "have 16; give -p d_model 16" in log(place)
+def test_the_diffuser_has_the_transformers_tokens_and_width(workdir):
+    assert run_in_process(workdir, expert, tokenizer="chars", max_epochs=1) == 0, read_log(workdir)
+    assert run_in_process(workdir, expert, expert="diffuser", tokenizer="bytes")
+    assert re.search(
+        r"tokenizer='bytes' is not the one that .*transformer_expert.pt was trained with", read_log(workdir)
+    )
+    assert run_in_process(workdir, expert, expert="diffuser", tokenizer="chars", d_model=32)
+    assert "have 16; give -p d_model 16" in read_log(workdir)
     free = {n: v for n, v in QUICK.items() if n != "tokenizer"}
-    its = info(place, "transformer_expert")["tokenizer"]["fingerprint"]
+    its = info(workdir, "transformer_expert")["tokenizer"]["fingerprint"]
     for name in ("diffuser", "state_space"):
-        assert call(place, run_recipe, EXPERT, expert=name, **free | dict(max_epochs=1)) == 0, log(place)
-        assert info(place, f"{name}_expert")["tokenizer"]["fingerprint"] == its
-    assert "mse" in log(place) and "given, and of no use to this state_space: " in log(place)
+        assert run_in_process(workdir, run_recipe, EXPERT, expert=name, **free | dict(max_epochs=1)) == 0, read_log(
+            workdir
+        )
+        assert info(workdir, f"{name}_expert")["tokenizer"]["fingerprint"] == its
+    assert "mse" in read_log(workdir) and "given, and of no use to this state_space: " in read_log(workdir)
 
 
 def test_the_diffuser_stands_on_its_embeddings(experts):
     "They are the transformer's, they stay, and what is lost is not called a perplexity"
-    table = kept(experts, "diffuser_expert.pt")["model_state"]["text.table.weight"]
-    assert torch.equal(table, kept(experts, "transformer_expert.pt")["model_state"]["embed.weight"])
-    metrics = records(experts / "checkpoints/diffuser_expert/metrics.jsonl")
+    table = load_checkpoint_file(experts, "diffuser_expert.pt")["model_state"]["text.table.weight"]
+    assert torch.equal(table, load_checkpoint_file(experts, "transformer_expert.pt")["model_state"]["embed.weight"])
+    metrics = read_records(experts / "checkpoints/diffuser_expert/metrics.jsonl")
     assert not any({"ppl", "bpb"} & set(record) for record in metrics)
     assert all({"mse", "rounding"} <= set(record) for record in metrics if record["split"] == "train")
 
 
-def test_early_stopping(place):
-    assert call(place, expert, lr=1e-30, patience=2, max_epochs=20) == 0, log(place)
-    assert info(place, "transformer_expert")["status"] == "early_stop"
-    assert "the best by validation, of step" in log(place)
-    step = info(place, "transformer_expert")["step"]
-    assert call(place, run_recipe, EXPERT, resume="True") == 0, log(place)
-    assert "had stopped early, after patience=2" in log(place)
-    assert info(place, "transformer_expert")["step"] == step
+def test_early_stopping(workdir):
+    assert run_in_process(workdir, expert, lr=1e-30, patience=2, max_epochs=20) == 0, read_log(workdir)
+    assert info(workdir, "transformer_expert")["status"] == "early_stop"
+    assert "the best by validation, of step" in read_log(workdir)
+    step = info(workdir, "transformer_expert")["step"]
+    assert run_in_process(workdir, run_recipe, EXPERT, resume="True") == 0, read_log(workdir)
+    assert "had stopped early, after patience=2" in read_log(workdir)
+    assert info(workdir, "transformer_expert")["step"] == step
 
 
 def test_together(experts):
     "Experts are what they were, the first loss is the best one's, and the last is below it"
-    assert call(experts, join, max_epochs=4, log_interval=1) == 0, log(experts)
-    held = kept(experts, "nanothink_mla.pt")
+    assert run_in_process(experts, join, max_epochs=4, log_interval=1) == 0, read_log(experts)
+    held = load_checkpoint_file(experts, "nanothink_mla.pt")
     for name in ("transformer", "state_space", "diffuser"):
-        own = kept(experts, f"{name}_expert.pt")["model_state"]
+        own = load_checkpoint_file(experts, f"{name}_expert.pt")["model_state"]
         assert equal(
             own,
             {
@@ -389,43 +411,46 @@ def test_together(experts):
                 if n.startswith(f"experts.{name}.")
             },
         )
-    single = {name: kept(experts, f"{name}_expert.pt")["counters"]["best"] for name in ("transformer", "state_space")}
+    single = {
+        name: load_checkpoint_file(experts, f"{name}_expert.pt")["counters"]["best"]
+        for name in ("transformer", "state_space")
+    }
     assert info(experts, "nanothink_mla")["model"]["default_expert"] == min(single, key=single.get)
-    first = next(r for r in records(experts / "checkpoints/nanothink_mla/metrics.jsonl") if r["split"] == "train")
+    first = next(r for r in read_records(experts / "checkpoints/nanothink_mla/metrics.jsonl") if r["split"] == "train")
     start = info(experts, "nanothink_mla")["model"]["default_expert"]
     assert abs(first["ce"] - first[f"ce_{start}"]) < 0.02
     assert held["counters"]["best"] < min(single.values())
     assert all({"entropy", "balance", "z", "weight_diffuser"} <= set(r) for r in [first])
 
 
-def test_together_stopped_and_resumed(experts, tmp_path_factory):
+def test_joint_training_stopped_and_resumed(experts, tmp_path_factory):
     whole = tmp_path_factory.mktemp("whole")
     shutil.copytree(experts, whole, dirs_exist_ok=True)
-    assert stop_before_step(9, experts, join, use_vector_store=True, **LONG) == 130, log(experts)
+    assert stop_before_step(9, experts, join, use_vector_store=True, **LONG) == 130, read_log(experts)
     (experts / "checkpoints/nanothink_mla/memory.safetensors").write_bytes(b"of another store")
-    assert call(experts, run_recipe, JOIN, resume="True") == 0, log(experts)  # All else is as it was
-    assert re.search(r"\| hits \d\.\d\d", log(experts).split("Resuming from")[1])
-    assert call(whole, join, use_vector_store=True, **LONG) == 0, log(whole)
+    assert run_in_process(experts, run_recipe, JOIN, resume="True") == 0, read_log(experts)  # All else is as it was
+    assert re.search(r"\| hits \d\.\d\d", read_log(experts).split("Resuming from")[1])
+    assert run_in_process(whole, join, use_vector_store=True, **LONG) == 0, read_log(whole)
     a, b = (lmnotes.load(p / "checkpoints/nanothink_mla") for p in (experts, whole))
     assert a.step == b.step and equal(a.lm.state_dict(), b.lm.state_dict())
     assert len(a.lm.store) == len(b.lm.store) > 0
     recipe = json.loads((experts / "checkpoints/nanothink_mla/recipe.json").read_bytes())
     assert recipe.keys() | {"resume"} == recipe_parameters(JOIN).keys()
     for changed in (dict(use_vector_store=False), dict(d_model=32)):
-        assert call(experts, run_recipe, JOIN, resume="True", **changed)
+        assert run_in_process(experts, run_recipe, JOIN, resume="True", **changed)
         (name,) = changed
-        assert re.search(rf"this run has {name}=\w+, not \w+, and that cannot change", log(experts))
+        assert re.search(rf"this run has {name}=\w+, not \w+, and that cannot change", read_log(experts))
 
 
 def test_the_vector_store_changes_the_run(experts):
-    assert call(experts, join, log_interval=1) == 0, log(experts)
-    assert call(experts, join, use_vector_store=True, max_vectors=50, log_interval=1) == 0, log(experts)
-    assert re.search(r"vector store: [1-9][\d,]* vectors", log(experts)) and re.search(
-        r"\| hits \d\.\d\d", log(experts)
+    assert run_in_process(experts, join, log_interval=1) == 0, read_log(experts)
+    assert run_in_process(experts, join, use_vector_store=True, max_vectors=50, log_interval=1) == 0, read_log(experts)
+    assert re.search(r"vector store: [1-9][\d,]* vectors", read_log(experts)) and re.search(
+        r"\| hits \d\.\d\d", read_log(experts)
     )
     with_store, without = (experts / "checkpoints" / run for run in ("nanothink_mla", "nanothink_mla-1"))
     assert (with_store / "memory.safetensors").exists() and not (without / "memory.safetensors").exists()
-    a, b = (records(folder / "metrics.jsonl")[-2]["entropy"] for folder in (with_store, without))
+    a, b = (read_records(folder / "metrics.jsonl")[-2]["entropy"] for folder in (with_store, without))
     assert a != b
     assert info(experts, "nanothink_mla")["model"]["max_vectors"] == 50 >= len(lmnotes.load(with_store).lm.store)
     r = lmnotes.load(with_store)  # What was trained with a memory has it
@@ -434,29 +459,31 @@ def test_the_vector_store_changes_the_run(experts):
 
 def test_an_expert_is_missing(experts):
     (experts / "checkpoints/state_space_expert.pt").unlink()
-    assert call(experts, join)
-    assert "state_space_expert.pt is not there; train that expert first" in log(experts)
-    assert call(experts, join, state_space_ckpt="") == 0, log(experts)
+    assert run_in_process(experts, join)
+    assert "state_space_expert.pt does not exist; train that expert first" in read_log(experts)
+    assert run_in_process(experts, join, state_space_ckpt="") == 0, read_log(experts)
     assert info(experts, "nanothink_mla")["model"]["state_space"] == ""
-    assert "was trained on other data" not in log(experts)
-    assert call(experts, join, state_space_ckpt="", domains="sea") == 0, log(experts)
-    assert "warning: transformer_expert.pt was trained on other data or domains" in log(experts)
+    assert "was trained on other data" not in read_log(experts)
+    assert run_in_process(experts, join, state_space_ckpt="", domains="sea") == 0, read_log(experts)
+    assert "warning: transformer_expert.pt was trained on other data or domains" in read_log(experts)
 
 
-def test_experts_of_different_tokens(experts):
+def test_experts_with_different_tokenizers_are_rejected(experts):
     shutil.rmtree(experts / "checkpoints/state_space_expert")
-    assert call(experts, expert, expert="state_space", tokenizer="chars") == 0, log(experts)
-    assert call(experts, join)
-    assert re.search(r"state_space_expert.pt was trained with the tokenizer chars", log(experts))
-    assert "-p tokenizer checkpoints/transformer_expert/tokenizer" in log(experts)
+    assert run_in_process(experts, expert, expert="state_space", tokenizer="chars") == 0, read_log(experts)
+    assert run_in_process(experts, join)
+    assert re.search(r"state_space_expert.pt was trained with the tokenizer chars", read_log(experts))
+    assert "-p tokenizer checkpoints/transformer_expert/tokenizer" in read_log(experts)
 
 
-def test_strong_experts(place):
-    assert call(place, expert, expert="diffuser", strong=True) == 0, log(place)
-    record = info(place, "diffuser_expert")
+def test_strong_experts(workdir):
+    assert run_in_process(workdir, expert, expert="diffuser", strong=True) == 0, read_log(workdir)
+    record = info(workdir, "diffuser_expert")
     assert record["model"]["objective"] == "masked" and record["config"]["optimizer"] == "muon"
     assert record["config"]["weight_decay"] == 0.0
-    assert call(place, expert, expert="state_space", strong=True, weight_decay=0.1, max_epochs=1) == 0, log(place)
-    assert info(place, "state_space_expert")["config"]["weight_decay"] == 0.1
-    assert "given, and of no use to this state_space: " in log(place)
+    assert run_in_process(workdir, expert, expert="state_space", strong=True, weight_decay=0.1, max_epochs=1) == 0, (
+        read_log(workdir)
+    )
+    assert info(workdir, "state_space_expert")["config"]["weight_decay"] == 0.1
+    assert "given, and of no use to this state_space: " in read_log(workdir)
     assert record["result"]["last"]["bound"]

@@ -71,7 +71,7 @@ def test_the_package_is_what_the_notebooks_export(fresh):
     )
 
 
-def test_the_notebooks_are_clean(fresh):
+def test_notebooks_are_clean(fresh):
     unclean = [
         path.relative_to(ROOT) for path in NOTEBOOKS if path.read_text() != (fresh / path.relative_to(ROOT)).read_text()
     ]
@@ -106,7 +106,7 @@ def test_outputs_are_saved(path):
 
 
 @each_notebook
-def test_begins_and_ends_as_a_lesson(path):
+def test_first_and_last_cells(path):
     cells = nbformat.read(path, 4).cells
     assert re.match(r"# .+\n\n> .+", cells[0].source), "the first cell is `# Title`, an empty line and `> subtitle`"
     exports = [cell for cell in cells if cell.cell_type == "code" and marks(cell) & {"export", "exporti"}]
@@ -155,7 +155,7 @@ def test_each_notebook_names_the_next(path, after):
     )
 
 
-def test_the_style_is_kept():
+def test_ruff_is_clean():
     run("ruff", "check", ".")
     run("ruff", "format", "--check", ".")
 
@@ -188,7 +188,7 @@ def test_readme_begins_with_the_two_commands():
 
 
 def make_lines(target, folder):
-    "What make would run in a fresh clone"
+    "Return the commands that make would run in a fresh clone"
     for name in ("Makefile", "settings.ini", "setup.py", "constraints.txt"):
         shutil.copy(ROOT / name, folder)
     environ = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
@@ -200,7 +200,7 @@ def make_lines(target, folder):
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make here")
-def test_make_readme_and_ci_say_the_same(tmp_path):
+def test_make_readme_and_ci_use_the_same_commands(tmp_path):
     lines = shell_lines((ROOT / "README.md").read_text(encoding="utf-8"))
     assert lines[2:4] == ["python3 -m venv .venv", ". .venv/bin/activate"]
     train, test = make_lines("train", tmp_path), make_lines("test", tmp_path)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from helpers import DEADLINE, until
+from helpers import DEADLINE, wait_until
 
 from lmnotes.apps.papermill_engine import ONE_VALUE, TWO_VALUES
 
@@ -51,7 +51,7 @@ print(json.dumps(dict(heard=heard, resume=resume, run=os.environ.get("LMNOTES_RU
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    "A small project with two runs; the second is the last"
+    "Return a small project with two runs, the second of which is the last"
     monkeypatch.delenv("LMNOTES_OUT_DIR", raising=False)
     monkeypatch.delenv("LMNOTES_RUN", raising=False)
     shutil.copy(ROOT / "settings.ini", tmp_path)
@@ -77,14 +77,14 @@ def papermill(project, *words, **options):
     return subprocess.Popen([PAPERMILL, *words, "--start-timeout", str(DEADLINE)], **options)
 
 
-def finish(process):
-    "Exit code and what was said"
+def exit_code_and_output(process):
+    "Return the exit code and the output"
     out, err = process.communicate(timeout=DEADLINE)
     return process.returncode, (out or b"").decode(), (err or b"").decode()
 
 
 def report(notebook):
-    "What the last cell printed"
+    "Return the output of the last cell"
     nb = nbformat.read(notebook, 4)
     nbformat.validate(nb)
     return json.loads(nb.cells[-1].outputs[0].text)
@@ -95,12 +95,12 @@ def on_a_terminal(project, *words):
     ours, theirs = pty.openpty()
     process = papermill(project, *words, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
-    said = bytearray()
+    printed = bytearray()
 
     def read():
         try:
             while chunk := os.read(ours, 4096):
-                said.extend(chunk)
+                printed.extend(chunk)
         except OSError:  # the other end was closed
             pass
 
@@ -109,51 +109,53 @@ def on_a_terminal(project, *words):
     process.wait(timeout=DEADLINE)
     reader.join()
     os.close(ours)
-    return process.returncode, said.decode()
+    return process.returncode, printed.decode()
 
 
 def redirected(project, *words):
     "Run papermill with its output in a file, as in a batch job"
     with open(project / "log", "wb") as log:
-        code, _, _ = finish(papermill(project, *words, stdout=log, stderr=log))
+        code, _, _ = exit_code_and_output(papermill(project, *words, stdout=log, stderr=log))
     return code, (project / "log").read_text()
 
 
 def piped(project, *words):
     "Run papermill with a pipe as its input, as in a container"
-    code, out, err = finish(papermill(project, *words, stdin=subprocess.PIPE))
+    code, out, err = exit_code_and_output(papermill(project, *words, stdin=subprocess.PIPE))
     return code, out + err
 
 
 @pytest.mark.parametrize("way", [on_a_terminal, redirected, piped])
 def test_resume_without_an_output_path(project, way):
     source = (project / "nbs/train.ipynb").read_bytes()
-    code, said = way(project, "nbs/train.ipynb", "-p", "resume", "True")
-    assert code == 0, said
-    assert "lmnotes: the executed notebook goes to checkpoints/two/train.ipynb" in said
+    code, printed = way(project, "nbs/train.ipynb", "-p", "resume", "True")
+    assert code == 0, printed
+    assert "lmnotes: the executed notebook goes to checkpoints/two/train.ipynb" in printed
     assert report(project / "checkpoints/two/train.ipynb") == dict(heard=[], resume=True, run="two")
     assert (project / "nbs/train.ipynb").read_bytes() == source
 
 
-def test_the_run_noted_as_last_wins(project):
+def test_resume_uses_the_last_run(project):
     (project / "checkpoints/.last").write_text("one\n")
-    code, out, err = finish(papermill(project, "train.ipynb", "-p", "resume", "True", cwd=project / "nbs"))
+    code, out, err = exit_code_and_output(
+        papermill(project, "train.ipynb", "-p", "resume", "True", cwd=project / "nbs")
+    )
     assert code == 0, err
     assert report(project / "checkpoints/one/train.ipynb")["run"] == "one"
 
 
-def test_a_new_run_has_the_name_given(project):
-    code, out, err = finish(papermill(project, "nbs/train.ipynb", "-p", "run", "mine"))
+def test_new_run_uses_the_given_name(project):
+    code, out, err = exit_code_and_output(papermill(project, "nbs/train.ipynb", "-p", "run", "mine"))
     assert code == 0, err
     assert report(project / "checkpoints/mine/train.ipynb") == dict(heard=[], resume=False, run="mine")
 
 
-def test_an_output_path_that_is_given_is_kept(project):
+def test_given_output_path_is_used(project):
     (project / "checkpoints/first").mkdir()
-    code, out, err = finish(papermill(project, "nbs/train.ipynb", "checkpoints/first/train.ipynb"))
+    code, out, err = exit_code_and_output(papermill(project, "nbs/train.ipynb", "checkpoints/first/train.ipynb"))
     assert code == 0, err
     assert report(project / "checkpoints/first/train.ipynb")["run"] == "first"
-    code, out, err = finish(papermill(project, "nbs/train.ipynb", "copy.ipynb"))
+    code, out, err = exit_code_and_output(papermill(project, "nbs/train.ipynb", "copy.ipynb"))
     assert code == 0, err
     assert report(project / "copy.ipynb")["run"] is None
     assert sorted(path.name for path in (project / "checkpoints").iterdir()) == ["first", "one", "two"]
@@ -161,46 +163,46 @@ def test_an_output_path_that_is_given_is_kept(project):
 
 def test_nothing_to_resume(project):
     shutil.rmtree(project / "checkpoints")
-    code, out, err = finish(papermill(project, "nbs/train.ipynb", "-p", "resume", "True"))
+    code, out, err = exit_code_and_output(papermill(project, "nbs/train.ipynb", "-p", "resume", "True"))
     assert code == 1
     assert "there is no run in" in err
 
 
-def test_other_notebooks_are_left_alone(project):
-    code, out, err = finish(papermill(project, "elsewhere.ipynb"))
+def test_other_notebooks_are_unchanged(project):
+    code, out, err = exit_code_and_output(papermill(project, "elsewhere.ipynb"))
     assert code == 0, err
     assert json.loads(out)["metadata"]["papermill"]["output_path"] == "-"
-    code, said = on_a_terminal(project, "elsewhere.ipynb")
+    code, printed = on_a_terminal(project, "elsewhere.ipynb")
     assert code == 2
-    assert "Missing argument 'OUTPUT_PATH'" in said
+    assert "Missing argument 'OUTPUT_PATH'" in printed
 
 
 def training(project, mode):
     "Papermill with the training cell running"
     process = papermill(project, "nbs/train.ipynb", "-p", "run", "mine", "-p", "mode", mode, "--no-progress-bar")
     noted = project / "kernel.pid"
-    until(lambda: (noted.is_file() and noted.read_text()) or process.poll() is not None)
-    assert process.poll() is None, finish(process)
+    wait_until(lambda: (noted.is_file() and noted.read_text()) or process.poll() is not None)
+    assert process.poll() is None, exit_code_and_output(process)
     return process
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_the_notebook_finish(project, number):
+def test_first_signal_lets_the_notebook_finish(project, number):
     process = training(project, "listens")
     process.send_signal(number)
-    code, out, err = finish(process)
+    code, out, err = exit_code_and_output(process)
     assert code == 0, err
-    assert f"lmnotes: {number.name}, the kernel is asked to finish" in err
+    assert f"lmnotes: {number.name}, the kernel finishes its step" in err
     assert report(project / "checkpoints/mine/train.ipynb")["heard"] == ["SIGINT"]
 
 
 def test_a_second_signal_interrupts_the_cell(project):
     process = training(project, "deaf")
     process.send_signal(signal.SIGTERM)
-    until((project / "interrupted").exists)
+    wait_until((project / "interrupted").exists)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    code, out, err = finish(process)
+    code, out, err = exit_code_and_output(process)
     assert code == 1
     nb = nbformat.read(project / "checkpoints/mine/train.ipynb", 4)
     assert any(output.get("ename") == "KeyboardInterrupt" for cell in nb.cells for output in cell.get("outputs", []))
@@ -210,19 +212,19 @@ def test_a_third_signal_kills(project):
     process = training(project, "ignores")
     kernel = int((project / "kernel.pid").read_text())
     heard = b""
-    for words in (b"asked to finish", b"is interrupted", b"is killed"):
+    for words in (b"finishes its step", b"is interrupted", b"is killed"):
         process.send_signal(signal.SIGINT)
         while words not in heard:
             more = os.read(process.stderr.fileno(), 4096)
             assert more, f"papermill has ended: {heard.decode()}"
             heard += more
-    code, out, err = finish(process)
+    code, out, err = exit_code_and_output(process)
     assert code == 138
     with pytest.raises(ProcessLookupError):
         os.kill(kernel, 0)
 
 
-def test_the_options_are_papermills():
+def test_engine_knows_papermills_options():
     from papermill.cli import papermill as command
 
     options = [option for option in command.params if not getattr(option, "is_flag", True)]

@@ -1,7 +1,8 @@
-"""`nbs/train.ipynb` under papermill, stopped from outside: the notebook is finished, and the run goes on to the same bits."""
+"""`nbs/train.ipynb` under papermill, stopped from outside: the notebook is completed, and the run resumes to the same bits."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +10,17 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from helpers import DEADLINE, TINY, call, differences, left_behind, lmnotes_command, log, until, words
+from helpers import (
+    DEADLINE,
+    TINY,
+    command_line_args,
+    differences,
+    lmnotes_command,
+    read_log,
+    run_in_process,
+    run_results,
+    wait_until,
+)
 
 ROOT = Path(__file__).parent.parent
 PAPERMILL = str(Path(sys.executable).parent / "papermill")
@@ -29,44 +40,51 @@ def parameters(**params):
     return [word for name, value in params.items() for word in ("-p", name, str(value))]
 
 
-def papermill(place, *words, **environ):
-    "Start papermill on this project's own training notebook; what it says goes to a file"
+def papermill(workdir, *command_line_args, **environ):
+    "Start papermill on this project's own training notebook, with its output in a file"
     clean = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
-    settings = dict(OMP_NUM_THREADS="1", IPYTHONDIR=str(place / "ipython"), MPLBACKEND="agg")
-    with open(place / "log", "ab") as said:
+    settings = dict(OMP_NUM_THREADS="1", IPYTHONDIR=str(workdir / "ipython"), MPLBACKEND="agg")
+    with open(workdir / "log", "ab") as stdout_text:
         return subprocess.Popen(
-            [PAPERMILL, str(ROOT / "nbs/train.ipynb"), *words, "--no-progress-bar", "--start-timeout", str(DEADLINE)],
-            cwd=place,
+            [
+                PAPERMILL,
+                str(ROOT / "nbs/train.ipynb"),
+                *command_line_args,
+                "--no-progress-bar",
+                "--start-timeout",
+                str(DEADLINE),
+            ],
+            cwd=workdir,
             env=clean | settings | environ,
             stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
+            stdout=stdout_text,
+            stderr=stdout_text,
         )
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, corpus):
-    "What the run leaves behind when the command line trains it without a stop"
+def uninterrupted(tmp_path_factory, corpus):
+    "Return the results of an uninterrupted run of the command line"
     folder = tmp_path_factory.mktemp("whole")
     (folder / "corpus").symlink_to(corpus)
-    assert call(folder, lmnotes_command, "train", *words(**CASE)) == 0, log(folder)
-    return left_behind(folder / "runs/r")
+    assert run_in_process(folder, lmnotes_command, "train", *command_line_args(**CASE)) == 0, read_log(folder)
+    return run_results(folder / "runs/r")
 
 
-def held(place, *words):
+def start_paused(workdir, *command_line_args):
     "Papermill, with training held before step 8"
-    startup = place / "ipython/profile_default/startup"
+    startup = workdir / "ipython/profile_default/startup"
     startup.mkdir(parents=True)
     (startup / "00-hold.py").write_text(HOLD.format(tests=str(Path(__file__).parent)))
-    process = papermill(place, *words)
-    until(lambda: (place / "reached").exists() or process.poll() is not None)
-    assert process.poll() is None, log(place)
+    process = papermill(workdir, *command_line_args)
+    wait_until(lambda: (workdir / "reached").exists() or process.poll() is not None)
+    assert process.poll() is None, read_log(workdir)
     return process
 
 
-def check(place, outputs):
+def check(workdir, outputs):
     "The notebook is valid, and every one of its cells has run"
-    nb = nbformat.read(place / "runs/r/train.ipynb", 4)
+    nb = nbformat.read(workdir / "runs/r/train.ipynb", 4)
     nbformat.validate(nb)
     code = [cell for cell in nb.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code)
@@ -74,38 +92,50 @@ def check(place, outputs):
     assert outputs in "".join(output.get("text", "") for cell in code for output in cell.outputs)
 
 
-def go_on(place, whole):
+def resume_and_compare(workdir, uninterrupted):
     "`papermill nbs/train.ipynb -p resume True`, without an output path, ends as the run that was never stopped"
-    (place / "go").touch()
-    process = papermill(place, *parameters(resume=True, out_dir=place / "runs"))
-    assert process.wait(DEADLINE) == 0, log(place)
-    assert "lmnotes: the executed notebook goes to runs/r/train.ipynb" in log(place)
-    check(place, "r: done at step 40 of 40")
-    assert not differences(whole, left_behind(place / "runs/r"))
+    (workdir / "go").touch()
+    process = papermill(workdir, *parameters(resume=True, out_dir=workdir / "runs"))
+    assert process.wait(DEADLINE) == 0, read_log(workdir)
+    assert "lmnotes: the executed notebook goes to runs/r/train.ipynb" in read_log(workdir)
+    check(workdir, "r: done at step 40 of 40")
+    assert not differences(uninterrupted, run_results(workdir / "runs/r"))
+
+
+def paste_resume_line(workdir):
+    "Run the line that the executed notebook prints, as a shell does"
+    nb = nbformat.read(workdir / "runs/r/train.ipynb", 4)
+    printed = "".join(output.get("text", "") for cell in nb.cells for output in cell.get("outputs", []))
+    line = re.search(r"Resume with: (papermill .+)", printed)[1]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
+    environ |= dict(PATH=f"{Path(PAPERMILL).parent}:{environ['PATH']}", IPYTHONDIR=str(workdir / "ipython"))
+    subprocess.run(line, shell=True, cwd=workdir, env=environ, check=True)
+    check(workdir, "r: done at step 40 of 40")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_papermill(place, whole, number):
-    process = held(place, *parameters(**CASE | dict(out_dir=place / "runs")))
+def test_a_signal_to_papermill(workdir, uninterrupted, number):
+    process = start_paused(workdir, *parameters(**CASE | dict(out_dir=workdir / "runs")))
     process.send_signal(number)
-    until(lambda: f"lmnotes: {number.name}, the kernel is asked to finish" in log(place))
-    (place / "go").touch()
-    assert process.wait(DEADLINE) == 0, log(place)
-    assert left_status(place) == ("interrupted", 8)
-    check(place, "r: interrupted at step 8 of 40 and saved; go on with resume=True run=r")
-    go_on(place, whole)
+    wait_until(lambda: f"lmnotes: {number.name}, the kernel finishes its step" in read_log(workdir))
+    (workdir / "go").touch()
+    assert process.wait(DEADLINE) == 0, read_log(workdir)
+    assert left_status(workdir) == ("interrupted", 8)
+    check(workdir, "r: interrupted at step 8 of 40 and saved. Resume with: papermill ")
+    paste_resume_line(workdir) if number == signal.SIGINT else resume_and_compare(workdir, uninterrupted)
+    assert not differences(uninterrupted, run_results(workdir / "runs/r"))
 
 
-def left_status(place):
-    record = json.loads((place / "runs/r/run.json").read_bytes())
+def left_status(workdir):
+    record = json.loads((workdir / "runs/r/run.json").read_bytes())
     return record["status"], record["step"]
 
 
-def test_papermill_and_its_kernel_are_killed(place, whole):
-    process = held(place, *parameters(**CASE | dict(out_dir=place / "runs", save_every=5)))
-    os.kill(int((place / "kernel.pid").read_text()), signal.SIGKILL)
+def test_papermill_and_its_kernel_are_killed(workdir, uninterrupted):
+    process = start_paused(workdir, *parameters(**CASE | dict(out_dir=workdir / "runs", save_every=5)))
+    os.kill(int((workdir / "kernel.pid").read_text()), signal.SIGKILL)
     process.kill()
     process.wait(DEADLINE)
-    assert left_status(place)[0] == "running"
-    assert not (place / "runs/r/interrupted").exists() and (place / "runs/r/step_00000005").exists()
-    go_on(place, whole)
+    assert left_status(workdir)[0] == "running"
+    assert not (workdir / "runs/r/interrupted").exists() and (workdir / "runs/r/step_00000005").exists()
+    resume_and_compare(workdir, uninterrupted)

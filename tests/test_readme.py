@@ -1,4 +1,4 @@
-"""What the README shows is run as it stands there, in a project that has nothing but its notebooks."""
+"""The README's examples run unchanged in a project that contains only its notebooks."""
 
 import os
 import re
@@ -60,11 +60,11 @@ def test_the_last_run_is_resumed(project):
 
 def test_the_shell(project):
     "The lines for a shell, one after the other"
-    said = [run(["bash", "-c", line], project).stdout for line in SHELL]
-    assert "done at step 50 of 50" in said[0]
-    assert "small: gpt on pydocs | done at step 50 of 50" in said[1]
-    assert "bpb" in said[2]
-    assert said[3].startswith("The")
+    printed = [run(["bash", "-c", line], project).stdout for line in SHELL]
+    assert "done at step 50 of 50" in printed[0]
+    assert "small: gpt on pydocs | done at step 50 of 50" in printed[1]
+    assert "bpb" in printed[2]
+    assert printed[3].startswith("The")
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

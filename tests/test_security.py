@@ -13,7 +13,7 @@ FORBIDDEN_WORDS = {"shell": True, "allow_pickle": True, "trust_remote_code": Tru
 
 
 def faults(source):
-    "What a source does that it may not, as (line, reason)"
+    "Return the forbidden operations of a source as [(line, reason)]"
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -59,10 +59,10 @@ def test_no_code_from_files(path):
         "yaml.load(text, Loader=Loader)",
     ],
 )
-def test_the_reader_sees_faults(source):
+def test_unsafe_code_is_found(source):
     assert faults(source)
 
 
 @pytest.mark.parametrize("source", ["torch.load(path, weights_only=True)", "model.eval()", "re.compile(pattern)"])
-def test_the_reader_sees_no_others(source):
+def test_safe_code_is_accepted(source):
     assert not faults(source)

@@ -1,7 +1,7 @@
-"""A run that is interrupted, terminated or killed at an observed moment goes on to the same bits.
+"""A run that is interrupted, terminated or killed at an observed moment resumes to the same bits.
 
-At its moment the process says so and holds still. Then the signal is sent, and only after it is on its way may the process go on; so each
-signal arrives exactly where the test says, however busy the machine is.
+At that moment the process creates a file and waits. The test sends the signal and only then lets the process continue. Each signal
+therefore arrives exactly at the intended moment, on a busy machine too.
 """
 
 import os
@@ -12,18 +12,18 @@ from types import SimpleNamespace
 import pytest
 from helpers import (
     TINY,
-    after,
-    before,
-    call,
+    command_line_args,
     differences,
-    finish,
-    hold,
-    left_behind,
     lmnotes_command,
-    log,
-    start,
-    until,
-    words,
+    pause_process,
+    read_log,
+    run_after_call,
+    run_before_call,
+    run_in_process,
+    run_results,
+    start_process,
+    wait_for_exit,
+    wait_until,
 )
 
 from lmnotes import core
@@ -40,7 +40,7 @@ def half(name):
     def held(path, data):
         if path.name == name and "00000020" in path.parent.name:
             path.write_bytes(data[: len(data) // 2])
-            hold()
+            pause_process()
         return as_it_is(path, data)
 
     checkpoint._write_file = held
@@ -61,92 +61,98 @@ def pointed(name, step):
 
 EVALUATE = evaluation.Evaluate
 MOMENTS = {
-    "while data is prepared": lambda: before(prepare, "_write_token_file", lambda *args: args[4]["part"] == "val"),
-    "before the run is recorded": lambda: before(run_module, "_start_record", lambda *args: True),
-    "before the first step": lambda: before(trainer.Trainer, "train_step", lambda t: t.step == 0),
-    "before step 8": lambda: before(trainer.Trainer, "train_step", lambda t: t.step == 7),
-    "between gradient and update": lambda: after(trainer.Trainer, "_backward", lambda t, batch: t.step == 12),
-    "a line in metrics.jsonl": lambda: after(trainer.JsonlLog, "append", of_step(21, "train")),
-    "an evaluation begins": lambda: before(EVALUATE, "_evaluate", lambda e, t, b: t.step == 20),
-    "an evaluation's second batch": lambda: before(evaluation, "seed_torch", lambda seed, i: i == 1),
-    "an evaluation is recorded": lambda: after(trainer.JsonlLog, "append", of_step(25, "val")),
-    "a sample begins": lambda: before(generation, "encode_prompt", lambda *args: True),
-    "a sample's first token": lambda: after(generation.TokenSampler, "_sample", lambda *args: True),
-    "a sample is recorded": lambda: after(trainer.JsonlLog, "append", of_step(30, "sample")),
+    "while data is prepared": lambda: run_before_call(
+        prepare, "_write_token_file", lambda *args: args[4]["part"] == "val"
+    ),
+    "before the run is recorded": lambda: run_before_call(run_module, "_start_record", lambda *args: True),
+    "before the first step": lambda: run_before_call(trainer.Trainer, "train_step", lambda t: t.step == 0),
+    "before step 8": lambda: run_before_call(trainer.Trainer, "train_step", lambda t: t.step == 7),
+    "between gradient and update": lambda: run_after_call(trainer.Trainer, "_backward", lambda t, batch: t.step == 12),
+    "a line in metrics.jsonl": lambda: run_after_call(trainer.JsonlLog, "append", of_step(21, "train")),
+    "an evaluation begins": lambda: run_before_call(EVALUATE, "_evaluate", lambda e, t, b: t.step == 20),
+    "an evaluation's second batch": lambda: run_before_call(evaluation, "seed_torch", lambda seed, i: i == 1),
+    "an evaluation is recorded": lambda: run_after_call(trainer.JsonlLog, "append", of_step(25, "val")),
+    "a sample begins": lambda: run_before_call(generation, "encode_prompt", lambda *args: True),
+    "a sample's first token": lambda: run_after_call(generation.TokenSampler, "_sample", lambda *args: True),
+    "a sample is recorded": lambda: run_after_call(trainer.JsonlLog, "append", of_step(30, "sample")),
     "config.json half written": lambda: half("config.json"),
     "model.safetensors half written": lambda: half("model.safetensors"),
     "state.pt half written": lambda: half("state.pt"),
     "manifest.json half written": lambda: half("manifest.json"),
-    "before a checkpoint is renamed": lambda: before(os, "replace", renamed),
-    "after a checkpoint is renamed": lambda: after(os, "replace", renamed),
-    "before `best` points": lambda: before(checkpoint, "write_pointer", pointed("best", 25)),
-    "before `last` points": lambda: before(checkpoint, "write_pointer", pointed("last", 30)),
-    "in the middle of pruning": lambda: before(
+    "before a checkpoint is renamed": lambda: run_before_call(os, "replace", renamed),
+    "after a checkpoint is renamed": lambda: run_after_call(os, "replace", renamed),
+    "before `best` points": lambda: run_before_call(checkpoint, "write_pointer", pointed("best", 25)),
+    "before `last` points": lambda: run_before_call(checkpoint, "write_pointer", pointed("last", 30)),
+    "in the middle of pruning": lambda: run_before_call(
         checkpoint.shutil, "rmtree", lambda path, **how: Path(path).name[0] == "s"
     ),
-    "before the last evaluation": lambda: before(EVALUATE, "_evaluate", lambda e, t, b: t.step == 40),
-    "in the last sample": lambda: before(trainer.JsonlLog, "append", of_step(40, "sample")),
-    "in the last save": lambda: before(checkpoint, "save_checkpoint", lambda run, lm, step, *args, **about: step == 40),
-    "at the end": lambda: after(checkpoint, "write_pointer", pointed("final", 40)),
+    "before the last evaluation": lambda: run_before_call(EVALUATE, "_evaluate", lambda e, t, b: t.step == 40),
+    "in the last sample": lambda: run_before_call(trainer.JsonlLog, "append", of_step(40, "sample")),
+    "in the last save": lambda: run_before_call(
+        checkpoint, "save_checkpoint", lambda run, lm, step, *args, **about: step == 40
+    ),
+    "at the end": lambda: run_after_call(checkpoint, "write_pointer", pointed("final", 40)),
 }
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
 
 
-def command_held(moment, *words):
+def command_held(moment, *command_line_args):
     "Run the command line, held at a moment"
     MOMENTS[moment]()
-    return lmnotes_command(*words)
+    return lmnotes_command(*command_line_args)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, corpus):
-    "What the run leaves behind when nothing happens to it"
+def uninterrupted(tmp_path_factory, corpus):
+    "Return the results of an uninterrupted run"
     folder = tmp_path_factory.mktemp("whole")
     (folder / "corpus").symlink_to(corpus)
-    assert call(folder, lmnotes_command, "train", *words(**TINY)) == 0, log(folder)
-    return left_behind(folder / "runs/r")
+    assert run_in_process(folder, lmnotes_command, "train", *command_line_args(**TINY)) == 0, read_log(folder)
+    return run_results(folder / "runs/r")
 
 
-def command_by_a_clock(moment, *words):
+def command_by_a_clock(moment, *command_line_args):
     "The same, where the file `clock` holds the time at which a signal arrives"
     core.time = SimpleNamespace(monotonic=lambda: float(Path("clock").read_text()))
-    return command_held(moment, *words)
+    return command_held(moment, *command_line_args)
 
 
 @pytest.mark.parametrize("pause, code, step", [(0.99, 143, 13), (1.01, 130, None)])
-def test_two_signals(place, whole, pause, code, step):
-    "At about the same time they are one, as from a terminal and a cluster; later, the second ends the run within the step"
-    (place / "clock").write_text("100")
-    process = start(place, command_by_a_clock, "between gradient and update", "train", *words(**TINY))
-    until((place / "reached").exists, process)
+def test_two_signals(workdir, uninterrupted, pause, code, step):
+    "At about the same time they count as one, as from a terminal and a cluster. A later second signal ends the run within the step"
+    (workdir / "clock").write_text("100")
+    process = start_process(
+        workdir, command_by_a_clock, "between gradient and update", "train", *command_line_args(**TINY)
+    )
+    wait_until((workdir / "reached").exists, process)
     os.kill(process.pid, signal.SIGTERM)
-    until(lambda: "SIGTERM" in log(place), process)
-    (place / "clock").write_text(str(100 + pause))
+    wait_until(lambda: "SIGTERM" in read_log(workdir), process)
+    (workdir / "clock").write_text(str(100 + pause))
     os.kill(process.pid, signal.SIGINT)
     if step:
-        (place / "go").touch()
-    assert finish(process) == code, log(place)
-    assert (place / "runs/r/interrupted").exists() == bool(step)
-    (place / "go").touch()
-    assert resume(place) == 0, log(place)
-    assert not differences(whole, left_behind(place / "runs/r"))
+        (workdir / "go").touch()
+    assert wait_for_exit(process) == code, read_log(workdir)
+    assert (workdir / "runs/r/interrupted").exists() == bool(step)
+    (workdir / "go").touch()
+    assert resume(workdir) == 0, read_log(workdir)
+    assert not differences(uninterrupted, run_results(workdir / "runs/r"))
 
 
-def send(place, moment, number):
-    "The exit code of a run that got a signal at its moment"
-    process = start(place, command_held, moment, "train", *words(**TINY))
-    until((place / "reached").exists, process)
+def send(workdir, moment, number):
+    "Send a signal at a moment of a run and return the exit code"
+    process = start_process(workdir, command_held, moment, "train", *command_line_args(**TINY))
+    wait_until((workdir / "reached").exists, process)
     os.kill(process.pid, number)
     if number != signal.SIGKILL:
-        (place / "go").touch()
-    code = finish(process)
-    (place / "go").touch()
+        (workdir / "go").touch()
+    code = wait_for_exit(process)
+    (workdir / "go").touch()
     return code
 
 
-def resume(place):
-    "The exit code of the command that goes on with the run"
-    return call(place, lmnotes_command, "train", *words(run="r", out_dir="runs", resume=True))
+def resume(workdir):
+    "Resume the run and return the exit code"
+    return run_in_process(workdir, lmnotes_command, "train", *command_line_args(run="r", out_dir="runs", resume=True))
 
 
 CUTS = [(moment, signal.SIGKILL) for moment in MOMENTS]
@@ -154,19 +160,21 @@ CUTS += [(moment, (signal.SIGINT, signal.SIGTERM)[n % 2]) for n, moment in enume
 
 
 @pytest.mark.parametrize("moment, number", CUTS, ids=[f"{number.name} {moment}" for moment, number in CUTS])
-def test_a_signal_at_a_moment(place, whole, moment, number):
-    code = send(place, moment, number)
-    record = core.read_json(place / "runs/r/run.json") if (place / "runs/r/run.json").exists() else None
+def test_signal_at_each_moment(workdir, uninterrupted, moment, number):
+    code = send(workdir, moment, number)
+    record = core.read_json(workdir / "runs/r/run.json") if (workdir / "runs/r/run.json").exists() else None
     if moment == "at the end" and number != signal.SIGKILL:  # Too late to interrupt anything
         assert code == 0 and record["status"] == "done"
         return
-    assert code == CODES[number], log(place)
-    assert (place / "runs/r/final").exists() == (moment == "at the end")
+    assert code == CODES[number], read_log(workdir)
+    assert (workdir / "runs/r/final").exists() == (moment == "at the end")
     if number == signal.SIGKILL and record is None:
-        assert resume(place) == 2 and "there is no run here to resume" in log(place)
-        assert call(place, lmnotes_command, "train", *words(**TINY)) == 0, log(place)
+        assert resume(workdir) == 2 and "there is no run here to resume" in read_log(workdir)
+        assert run_in_process(workdir, lmnotes_command, "train", *command_line_args(**TINY)) == 0, read_log(workdir)
     else:
         assert record["status"] == ("running" if number == signal.SIGKILL else "interrupted")
-        assert resume(place) == 0, log(place)
-    assert not differences(whole, left_behind(place / "runs/r")), differences(whole, left_behind(place / "runs/r"))
-    assert not list((place / "runs/r").glob(".*.tmp"))
+        assert resume(workdir) == 0, read_log(workdir)
+    assert not differences(uninterrupted, run_results(workdir / "runs/r")), differences(
+        uninterrupted, run_results(workdir / "runs/r")
+    )
+    assert not list((workdir / "runs/r").glob(".*.tmp"))

@@ -1,4 +1,4 @@
-"""What the notebook of the state-space model cannot show in a second: that its cost is flat over thousands of tokens."""
+"""The state-space model: constant cost over thousands of tokens, and other tests that are too slow for its notebook."""
 
 from collections import Counter
 
@@ -17,7 +17,7 @@ NANOTHINK = dict(d_model=16, d_inner=32, n_layers=2, d_state=4)
 
 
 def numbers(state):
-    "What is held, seen or not"
+    "Return the number of values in a state, including hidden ones"
     return sum(t.untyped_storage().nbytes() // t.element_size() for past in state for t in (past.conv, past.scan))
 
 
@@ -37,7 +37,7 @@ class Work(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ["ssd", "s6"])
-def test_the_cost_is_flat_from_token_1_to_8000(kind):
+def test_cost_per_token_is_constant_up_to_8000(kind):
     torch.manual_seed(0)
     m = new_lm("ssm", kind=kind, **TINY).eval()
     x, state, sizes, costs = torch.randint(16, (1, 8000)), None, set(), []
@@ -54,7 +54,7 @@ def test_the_cost_is_flat_from_token_1_to_8000(kind):
 
 
 @pytest.mark.parametrize("kind", ["ssd", "s6"])
-def test_a_prefilled_state_is_that_of_single_steps_after_8000_tokens(kind):
+def test_prefill_equals_8000_single_steps(kind):
     torch.manual_seed(0)
     m = new_lm("ssm", kind=kind, **TINY).eval()
     for p in m.parameters():
@@ -69,7 +69,7 @@ def test_a_prefilled_state_is_that_of_single_steps_after_8000_tokens(kind):
 
 
 @pytest.mark.parametrize("field", ["ctx_len", "d_model", "n_layers", "d_state", "d_conv", "head_dim"])
-def test_values_that_make_no_model(field):
+def test_invalid_values_are_rejected(field):
     for value, change in ((0, {field: 0}), (-1, {"dt_rank": -1}), (-1, {"d_inner": -1})):
         (name,) = change
         with pytest.raises(ValueError, match=f"{name}={value}, but {name} is at least"):
@@ -80,7 +80,7 @@ def test_values_that_make_no_model(field):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("kind", ["ssd", "s6"])
-def test_weights_of_other_types(kind, dtype):
+def test_bfloat16_weights(kind, dtype):
     torch.manual_seed(0)
     m = new_lm("ssm", kind=kind, **TINY | dict(dropout=0.0))
     for block in m.blocks:
@@ -99,7 +99,7 @@ def test_weights_of_other_types(kind, dtype):
     assert all(p.grad.isfinite().all() for p in m.parameters())
 
 
-def test_the_experts_trunk_has_as_many_parameters_as_the_guides():
+def test_expert_parameter_count_matches_nanothink():
     with torch.device("meta"):
         m = new_lm("ssm", "nanothink_s6", vocab_size=259)
     assert n_params(m) - n_params(m.embed) == 5_573_760
@@ -107,7 +107,7 @@ def test_the_experts_trunk_has_as_many_parameters_as_the_guides():
 
 
 @pytest.mark.parametrize("config", [TINY, dict(TINY, kind="s6"), NANOTHINK | dict(vocab_size=16, ctx_len=16)])
-def test_the_parts_make_the_whole(config):
+def test_chunks_equal_the_full_sequence(config):
     preset = "" if "head_dim" in config else "nanothink_s6"
     torch.manual_seed(0)
     m = new_lm("ssm", preset, **config).eval()
@@ -116,8 +116,8 @@ def test_the_parts_make_the_whole(config):
     x = torch.randint(16, (3, 20))
     h = m.embed_ids(x)
     assert torch.equal(m(x), m.logits(m.hidden_states(h)))
-    past = m.new_cache()
-    pieces = torch.cat([m.hidden_states(part, past) for part in h.split((7, 1, 12), 1)], 1)
+    cache = m.new_cache()
+    pieces = torch.cat([m.hidden_states(part, cache) for part in h.split((7, 1, 12), 1)], 1)
     torch.testing.assert_close(pieces, m.hidden_states(h), atol=1e-4, rtol=1e-4)
     moved = h.clone()
     moved[:, 9] += torch.randn(3, 16)
@@ -126,7 +126,7 @@ def test_the_parts_make_the_whole(config):
 
 
 @pytest.mark.parametrize("kind", ["ssd", "s6"])
-def test_rates_and_steps_do_not_decay_and_are_left_to_adamw(kind):
+def test_decay_rates_use_adamw_without_weight_decay(kind):
     m = new_lm("ssm", kind=kind, **TINY)
     groups = [group for opt in make_optimizers(m, OptimConfig(weight_decay=0.1)) for group in opt.param_groups]
     decay = {name: group["weight_decay"] for group in groups for name in group["param_names"]}
@@ -153,7 +153,7 @@ def test_autocast_changes_only_rounding(kind):
 
 
 @pytest.mark.parametrize("scan", [selective_scan, ssd])
-def test_a_scan_is_never_run_in_the_precision_of_autocast(scan):
+def test_scans_ignore_autocast(scan):
     torch.manual_seed(0)
     heads = 8 if scan is selective_scan else 2
     A = -torch.rand(8, 4) if scan is selective_scan else -torch.rand(2)

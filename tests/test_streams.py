@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import call, log
+from helpers import read_log, run_in_process
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmnotes.data.batches import Batch
@@ -26,7 +26,7 @@ BEGIN = 15  # The id that a text begins with
 
 
 def touch_of(surfaces):
-    "What is felt at so many contacts"
+    "Return touch inputs for a number of contacts"
     n, contacts = surfaces.shape
     zeros = torch.zeros(n, contacts, 1)
     ids = dict(touch_active=torch.ones_like(surfaces).bool(), touch_points=surfaces * 0, touch_surfaces=surfaces)
@@ -34,7 +34,7 @@ def touch_of(surfaces):
 
 
 class Felt:
-    "Eight contacts, and a text that names their surfaces; half of it is a rule of the text alone, and the first decides a pose"
+    "Batches of eight contacts and a text that names their surfaces. Half of the text follows from the text alone, and the first contact decides a pose"
 
     def __getitem__(self, step):
         g = torch.Generator().manual_seed(step)
@@ -66,7 +66,7 @@ def losses(lm, batches):
 
 
 def test_streams_in_two_stages(tmp_path):
-    "Text first; then touch and a movement are added, the trained part is held still, and the text becomes better by what is felt"
+    "Train on text, then add touch and a movement with the trained part frozen. The touch input lowers the text loss"
     torch.manual_seed(0)
     first = new_lm("streams", **TINY)
     train(first, TextOf(Felt()), 300)
@@ -168,7 +168,7 @@ class Peak(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("rows", [64, 256])
-def test_the_logits_are_never_all_there(monkeypatch, rows):
+def test_loss_never_holds_all_logits(monkeypatch, rows):
     "No tensor of the loss grows with positions x vocabulary"
     monkeypatch.setattr(layers, "LOGITS_PER_CHUNK", 16 * 1000)
     lm = new_lm("streams", **TINY | dict(vocab_size=1000, ctx_len=8))
@@ -193,21 +193,21 @@ def text_run(**params):
     return dict(done=0)[run(model_args=" ".join([model, *params.pop("more", [])]), **common | params).status]
 
 
-def test_stages_as_runs(place):
+def test_stages_as_runs(workdir):
     "The same by parameters of a run: init_from, freeze and loss_weights"
-    assert call(place, text_run, data="corpus", run="text") == 0, log(place)
+    assert run_in_process(workdir, text_run, data="corpus", run="text") == 0, read_log(workdir)
     second = [
         "inputs=internal_voice,touch",
         "outputs=internal_text,animation",
         "loss_weights=internal_text=1,animation=0.5",
     ]
     params = dict(data="corpus", run="touch", init_from="text", freeze="embed.*", more=second)
-    assert call(place, text_run, **params) == 0, log(place)
-    assert re.search("encoders.touch.*begun anew", log(place))
+    assert run_in_process(workdir, text_run, **params) == 0, read_log(workdir)
+    assert re.search("newly initialized: .*encoders.touch", read_log(workdir))
 
 
 @pytest.mark.parametrize("null", ["null_token", "zeros"])
-def test_every_part_has_a_gradient_when_something_stands_for_it(null):
+def test_every_parameter_gets_a_gradient_from_placeholders(null):
     "So that processes that train together need not search for parts that a batch does without"
     lm = new_lm("streams", **TINY, inputs=ALL["inputs"], null=null)
     for p in lm.parameters():
@@ -217,7 +217,7 @@ def test_every_part_has_a_gradient_when_something_stands_for_it(null):
     assert [name for name, p in lm.named_parameters() if p.grad is None] == []
 
 
-def test_adapters_reach_the_texts():
+def test_adapters_train_the_text_heads():
     "Also the head, whose matrix the loss uses without calling it"
     torch.manual_seed(0)
     lm = new_lm("streams", **TINY, inputs="internal_voice external_voice", outputs="internal_text external_text")
@@ -237,7 +237,7 @@ def test_adapters_reach_the_texts():
     assert torch.allclose(plain(batch.x), lm(batch.x), atol=1e-4)
 
 
-def test_half_the_bits():
+def test_bfloat16_weights():
     "Weights in bfloat16 sense and write too"
     lm = new_lm("streams", **TINY, inputs=ALL["inputs"]).bfloat16().eval()
     g = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""`nbs/recipes/text_only.ipynb`: what the text-only guide promises is there, and the mistakes of the guide's system are not."""
+"""`nbs/recipes/text_only.ipynb` keeps the promises of the text-only guide and avoids the mistakes of its code."""
 
 import json
 import shutil
@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    call,
     differences,
-    left_behind,
-    log,
+    read_log,
+    read_records,
     recipe_parameters,
-    records,
+    run_in_process,
     run_papermill,
     run_recipe,
+    run_results,
     stop_before_step,
 )
 
@@ -59,20 +59,20 @@ model:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def prepared_data(tmp_path_factory):
     "A folder with a text, its tokens and a configuration"
     from pydoc_data.topics import topics
 
-    place, text = tmp_path_factory.mktemp("made"), topics["debugger"] + topics["formatstrings"]
-    (place / "corpus.txt").write_bytes(text.encode("ascii", "ignore")[:TOKENS])
-    assert call(place, prepare) == 0, log(place)
-    (place / "small.yaml").write_text(SMALL)
-    return place
+    workdir, text = tmp_path_factory.mktemp("made"), topics["debugger"] + topics["formatstrings"]
+    (workdir / "corpus.txt").write_bytes(text.encode("ascii", "ignore")[:TOKENS])
+    assert run_in_process(workdir, prepare) == 0, read_log(workdir)
+    (workdir / "small.yaml").write_text(SMALL)
+    return workdir
 
 
 @pytest.fixture
-def place(made, tmp_path):
-    return shutil.copytree(made, tmp_path / "place")
+def workdir(prepared_data, tmp_path):
+    return shutil.copytree(prepared_data, tmp_path / "place")
 
 
 def prepare():
@@ -84,10 +84,10 @@ def recipe(**params):
 
 
 @pytest.fixture(scope="module")
-def whole(made, tmp_path_factory):
+def uninterrupted(prepared_data, tmp_path_factory):
     "A folder in which papermill has run the recipe without a stop"
-    place = shutil.copytree(made, tmp_path_factory.mktemp("whole") / "place")
-    return run_papermill(place, NOTEBOOK, config="small.yaml", data="corpus.bin", prompt="def")
+    workdir = shutil.copytree(prepared_data, tmp_path_factory.mktemp("whole") / "place")
+    return run_papermill(workdir, NOTEBOOK, config="small.yaml", data="corpus.bin", prompt="def")
 
 
 def in_order(words, text):
@@ -99,17 +99,17 @@ def in_order(words, text):
         at = found + len(word)
 
 
-def test_the_guides_configuration():
-    "Its file says what the settings are without one, and the parameters are what the guide's commands take"
+def test_configuration_matches_the_guide():
+    "The file has the default settings, and the parameters match the guide's commands"
     assert load_text_config(CONFIG) == DEFAULT_SETTINGS
     found = recipe_parameters(NOTEBOOK)
     assert list(found)[:4] == ["config", "data", "dry_run", "resume"] and found["prompt"] == "Once upon a time"
 
 
-def test_dry_run(place):
+def test_dry_run(workdir):
     "Ten steps, the guide's lines, a checkpoint written and read, and nothing left behind"
-    before = set(place.rglob("*"))
-    assert call(place, recipe, dry_run=True) == 0, log(place)
+    before = set(workdir.rglob("*"))
+    assert run_in_process(workdir, recipe, dry_run=True) == 0, read_log(workdir)
     loaded, n = f"Loaded {TOKENS:,} tokens from corpus.bin", (TOKENS * 9 // 10 - 1) // 32
     steps = [f"Step {i}/10 | Loss: " for i in range(1, 11)]
     lines = ["Loading config from small.yaml...", "Using device: cpu", "Creating dataset from corpus.bin...", loaded]
@@ -122,13 +122,13 @@ def test_dry_run(place):
         "Starting training...",
     ]
     lines += [*steps, "written and read back", "=" * 80, "Training complete!", "=" * 80]
-    in_order(lines, log(place))
-    assert log(place).count(" | loss_internal_text: ") == log(place).count(" | samples/sec: ") == 10
-    assert {path.name for path in set(place.rglob("*")) - before} <= {"checkpoints"}
+    in_order(lines, read_log(workdir))
+    assert read_log(workdir).count(" | loss_internal_text: ") == read_log(workdir).count(" | samples/sec: ") == 10
+    assert {path.name for path in set(workdir.rglob("*")) - before} <= {"checkpoints"}
 
 
-def test_the_guides_files(whole):
-    folder = whole / "checkpoints/text_only"
+def test_the_guides_files(uninterrupted):
+    folder = uninterrupted / "checkpoints/text_only"
     files = {path.name for path in folder.glob("*.pt")}
     assert files == {"model_step_10.pt", "model_step_20.pt", "model_step_30.pt", "model_final.pt"}
     for path in folder.glob("*.pt"):
@@ -136,21 +136,23 @@ def test_the_guides_files(whole):
         assert list(checkpoint) == ["step", "model_state_dict", "optimizer_state_dict", "config"]
         assert checkpoint["step"] == (30 if "final" in path.name else int(path.stem.rpartition("_")[2]))
         assert checkpoint["optimizer_state_dict"]["state"]
-    logged = [r["step"] for r in records(folder / "metrics.jsonl") if r["split"] == "train"]
+    logged = [r["step"] for r in read_records(folder / "metrics.jsonl") if r["split"] == "train"]
     assert logged == [5, 10, 15, 20, 25, 30]
 
 
-def test_the_report(whole):
-    report = nbformat.read(whole / "report.ipynb", 4)
+def test_the_report(uninterrupted):
+    report = nbformat.read(uninterrupted / "report.ipynb", 4)
     outputs = [output for cell in report.cells if cell.cell_type == "code" for output in cell.outputs]
     text = "".join(output.get("text", "") for output in outputs)
     in_order(["Step 5/30 | Loss: ", "Step 30/30 | Loss: ", "Training complete!", "def"], text)
     assert "DRY RUN" not in text
 
 
-def test_mistake_the_generation_script_crashed(whole):
+def test_mistake_the_generation_script_crashed(uninterrupted):
     "The guide's script, from model_final.pt alone: fifty tokens, the same as from the cache"
-    checkpoint = torch.load(whole / "checkpoints/text_only/model_final.pt", map_location="cpu", weights_only=True)
+    checkpoint = torch.load(
+        uninterrupted / "checkpoints/text_only/model_final.pt", map_location="cpu", weights_only=True
+    )
     model = new_lm("streams", **checkpoint["config"])
     model.load_state_dict(checkpoint["model_state_dict"])
     model.eval()
@@ -162,52 +164,54 @@ def test_mistake_the_generation_script_crashed(whole):
             next_token = torch.argmax(next_token_logits, dim=-1, keepdim=True)
             input_ids = torch.cat([input_ids, next_token.unsqueeze(0)], dim=1)
     assert input_ids.shape == (1, 66)
-    r = load(whole / "checkpoints/text_only")
+    r = load(uninterrupted / "checkpoints/text_only")
     same = r.tokenizer.decode(input_ids[0, 16:].tolist())
     assert r.generate("Once upon a time", 50, temperature=0.0) == same
 
 
-def test_mistake_ctrl_c_saved_nothing(place):
-    "And nothing could go on; here it goes on to the same bits"
-    assert stop_before_step(13, place, recipe, max_steps=90) == 130, log(place)
-    assert (place / "checkpoints/text_only/model_step_10.pt").exists()
-    step = json.loads((place / "checkpoints/text_only/run.json").read_bytes())["step"]
-    assert step == 13 and f"Training is interrupted at step {step}; go on with resume=True" in log(place)
-    assert call(place, recipe, max_steps=90, resume=True) == 0, log(place)
-    assert call(place, recipe, max_steps=90, save_dir="at_once/text_only") == 0, log(place)
-    a, b = place / "checkpoints/text_only", place / "at_once/text_only"
-    assert not differences(left_behind(a), left_behind(b))
+def test_mistake_ctrl_c_saved_nothing(workdir):
+    "Its runs could not be resumed. Here the resumed run is bit-identical"
+    assert stop_before_step(13, workdir, recipe, max_steps=90) == 130, read_log(workdir)
+    assert (workdir / "checkpoints/text_only/model_step_10.pt").exists()
+    step = json.loads((workdir / "checkpoints/text_only/run.json").read_bytes())["step"]
+    assert step == 13 and f"Training is interrupted at step {step}. Resume with resume=True" in read_log(workdir)
+    assert run_in_process(workdir, recipe, max_steps=90, resume=True) == 0, read_log(workdir)
+    assert run_in_process(workdir, recipe, max_steps=90, save_dir="at_once/text_only") == 0, read_log(workdir)
+    a, b = workdir / "checkpoints/text_only", workdir / "at_once/text_only"
+    assert not differences(run_results(a), run_results(b))
     assert {p.name for p in a.glob("*.pt")} == {p.name for p in b.glob("*.pt")}
 
 
-def test_what_the_advice_says_can_be_followed(whole, tmp_path):
-    "Memory ran out, or the loss rose: accumulation, batch and learning rate may be others when the run goes on"
-    place = shutil.copytree(whole, tmp_path / "place")
+def test_what_the_advice_says_can_be_followed(uninterrupted, tmp_path):
+    "After out-of-memory or a rising loss, accumulation, batch size and learning rate can change on resume"
+    workdir = shutil.copytree(uninterrupted, tmp_path / "place")
     changed = SMALL.replace("lr: 1e-2", "lr: 5e-3").replace(
         "batch_size: 4", "batch_size: 8\n\tgradient_accumulation_steps: 2"
     )
-    (place / "small.yaml").write_text(changed)
-    assert call(place, recipe, max_steps=35, resume=True) == 0, log(place)
+    (workdir / "small.yaml").write_text(changed)
+    assert run_in_process(workdir, recipe, max_steps=35, resume=True) == 0, read_log(workdir)
     words = ["from here on batch_size=8, until now 4", "from here on accum=2", "from here on lr=0.005, until now 0.01"]
-    assert all(word in log(place) for word in words), log(place)
+    assert all(word in read_log(workdir) for word in words), read_log(workdir)
 
 
 @pytest.mark.parametrize("prompt", ["", 5])
-def test_any_prompt(place, prompt):
-    assert call(place, recipe, max_steps=1, prompt=prompt) == 0, log(place)
+def test_any_prompt(workdir, prompt):
+    assert run_in_process(workdir, recipe, max_steps=1, prompt=prompt) == 0, read_log(workdir)
 
 
 @pytest.mark.parametrize("kind", ["bin", "npy", "pt"])
-def test_token_files_of_any_origin(place, kind):
-    ids = np.fromfile(place / "corpus.bin", np.uint16)
+def test_token_files_of_any_origin(workdir, kind):
+    ids = np.fromfile(workdir / "corpus.bin", np.uint16)
     if kind == "bin":
-        ids.tofile(place / "theirs.bin")
+        ids.tofile(workdir / "theirs.bin")
     elif kind == "npy":
-        np.save(place / "theirs.npy", ids)
+        np.save(workdir / "theirs.npy", ids)
     else:
-        torch.save(torch.from_numpy(ids.astype(np.int64)), place / "theirs.pt")
-    assert call(place, recipe, data=f"theirs.{kind}", tokenizer="bytes", dry_run=True) == 0, log(place)
-    assert f"Loaded {TOKENS:,} tokens from theirs.{kind}" in log(place)
+        torch.save(torch.from_numpy(ids.astype(np.int64)), workdir / "theirs.pt")
+    assert run_in_process(workdir, recipe, data=f"theirs.{kind}", tokenizer="bytes", dry_run=True) == 0, read_log(
+        workdir
+    )
+    assert f"Loaded {TOKENS:,} tokens from theirs.{kind}" in read_log(workdir)
 
 
 @pytest.mark.parametrize(
@@ -218,22 +222,22 @@ def test_token_files_of_any_origin(place, kind):
         (dict(config="other.yaml"), ["vocab_size is 50257, and corpus.bin was made with bytes, which has 256 ids"]),
         (
             dict(config="typo.yaml"),
-            ["typo.yaml, line 2: training.max_step is not a setting; did you mean 'training.max_steps'?"],
+            ["typo.yaml, line 2: training.max_step is not a setting, did you mean 'training.max_steps'?"],
         ),
-        (dict(config="nowhere.yaml"), ["nowhere.yaml: there is no such file"]),
+        (dict(config="nowhere.yaml"), ["nowhere.yaml: no such file"]),
     ],
 )
-def test_what_does_not_fit(place, change, words):
-    np.array([1, 2, 3, 4, 5, 6, 700, 8] * 100, np.uint16).tofile(place / "wide.bin")
-    (place / "other.yaml").write_text("training:\n  max_steps: 10\n")
-    (place / "typo.yaml").write_text("training:\n  max_step: 10\n")
-    assert call(place, recipe, **change) == 1
-    assert all(word in log(place) for word in words), log(place)
-    assert not (place / "checkpoints/text_only").exists()
+def test_what_does_not_fit(workdir, change, words):
+    np.array([1, 2, 3, 4, 5, 6, 700, 8] * 100, np.uint16).tofile(workdir / "wide.bin")
+    (workdir / "other.yaml").write_text("training:\n  max_steps: 10\n")
+    (workdir / "typo.yaml").write_text("training:\n  max_step: 10\n")
+    assert run_in_process(workdir, recipe, **change) == 1
+    assert all(word in read_log(workdir) for word in words), read_log(workdir)
+    assert not (workdir / "checkpoints/text_only").exists()
 
 
-def test_a_gpu_that_is_not_there(place):
+def test_a_gpu_that_is_not_there(workdir):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert call(place, recipe, device="cuda", dry_run=True) == 0, log(place)
-    assert "Using device: cpu (cuda is not there)" in log(place)
+    assert run_in_process(workdir, recipe, device="cuda", dry_run=True) == 0, read_log(workdir)
+    assert "Using device: cpu (no cuda device)" in read_log(workdir)

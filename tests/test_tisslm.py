@@ -1,4 +1,4 @@
-"""`nbs/recipes/tisslm.ipynb`: what the TissLM guide promises is there, and the mistakes of the guide's system are not."""
+"""`nbs/recipes/tisslm.ipynb` keeps the promises of the TissLM guide and avoids the mistakes of its code."""
 
 import json
 import shutil
@@ -8,14 +8,14 @@ import nbformat
 import pytest
 import torch
 from helpers import (
-    call,
     differences,
-    left_behind,
-    log,
+    read_log,
+    read_records,
     recipe_parameters,
-    records,
+    run_in_process,
     run_papermill,
     run_recipe,
+    run_results,
     stop_before_step,
 )
 
@@ -40,17 +40,17 @@ SMALL = dict(VOCAB_SIZE=300, seq_len=16, batch_size=8, epochs=2, checkpoint_ever
 QUICK = SMALL | dict(stride=16, epochs=1)
 
 
-def write_texts(place, names=("debugger", "formatstrings", "typesmapping"), size=1000):
+def write_texts(workdir, names=("debugger", "formatstrings", "typesmapping"), size=1000):
     "The beginnings of some of Python's help topics, in the order given"
     from pydoc_data.topics import topics
 
-    (place / "corpus").mkdir()
+    (workdir / "corpus").mkdir()
     for name in names:
-        (place / "corpus" / f"{name}.txt").write_text(topics[name][:size])
+        (workdir / "corpus" / f"{name}.txt").write_text(topics[name][:size])
 
 
 @pytest.fixture
-def place(tmp_path):
+def workdir(tmp_path):
     write_texts(tmp_path)
     return tmp_path
 
@@ -64,32 +64,32 @@ def weights(path):
 
 
 def equal(a, b):
-    "Whether two files hold the same weights, bit for bit"
+    "Return True if two files hold bit-identical weights"
     a, b = weights(a), weights(b)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     "A folder in which papermill has run the recipe without a stop"
-    place = tmp_path_factory.mktemp("whole")
-    write_texts(place)
-    return run_papermill(place, NOTEBOOK, **SMALL)
+    workdir = tmp_path_factory.mktemp("whole")
+    write_texts(workdir)
+    return run_papermill(workdir, NOTEBOOK, **SMALL)
 
 
-def steps_of(place):
-    return json.loads((place / "training_output/run.json").read_bytes())["step"]
+def steps_of(workdir):
+    return json.loads((workdir / "training_output/run.json").read_bytes())["step"]
 
 
-def test_names_and_defaults_are_the_guides():
+def test_parameter_names_and_defaults_match_the_guide():
     found = recipe_parameters(NOTEBOOK)
     assert {name: found[name] for name in DEFAULTS} == DEFAULTS
     assert list(found)[: len(DEFAULTS)] == list(DEFAULTS)
     assert found["stride"] == 1 and found["resume"] is False
 
 
-def test_the_guides_files(whole):
-    folder, steps = whole / "training_output", steps_of(whole)
+def test_the_guides_files(uninterrupted):
+    folder, steps = uninterrupted / "training_output", steps_of(uninterrupted)
     assert {"vocab.json", "merges.txt"} <= {path.name for path in (folder / "tokenizer").iterdir()}
     multiples = {f"checkpoint_step_{step}.pt" for step in range(15, steps + 1, 15)}
     assert multiples and {path.name for path in folder.glob("*.pt")} == multiples | {"final_model.pt"}
@@ -98,73 +98,75 @@ def test_the_guides_files(whole):
         assert {name: tuple(w.shape) for name, w in weights(path).items()} == dict(zip(NAMES, shapes))
 
 
-def test_the_report(whole):
-    report = nbformat.read(whole / "report.ipynb", 4)
+def test_the_report(uninterrupted):
+    report = nbformat.read(uninterrupted / "report.ipynb", 4)
     outputs = [output for cell in report.cells if cell.cell_type == "code" for output in cell.outputs]
     text = "".join(output.get("text", "") for output in outputs)
     assert "Loaded 3 files from corpus: " in text
     assert "the same as trained: True" in text
-    assert f"training_output: done at step {steps_of(whole)} of {steps_of(whole)}" in text
+    assert f"training_output: done at step {steps_of(uninterrupted)} of {steps_of(uninterrupted)}" in text
 
 
-def test_a_loss_every_hundred_steps(place):
-    assert call(place, recipe, **SMALL | dict(stride=2, epochs=1, checkpoint_every=1000)) == 0, log(place)
-    logged = [r["step"] for r in records(place / "training_output/metrics.jsonl") if r["split"] == "train"]
-    assert logged == [*range(100, steps_of(place), 100), steps_of(place)] and len(logged) > 1
+def test_a_loss_every_hundred_steps(workdir):
+    assert run_in_process(workdir, recipe, **SMALL | dict(stride=2, epochs=1, checkpoint_every=1000)) == 0, read_log(
+        workdir
+    )
+    logged = [r["step"] for r in read_records(workdir / "training_output/metrics.jsonl") if r["split"] == "train"]
+    assert logged == [*range(100, steps_of(workdir), 100), steps_of(workdir)] and len(logged) > 1
 
 
-def test_as_many_ids_as_asked_for_or_a_word(place):
-    assert call(place, recipe, **QUICK | dict(VOCAB_SIZE=5000)) == 0, log(place)
-    vocabulary = json.loads((place / "training_output/tokenizer/vocab.json").read_text())
-    assert f"the training text allows only {len(vocabulary)} of 5000 ids" in log(place)
+def test_vocabulary_size_is_as_requested_or_explained(workdir):
+    assert run_in_process(workdir, recipe, **QUICK | dict(VOCAB_SIZE=5000)) == 0, read_log(workdir)
+    vocabulary = json.loads((workdir / "training_output/tokenizer/vocab.json").read_text())
+    assert f"the training text allows only {len(vocabulary)} of 5000 ids" in read_log(workdir)
 
 
-def test_more_epochs_are_added(place):
-    assert call(place, recipe, **QUICK) == 0, log(place)
-    assert call(place, recipe, **QUICK | dict(epochs=2, resume=True)) == 0, log(place)
-    assert "from here on epochs=2.0, until now 1.0" in log(place)
-    assert call(place, recipe, **QUICK | dict(epochs=2, SAVE_DIR="./at_once")) == 0, log(place)
-    assert equal(place / "training_output/final_model.pt", place / "at_once/final_model.pt")
+def test_resume_adds_epochs(workdir):
+    assert run_in_process(workdir, recipe, **QUICK) == 0, read_log(workdir)
+    assert run_in_process(workdir, recipe, **QUICK | dict(epochs=2, resume=True)) == 0, read_log(workdir)
+    assert "from here on epochs=2.0, until now 1.0" in read_log(workdir)
+    assert run_in_process(workdir, recipe, **QUICK | dict(epochs=2, SAVE_DIR="./at_once")) == 0, read_log(workdir)
+    assert equal(workdir / "training_output/final_model.pt", workdir / "at_once/final_model.pt")
 
 
-def test_an_earlier_run_is_not_written_over(place):
+def test_earlier_run_is_not_overwritten(workdir):
     for seed in (0, 1):
-        assert call(place, recipe, **QUICK | dict(seed=seed)) == 0, log(place)
-    assert "the earlier run is now training_output-1" in log(place)
-    assert not equal(place / "training_output/final_model.pt", place / "training_output-1/final_model.pt")
+        assert run_in_process(workdir, recipe, **QUICK | dict(seed=seed)) == 0, read_log(workdir)
+    assert "the earlier run is now training_output-1" in read_log(workdir)
+    assert not equal(workdir / "training_output/final_model.pt", workdir / "training_output-1/final_model.pt")
 
 
 # The mistakes of the guide's system
 
 
-def test_mistake_tokenizer_where_the_guide_does_not_look(whole):
+def test_mistake_tokenizer_where_the_guide_does_not_look(uninterrupted):
     "It wrote tokenizer_vocab.json and tokenizer_merges.txt, in a format of its own, beside the folder that the guide names"
     from tokenizers import ByteLevelBPETokenizer
 
-    folder = whole / "training_output/tokenizer"
+    folder = uninterrupted / "training_output/tokenizer"
     theirs = ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     text = "A debugger steps through the source."
     assert theirs.encode(text).ids == load_tokenizer(folder).encode(text).tolist()
 
 
-def test_mistake_no_resume(place, whole):
-    "Its checkpoints held weights only: nothing could go on from them"
+def test_mistake_no_resume(workdir, uninterrupted):
+    "Its checkpoints held weights only: no run could be resumed"
     params = SMALL | dict(checkpoint_every=10)
-    assert stop_before_step(13, place, recipe, **params) == 130, log(place)
-    assert (place / "training_output/checkpoint_step_10.pt").exists()
-    assert steps_of(place) == 13 < steps_of(whole)
-    assert not (place / "training_output/final_model.pt").exists()
-    assert call(place, recipe, **params | dict(resume=True)) == 0, log(place)
-    assert call(place, recipe, **params | dict(SAVE_DIR="./at_once")) == 0, log(place)
-    a, b = place / "training_output", place / "at_once"
-    assert not differences(left_behind(a), left_behind(b))
+    assert stop_before_step(13, workdir, recipe, **params) == 130, read_log(workdir)
+    assert (workdir / "training_output/checkpoint_step_10.pt").exists()
+    assert steps_of(workdir) == 13 < steps_of(uninterrupted)
+    assert not (workdir / "training_output/final_model.pt").exists()
+    assert run_in_process(workdir, recipe, **params | dict(resume=True)) == 0, read_log(workdir)
+    assert run_in_process(workdir, recipe, **params | dict(SAVE_DIR="./at_once")) == 0, read_log(workdir)
+    a, b = workdir / "training_output", workdir / "at_once"
+    assert not differences(run_results(a), run_results(b))
     assert sorted(p.name for p in a.glob("*.pt")) == sorted(p.name for p in b.glob("*.pt"))
     assert all(equal(path, b / path.name) for path in a.glob("*.pt"))
 
 
-def test_mistake_nothing_loads_it(whole, tmp_path, monkeypatch):
-    "Nothing loaded or sampled its models; hidden sizes had to be guessed from shapes"
-    shutil.copytree(whole / "training_output", tmp_path / "moved")
+def test_mistake_nothing_loads_it(uninterrupted, tmp_path, monkeypatch):
+    "Its models could not be loaded or sampled, and hidden sizes had to be guessed from shapes"
+    shutil.copytree(uninterrupted / "training_output", tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
     r = lmnotes.load("moved")
     assert (r.config.arch, r.lm.cfg.d_hidden) == ("rnn", 256)
@@ -177,56 +179,56 @@ def test_mistake_nothing_loads_it(whole, tmp_path, monkeypatch):
         (dict(CORPUS_PATH="./nowhere"), ["nowhere"]),
         (dict(CORPUS_PATH="./bare"), ["bare: no .txt files"]),
         (dict(CORPUS_PATH="./empty"), ["the train part of split='first90' is empty"]),
-        (dict(CORPUS_PATH="./short"), ["tokens, and ctx_len=16 needs at least 17; use a smaller ctx_len or more text"]),
+        (dict(CORPUS_PATH="./short"), ["tokens, and ctx_len=16 needs at least 17. Use a smaller ctx_len or more text"]),
         (dict(VOCAB_SIZE=256), ["256", "257"]),
     ],
 )
-def test_mistake_words_of_the_loader_instead_of_the_reason(place, change, words):
+def test_mistake_words_of_the_loader_instead_of_the_reason(workdir, change, words):
     "An empty or a short corpus ended in an error of the data loader"
     for name, text in dict(bare=None, empty="", short="Too short a text.").items():
-        (place / name).mkdir()
+        (workdir / name).mkdir()
         if text is not None:
-            (place / name / "a.txt").write_text(text)
-    assert call(place, recipe, **QUICK | change) == 1
-    assert any(all(word in line for word in words) for line in log(place).splitlines()), log(place)
-    assert not (place / "training_output").exists()
+            (workdir / name / "a.txt").write_text(text)
+    assert run_in_process(workdir, recipe, **QUICK | change) == 1
+    assert any(all(word in line for word in words) for line in read_log(workdir).splitlines()), read_log(workdir)
+    assert not (workdir / "training_output").exists()
 
 
-def test_mistake_tokenized_again_each_time(place):
+def test_mistake_tokenized_again_each_time(workdir):
     "It tokenized the whole corpus twice, in Python, and again in each run"
     for epochs in (1, 2):
-        assert call(place, recipe, **QUICK | dict(epochs=epochs)) == 0, log(place)
-    assert log(place).count("(prepared before)") == 2  # Both parts, in the second run
+        assert run_in_process(workdir, recipe, **QUICK | dict(epochs=epochs)) == 0, read_log(workdir)
+    assert read_log(workdir).count("(prepared before)") == 2  # Both parts, in the second run
 
 
-def test_mistake_no_validation(whole):
-    losses = [r["bpb"] for r in records(whole / "training_output/metrics.jsonl") if r["split"] == "val"]
+def test_mistake_no_validation(uninterrupted):
+    losses = [r["bpb"] for r in read_records(uninterrupted / "training_output/metrics.jsonl") if r["split"] == "val"]
     assert len(losses) > 5 and losses[-1] < losses[0]
 
 
-def test_mistake_another_model_each_time(whole, tmp_path):
-    "Files were read in whatever order the disk gave them, and nothing was seeded"
+def test_mistake_another_model_each_time(uninterrupted, tmp_path):
+    "Files were read in the order of the disk, and nothing was seeded"
     write_texts(tmp_path, names=("typesmapping", "formatstrings", "debugger"))
-    assert call(tmp_path, recipe, **SMALL) == 0, log(tmp_path)
-    assert equal(whole / "training_output/final_model.pt", tmp_path / "training_output/final_model.pt")
+    assert run_in_process(tmp_path, recipe, **SMALL) == 0, read_log(tmp_path)
+    assert equal(uninterrupted / "training_output/final_model.pt", tmp_path / "training_output/final_model.pt")
 
 
-def test_mistake_files_run_into_each_other(place, monkeypatch):
+def test_mistake_files_run_into_each_other(workdir, monkeypatch):
     "No token marked where a file ends"
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(workdir)
     data = load_data(RunConfig(data="corpus", tokenizer="bpe:300"), log_fn=None)
     ids = data.tokens["train"].ids
     assert int((ids == data.tokenizer.eot_id).sum()) >= 2
     assert len(data.tokens["train"].doc_starts) == 3
 
 
-def test_mistake_each_token_seen_seq_len_times(place, whole):
+def test_mistake_each_token_seen_seq_len_times(workdir, uninterrupted):
     "In one epoch, and no way to change that: a window began at every token"
-    assert call(place, recipe, **SMALL | dict(stride=16)) == 0, log(place)
-    assert abs(steps_of(whole) / steps_of(place) - 4) < 0.3
+    assert run_in_process(workdir, recipe, **SMALL | dict(stride=16)) == 0, read_log(workdir)
+    assert abs(steps_of(uninterrupted) / steps_of(workdir) - 4) < 0.3
 
 
-def test_mistake_a_last_batch_of_odd_size(whole):
-    "Every step here has as many windows as the others; a batch may straddle two epochs"
-    record = json.loads((whole / "training_output/run.json").read_bytes())
+def test_mistake_a_last_batch_of_odd_size(uninterrupted):
+    "Every step has the same number of sequences, so a batch can contain two epochs"
+    record = json.loads((uninterrupted / "training_output/run.json").read_bytes())
     assert record["tokens"] == record["step"] * SMALL["batch_size"] * SMALL["seq_len"]

@@ -17,7 +17,7 @@ INDEXES = ["torch", pytest.param("faiss", marks=needs_faiss)]
 
 
 def plain(keys, values, groups, queries, k, exclude):
-    "What is asked for, by sorting all"
+    "Search by sorting all vectors"
     out = []
     for q, own in zip(l2_normalize(queries), exclude):
         scores = (l2_normalize(keys) * q).sum(-1)
@@ -28,7 +28,7 @@ def plain(keys, values, groups, queries, k, exclude):
 
 @pytest.mark.parametrize("index", INDEXES)
 @pytest.mark.parametrize("seed", range(6))
-def test_every_search_is_that_of_sorting_all(index, seed):
+def test_search_equals_a_full_sort(index, seed):
     torch.manual_seed(seed)
     N, room, D = 150, (40, 150, 400)[seed % 3], 6
     keys, values, groups = torch.randn(N, D), torch.randn(N, D), torch.randint(7, (N,))
@@ -66,7 +66,7 @@ def test_faiss_and_torch_give_the_same_bits_also_across_files(tmp_path):
 
 
 @pytest.mark.parametrize("index", INDEXES)
-def test_what_was_loaded_goes_on_as_if_it_had_never_been_saved(index, tmp_path):
+def test_loaded_store_continues_like_the_original(index, tmp_path):
     torch.manual_seed(0)
     keys, more = torch.randn(70, 4), torch.randn(25, 4)
     store = VectorStore(4, 50, index)
@@ -77,7 +77,7 @@ def test_what_was_loaded_goes_on_as_if_it_had_never_been_saved(index, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(store.search(more, 9), again.search(more, 9)))
 
 
-def test_a_save_that_cannot_be_done_leaves_the_old_file(tmp_path, monkeypatch):
+def test_failed_save_keeps_old_file(tmp_path, monkeypatch):
     store = VectorStore(4, index="torch")
     store.add(torch.randn(3, 4))
     path = store.save(tmp_path / "memory.safetensors")
@@ -91,7 +91,7 @@ def test_a_save_that_cannot_be_done_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("at", [10, 200, -1])
-def test_a_changed_byte_is_noticed(tmp_path, at):
+def test_changed_byte_is_detected(tmp_path, at):
     store = VectorStore(4, index="torch")
     store.add(torch.randn(30, 4))
     path = store.save(tmp_path / "memory.safetensors")
@@ -102,7 +102,7 @@ def test_a_changed_byte_is_noticed(tmp_path, at):
         VectorStore.load(path)
 
 
-def test_without_faiss_torch_is_chosen_and_faiss_is_refused_with_the_way_out():
+def test_without_faiss_the_torch_index_is_used():
     code = (
         "import sys; sys.modules['faiss'] = None\n"
         "from lmnotes.nn.vector_store import VectorStore\n"

@@ -1,4 +1,4 @@
-"""Every model that has attention shows it to who watches, and nothing is kept of it otherwise."""
+"""Every model with attention can record its attention weights, and stores nothing otherwise."""
 
 from contextlib import nullcontext
 
@@ -29,7 +29,7 @@ CASES = {
 }
 
 
-def built(name):
+def build_tiny_model(name):
     torch.manual_seed(0)
     config, calls = CASES[name]
     return new_lm(*name.split(), **config).eval(), calls
@@ -37,8 +37,8 @@ def built(name):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_each_call_is_seen(name, dtype):
-    lm, calls = built(name)
+def test_every_attention_call_is_recorded(name, dtype):
+    lm, calls = build_tiny_model(name)
     x = torch.randint(20, (3, 12))
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         before = lm(x)
@@ -56,9 +56,9 @@ def test_each_call_is_seen(name, dtype):
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(("diffusion", "bytepatch"))])
-def test_steps_attend_to_what_the_whole_attends_to(name):
+def test_cached_steps_attend_like_the_full_forward(name):
     "In blocks and patches a step makes other calls than the whole: of the newest position, of a finished patch"
-    lm, _ = built(name)
+    lm, _ = build_tiny_model(name)
     x = torch.randint(20, (1, 6))
     with record_attention() as whole, torch.no_grad():
         lm(x)
@@ -71,18 +71,18 @@ def test_steps_attend_to_what_the_whole_attends_to(name):
 
 
 @pytest.mark.parametrize("name", ["rnn", "ssm", "bigram"])
-def test_without_attention_there_is_nothing_to_see(name):
+def test_models_without_attention_record_nothing(name):
     lm = new_lm(name, vocab_size=20, ctx_len=12)
     with record_attention() as weights, torch.no_grad():
         lm(torch.randint(20, (1, 12)))
     assert weights == []
 
 
-def test_who_watches_trains_the_same():
+def test_recording_attention_does_not_change_training():
     "The weights are no part of the graph, and dropout draws what it drew"
     x, losses = torch.randint(20, (2, 12), generator=torch.Generator().manual_seed(1)), []
     for watched in (False, True):
-        lm, _ = built("gpt")
+        lm, _ = build_tiny_model("gpt")
         torch.manual_seed(2)
         with record_attention() if watched else nullcontext([]) as weights:
             lm.train()(x).square().sum().backward()

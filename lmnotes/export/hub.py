@@ -16,111 +16,91 @@ from ..inference.evaluation import *
 
 # %% ../../nbs/export/82_hub.ipynb #f52242c2
 class UploadError(ValueError):
-    "A hub that cannot be reached, or does not take what it is sent"
+    "The Hub cannot be reached or rejects the upload"
 
 
 _TOKEN = re.compile(rb"(?<![A-Za-z0-9_])hf_[A-Za-z0-9]{16,}")
 
 
 def _check_no_token(files, token=""):
-    "Raise, naming the file and the line, if one of {name: path} holds the token, or something like one"
+    "Raise, naming the file and line, if one of {name: path} contains the token or something that resembles one"
+    pattern = re.compile(_TOKEN.pattern + b"|" + re.escape(token.encode())) if token else _TOKEN
     for path in files.values():
         data = path.read_bytes()
-        found = _TOKEN.search(data)
-        if found or (token and token.encode() in data):
-            line = data[: found.start() if found else data.index(token.encode())].count(b"\n") + 1
-            raise ValueError(
-                f"{path}:{line}: here stands something like an access token (hf_...); take it out, and revoke it if it is one"
-            )
+        if found := pattern.search(data):
+            line = data[: found.start()].count(b"\n") + 1
+            raise ValueError(f"{path}:{line}: contains something like an access token (hf_...). Remove and revoke it")
 
 # %% ../../nbs/export/82_hub.ipynb #e64db41b
-def _check_repo(repo):
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo, re.ASCII):
-        raise ValueError(f"repo={repo!r} is not of the form owner/name, such as me/rhymes")
-
-
 def _files_to_upload(folder):
-    "{name: path} of what is uploaded: what was exported, of which only the README may have been edited"
-    known, there, changed = read_manifest(folder), list_files(folder), changed_files(folder)
-    if wrong := [n for n in changed if n in known and (n != "README.md" or n not in there)]:
-        raise CheckpointError(
-            f"{folder}: {', '.join(wrong[:5])} changed since the export, or gone; export the run again"
-        )
-    if added := [n for n in changed if n not in known]:
+    "Return {name: path} of the exported files, or raise if one other than the README has changed"
+    exported, files, changed = read_manifest(folder), list_files(folder), changed_files(folder)
+    if wrong := ", ".join([n for n in changed if n in exported and (n != "README.md" or n not in files)][:5]):
+        raise CheckpointError(f"{folder}: {wrong} changed since the export, or deleted. Export the run again")
+    if added := [n for n in changed if n not in exported]:
         print(f"not part of the export, and not uploaded: {', '.join(added)}")
-    return {name: path for name, path in there.items() if name not in added}
+    return {name: path for name, path in files.items() if name not in added}
 
 # %% ../../nbs/export/82_hub.ipynb #85b1828e
 _HTTP_HINTS = {
-    401: "the hub does not know the token; make one that may write, at huggingface.co/settings/tokens, and log in again",
-    403: "the token may not write there; make one that may, or name a repository of yours",
-    404: "there is no such owner or repository, or the token may not see it; check the name",
+    401: "the hub does not know the token. Create one with write access at huggingface.co/settings/tokens, and log in again",
+    403: "the token may not write there. Use one with write access, or a repository of yours",
+    404: "there is no such owner or repository, or the token may not see it. Check the name",
 }
 
 # %% ../../nbs/export/82_hub.ipynb #024e0c77
 def _upload_error(error, repo):
-    "What an exception of huggingface_hub means"
+    "Return an `UploadError` that explains an exception of huggingface_hub"
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-    cause, step, known = error, "not uploaded", _HTTP_HINTS
-    if (
-        isinstance(error, RuntimeError) and error.__cause__ is not None
-    ):  # A file that goes to the storage of large files
-        cause, step, known = error.__cause__, str(error).rstrip("."), {}
+    cause, step, hints = error, "not uploaded", _HTTP_HINTS
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # Upload of a large file
+        cause, step, hints = error.__cause__, str(error).rstrip("."), {}
+    why = f"{type(cause).__name__}: {cause}"
     if isinstance(cause, HfHubHTTPError):
         status = cause.response.status_code
-        why = known.get(status, f"the answer was {status}: {cause.server_message or cause}")
+        why = hints.get(status, f"the answer was {status}: {cause.server_message or cause}")
     elif isinstance(cause, (HTTPError, OSError)):
-        why = f"the hub cannot be reached ({type(cause).__name__}: {cause}); try again when it can, the folder stays as it is"
-    else:
-        why = f"{type(cause).__name__}: {cause}"
+        why = f"the hub cannot be reached ({why}). Try again later, the folder is unchanged"
     return UploadError(f"{repo}: {step}: {why}")
-
-
-def _get_hub_token():
-    "The access token of the environment, or of a login"
-    from huggingface_hub import get_token
-
-    token = get_token()
-    if not token:
-        raise UploadError(
-            "there is no access token for the hub; set HF_TOKEN, or log in once with `hf auth login` (dry_run needs none)"
-        )
-    return token
 
 # %% ../../nbs/export/82_hub.ipynb #181344c1
 def _commit_files(files, repo, private, message, token):
-    "Make the repository if it is not there, and commit the files to it; the commit's address"
+    "Create the repository if needed and commit the files. Return the commit's URL"
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(token=token)
-    adds = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+    operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        return api.create_commit(repo, adds, commit_message=message).commit_url
-    except Exception as error:  # Each part of it has errors of its own
+        return api.create_commit(repo, operations, commit_message=message).commit_url
+    except Exception as error:  # huggingface_hub has no common base class
         raise UploadError(str(_upload_error(error, repo)).replace(token, "hf_***")) from None
 
 # %% ../../nbs/export/82_hub.ipynb #0f9f7e78
 def upload(
-    folder,  # An exported model
-    repo,  # owner/name on the hub
-    dry_run=False,  # Say what would be uploaded; needs no network and no token
-    private=True,  # A repository that is made for this is seen by its owner alone; one that is there stays as it is
-    message="",  # Of the commit; empty: the model's name and step
-):  # {file: bytes}
-    "Publish an exported model; the token comes from $HF_TOKEN or a login"
+    folder,  # Folder of an exported model
+    repo,  # Repository on the Hub, owner/name
+    dry_run=False,  # List the files without sending them (needs no network and no token)
+    private=True,  # Create the repository as private (an existing one keeps its visibility)
+    message="",  # Commit message (empty: the model's name and step)
+) -> dict:  # {file: size in bytes}
+    "Upload an exported model to the Hugging Face Hub, with the token of HF_TOKEN or a login"
     folder = Path(folder).resolve()
-    _check_repo(repo)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo, re.ASCII):
+        raise ValueError(f"repo={repo!r} is not of the form owner/name, such as me/rhymes")
     files = _files_to_upload(folder)
     _check_no_token(files)
     sizes = {name: path.stat().st_size for name, path in files.items()}
     total = f"{len(sizes)} files, {sum(sizes.values()) / 1e6:,.1f} MB"
     if dry_run:
         print(Table(dict(file=name, bytes=size) for name, size in sizes.items()))
-        print(f"{total}, would go to {repo}; nothing has been sent")
+        print(f"{total}, would go to {repo}. Nothing has been sent")
         return sizes
-    token = _get_hub_token()
+    from huggingface_hub import get_token
+
+    if not (token := get_token()):
+        raise UploadError("no access token. Set HF_TOKEN or run `hf auth login` (a dry run needs no token)")
     _check_no_token(files, token)
     step = read_json(folder / "config.json", CheckpointError)["step"]
     url = _commit_files(files, repo, private, message or f"{folder.name}, step {step}", token)

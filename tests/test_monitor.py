@@ -1,4 +1,4 @@
-"""A view of a run that goes on in another process: what it shows is what the run has written, and the run does not know of it."""
+"""A view of a run in another process shows the records that the run has written, and does not affect the run."""
 
 import json
 import os
@@ -14,16 +14,16 @@ from helpers import (
     DEADLINE,
     ROOT,
     TINY,
-    call,
+    command_line_args,
     differences,
-    finish,
-    held_before_step,
-    left_behind,
     lmnotes_command,
-    start,
+    pause_before_step,
+    run_in_process,
+    run_results,
+    start_process,
     train,
-    until,
-    words,
+    wait_for_exit,
+    wait_until,
 )
 
 import lmnotes
@@ -34,29 +34,29 @@ CASE = TINY | dict(steps=60, sample_every=10)
 
 
 def last_step(folder):
-    "Of the last whole line of metrics.jsonl"
+    "Return the step of the last complete line of metrics.jsonl"
     whole = (folder / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
     return json.loads(whole[-1])["step"] if whole else 0
 
 
 def train_in_step(**params):
-    "Train; after each record of the training, wait until the test has seen it"
+    "Train, and after each training record wait until the test has seen it"
 
     def append(metrics, **record):
         original(metrics, **record)
         if record["split"] == "train":
-            until(Path(f"seen {record['step']}").exists)
+            wait_until(Path(f"seen {record['step']}").exists)
 
     original, JsonlLog.append = JsonlLog.append, append
     return train(**params)
 
 
-def test_a_view_shows_the_last_record_and_changes_no_bit(place, corpus, tmp_path_factory):
+def test_view_shows_the_last_record_and_changes_no_bit(workdir, corpus, tmp_path_factory):
     alone = tmp_path_factory.mktemp("alone")
     (alone / "corpus").symlink_to(corpus)
-    assert call(alone, train, **CASE) == 0
-    process, folder = start(place, train_in_step, **CASE), place / "runs" / "r"
-    until(lambda: (folder / "metrics.jsonl").exists(), process)
+    assert run_in_process(alone, train, **CASE) == 0
+    process, folder = start_process(workdir, train_in_step, **CASE), workdir / "runs" / "r"
+    wait_until(lambda: (folder / "metrics.jsonl").exists(), process)
     seen, view = set(), lmnotes.attach(folder)
     while process.is_alive():
         before = last_step(folder)
@@ -65,41 +65,41 @@ def test_a_view_shows_the_last_record_and_changes_no_bit(place, corpus, tmp_path
         seen.add((view.status, view.step))
         if len(seen) % 5 == 0:
             view._repr_mimebundle_()
-        (place / f"seen {view.step}").touch()
-    assert finish(process) == 0
+        (workdir / f"seen {view.step}").touch()
+    assert wait_for_exit(process) == 0
     assert {("running", step) for step in range(3, 61, 3)} <= seen
     view.refresh()
-    assert (view.status, view.step, view.left) == ("done", last_step(folder), 0.0)
+    assert (view.status, view.step, view.seconds_left) == ("done", last_step(folder), 0.0)
     assert view.samples[-1]["step"] == 60 and {r["prompt"] for r in view.samples} == {view.samples[0]["prompt"]}
-    assert not differences(left_behind(alone / "runs" / "r"), left_behind(folder))
+    assert not differences(run_results(alone / "runs" / "r"), run_results(folder))
 
 
-def test_a_killed_run_is_seen_to_be_gone_and_comes_back(place):
-    process, folder = start(place, train, **CASE | dict(steps=100_000)), place / "runs" / "r"
-    until(lambda: (folder / "last").exists(), process)
+def test_killed_run_is_reported_and_resumes(workdir):
+    process, folder = start_process(workdir, train, **CASE | dict(steps=100_000)), workdir / "runs" / "r"
+    wait_until(lambda: (folder / "last").exists(), process)
     view = lmnotes.attach(folder)
-    assert view.status == "running" and view.left > 0
+    assert view.status == "running" and view.seconds_left > 0
     process.kill()
-    finish(process)
-    assert view.refresh().status == "killed" and "go on with resume=True run=r" in str(view)
+    wait_for_exit(process)
+    assert view.refresh().status == "killed" and "resume with: lmnotes.run(resume=True, run='r'" in str(view)
     view.follow()  # It does not wait for what will not come
     resumed = dict(out_dir="runs", resume=True, allow_change="steps", steps=last_step(folder) + 5)
-    assert call(place, train, **resumed) == 0
+    assert run_in_process(workdir, train, **resumed) == 0
     assert view.refresh().status == "done" and view.step == resumed["steps"]
 
 
 def steps_in(text):
-    "The steps that a view has shown"
+    "Return the steps that a view has shown"
     return [int(n.replace(",", "")) for n in re.findall(r"at step ([\d,]+) of 100,000", text)]
 
 
-def test_in_a_terminal_it_is_written_in_its_place(place):
-    process = start(place, lmnotes_command, "train", *words(**CASE | dict(steps=100_000)))
-    until(lambda: (place / "runs" / "r" / "last").exists(), process)
+def test_terminal_view_updates_in_place(workdir):
+    process = start_process(workdir, lmnotes_command, "train", *command_line_args(**CASE | dict(steps=100_000)))
+    wait_until(lambda: (workdir / "runs" / "r" / "last").exists(), process)
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "lmnotes", "watch", "--run", "runs/r", "--seconds", "0.1"]
     watching = subprocess.Popen(
-        command, cwd=place, stdout=theirs, stderr=theirs, env=os.environ | dict(PYTHONPATH=str(ROOT))
+        command, cwd=workdir, stdout=theirs, stderr=theirs, env=os.environ | dict(PYTHONPATH=str(ROOT))
     )
     os.close(theirs)
     text, stopped = "", False
@@ -116,25 +116,25 @@ def test_in_a_terminal_it_is_written_in_its_place(place):
     finally:
         os.close(ours)
         watching.kill()
-    assert stopped and finish(process) == 128 + 15
+    assert stopped and wait_for_exit(process) == 128 + 15
     assert steps_in(text) == sorted(steps_in(text)) and "\x1b[J" in text
     assert "r: gpt on corpus | running at step" in text and "r: gpt on corpus | interrupted at step" in text
 
 
-def test_the_end_is_shown_however_seldom_one_looks(place, capsys):
-    process = start(place, held_before_step, 20, train, **CASE | dict(steps=300))
-    until((place / "reached").exists, process)
-    view = lmnotes.attach(place / "runs" / "r")
+def test_final_state_is_shown_with_slow_polling(workdir, capsys):
+    process = start_process(workdir, pause_before_step, 20, train, **CASE | dict(steps=300))
+    wait_until((workdir / "reached").exists, process)
+    view = lmnotes.attach(workdir / "runs" / "r")
     assert view.status == "running"
-    (place / "go").touch()
+    (workdir / "go").touch()
     view.follow(seconds=1.5)
-    assert finish(process) == 0
+    assert wait_for_exit(process) == 0
     assert view.status == "done" and "done at step 300 of 300" in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize("way", ["papermill", "torchrun"])
-def test_a_run_elsewhere_is_seen_while_it_goes_on(place, way):
-    params = CASE | dict(steps=100_000, out_dir=str(place / "runs"), data=str(place / "corpus"))
+def test_run_in_another_process_is_followed(workdir, way):
+    params = CASE | dict(steps=100_000, out_dir=str(workdir / "runs"), data=str(workdir / "corpus"))
     given = [word for name, value in params.items() for word in ("-p", name, str(value))]
     lines = dict(
         papermill=[
@@ -145,22 +145,22 @@ def test_a_run_elsewhere_is_seen_while_it_goes_on(place, way):
             "--start-timeout",
             str(DEADLINE),
         ],
-        torchrun=[sys.executable, "-m", "lmnotes", "train", *words(**params, procs=2)],
+        torchrun=[sys.executable, "-m", "lmnotes", "train", *command_line_args(**params, procs=2)],
     )
     environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
-    environ |= dict(PYTHONPATH=str(ROOT), IPYTHONDIR=str(place / "ipython"))
-    with open(place / "said", "w") as said:
+    environ |= dict(PYTHONPATH=str(ROOT), IPYTHONDIR=str(workdir / "ipython"))
+    with open(workdir / "output", "w") as output:
         process = subprocess.Popen(
-            lines[way], cwd=place, env=environ, stdout=said, stderr=said, stdin=subprocess.DEVNULL
+            lines[way], cwd=workdir, env=environ, stdout=output, stderr=output, stdin=subprocess.DEVNULL
         )
-    folder = place / "runs" / "r"
+    folder = workdir / "runs" / "r"
     try:
-        until(lambda: process.poll() is not None or (folder / "last").exists())
-        assert process.poll() is None, (place / "said").read_text()
+        wait_until(lambda: process.poll() is not None or (folder / "last").exists())
+        assert process.poll() is None, (workdir / "output").read_text()
         view = lmnotes.attach(folder)
         first = view.step
-        until(lambda: view.refresh().step > first)
-        assert view.status == "running" and view.left > 0
+        wait_until(lambda: view.refresh().step > first)
+        assert view.status == "running" and view.seconds_left > 0
         process.terminate()
         process.wait(DEADLINE)
         assert view.refresh().status == "interrupted" and view.step == last_step(folder)
@@ -168,6 +168,6 @@ def test_a_run_elsewhere_is_seen_while_it_goes_on(place, way):
         process.kill()
 
 
-def test_a_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="no run here to look at; there are none"):
+def test_folder_without_a_run_is_rejected(tmp_path):
+    with pytest.raises(CheckpointError, match="no run here to show. There are none"):
         lmnotes.attach(tmp_path / "other")
