@@ -36,7 +36,8 @@ def read(path, nbs):
     cells = read_notebook(path)["cells"]
     inside = path.relative_to(nbs)
     name = re.sub(r"^\d+_", "", path.stem)
-    name = path.stem if path.stem != name and path.with_name(f"{name}.ipynb").exists() else name  # nbs/recipes has both
+    if name == path.stem and any(path.parent.glob(f"[0-9]*_{name}.ipynb")):
+        name = f"{name}_recipe"  # The module of this recipe has the name that nbdev links to
     page = inside.with_name(f"{name}.md").as_posix()
     first = joined(cells[0]["source"])
     head = re.match(r"# (.+)\n+> (.+)\n*", first)

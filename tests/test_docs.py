@@ -307,8 +307,8 @@ print([output for cell in notebook.cells for output in cell.get("outputs", []) i
 
 def test_quarto_export_works(tmp_path):
     shutil.copy(ROOT / "settings.ini", tmp_path)
-    (tmp_path / "nbs").mkdir()
-    shutil.copy(ROOT / "nbs/inference/51_evaluation.ipynb", tmp_path / "nbs")
+    (tmp_path / "nbs/inference").mkdir(parents=True)
+    shutil.copy(ROOT / "nbs/inference/51_evaluation.ipynb", tmp_path / "nbs/inference")
     done = subprocess.run([sys.executable, "-c", QUARTO], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "source" in done.stdout and "evaluate" in done.stdout

@@ -523,8 +523,8 @@ WRONG = {
     "| There | Type here | Note |\n|---|---|---|\n| a | `exit 3` | |": "exit 3: exit code 3",
     "| There | Type here | Note |\n|---|---|---|\n| a | nothing | |": "there is nothing to type",
     "| There | Type here | Message |\n|---|---|---|\n| a | `echo 12 and more` | `# and less` |": "'# and less' was not printed",
-    "| Measurement | Result | Command |\n|---|---|---|\n| a | 98.7 | `python benchmarks/memory.py` |": "98.7 is not among",
-    "| Measurement | Result | Command |\n|---|---|---|\n| a | 1 | `python benchmarks/none.py` |": "no such command",
+    "| Measurement | Figure | Command |\n|---|---|---|\n| a | 98.7 | `python benchmarks/memory.py` |": "98.7 is not among",
+    "| Measurement | Figure | Command |\n|---|---|---|\n| a | 1 | `python benchmarks/none.py` |": "no such command",
 }
 
 
