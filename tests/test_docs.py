@@ -388,7 +388,7 @@ def test_search_finds_a_definition(page, home):
 
 
 def test_math_is_rendered(page, home):
-    page.goto(home + "nn/layers.html")
+    page.goto(home + "nn/scans.html")
     boxes = [formula.bounding_box() for formula in page.locator("math").all()[:5]]
     assert len(boxes) == 5 and all(box["width"] > 5 and box["height"] > 5 for box in boxes)
     assert page.locator("math msub").count() > 5

@@ -124,7 +124,9 @@ ABLATIONS = {
     "batches": lambda: _one_later(EpochBatches, "__getitem__"),
     "learning rate": lambda: _one_later(trainer, "lr_at"),
     "dropout": lambda: setattr(trainer, "seed_torch", lambda *key: None),
-    "metrics": lambda: setattr(trainer.JsonlLog, "keep", lambda metrics, last: metrics.path.unlink(missing_ok=True)),
+    "metrics": lambda: setattr(
+        trainer.JsonlLog, "truncate_after", lambda metrics, last: metrics.path.unlink(missing_ok=True)
+    ),
 }
 
 

@@ -354,7 +354,7 @@ def test_commands(r, tmp_path, capsys):
     assert "would go to me/model" in capsys.readouterr().out
     assert lmnotes_command("upload", "--folder", to, "--repo", "model", "--dry-run") == 2
     assert lmnotes_command("export", "--run", r.folder, "--to", tmp_path) == 2
-    assert "holds something else" in capsys.readouterr().err
+    assert "is not empty and not an exported model" in capsys.readouterr().err
 
 
 # A hub
@@ -502,7 +502,7 @@ def test_token_from_a_login(hub, exported, tmp_path):
 
 def test_no_request_without_a_token(hub, exported, tmp_path):
     output = uploading(exported, tmp_path, "me/ok", port=hub.server_address[1])
-    for part in ("UploadError", "set HF_TOKEN", "hf auth login"):
+    for part in ("UploadError", "Set HF_TOKEN", "hf auth login"):
         assert part in output
     assert hub.asked == []
 

@@ -302,7 +302,7 @@ def test_untied_head_is_rejected_by_a_tied_model():
 
 def test_lora_options_without_a_rank_are_rejected(base_run_folder):
     assert run_in_process(base_run_folder, train, **TINY | dict(run="idle", lora_targets="qkv")) == 1
-    assert "give lora_rank too" in read_log(base_run_folder)
+    assert "needs adapters. Add lora_rank=" in read_log(base_run_folder)
     assert not (base_run_folder / "runs/idle").exists()
 
 
