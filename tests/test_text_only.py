@@ -219,7 +219,7 @@ def test_token_files_of_any_origin(workdir, kind):
     [
         (dict(data="data/none.bin"), ["Token file not found: data/none.bin", "lmnotes prepare --data"]),
         (dict(data="wide.bin", tokenizer="bytes"), ["wide.bin: id 700 at position 6 is not in the vocabulary of 256"]),
-        (dict(config="other.yaml"), ["vocab_size is 50257, and corpus.bin was made with bytes, which has 256 ids"]),
+        (dict(config="other.yaml"), ["vocab_size is 50257, but corpus.bin was made with bytes, which has 256 ids"]),
         (
             dict(config="typo.yaml"),
             ["typo.yaml, line 2: training.max_step is not a setting, did you mean 'training.max_steps'?"],
