@@ -126,7 +126,7 @@ def test_a_notebook_is_clean_when_it_is_saved(clone):
 
 def test_merge_conflict_in_a_cell_gives_a_valid_notebook(clone):
     folder, git, config = clone
-    path = folder / "nbs" / "20_lm.ipynb"
+    path = folder / "nbs/nn/20_lm.ipynb"
     for branch, words in dict(theirs="print('theirs')", main="print('ours')").items():
         assert git("checkout", "-q", *(["-b"] if branch == "theirs" else []), branch).returncode == 0
         notebook = nbformat.read(path, 4)
