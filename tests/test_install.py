@@ -53,7 +53,8 @@ def test_metadata(wheel, settings):
 def test_every_module_is_inside(wheel):
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if name.startswith("lmnotes/")}
-    assert inside == {path.relative_to(ROOT).as_posix() for path in (ROOT / "lmnotes").rglob("*.py")}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lmnotes").rglob("*.py")}
+    assert inside == modules | {"lmnotes/py.typed"}
 
 
 def test_it_works_elsewhere(wheel, tmp_path, settings):
