@@ -10,7 +10,6 @@ __all__ = ['COMMANDS', 'explain_fields', 'options_of', 'take_aliases', 'train_co
 
 # %% ../../nbs/apps/92_cli.ipynb #d30000be
 import ast
-import difflib
 import inspect
 import json
 import os
@@ -22,7 +21,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated
 
-from .papermill_engine import check_parameters, notebook_parameters, resume_prefix, set_environment
+from .papermill_engine import *
 from ..recipes.registry import *
 
 # %% ../../nbs/apps/92_cli.ipynb #ab40e8ac
@@ -92,9 +91,8 @@ def train_command(argv):
     from lmnotes.runs.config import ALIASES, DTYPES, MODEL_PARAMS, RunConfig
 
     model = [", ".join([name, *(alias for alias, n in ALIASES.items() if n == name)]) for name in MODEL_PARAMS]
-    names = {**ALIASES, **{name: "model_args" for name in MODEL_PARAMS}}
     flags = [alias for alias, name in ALIASES.items() if isinstance(getattr(RunConfig, name, ""), bool)]
-    words, aliased = take_aliases(argv, names, {*flags, *DTYPES})
+    words, aliased = take_aliases(argv, {*ALIASES, *MODEL_PARAMS}, {*flags, *DTYPES})
     explained = "", f"{explain_fields(RunConfig).get('model_args', '')} (also as options: {'; '.join(model)})"
     args = parse_options("train", options_of(RunConfig, train_command.__doc__, ALIASES, model_args=explained), words)
     from lmnotes.runs.run import run
@@ -361,9 +359,7 @@ def execute_command(argv) -> int:  # Words after `lmnotes`
         print(overview())
         return 0 if name else 2
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(COMMANDS)}"
-        return _report_error(f"{name!r} is not a command; {hint}", 2)
+        return _report_error(f"{name!r} is not a command; {closest_or_all(name, COMMANDS)}", 2)
     command = os.environ.get("LMNOTES_COMMAND", f"{_program()} train")
     with set_environment(LMNOTES_COMMAND=command):
         return _execute(COMMANDS[name], argv[1:])

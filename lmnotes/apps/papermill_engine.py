@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['TWO_VALUES', 'ONE_VALUE', 'PLAIN_NAME', 'find_project', 'parse_command', 'given_parameters', 'last_run',
            'make_run_folder', 'notebook_parameters', 'is_training_notebook', 'default_run_name', 'find_runs_folder',
-           'output_path', 'check_parameters', 'fill_in_command', 'forward_signals', 'run_name_of_output',
-           'resume_prefix', 'set_environment', 'make_kernel_class', 'GracefulEngine', 'is_papermill']
+           'output_path', 'closest_or_all', 'check_parameters', 'fill_in_command', 'forward_signals',
+           'run_name_of_output', 'resume_prefix', 'set_environment', 'make_kernel_class', 'GracefulEngine',
+           'is_papermill']
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #6ef1c8e6
 import base64
@@ -191,6 +192,15 @@ def _is_value_of_type(kind, value):
         return kind == "float" and str(value).lower() in ("inf", "-inf", "nan")
 
 
+def closest_or_all(
+    name,  # Unknown name, as the user wrote it
+    known,  # Valid names
+) -> str:  # End of an error message
+    "Return what `lmnotes.core.did_you_mean` does, in the order of `known` and without loading torch"
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known) or 'none'}"
+
+
 def _suggest(name, known):
     "Return a hint at the parameter meant by an unknown name: one that it is an alias of, or the closest"
     from lmnotes.runs.config import ALIASES, MODEL_PARAMS  # Loads torch, so only after a mistake
@@ -198,10 +208,9 @@ def _suggest(name, known):
     meant = ALIASES.get(name, name)
     if meant in MODEL_PARAMS and "model_args" in known:
         return f"pass `-p model_args {meant}=VALUE`"
-    close = [meant] if meant in known else difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known) or 'none'}"
+    return closest_or_all(meant if meant in known else name, known)
 
-
+# %% ../../nbs/apps/91_papermill_engine.ipynb #40e59aec
 def check_parameters(
     notebook,  # Path of a notebook in the project
     parameters,  # {name: value} of the given parameters
