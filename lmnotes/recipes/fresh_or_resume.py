@@ -38,7 +38,7 @@ def get_data_source_name(
 def get_model_name(
     config,  # A `TrainingConfig`
 ):  # bigram | bigramlora | gpt2 | gpt2medium | ...
-    "Return the model name for file names (`bigram` is the guide's name of its small GPT)"
+    "Return the model name for file names (`bigram` is training.py's name of its small GPT)"
     if config.model_type == "gpt2":
         return re.sub(r"[^\w.]", "", Path(config.gpt2_model_name).name)
     return "bigramlora" if config.use_lora else "bigram"
@@ -273,7 +273,7 @@ def _reserve_run_names(
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #c72cd60a
 def _make_hooks(config, folder, at, anew=False):
-    "Return the hooks: reports, and with ENABLE_CHECKPOINTS weights under the guide's file names"
+    "Return the hooks: reports, and with ENABLE_CHECKPOINTS weights under training.py's file names"
     pattern, every = checkpoint_pattern(config, at), config.checkpoint_interval
     weights = [SaveWeights(folder, pattern, every)] if config.enable_checkpoints else []
     if weights and (config.start_step + config.training_steps) % every:

@@ -40,7 +40,7 @@ class TrainingConfig:
     gpt2_model_name: str  # gpt2 | gpt2-medium | gpt2-large | gpt2-xl, or a folder
     tokenization_method: str  # character | gpt2 | custom_bpe
     custom_vocab_size: int | None  # Size of the BPE vocabulary (None: chosen by the size of the text)
-    enable_checkpoints: bool  # Save weights under the guide's file names
+    enable_checkpoints: bool  # Save weights under training.py's file names
     checkpoint_interval: int  # Steps between checkpoints
     checkpoint_dir: str  # Folder of run folders
     log_dir: str  # Folder of log files
@@ -72,7 +72,7 @@ MODES = dict(
 # %% ../../nbs/recipes/84_fresh_or_resume_config.ipynb #de2c5055
 DEFAULTS = dict(
     use_lora=False,
-    training_data_source="pydocs",  # The guide's default is a file that it does not ship
+    training_data_source="pydocs",  # training.py's default is a file that it does not ship
     gpt2_model_name="gpt2",
     tokenization_method="character",
     custom_vocab_size=None,
@@ -241,7 +241,7 @@ def _relevant_fixed_fields(config):
 def config_from_record(
     checkpoint,  # Record of a run (run.json)
 ) -> TrainingConfig:
-    "Convert the record of a run to the guide's configuration"
+    "Convert the record of a run to training.py's configuration"
     c, model = checkpoint["config"], checkpoint["model"]
     types = {arch: name for name, arch in ARCHS.items()}
     if c["arch"] not in types:
@@ -265,12 +265,12 @@ def config_from_record(
 
 
 def model_shape(model):  # {name: value} of an architecture's configuration
-    "Return a model's shape under the guide's names"
+    "Return a model's shape under training.py's names"
     return {ours: model[theirs] for ours, theirs in zip(SMALL_SHAPE, ("d_model", "n_heads", "n_layers", "dropout"))}
 
 # %% ../../nbs/recipes/84_fresh_or_resume_config.ipynb #56deff34
 def _training_fields(checkpoint):
-    "Return the guide's fields about data, steps and evaluation"
+    "Return training.py's fields about data, steps and evaluation"
     c = checkpoint["config"]
     return dict(
         training_data_source=c["data"],

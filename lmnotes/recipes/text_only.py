@@ -121,7 +121,7 @@ LOG_FORMAT = LogFormat(
 
 # %% ../../nbs/recipes/87_text_only.ipynb #b7e36f92
 def data_advice(n):
-    "Return the guide's advice on a corpus of `n` tokens"
+    "Return MultiModalCreature's advice on a corpus of `n` tokens"
     return f"{n:,} tokens are " + next(
         (words for size, words in CORPUS_SIZE_ADVICE if n < size), "what the guide wants for quality"
     )
@@ -154,7 +154,7 @@ def print_header(
     params,  # From `text_run_params`
     dry_run=False,  # Add the note on dry runs
 ):
-    "Print the guide's lines before the first step, or raise if the data does not fit"
+    "Print MultiModalCreature's lines before the first step, or raise if the data does not fit"
     cfg, _ = resolve_config(params)
     lacking = settings["defaults.device"].startswith("cuda") and cfg.device == "cpu"
     print(f"Using device: {cfg.device}" + (" (no cuda device)" if lacking else ""))
@@ -183,7 +183,7 @@ def make_checkpoint_contents(
     t,  # The trainer
     weights,  # The model's state dict
 ) -> dict:
-    "Return the content of a checkpoint file of the guide"
+    "Return the content of a checkpoint file of MultiModalCreature"
     return dict(
         step=t.step,
         model_state_dict=weights,
@@ -250,7 +250,7 @@ class LossMonitor(Hook):
 
 # %% ../../nbs/recipes/87_text_only.ipynb #edaea750
 def make_hooks(settings):
-    "Return the hooks for the guide's files and warnings"
+    "Return the hooks for MultiModalCreature's files and warnings"
     folder, every = run_folder(settings), settings["training.save_interval"]
     return [
         SaveWeights(folder, "model_step_{step}.pt", every, make_content=make_checkpoint_contents),
@@ -262,7 +262,7 @@ def make_hooks(settings):
 def print_footer(
     r,  # A `Run`
 ):
-    "Print the guide's closing lines"
+    "Print MultiModalCreature's closing lines"
     ends = dict(done="Training complete!", dry_run="Training complete!")
     ends["diverged"] = f"Training diverged at step {r.step}. Lower training.optimizer.lr, then resume or start again"
     print(
@@ -291,7 +291,7 @@ def checklist(
     config,  # Path of the YAML file
     data,  # Path of the tokens
 ) -> list:  # A dict(item, here) per row
-    "Check the items of the guide's checklist before training"
+    "Check the items of MultiModalCreature's checklist before training"
     rows = {"environment verified, dependencies installed": check_environment()[-1]["found"]}
     settings = _add_checklist_row(
         rows, "configuration reviewed", lambda: load_text_config(config), lambda s: f"{config} can be read"

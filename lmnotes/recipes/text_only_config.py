@@ -240,7 +240,7 @@ def _check_settings(path, values, lines):
 
 # %% ../../nbs/recipes/86_text_only_config.ipynb #1ba68f2e
 ENCODER_PREFIX, TRANSFORMER_PREFIX = "model.encoders.internal_voice", "model.transformer"
-DERIVED_DEFAULTS = {  # Defaults that follow another setting if the guide's value does not fit
+DERIVED_DEFAULTS = {  # Defaults that follow another setting if MultiModalCreature's value does not fit
     f"{ENCODER_PREFIX}.embedding_dim": f"{TRANSFORMER_PREFIX}.hidden_dim",
     f"{ENCODER_PREFIX}.max_seq_length": f"{TRANSFORMER_PREFIX}.max_position_embeddings",
     "training.scheduler.min_lr": "training.optimizer.lr",
