@@ -13,6 +13,7 @@ import threading
 from collections import Counter
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
@@ -261,6 +262,14 @@ def test_nbdev_links_have_targets(site, pages):
             public = not any(part.startswith("_") for part in name.rpartition("lmnotes.")[2].split("."))
             if public and anchor not in pages[site / target].ids:
                 missing.append(name)
+    assert not missing
+
+
+def test_every_name_of_version_0_1_leads_to_a_name():
+    page = (ROOT / "docs/renamed.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| `([\w.]+)` \| (?:`(\w+)`|–) \|$", page, re.M)
+    assert len(rows) == len(re.findall(r"^\| `", page, re.M)) > 400
+    missing = [row for row in rows if not hasattr(import_module(row[1]), row[2] or row[0])]
     assert not missing
 
 
