@@ -286,7 +286,7 @@ def test_too_small_budget_names_the_minimum(workdir):
     assert run_in_process(workdir, captured_output, compare, **TINY | dict(archs="rnn", budget=1e6)) == 0, read_log(
         workdir
     )
-    assert "budget=1e+06 FLOPs is 0." in read_log(workdir) and "give at least" in read_log(workdir)
+    assert "budget=1e+06 FLOPs is 0." in read_log(workdir) and "Give at least" in read_log(workdir)
 
 
 def test_a_failed_child_process_is_explained(workdir):
