@@ -143,10 +143,10 @@ def test_budget_of_a_model_with_random_depth(workdir, monkeypatch):
     cfg = CompareConfig("bytepatch", "corpus", ctx_len=64, batch_size=4, model_args=shape, out_dir="c")
     contestant = ArchMeasurement(cfg, "bytepatch")
     planned, _ = contestant.count()
-    depth_of = type(contestant.trainer.lm.patches).depth
+    depth_of = type(contestant.trainer.lm.patches).n_steps
     costs = {}
     for depth in range(4):
-        monkeypatch.setattr(type(contestant.trainer.lm.patches), "depth", lambda patches, depth=depth: depth)
+        monkeypatch.setattr(type(contestant.trainer.lm.patches), "n_steps", lambda patches, depth=depth: depth)
         costs[depth] = sum(count_flops(contestant.trainer.train_step))
     assert 1.03 * costs[1] < costs[2] < costs[3]
     for seed in range(3):
