@@ -14,26 +14,16 @@ from ..core import DataError
 from .corpus import *
 
 # %% ../../nbs/data/12_splits.ipynb #62526ef4
-def _is_validation_text(text):
-    "Return whether the SHA-256 of a text puts it into the validation tenth"
-    return int.from_bytes(hashlib.sha256(to_bytes(text)).digest()[:8], "big") % 1000 < 100
-
-
-def _require_documents(corpus, split):
-    "Raise `DataError` if the corpus is one text, which has no documents to divide"
-    if corpus.is_stream:
-        raise DataError(f"split={split!r} divides documents, but {corpus.name} is one text. Use split='first90'")
-
-
 def _hash_split(corpus, part):
-    "Put a tenth of the documents, selected by the hash of their text, into val"
-    _require_documents(corpus, "hash")
-    return (d for d in corpus.documents() if _is_validation_text(d.text) == (part == "val"))
+    "Put a tenth of the documents, selected by the SHA-256 of their text, into val"
+    for d in corpus.documents():
+        number = int.from_bytes(hashlib.sha256(to_bytes(d.text)).digest()[:8], "big")
+        if (number % 1000 < 100) == (part == "val"):
+            yield d
 
 
 def _randperm42_split(corpus, part):
     "Put the first nine tenths of `torch.randperm(n)` with seed 42 into train, in the order of the corpus"
-    _require_documents(corpus, "randperm42")
     n = sum(1 for _ in corpus.documents())
     order = torch.randperm(n, generator=torch.Generator().manual_seed(42))
     is_train = torch.zeros(n, dtype=torch.bool)
@@ -123,4 +113,6 @@ def split_documents(
     split = resolve_split(corpus, split)
     if part not in parts_of_split(corpus, split):
         raise ValueError(f"part={part!r} is not one of {', '.join(parts_of_split(corpus, split))} (split={split!r})")
+    if split in ("hash", "randperm42") and corpus.is_stream:
+        raise DataError(f"split={split!r} divides documents, but {corpus.name} is one text. Use split='first90'")
     return _require_nonempty(SPLITS[split](corpus, part), corpus, split, part)
