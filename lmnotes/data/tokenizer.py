@@ -7,6 +7,7 @@ __all__ = ['TOKENIZER_FORMAT', 'EOT', 'BYTE_CHARS', 'BYTE_FROM_CHAR', 'ESCAPED_B
            'CharTokenizer', 'token_chars', 'parse_merge', 'BPETokenizer', 'auto_vocab_size', 'count_bytes_and_chars']
 
 # %% ../../nbs/data/13_tokenizer.ipynb #76d68dce
+import copy
 import json
 import math
 import re
@@ -175,8 +176,7 @@ def _check_vocab(vocab, source):
         problem = f"{len(missing)} of the 256 bytes have no id, for example {missing[0]!r}"
         raise TokenizerError(f"{source}: {problem}. Use a byte-level BPE")
     if invalid := [t for t in vocab if t != EOT and not (t and BYTE_FROM_CHAR.keys() >= set(t))]:
-        problem = f"the token {invalid[0]!r} is not written in byte-level characters"
-        raise TokenizerError(f"{source}: {problem}. Use a byte-level BPE")
+        raise TokenizerError(f"{source}: token {invalid[0]!r} is not in byte-level characters. Use a byte-level BPE")
 
 
 def _check_merges(merges, vocab, source):
@@ -192,19 +192,18 @@ def _check_merges(merges, vocab, source):
 # %% ../../nbs/data/13_tokenizer.ipynb #09ebf97d
 def _build_hf_bpe(vocab, merges, source):
     "Return a Hugging Face tokenizer without special tokens, so that it encodes every text as plain text"
-    from tokenizers import Tokenizer as HFTokenizer
-    from tokenizers import decoders, models, pre_tokenizers
+    import tokenizers as hf
 
     _check_vocab(vocab, source)
     _check_merges(merges, vocab, source)
     try:
-        tok = HFTokenizer(models.BPE(vocab=vocab, merges=[tuple(m) for m in merges]))
+        tok = hf.Tokenizer(hf.models.BPE(vocab=vocab, merges=[tuple(m) for m in merges]))
     except BaseException as e:
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
         raise TokenizerError(f"{source}: tokenizers cannot use it ({e}). Save or download it again") from None
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = decoders.ByteLevel()
+    tok.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = hf.decoders.ByteLevel()
     return tok
 
 # %% ../../nbs/data/13_tokenizer.ipynb #3fb970ae
@@ -218,19 +217,17 @@ def parse_merge(merge):
 
 def _train_bpe(texts, vocab_size):
     "Return (vocabulary, merges) learned from an iterator of texts"
-    from tokenizers import Tokenizer as HFTokenizer
-    from tokenizers import models, pre_tokenizers, trainers
+    import tokenizers as hf
 
     if vocab_size < 257:
         raise ValueError(f"a BPE vocabulary of {vocab_size} is too small: 256 bytes and the end of a document need 257")
-    hf = HFTokenizer(models.BPE())
-    hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False
+    tok = hf.Tokenizer(hf.models.BPE())
+    tok.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=BYTE_CHARS, show_progress=False
     )
-    hf.train_from_iterator((ESCAPED_BYTES.sub("", text) for text in texts), trainer)
-    model = json.loads(hf.to_str())["model"]
+    tok.train_from_iterator((ESCAPED_BYTES.sub("", text) for text in texts), trainer)
+    model = json.loads(tok.to_str())["model"]
     if len(model["vocab"]) < vocab_size:
         print(f"BPE: the training text allows only {len(model['vocab'])} of {vocab_size} ids (no pair is left)")
     return model["vocab"], [parse_merge(m) for m in model["merges"]]
@@ -238,12 +235,9 @@ def _train_bpe(texts, vocab_size):
 # %% ../../nbs/data/13_tokenizer.ipynb #6e6ff0a0
 def _save_bpe(tok, folder):
     "Write the three files of a `BPETokenizer`"
-    from tokenizers import AddedToken
-    from tokenizers import Tokenizer as HFTokenizer
-
-    hf = HFTokenizer.from_str(tok._hf.to_str())
+    hf = copy.deepcopy(tok._hf)
     if tok.eot_id is not None:
-        hf.add_special_tokens([AddedToken(EOT, special=True, normalized=False)])
+        hf.add_special_tokens([EOT])
     vocab = dict(sorted(tok.vocab.items(), key=lambda item: item[1]))
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
@@ -317,14 +311,10 @@ def auto_vocab_size(
     n_bytes,  # Bytes of training text
     n_chars,  # Different characters in it, which decide below 0.1 MiB
 ) -> int:  # Multiple of 100
-    "Return a BPE vocabulary size for an amount of text: 500 + 200 log2(MiB), within [257, 10000], rounded to 100"
+    "Return a BPE vocabulary size for an amount of text: 500 + 200 log2(MiB), within [257, 8000], rounded to 100"
     mib = n_bytes / 2**20
-    if mib < 0.1:
-        size = min(1000, 4 * n_chars)
-    else:
-        size = 500 + int(200 * math.log2(mib))
-        size = min(8000, size) if mib >= 10 else size
-    return round(max(257, min(10_000, size)) / 100) * 100
+    size = min(1000, 4 * n_chars) if mib < 0.1 else 500 + int(200 * math.log2(mib))
+    return round(max(257, min(8000, size)) / 100) * 100
 
 
 def count_bytes_and_chars(texts) -> tuple:
