@@ -10,7 +10,6 @@ from pathlib import Path
 
 from ..core import TokenizerError, data_root, paths_to_try, read_json
 from .tokenizer import *
-from .tokenizer import count_bytes_and_chars, parse_merge, token_chars
 
 # %% ../../nbs/data/14_tokenizer_files.ipynb #cb7c6ea0
 def _char_tokenizer_from_json(obj, path):
@@ -66,12 +65,11 @@ def _read_lines(path):
         raise TokenizerError(f"{path}: cannot be read ({e}). Save or download it again") from None
 
 # %% ../../nbs/data/14_tokenizer_files.ipynb #63e11123
-def _bpe_from_byte_lists(vocab, path):
-    "Return a BPE from a vocabulary {id: list of bytes} and merges of ids"
-    merges_path = path.with_name(path.name.replace("vocab.json", "merges.txt"))
+def _bpe_from_byte_lists(vocab, path, lines, merges_path):
+    "Return a BPE from a vocabulary {id: list of bytes} and lines of merges of ids"
     try:
         ids = {int(i): bytes(b) for i, b in vocab.items()}
-        rows = [tuple(map(int, line.split())) for line in _read_lines(merges_path) if line.strip()]
+        rows = [tuple(map(int, line.split())) for line in lines if line.strip()]
         merges = sorted(rows, key=lambda row: row[2])
         pairs = [(token_chars(ids[a]), token_chars(ids[b])) for a, b, new in merges if ids[a] + ids[b] == ids[new]]
     except (ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError) as e:
@@ -87,10 +85,10 @@ def _bpe_from_byte_lists(vocab, path):
 def _bpe_from_vocab_and_merges(path):
     "Return a BPE from a vocabulary file and the file of merges in the same folder"
     vocab = read_json(path, TokenizerError)
-    if isinstance(vocab, dict) and vocab and all(isinstance(v, list) for v in vocab.values()):
-        return _bpe_from_byte_lists(vocab, path)
     merges_path = path.with_name(path.name.replace("vocab.json", "merges.txt"))
     lines = [line.removesuffix("\r") for line in _read_lines(merges_path)]
+    if isinstance(vocab, dict) and vocab and all(isinstance(v, list) for v in vocab.values()):
+        return _bpe_from_byte_lists(vocab, path, lines, merges_path)
     lines = lines[1:] if lines[0].startswith("#version") else lines
     merges = [tuple(line.split(" ")) for line in lines if line]
     return BPETokenizer(vocab, merges, source=f"{path} with {merges_path.name}")
@@ -144,11 +142,10 @@ def gpt2_tokenizer(
     return tokenizer
 
 # %% ../../nbs/data/14_tokenizer_files.ipynb #8d6e5b2e
-def _bpe_vocab_size(spec, texts, n_bytes):
+def _bpe_vocab_size(spec, texts):
     "Return the vocabulary size of `bpe` or `bpe:SIZE`"
     if spec == "bpe":
-        enough = n_bytes is not None and n_bytes >= 0.1 * 2**20
-        return auto_vocab_size(*((n_bytes, 0) if enough else count_bytes_and_chars(texts())))
+        return auto_vocab_size(*count_bytes_and_chars(texts()))
     try:
         return int(spec.removeprefix("bpe:"))
     except ValueError:
@@ -159,7 +156,6 @@ def get_tokenizer(
     spec,  # bytes, chars, bpe, bpe:SIZE, gpt2, or the path of a saved tokenizer
     texts=None,  # Function that returns an iterator over the training texts
     data_dir="",  # Folder for gpt2 and relative paths (empty: `data_root()`)
-    n_bytes=None,  # Bytes of training text, if you know them
 ) -> Tokenizer:
     "Return the tokenizer that `spec` names, trained on `texts` if it is `chars` or `bpe`"
     if spec in ("bytes", "gpt2"):
@@ -169,7 +165,7 @@ def get_tokenizer(
             raise ValueError(f"tokenizer={spec!r} needs training texts. Pass texts, or the path of a saved tokenizer")
         if spec == "chars":
             return CharTokenizer.train(texts())
-        return BPETokenizer.train(texts(), _bpe_vocab_size(spec, texts, n_bytes))
+        return BPETokenizer.train(texts(), _bpe_vocab_size(spec, texts))
     paths = paths_to_try(spec, data_dir)
     for path in paths:
         if path.exists() or path.with_name(path.name + "_vocab.json").is_file():
