@@ -45,13 +45,6 @@ def _check_id_range(ids, vocab_size, path, start):
         problem = f"id {ids[at]} at position {start + at} is not in the vocabulary of {vocab_size}"
         raise DataError(f"{path}: {problem}. Check the dtype, and use the tokenizer that made these tokens")
 
-# %% ../../nbs/data/15_tokens.ipynb #8d02e603
-def _write_doc_starts(path, starts):
-    "Write the document starts of the token file `path` atomically"
-    buffer = io.BytesIO()
-    np.save(buffer, np.array(starts, np.int64))
-    write_atomic(_doc_starts_path(path), buffer.getvalue())
-
 # %% ../../nbs/data/15_tokens.ipynb #424763be
 # Long: a file from its opening to its last rename, in one place
 class TokenWriter:
@@ -107,26 +100,18 @@ class TokenWriter:
             self.tmp.unlink()
             return
         _metadata_path(self.path).unlink(missing_ok=True)
-        _write_doc_starts(self.path, self.starts)
+        starts = io.BytesIO()
+        np.save(starts, np.array(self.starts, np.int64))
+        write_atomic(_doc_starts_path(self.path), starts.getvalue())
         os.replace(self.tmp, self.path)
         fsync_path(self.path.parent)
         write_json(_metadata_path(self.path), self.metadata())
 
     def metadata(self) -> dict:
         "Return the content of the metadata file"
-        return dict(
-            format=TOKENS_FORMAT,
-            version=1,
-            dtype=self.dtype.name,
-            count=self.count,
-            vocab_size=self.vocab_size,
-            tokenizer=self.tokenizer,
-            source=self.source,
-            n_bytes=self.n_bytes,
-            documents=len(self.starts),
-            domains=self.domains,
-            sha256=self.hash.hexdigest(),
-        )
+        info = dict(format=TOKENS_FORMAT, version=1, dtype=self.dtype.name, count=self.count)
+        info |= dict(vocab_size=self.vocab_size, tokenizer=self.tokenizer, source=self.source, n_bytes=self.n_bytes)
+        return info | dict(documents=len(self.starts), domains=self.domains, sha256=self.hash.hexdigest())
 
 # %% ../../nbs/data/15_tokens.ipynb #3c397608
 class Tokens:
@@ -258,21 +243,16 @@ def _read_doc_starts(path, count, documents):
     starts = _read_npy(file) if file.is_file() else np.empty(0, np.int64)
     good = starts.dtype == np.int64 and starts.shape == (documents,) and (np.diff(starts) >= 0).all()
     if not good or (documents and not 0 <= starts[0] <= starts[-1] <= count):
-        problem = f"not the starts of {documents} documents in {count:,} tokens"
-        raise DataError(f"{file}: {problem}. Prepare the tokens again")
+        raise DataError(f"{file}: not the starts of {documents} documents in {count:,} ids. Prepare the tokens again")
     return np.array(starts)
 
 # %% ../../nbs/data/15_tokens.ipynb #6477bb4c
-def _check_same_tokenizer(path, info, tokenizer):
-    "Raise `DataError` if another tokenizer made the tokens"
+def _check_fit(path, ids, info, tokenizer, ctx_len):
+    "Raise `DataError` if another tokenizer made the tokens, or if they are not as many as expected or needed"
     if info and tokenizer and info["tokenizer"] and info["tokenizer"] != tokenizer.fingerprint:
         found = f"made by the tokenizer {info['tokenizer'][:12]} ({info['vocab_size']} ids)"
         given = f"{tokenizer.name} is {tokenizer.fingerprint[:12]} ({tokenizer.vocab_size} ids)"
         raise DataError(f"{path}: {found}, but {given}. Prepare the tokens again, or load the tokenizer that made them")
-
-
-def _check_length(path, ids, info, ctx_len):
-    "Raise `DataError` if a file is empty, differs in length from its metadata, or is too short for the context window"
     if info and len(ids) != info["count"]:
         found = f"has {len(ids):,} tokens, but {info['count']:,} in {_metadata_path(path).name}"
         raise DataError(f"{path}: {found}. The file was truncated or replaced. Prepare it again")
@@ -295,11 +275,10 @@ def open_tokens(
     if not path.is_file():
         raise DataError(f"Token file not found: {path}")
     info = read_metadata(path)
-    _check_same_tokenizer(path, info, tokenizer)
     if path.suffix == ".bin" and not info and dtype is None:
         print(f"{path.name}: no metadata, read as uint16. Call open_tokens(path, dtype=...) for another dtype")
     ids = _read_ids(path, info["dtype"] if info else dtype or "uint16")
-    _check_length(path, ids, info, ctx_len)
+    _check_fit(path, ids, info, tokenizer, ctx_len)
     if vocab_size is None:
         vocab_size = tokenizer.vocab_size if tokenizer else info["vocab_size"] if info else None
     fingerprint, largest = _hash_and_check_ids(ids, vocab_size, path)
