@@ -178,8 +178,7 @@ class Evaluate(Hook):
 
     def _evaluate(self, t, batches):
         "Evaluate on `batches`, print and record the metrics. Return None if interrupted"
-        signals = t.signals if t.world_size == 1 else None
-        result = evaluate(t.lm, batches, self.byte_lengths, t.autocast, signals, t.cfg.seed)
+        result = evaluate(t.lm, batches, self.byte_lengths, t.autocast, t.signals, t.cfg.seed)
         if result is None:
             return None
         self.result = result = dict(result, full=len(batches) == len(self.batches))

@@ -66,34 +66,27 @@ class GenerateConfig:
 class NonFiniteLogits(ValueError):
     "A model's logits are NaN: its weights are damaged, or it has diverged"
 
-
-def _check_sampling(s):
-    "Raise `ValueError`, naming the setting, if one of a sampler is out of its range"
-    valid = dict(temperature=s.temperature >= 0, top_k=s.top_k >= 0, top_p=0 < s.top_p <= 1)
-    valid |= dict(min_p=0 <= s.min_p <= 1, repetition_penalty=s.repetition_penalty > 0)
-    for name, ok in valid.items():
-        if not ok:
-            raise ValueError(f"{name}={vars(s)[name]} is out of range")
-
 # %% ../../nbs/inference/50_generation.ipynb #336147af
 # Long: the settings, the generators and the ids seen so far are one state
+@dataclass(eq=False)
 class TokenSampler:
     "Function from logits (B,V) or (B,k,V) to ids (B) or (B,k). Sequence `i` uses `generators[i]`"
 
-    def __init__(
-        self,
-        temperature=1.0,  # Divides the logits (0: greedy decoding)
-        top_k=0,  # Sample from the k most likely tokens (0: from all)
-        top_p=1.0,  # Sample from the most likely tokens whose total probability is p
-        min_p=0.0,  # Minimum probability, relative to the most likely token
-        repetition_penalty=1.0,  # Above 1: tokens that have occurred become less likely
-        seed=0,  # Seed of the generators
-        vocab_size=None,  # Use only ids below this (a model may have more than its tokenizer)
-    ):
-        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
-        self.repetition_penalty, self.seed, self.vocab_size = repetition_penalty, seed, vocab_size
+    temperature: float = 1.0  # Divides the logits (0: greedy decoding)
+    top_k: int = 0  # Sample from the k most likely tokens (0: from all)
+    top_p: float = 1.0  # Sample from the most likely tokens whose total probability is p
+    min_p: float = 0.0  # Minimum probability, relative to the most likely token
+    repetition_penalty: float = 1.0  # Above 1: tokens that have occurred become less likely
+    seed: int = 0  # Seed of the generators
+    vocab_size: "int | None" = None  # Use only ids below this (a model may have more than its tokenizer)
+
+    def __post_init__(self):
         self.generators, self.seen = [], None
-        _check_sampling(self)
+        valid = dict(temperature=self.temperature >= 0, top_k=self.top_k >= 0, top_p=0 < self.top_p <= 1)
+        valid |= dict(min_p=0 <= self.min_p <= 1, repetition_penalty=self.repetition_penalty > 0)
+        for name, ok in valid.items():
+            if not ok:
+                raise ValueError(f"{name}={vars(self)[name]} is out of range")
 
     def reset(self, x, rows=None) -> "TokenSampler":
         "Start with the prompts `x` (B,T). `rows` are the numbers that seed the generators (default: 0 to B-1)"
