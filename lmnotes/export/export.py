@@ -7,12 +7,12 @@ __all__ = ['GENERATE_SCRIPT', 'source_files', 'list_files', 'read_manifest', 'ch
 
 # %% ../../nbs/export/81_export.ipynb #7c28de9c
 import ast
-import io
 import json
 import os
 import shutil
 import sys
 from dataclasses import asdict
+from importlib.util import resolve_name
 from pathlib import Path
 
 import lmnotes
@@ -29,26 +29,20 @@ from ..training.weights import *
 _ROOT = Path(lmnotes.__file__).parent.parent
 
 
-def _imported_names(nodes, package):
-    "Return the module names that syntax nodes import. Relative imports start from the tuple `package`"
-    names = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            start = package[: len(package) - node.level + 1] if node.level else ()
-            base = ".".join([*start, *([node.module] if node.module else [])])
-            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-    return names
-
-
 def _imports_of_file(path, everywhere=True):
     "Return the module names that a file of lmnotes imports, anywhere or only at its top level"
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             node.body = []
-    return _imported_names(ast.walk(tree) if everywhere else tree.body, path.relative_to(_ROOT).parts[:-1])
+    package, names = ".".join(path.relative_to(_ROOT).parts[:-1]), set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return names
 
 
 def _module_file(name):
@@ -140,17 +134,6 @@ if __name__ == "__main__":
 """
 
 # %% ../../nbs/export/81_export.ipynb #34ba8029
-def _curve_png(r):
-    "Return the training curve as a PNG"
-    buffer = io.BytesIO()
-    plot_metrics(r.metrics, r.folder.name).savefig(buffer, format="png", dpi=120, metadata=dict(Software=None))
-    return buffer.getvalue()
-
-
-def _json_bytes(value):
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
-
-
 def _write_model(r, lm, folder, state_dict):
     "Write all files of an export except the manifest"
     from safetensors.torch import save_file
@@ -161,10 +144,11 @@ def _write_model(r, lm, folder, state_dict):
     config = dict(format=1, arch=lm.arch, config=asdict(lm.cfg), step=r.step, start=r.info["data"].get("start", ""))
     config.update(n_params=n_params(lm), tokenizer=r.info["tokenizer"]["fingerprint"], versions=versions())
     save_file(model_tensors(lm), folder / "model.safetensors", dict(format="pt"))
-    files = {"config.json": _json_bytes(config), "run.json": _json_bytes(public_record(r.info))}
+    write_json(folder / "config.json", config, durable=False)
+    write_json(folder / "run.json", public_record(r.info), durable=False)
+    plot_metrics(r.metrics, r.folder.name).savefig(folder / "curve.png", dpi=120, metadata=dict(Software=None))
+    files = {"README.md": model_card(r, lm, packages).encode(), "generate.py": GENERATE_SCRIPT.encode()}
     files["metrics.jsonl"] = "".join(json.dumps(m) + "\n" for m in r.metrics).encode()
-    files |= {"README.md": model_card(r, lm, packages).encode(), "curve.png": _curve_png(r)}
-    files["generate.py"] = GENERATE_SCRIPT.encode()
     for name, data in {**files, **sources}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
@@ -242,7 +226,7 @@ def export(
         tmp.mkdir(parents=True)
         _write_model(r, lm, tmp, state_dict)
         files = {name: sha256_file(path) for name, path in list_files(tmp).items()}
-        (tmp / _MANIFEST).write_bytes(_json_bytes(dict(format="lmnotes.export", files=files)))
+        write_json(tmp / _MANIFEST, dict(format="lmnotes.export", files=files), durable=False)
         for path in [*list_files(tmp).values(), tmp]:
             fsync_path(path)
         replace_folder(tmp, folder)
