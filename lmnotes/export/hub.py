@@ -11,7 +11,6 @@ from pathlib import Path
 
 from ..core import *
 from .export import *
-from .export import changed_files, list_files
 from ..inference.evaluation import *
 
 # %% ../../nbs/export/82_hub.ipynb #f52242c2

@@ -17,7 +17,6 @@ from ..runs.config import *
 from ..training.trainer import JsonlLog
 
 # %% ../../nbs/export/80_model_card.ipynb #c72fca69
-_PATHS = "data", "tokenizer", "init_from"  # Parameters that may be paths
 _MACHINE_PARAMS = set("data_dir out_dir device procs resume allow_change dry_run".split())  # Not published
 
 
@@ -30,7 +29,7 @@ def _basename(value):
 def public_record(info) -> dict:
     "Return the record of a run (`run.json`) without paths and parameters of the machine"
     config = {n: v for n, v in info["config"].items() if n not in _MACHINE_PARAMS}
-    config |= {n: _basename(config[n]) for n in _PATHS}
+    config |= {n: _basename(config[n]) for n in ("data", "tokenizer", "init_from")}  # Each may be a path
     data = {**info["data"], "what": _basename(info["data"]["what"])}
     names = "status step started updated forked_from tokens n_params dtype device versions tokenizer result".split()
     return dict({n: info[n] for n in names if n in info}, data=data, config=config)
@@ -71,12 +70,6 @@ def _front_matter(title, lm, metrics, data):
 def _markdown_table(pairs):
     "Return a Markdown table of two columns"
     return "\n".join(["| | |", "|---|---|", *map(markdown_row, pairs)])
-
-
-def _indent_block(text):
-    "Indent a text, so that Markdown shows it literally. Generated text may contain any markup"
-    plain = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
-    return "\n".join("    " + line for line in plain.split("\n"))
 
 # %% ../../nbs/export/80_model_card.ipynb #9dffe6b0
 def _description_rows(r, lm):
@@ -123,7 +116,7 @@ CARD_TEMPLATE += """
 
 ```sh
 pip install {packages}
-python generate.py "{prompt}" --n 200
+python generate.py "Once upon a time" --n 200
 ```
 
 ```python
@@ -152,8 +145,11 @@ def _remarks(r):
 
 def _sample(r):
     "Return a section with the sample that the run recorded at this step, empty if there is none"
-    samples = [s for s in JsonlLog(r.folder / "samples.jsonl").read() if s["step"] == r.step]
-    return f"\n## Sample\n\n{_indent_block(samples[-1]['prompt'] + samples[-1]['text'])}\n" if samples else ""
+    samples = [s["prompt"] + s["text"] for s in JsonlLog(r.folder / "samples.jsonl").read() if s["step"] == r.step]
+    if not samples:
+        return ""
+    plain = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in samples[-1])
+    return "\n## Sample\n\n    " + plain.replace("\n", "\n    ") + "\n"  # Indented, because it may contain any markup
 
 # %% ../../nbs/export/80_model_card.ipynb #9cb8e455
 def model_card(
@@ -170,6 +166,5 @@ def model_card(
         command=train_command(r.info),
         remarks=_remarks(r),
         packages=" ".join(sorted(packages)),
-        prompt="Once upon a time",
     )
     return _front_matter(title, lm, metrics, public_record(r.info)["data"]["what"]) + "\n" + card + _sample(r)
