@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DTYPES', 'DataError', 'TokenizerError', 'CheckpointError', 'RunLocked', 'OutOfMemory', 'did_you_mean',
            'replace_aliases', 'show_keywords', 'project_root', 'data_root', 'paths_to_try', 'derive_seed', 'seed_torch',
-           'set_deterministic', 'pick_device', 'pick_dtype', 'device_name', 'describe_device', 'fsync_path',
-           'write_atomic', 'write_json', 'read_json', 'sha256_file', 'sha256_json', 'utc_now', 'RunLock', 'StopSignals',
-           'versions', 'peak_memory']
+           'set_deterministic', 'pick_device', 'pick_dtype', 'describe_device', 'fsync_path', 'write_atomic',
+           'write_json', 'read_json', 'sha256_file', 'sha256_json', 'utc_now', 'RunLock', 'StopSignals', 'versions',
+           'peak_memory']
 
 # %% ../nbs/00_core.ipynb #4775f101
 import difflib
@@ -190,16 +190,12 @@ def pick_dtype(
     return dtype, "as requested"
 
 
-def device_name(device) -> str:
-    "Return the hardware name of a device"
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
 def describe_device(device, dtype, reason) -> str:
-    "Format the device, the dtype and the reason for the dtype as one log line"
-    return f"device {device} ({device_name(device)}), {dtype}: {reason}"
+    "Format the device with its hardware, the dtype and the reason for the dtype as one log line"
+    hardware = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    if device.startswith("cuda"):
+        hardware = torch.cuda.get_device_name(device)
+    return f"device {device} ({hardware}), {dtype}: {reason}"
 
 # %% ../nbs/00_core.ipynb #e7a5ab74
 def fsync_path(path):

@@ -202,18 +202,13 @@ def download(
     return dest
 
 # %% ../../nbs/data/11_datasets.ipynb #dd84ef16
-def _download_paths(name, item, folder):
-    "Return the paths at which a downloaded file may be (we download to the first one)"
-    file = item.url.rpartition("/")[2]
-    paths = [folder / name / file, folder / (name + Path(file).suffix)]
-    return paths + [folder / name / name, folder / name] if name == "enwik8" else paths
-
-
 def _named_sources(name, data_dir):
     "Return the sources of a named data set, after downloading the files that are missing"
-    sources = []
+    sources, folder = [], data_root(data_dir)
     for item in DOWNLOADS[name]:
-        paths = _download_paths(name, item, data_root(data_dir))
+        file = item.url.rpartition("/")[2]
+        paths = [folder / name / file, folder / (name + Path(file).suffix)]  # We download to the first one
+        paths += [folder / name / name, folder / name] if name == "enwik8" else []
         path = next((p for p in paths if p.is_file()), None) or download(item.url, paths[0], item.size, item.sha256)
         raw = name == "enwik8" and path.suffix != ".zip"
         if problem := _file_problem(path, ENWIK8_SIZE if raw else item.size, ""):

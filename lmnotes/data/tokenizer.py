@@ -144,14 +144,8 @@ class CharTokenizer(Tokenizer):
 EOT = "<|endoftext|>"
 
 
-def _byte_chars():
-    "Return the character for each byte in GPT-2's files"
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = iter(range(256, 512))
-    return [chr(b) if b in visible else chr(next(hidden)) for b in range(256)]
-
-
-BYTE_CHARS = _byte_chars()
+_INVISIBLE_BYTES = [*range(33), *range(127, 161), 173]  # The characters from 256 on represent these
+BYTE_CHARS = [chr(256 + _INVISIBLE_BYTES.index(b)) if b in _INVISIBLE_BYTES else chr(b) for b in range(256)]
 BYTE_FROM_CHAR = {c: b for b, c in enumerate(BYTE_CHARS)}
 
 
@@ -232,18 +226,6 @@ def _train_bpe(texts, vocab_size):
         print(f"BPE: the training text allows only {len(model['vocab'])} of {vocab_size} ids (no pair is left)")
     return model["vocab"], [parse_merge(m) for m in model["merges"]]
 
-# %% ../../nbs/data/13_tokenizer.ipynb #6e6ff0a0
-def _save_bpe(tok, folder):
-    "Write the three files of a `BPETokenizer`"
-    hf = copy.deepcopy(tok._hf)
-    if tok.eot_id is not None:
-        hf.add_special_tokens([EOT])
-    vocab = dict(sorted(tok.vocab.items(), key=lambda item: item[1]))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
-    write_atomic(folder / "merges.txt", "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in tok.merges))
-    write_atomic(folder / "tokenizer.json", hf.to_str(pretty=True))
-
 # %% ../../nbs/data/13_tokenizer.ipynb #2cc70898
 # Long: all methods of `Tokenizer`, for the one kind that needs more than a table
 class BPETokenizer(Tokenizer):
@@ -304,7 +286,14 @@ class BPETokenizer(Tokenizer):
 
     def save(self, folder):
         "Write `tokenizer.json`, `vocab.json` and `merges.txt` into `folder`"
-        _save_bpe(self, Path(folder))
+        folder, tok = Path(folder), copy.deepcopy(self._hf)
+        if self.eot_id is not None:
+            tok.add_special_tokens([EOT])
+        vocab = dict(sorted(self.vocab.items(), key=lambda item: item[1]))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
+        write_atomic(folder / "merges.txt", "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in self.merges))
+        write_atomic(folder / "tokenizer.json", tok.to_str(pretty=True))
 
 # %% ../../nbs/data/13_tokenizer.ipynb #ae515840
 def auto_vocab_size(

@@ -64,15 +64,13 @@ def source_files(*modules) -> list:
     return sorted(found)
 
 # %% ../../nbs/export/81_export.ipynb #2c10ff72
-_REQUIRED_MODULES = "lmnotes.training.checkpoint", "lmnotes.inference.generation", "lmnotes.data.tokenizer_files"
-
-
 def _collect_sources(lm):
     "Return ({file name: bytes} of the source a model needs to generate text, names of other packages to install)"
     own = {type(part).__module__: _module_file(type(part).__module__) for part in lm.modules() if isinstance(part, LM)}
     if unknown := [module for module, path in own.items() if path is None]:
         raise ValueError(f"arch={lm.arch!r} is defined in {unknown[0]}. To export it, make it a notebook in nbs/models")
-    files = source_files(*own, *_REQUIRED_MODULES)
+    needed = "lmnotes.training.checkpoint", "lmnotes.inference.generation", "lmnotes.data.tokenizer_files"
+    files = source_files(*own, *needed)
     imported = [*(_imports_of_file(p, everywhere=False) for p in files), *(_imports_of_file(p) for p in own.values())]
     packages = {name.split(".")[0] for name in {"torch", "numpy", "safetensors"}.union(*imported)}
     packages -= {*sys.stdlib_module_names, "lmnotes", ""}
