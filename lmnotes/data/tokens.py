@@ -78,10 +78,9 @@ class TokenWriter:
         "Append ids"
         ids = np.asarray(ids)
         _check_id_range(ids, self.vocab_size, self.path, self.count)
-        last = next(reversed(self.domains), None)
         if domain not in self.domains:
             self.domains[domain] = [self.count, self.count]
-        elif domain != last:
+        elif domain != (last := next(reversed(self.domains))):
             raise ValueError(f"domain {domain!r} comes back after {last!r}. Add a domain's documents together")
         if starts_document:
             self.starts.append(self.count)

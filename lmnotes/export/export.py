@@ -196,14 +196,6 @@ def _check_target(folder):
         if changed := ", ".join(changed_files(folder)[:5]):
             raise ValueError(f"{folder}: {changed} changed since the export. Move these files, or choose a new folder")
 
-# %% ../../nbs/export/81_export.ipynb #7b4078d9
-def _open_run(run, which):
-    "Return the `Run` to export"
-    r = run if isinstance(run, Run) and not which else load(run.folder if isinstance(run, Run) else run, which, "cpu")
-    if r.status == "dry_run" or not (r.folder / "run.json").exists():
-        raise ValueError(f"{r.folder.name}: there is no such run on the disk (a dry run saves nothing). Train it first")
-    return r
-
 # %% ../../nbs/export/81_export.ipynb #a1b028c5
 def export(
     run,  # A `Run`, a run folder, or the name of a run under checkpoints/
@@ -216,7 +208,9 @@ def export(
         raise ValueError(f"state_dict={state_dict!r} is not the name of a .pt or .pth file, such as best_model.pth")
     folder = Path(folder).resolve()
     _check_target(folder)
-    r = _open_run(run, which)
+    r = run if isinstance(run, Run) and not which else load(run.folder if isinstance(run, Run) else run, which, "cpu")
+    if r.status == "dry_run" or not (r.folder / "run.json").exists():
+        raise ValueError(f"{r.folder.name}: there is no such run on the disk (a dry run saves nothing). Train it first")
     lm = merge_and_unload(r.lm) if r.lm.lora else r.lm
     check_finite(model_tensors(lm), r.folder.name)
     tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
