@@ -142,8 +142,6 @@ class CharTokenizer(Tokenizer):
 
 # %% ../../nbs/data/13_tokenizer.ipynb #10437c0c
 EOT = "<|endoftext|>"
-
-
 _INVISIBLE_BYTES = [*range(33), *range(127, 161), 173]  # The characters from 256 on represent these
 BYTE_CHARS = [chr(256 + _INVISIBLE_BYTES.index(b)) if b in _INVISIBLE_BYTES else chr(b) for b in range(256)]
 BYTE_FROM_CHAR = {c: b for b, c in enumerate(BYTE_CHARS)}
