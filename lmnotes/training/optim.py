@@ -126,11 +126,6 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(params, list(update.to(params[0].dtype).unbind()), alpha=scale)
 
 # %% ../../nbs/training/40_optim.ipynb #b071a5b5
-def _param_group(named, weight_decay, lr_scale=1.0):
-    names, params = [name for name, _ in named], [p for _, p in named]
-    return dict(params=params, param_names=names, weight_decay=weight_decay, lr_scale=lr_scale)
-
-
 def make_optimizers(
     lm,  # The model
     cfg,  # Has the fields of `OptimConfig`
@@ -138,24 +133,21 @@ def make_optimizers(
 ) -> list:  # torch optimizers
     "Build the optimizers of a run, in a fixed order"
     check_optim(cfg)
-    kinds, lr = split_params(lm), peak_lr(cfg)
+    (hidden, head, rest), lr = split_params(lm).values(), peak_lr(cfg)
     betas = tuple(float(b) for b in cfg.betas.split())
     if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
         raise ValueError(f"betas={cfg.betas!r} must be two numbers from 0 to 1, such as '0.9 0.95'")
     adamw = dict(lr=lr, betas=betas, fused=True)
     if cfg.optimizer == "adamw":
-        groups = [_param_group(kinds["hidden"] + kinds["head"], cfg.weight_decay), _param_group(kinds["rest"], 0.0)]
-        return _make_optimizer(torch.optim.AdamW, groups, **adamw)
-    others = [_param_group(kinds["head"], cfg.weight_decay, 0.5), _param_group(kinds["rest"], 0.0, 0.5)]
-    hidden = [_param_group(kinds["hidden"], cfg.weight_decay)]
+        return _make_optimizer(torch.optim.AdamW, [(hidden + head, cfg.weight_decay), (rest, 0.0)], **adamw)
+    others = _make_optimizer(torch.optim.AdamW, [(head, cfg.weight_decay), (rest, 0.0)], 0.5, **adamw, eps=1e-10)
     muon_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # float16's exponent range is too small
-    muon = _make_optimizer(Muon, hidden, lr=lr, dtype=muon_dtype)
-    return _make_optimizer(torch.optim.AdamW, others, **adamw, eps=1e-10) + muon
+    return others + _make_optimizer(Muon, [(hidden, cfg.weight_decay)], lr=lr, dtype=muon_dtype)
 
 # %% ../../nbs/training/40_optim.ipynb #c1d007d9
-def _make_optimizer(optimizer_class, groups, **settings):
-    "Return [an optimizer of the groups that have parameters], or [] if none has"
-    groups = [g for g in groups if g["params"]]
+def _make_optimizer(optimizer_class, groups, lr_scale=1.0, **settings):
+    "Return [an optimizer of groups of (named parameters, weight decay)], or [] if there are no parameters"
+    groups = [dict(params=named, weight_decay=decay, lr_scale=lr_scale) for named, decay in groups if named]
     return [optimizer_class(groups, **settings)] if groups else []
 
 
