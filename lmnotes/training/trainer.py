@@ -86,10 +86,8 @@ class LogFormat:
     train: str = "step {step}/{steps} | loss {loss:.4f}{bits} | lr {lr:.2e} | {tok_per_s:,.0f} tok/s | {left} left"
     # Evaluation, also with ppl, bpb, tokens. `at_most` marks an upper bound, `loss_err` is ± the standard error
     val: str = "step {step} | val loss {at_most}{loss:.4f}{loss_err}{bits}{part}"
-    # Printed when a run is resumed, after the usual first line (empty: no additional line)
-    resumed: str = ""
-    # Printed when a `SaveWeights` has written a file
-    saved: str = "step {step} | saved {file}"
+    resumed: str = ""  # Printed when a run is resumed, after the usual first line (empty: no additional line)
+    saved: str = "step {step} | saved {file}"  # Printed when a `SaveWeights` has written a file
     # Warning for a step with a non-finite loss or gradient
     skipped: str = "warning: step {step} is skipped: loss {loss:.4g} or gradient is not finite ({bad} of {max_bad})"
     # Error when memory runs out
@@ -204,8 +202,6 @@ class Trainer:
             dist.all_reduce(values)
             out = dict(zip(out, values.tolist()))
             self.stop = self.stop or ("interrupted" if values[-1] > 0 else "")
-        elif self.signals:
-            self.stop = self.stop or "interrupted"
         return out
 
     def train_step(self) -> None:
@@ -274,12 +270,8 @@ class Trainer:
 
     def state_dict(self) -> dict:
         "Return the training state without the weights: plain numbers, strings and tensors"
-        return dict(
-            step=self.step,
-            counters=dict(self.counters),
-            optimizers=[o.state_dict() for o in self.optimizers],
-            scaler=self.scaler.state_dict(),
-        )
+        optimizers, scaler = [o.state_dict() for o in self.optimizers], self.scaler.state_dict()
+        return dict(step=self.step, counters=dict(self.counters), optimizers=optimizers, scaler=scaler)
 
     def load_state_dict(self, state) -> None:
         "Load what `state_dict` returned. Load the weights separately"
