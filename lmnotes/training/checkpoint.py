@@ -64,26 +64,20 @@ def load_weights(
     where="the weights",  # Source of the tensors, for error messages
 ) -> "LM":  # `lm`
     "Load all of `tensors` into all of `lm`, or raise `CheckpointError` naming tensors that do not fit"
-    need, have = model_tensors(lm), set(tensors)
+    need, have, state = model_tensors(lm), set(tensors), lm.state_dict()
     if missing := sorted(set(need) - have):
         raise CheckpointError(f"{where}: {len(missing)} tensors of the model are missing: {', '.join(missing[:5])}")
-    if extra := sorted(have - set(lm.state_dict())):
+    if extra := sorted(have - set(state)):
         raise CheckpointError(f"{where}: {len(extra)} tensors are not in the model: {', '.join(extra[:5])}")
     for name, t in need.items():
         if tensors[name].shape != t.shape:
             raise CheckpointError(f"{where}: {name} is {tuple(tensors[name].shape)}, the model's is {tuple(t.shape)}")
-    _check_tied(lm, tensors, need, where)
-    lm.load_state_dict(tensors, strict=False)  # Only the second names of tied weights are missing
-    return lm
-
-
-def _check_tied(lm, tensors, need, where):
-    "Raise if two different tensors would be loaded into one tied tensor"
-    state = lm.state_dict()
-    for name in set(tensors) - set(need):
+    for name in have - set(need):  # Further names of tied weights
         first = next(n for n in need if state[n].data_ptr() == state[name].data_ptr())
         if not torch.equal(tensors[name], tensors[first]):
             raise CheckpointError(f"{where}: {name} and {first} differ, but are tied. Set tie=False in model_args")
+    lm.load_state_dict(tensors, strict=False)  # Only the second names of tied weights are missing
+    return lm
 
 # %% ../../nbs/training/42_checkpoint.ipynb #4d69be7a
 def _write_file(path, data):
@@ -125,11 +119,11 @@ def write_base_weights(run, lm) -> str:
     check_finite(tensors, "the base weights")
     data = _safetensors(tensors)
     sha256 = hashlib.sha256(data).hexdigest()
-    if path.exists() and sha256_file(path) != sha256:
-        raise CheckpointError(f"{path}: holds other base weights than this model's. Use another run folder")
     if not path.exists():
         check_disk_space(run, len(data))
         write_atomic(path, data)
+    elif sha256_file(path) != sha256:
+        raise CheckpointError(f"{path}: holds other base weights than this model's. Use another run folder")
     _written_base_files[lm] = stamp, path, sha256
     return sha256
 
