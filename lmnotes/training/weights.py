@@ -18,7 +18,6 @@ from ..core import *
 from ..nn.lm import *
 from ..nn.lora import *
 from .checkpoint import *
-from .checkpoint import warn_not_saved
 from .trainer import *
 
 # %% ../../nbs/training/43_weights.ipynb #dbf9b07a
@@ -84,10 +83,15 @@ class SaveWeights(Hook):
 WEIGHT_KEYS = "model_state_dict", "model_state"  # Keys of the state dict in files that hold more than weights
 
 
-def _read_weights_file(path):
-    "Return {name: tensor} of a .pt, .pth or .safetensors file from any program"
+def _read_any_weights(path):
+    "Return {name: tensor} of a run, a checkpoint folder, or a .pt, .pth or .safetensors file from any program"
     from safetensors.torch import load_file
 
+    path = Path(path)
+    if path.suffix not in (".pt", ".pth", ".safetensors"):
+        return model_tensors(merge_and_unload(load_lm(path)))
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file")
     try:
         safe = path.suffix == ".safetensors"
         tensors = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
@@ -118,16 +122,6 @@ def _module_names(names):
     return ", ".join(sorted({".".join(n.split(".")[:2]) for n in names})) or "nothing"
 
 # %% ../../nbs/training/43_weights.ipynb #7062e2fe
-def _read_any_weights(path):
-    "Return {name: tensor} of a run, a checkpoint folder or a file"
-    path = Path(path)
-    if path.suffix not in (".pt", ".pth", ".safetensors"):
-        return model_tensors(merge_and_unload(load_lm(path)))
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
-    return _read_weights_file(path)
-
-
 def load_initial_weights(lm, path) -> "LM":
     "Load the weights of a run, a checkpoint folder, or a .pt, .pth or .safetensors file into `lm`, and return `lm`"
     return load_weights(lm, _match_optional_weights(lm, _read_any_weights(path), path), path)
