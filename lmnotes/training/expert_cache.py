@@ -16,38 +16,19 @@ from torch import nn
 
 from ..nn.mixture import *
 
-# %% ../../nbs/training/44_expert_cache.ipynb #b15e888b
-def _row_hashes(*tensors):
-    "Return a hash of each row"
-    return [hashlib.blake2b(b"".join(t.numpy().tobytes() for t in row)).digest() for row in zip(*tensors)]
-
-
-def _compute_rows(cache, batch, documents, rows):
-    "Return [{name: tensor}] of some rows, computed in a group of fixed size: another shape may change the last bit"
-    padded = rows + rows[-1:] * (cache.rows - len(rows))
-    device = cache.lm.embed.weight.device
-    with cache.autocast():
-        outputs = expert_outputs(cache.lm, *(t[padded].to(device) for t in (batch.x, batch.y, documents)))
-    return [{name: t[i].cpu().clone() for name, t in outputs.items()} for i in range(len(rows))]
-
-
-def _check_cacheable(lm, documents):
-    "Raise `ValueError` unless the experts' outputs for a sequence never change"
-    if lm.cfg.attention_first or is_trainable(lm.experts):
-        raise ValueError("caching needs frozen experts that read only text: freeze='experts.*', attention_first=False")
-    if lm.store is not None and documents is None:
-        raise ValueError("retrieval needs the documents of the text. Pass documents=DocumentOfChunk(tokens, lm.cfg)")
-
 # %% ../../nbs/training/44_expert_cache.ipynb #e788d29b
 def _rows_of_this_rank(cache, batch, documents, keys):
     "Return {key: {name: tensor}} of this process's rows, computing new ones and caching them while there is room"
-    mine = range(cache.rank, len(keys), cache.world)
+    mine, device = range(cache.rank, len(keys), cache.world), cache.lm.embed.weight.device
     outputs = {keys[i]: cache.cached_rows[keys[i]] for i in mine if keys[i] in cache.cached_rows}
     new = list({keys[i]: i for i in mine if keys[i] not in outputs}.values())
     for start in range(0, len(new), cache.rows):
         rows = new[start : start + cache.rows]
-        for i, tensors in zip(rows, _compute_rows(cache, batch, documents, rows)):
-            outputs[keys[i]] = tensors
+        padded = rows + rows[-1:] * (cache.rows - len(rows))  # A fixed size: another shape may change the last bit
+        with cache.autocast():
+            computed = expert_outputs(cache.lm, *(t[padded].to(device) for t in (batch.x, batch.y, documents)))
+        for position, i in enumerate(rows):
+            outputs[keys[i]] = tensors = {name: t[position].cpu().clone() for name, t in computed.items()}
             size = sum(t.nbytes for t in tensors.values())
             if cache.bytes + size <= cache.budget:
                 cache.cached_rows[keys[i]], cache.bytes = tensors, cache.bytes + size
@@ -68,21 +49,21 @@ class CachedExpertOutputs:
     documents: object = None  # `DocumentOfChunk`, needed for retrieval, so that no sequence retrieves from its document
 
     def __post_init__(self):
-        _check_cacheable(self.lm, self.documents)
+        if self.lm.cfg.attention_first or is_trainable(self.lm.experts):  # Their outputs would change
+            raise ValueError(
+                "caching needs frozen experts that read only text: freeze='experts.*', attention_first=False"
+            )
+        if self.lm.store is not None and self.documents is None:
+            raise ValueError("retrieval needs the documents of the text: documents=DocumentOfChunk(tokens, lm.cfg)")
         self.lm.experts.eval()
-        self.cached_rows, self.bytes = {}, 0
-
-    @property
-    def steps_per_epoch(self):
-        return self.batches.steps_per_epoch
-
-    def __len__(self):
-        return len(self.batches)
+        self.cached_rows, self.bytes, self.steps_per_epoch = {}, 0, self.batches.steps_per_epoch
 
     def __getitem__(self, step):
         batch = self.batches[step]
         docs = self.documents(self.batches.start_positions(step)) if self.documents else torch.empty(len(batch.x), 0)
-        outputs = _rows_of_this_rank(self, batch, docs, keys := _row_hashes(batch.x, batch.y, docs))
+        rows = zip(batch.x, batch.y, docs)
+        keys = [hashlib.blake2b(b"".join(t.numpy().tobytes() for t in row)).digest() for row in rows]
+        outputs = _rows_of_this_rank(self, batch, docs, keys)
         zeros = {name: torch.zeros_like(t) for name, t in outputs[keys[self.rank]].items()}  # Rows of other ranks
         extras = {name: torch.stack([outputs.get(key, zeros)[name] for key in keys]) for name in zeros}
         return batch._replace(extras={**batch.extras, **extras})
