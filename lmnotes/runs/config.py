@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIXED_PARAMS', 'CHANGEABLE_PARAMS', 'ALIASES', 'MODEL_PARAMS', 'DTYPES', 'HINTS', 'DataConfig', 'RunConfig',
            'canonical_params', 'resolve_config', 'given_param_names', 'params_from', 'to_cli_flags', 'format_params',
-           'check_params', 'parse_names', 'check_unchanged']
+           'check_at_least', 'check_params', 'parse_names', 'check_unchanged']
 
 # %% ../../nbs/runs/60_config.ipynb #a0b4f076
 import os
@@ -65,10 +65,8 @@ class RunConfig(TrainConfig, DataConfig):
     out_dir: str = ""  # Folder of all runs (empty: $LMNOTES_OUT_DIR, else checkpoints/)
 
 # %% ../../nbs/runs/60_config.ipynb #e3cb7489
-FIXED_PARAMS = (
-    *("arch", "preset", "model_args", "tokenizer", "ctx_len", "init_from", "freeze", "optimizer"),
-    *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_train"),
-)
+_LORA_PARAMS = "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_train"
+FIXED_PARAMS = (*"arch preset model_args tokenizer ctx_len init_from freeze optimizer".split(), *_LORA_PARAMS)
 CHANGEABLE_PARAMS = set(
     "run resume allow_change dry_run out_dir data_dir device procs keep save_every sample_every prompt log_every".split()
 )
@@ -163,12 +161,10 @@ def resolve_config(
     environ=None,  # {name: text} of environment variables (None: those of the process)
 ) -> tuple:  # (RunConfig, {name: default | recipe | environment | explicit})
     "Merge the parameters of all sources into a configuration"
-    types = {f.name: f.type if isinstance(f.type, type) else type(f.default) for f in fields(RunConfig)}
+    types = {f.name: f.type for f in fields(RunConfig)}
     environ = os.environ if environ is None else environ
-    known = {
-        n: f"LMNOTES_{n.upper()}" for n in [*types, *ALIASES, *MODEL_PARAMS] if n != "data"
-    }  # $LMNOTES_DATA is a folder
-    env = {n: environ[variable] for n, variable in known.items() if variable in environ}
+    known = [n for n in (*types, *ALIASES, *MODEL_PARAMS) if n != "data"]  # $LMNOTES_DATA is a folder
+    env = {n: environ[variable] for n in known if (variable := f"LMNOTES_{n.upper()}") in environ}
     values, origins = {}, dict.fromkeys(types, "default")
     for origin, source in dict(recipe=recipe or {}, environment=env, explicit=given).items():
         for name, value in canonical_params(source).items():
@@ -220,22 +216,25 @@ def format_params(
     return (" " if command else ", ").join(words)
 
 # %% ../../nbs/runs/60_config.ipynb #6e9e5e50
+def check_at_least(least, cfg, names) -> None:  # Smallest value, configuration, and names separated by spaces
+    "Raise ValueError if one of the parameters is too small"
+    for name in names.split():
+        if vars(cfg)[name] < least:
+            raise ValueError(f"{name}={vars(cfg)[name]}, but {name} is at least {least}")
+
+
 def check_params(cfg, world):  # `RunConfig`, and the number of processes
     "Raise ValueError unless the parameters are in range and fit together"
-    for name in ("batch_size", "ctx_len", "steps", "accum", "procs"):
-        if vars(cfg)[name] < 1:
-            raise ValueError(f"{name}={vars(cfg)[name]}, but {name} is at least 1")
-    for name in "seed clip patience keep epochs stride lora_rank lora_alpha eval_every eval_batches sample_every save_every log_every".split():
-        if vars(cfg)[name] < 0:
-            raise ValueError(f"{name}={vars(cfg)[name]}, but {name} is at least 0")
+    check_at_least(1, cfg, "batch_size ctx_len steps accum procs")
+    check_at_least(0, cfg, "seed clip patience keep epochs stride lora_rank lora_alpha")
+    check_at_least(0, cfg, "eval_every eval_batches sample_every save_every log_every")
     rows = cfg.accum * world
     if cfg.batch_size % rows:
         raise ValueError(
             f"batch_size={cfg.batch_size} does not divide into accum={cfg.accum} micro-batches on {world} processes. "
             f"The next size that does is {-(-cfg.batch_size // rows) * rows}"
         )
-    default = RunConfig()
-    lora = [n for n in FIXED_PARAMS if n.startswith("lora_") and vars(cfg)[n] != vars(default)[n]]
+    lora = [n for n in _LORA_PARAMS if vars(cfg)[n] != getattr(RunConfig, n)]
     if lora and not cfg.lora_rank:
         raise ValueError(f"{lora[0]}={vars(cfg)[lora[0]]!r} needs adapters. Add {format_params(lora_rank=8)}")
     check_optim(cfg)
