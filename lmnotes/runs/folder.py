@@ -68,14 +68,8 @@ def resume_command(
 
 # %% ../../nbs/runs/61_folder.ipynb #54ff1c5e
 RUN_FILES = (
-    "run.json",
-    "metrics.jsonl",
-    "samples.jsonl",
-    "tokenizer",
-    "step_*",
-    "damaged_step_*",
-    BASE_WEIGHTS_FILE,
-    *POINTERS,
+    *("run.json", "metrics.jsonl", "samples.jsonl", "tokenizer", "step_*", "damaged_step_*"),
+    *(BASE_WEIGHTS_FILE, *POINTERS),
 )
 
 
@@ -174,11 +168,10 @@ def _copy_run_at_step(checkpoint_folder, to):
 
 def run_record_at_step(then, checkpoint_folder) -> dict:  # The checkpoint's config.json, and its folder
     "Return the record of a run as it was at one step, since its parameters and data may have changed later"
-    info = read_json(checkpoint_folder.parent / "run.json", CheckpointError)
-    info.update(
-        status="interrupted", step=then["step"], forked_from=f"{checkpoint_folder.parent.name}/{checkpoint_folder.name}"
-    )
-    info.update(config={**info["config"], **then.get("params", {})})
+    run = checkpoint_folder.parent
+    info = read_json(run / "run.json", CheckpointError)
+    info.update(status="interrupted", step=then["step"], forked_from=f"{run.name}/{checkpoint_folder.name}")
+    info["config"].update(then.get("params", {}))
     info["data"]["fingerprint"] = then.get("data", info["data"]["fingerprint"])
     return {name: value for name, value in info.items() if name not in ("result", "tokens", "error", "signal")}
 
