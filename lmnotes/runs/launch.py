@@ -16,7 +16,6 @@ from dataclasses import asdict
 from ..core import *
 from .config import *
 from .folder import *
-from .folder import run_folder_name
 from .load import *
 from .monitor import make_live_view
 
@@ -26,30 +25,29 @@ def launch_torchrun(cfg, origins, view) -> Run:  # `RunConfig`, {parameter: orig
     folder = runs_folder(cfg.out_dir) / run_folder_name(cfg)
     values = {n: v for n, v in asdict(cfg).items() if origins[n] != "default"}
     values.update(run=folder.name, procs=1)
-    words = to_cli_flags(values)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cfg.procs}"]
+    command += ["-m", "--", "lmnotes", "train"]  # Without `--`, torchrun takes --run for its own --run-path
     before = _last_modified(folder)
-    # Without `--`, torchrun takes --run for an abbreviation of its own --run-path
     live = make_live_view(folder) if view else None
     out = subprocess.DEVNULL if live and live.quiet else None
     environ = dict(LMNOTES_COMMAND="") | os.environ  # Messages in the syntax of this interface
-    process = subprocess.Popen([*command, "-m", "--", "lmnotes", "train", *words], stdout=out, env=environ)
-
-    def refresh():
-        if live and _last_modified(folder) != before:
-            live.screen.draw_if_due()
-
+    process = subprocess.Popen([*command, *to_cli_flags(values)], stdout=out, env=environ)
     try:
-        with live.show() if live else nullcontext():
-            _wait_for_process(process, refresh)
+        with live.show() if live else nullcontext(), StopSignals() as signals:
+            sent = False
+            while process.poll() is None:
+                if signals and not sent:
+                    process.send_signal(signals.signum)
+                    sent = True
+                if live and _last_modified(folder) != before:
+                    live.screen.draw_if_due()
+                time.sleep(0.1)
     finally:
         if process.poll() is None:
             process.terminate()
             process.wait()
     if process.returncode and (_last_modified(folder) == before or load(folder).status in ("running", "failed")):
-        raise RuntimeError(
-            f"the {cfg.procs} processes ended with exit code {process.returncode}. See their output above"
-        )
+        raise RuntimeError(f"the {cfg.procs} processes ended with exit code {process.returncode}. See the output above")
     return load(folder)
 
 # %% ../../nbs/runs/66_launch.ipynb #8c3fb740
@@ -59,15 +57,3 @@ def _last_modified(folder):
         return read_json(folder / "run.json").get("updated")
     except DataError:  # Missing, or being moved aside
         return None
-
-
-def _wait_for_process(process, refresh):
-    "Wait for a process, forward the first signal to it, and call `refresh` ten times a second"
-    with StopSignals() as signals:
-        sent = False
-        while process.poll() is None:
-            if signals and not sent:
-                process.send_signal(signals.signum)
-                sent = True
-            refresh()
-            time.sleep(0.1)
