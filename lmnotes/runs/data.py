@@ -31,21 +31,12 @@ class RunData:
     description: str  # Short name for people
 
     @property
-    def is_single_text(self) -> bool:
-        "True for a single text without document boundaries"
-        starts = self.tokens["train"].doc_starts
-        return starts is None or len(starts) < 2
-
-    @property
     def default_prompt(self) -> str:
         "The prompt of a text that starts from nothing: the start of a document, or of a line in a single text"
+        starts = self.tokens["train"].doc_starts
+        is_single_text = starts is None or len(starts) < 2
         known = self.tokenizer.unk_id not in list(self.tokenizer.encode("\n"))
-        return "\n" if self.is_single_text and known else ""
-
-
-def _data_path(cfg):
-    "Return the path that `data` names"
-    return next((p for p in paths_to_try(cfg.data, cfg.data_dir) if p.exists()), Path(cfg.data))
+        return "\n" if is_single_text and known else ""
 
 # %% ../../nbs/runs/62_data.ipynb #bffcfc02
 def load_data(
@@ -54,7 +45,7 @@ def load_data(
     log_fn=print,  # Function that reports progress, or None
 ) -> RunData:
     "Load the data that a configuration names"
-    path = _data_path(cfg)
+    path = next((p for p in paths_to_try(cfg.data, cfg.data_dir) if p.exists()), Path(cfg.data))
     if (path / "train.bin").is_file():
         tokenizer = tokenizer or _saved_tokenizer(path / "tokenizer", cfg, log_fn) or _configured_tokenizer(cfg)
         parts = [p for p in ("train", "val", "test") if (path / f"{p}.bin").is_file()]
@@ -65,7 +56,10 @@ def load_data(
     if path.suffix in TOKEN_FILES and not cfg.data.startswith("bytes:"):
         tokenizer = tokenizer or _saved_tokenizer(tokenizer_folder_for(path), cfg, log_fn) or _configured_tokenizer(cfg)
         whole = open_tokens(path, tokenizer=tokenizer, ctx_len=cfg.ctx_len)
-        return RunData(_split_by_position(whole), tokenizer, whole.fingerprint, path.name)
+        cut = len(whole) * 9 // 10
+        ids = dict(train=whole.ids[:cut], val=whole.ids[cut:])
+        tokens = {part: Tokens(ids[part], whole.vocab_size, whole.path, whole.tokenizer) for part in ids}
+        return RunData(tokens, tokenizer, whole.fingerprint, path.name)
     corpus = get_corpus(cfg.data, cfg.data_dir, cfg.domains, cfg.recursive)
     tokenizer = tokenizer or train_tokenizer(corpus, cfg.tokenizer, cfg.split, cfg.data_dir)
     folder = tokens_dir(corpus, tokenizer, cfg.split)
@@ -99,13 +93,6 @@ def _configured_tokenizer(cfg):
             f"Give the one that made them: {format_params(tokenizer='bytes')}, gpt2, or the path of a saved one"
         )
     return get_tokenizer(cfg.tokenizer, None, cfg.data_dir)
-
-
-def _split_by_position(whole):
-    "Split a token file: the first 90% for training, the rest for validation"
-    cut = len(whole) * 9 // 10
-    ids = dict(train=whole.ids[:cut], val=whole.ids[cut:])
-    return {part: Tokens(ids[part], whole.vocab_size, whole.path, whole.tokenizer) for part in ids}
 
 # %% ../../nbs/runs/62_data.ipynb #2f447d50
 def check_same_data(data, info, cfg, remedy):  # `RunData`, run.json, `RunConfig`, and the end of the message
