@@ -17,7 +17,6 @@ import textwrap
 import threading
 import time
 import warnings
-from base64 import b64encode
 from collections import deque
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import datetime
@@ -40,10 +39,8 @@ def is_run_alive(folder) -> "bool | None":
         return None
     try:
         os.kill(owner["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # A process of another user
-        pass
+    except OSError as e:
+        return isinstance(e, PermissionError)  # A process of another user
     return True
 
 # %% ../../nbs/runs/65_monitor.ipynb #431bcb8a
@@ -52,10 +49,8 @@ def seconds_per_step(
 ) -> float:  # 0 if unknown
     "Return the average time per step over the last twenty records, evaluations and checkpoints included"
     rs = [r for r in records if r["split"] == "train"][-21:]
-    spans = []
-    for a, b in zip(rs, rs[1:]):
-        seconds = (datetime.fromisoformat(b["time"]) - datetime.fromisoformat(a["time"])).total_seconds()
-        spans.append((b["step"] - a["step"], seconds))
+    points = [(r["step"], datetime.fromisoformat(r["time"]).timestamp()) for r in rs]
+    spans = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(points, points[1:])]
     usual = sorted(seconds for _, seconds in spans)[len(spans) // 2] + 1 if spans else 0
     spans = [(steps, seconds) for steps, seconds in spans if seconds <= 5 * usual]
     seconds, steps = sum(seconds for _, seconds in spans), sum(steps for steps, _ in spans)
@@ -77,8 +72,7 @@ def _plot_losses(ax, records):
     vals = validations_during_training(records)
     _plot_curve(ax, [r for r in records if r["split"] == "train"], key, "-", "train")
     _plot_curve(ax, vals, key, "o-", "validation")
-    known = {id(r) for r in vals}
-    _plot_curve(ax, [r for r in records if r["split"] == "val" and id(r) not in known], key, "D", "full validation set")
+    _plot_curve(ax, [r for r in records if r["split"] == "val" and r not in vals], key, "D", "full validation set")
     if best := best_validation(records):
         ax.plot(best["step"], best[key], "*", color="black", markersize=9, label=f"best, step {best['step']:,}")
     ax.set(xlabel="step", ylabel="bits per byte" if key == "bpb" else "loss")
@@ -125,10 +119,9 @@ def plot_metrics(
         _plot_curve(axes[name], train, key, "-")
         axes[name].set_ylabel(unit, fontsize=8)
         axes[name].tick_params(labelsize=8)
+        axes[name].set_ylim(0, 1.1 * axes[name].dataLim.y1 if train else 1)
     for ax in axes.values():
         ax.grid(alpha=0.3)
-    for name in ("lr", "speed"):
-        axes[name].set_ylim(0, 1.1 * axes[name].dataLim.y1 if train else 1)
     axes["lr"].tick_params(labelbottom=False)
     axes["speed"].set_xlabel("step", fontsize=8)
     curves.suptitle(title, fontsize=10, parse_math=False)
@@ -171,7 +164,9 @@ class LiveDisplay:
             self.view.refresh()
             self._draw_in_notebook() if is_notebook() else self._draw_in_terminal()
         except Exception as e:
-            self._warn(f"warning: the view cannot be shown ({type(e).__name__}: {e}). The run continues")
+            if not self.warned:
+                print(f"warning: the view is not shown ({type(e).__name__}: {e}). The run continues", file=sys.stderr)
+            self.warned = True
         now = time.perf_counter()
         self.next = now + max(self.seconds, 20 * (now - start))
 
@@ -187,11 +182,6 @@ class LiveDisplay:
             self.handle = display(self.view, display_id=True)
         else:
             self.handle.update(self.view)
-
-    def _warn(self, text):
-        if not self.warned:
-            print(text, file=sys.stderr)
-        self.warned = True
 
     def _draw_in_terminal(self):
         text = str(self.view)
@@ -239,10 +229,7 @@ class RunView:
         "Estimated seconds to the end, 0 if it is not running"
         return seconds_per_step(self.metrics) * (self.steps - self.step) if self.status == "running" else 0.0
 
-    def follow(
-        self,
-        seconds=2.0,  # Least time between two redraws
-    ):
+    def follow(self, seconds=2.0):  # Least time between two redraws
         "Show the run until it has ended. Interrupting this does not stop the run"
         screen = LiveDisplay(self, seconds)
         try:
@@ -309,11 +296,11 @@ def figure_caption(view) -> list:
 
 def _png(figure):
     "Return a figure as base64-encoded PNG, as Jupyter sends it"
-    buffer = io.BytesIO()
+    from IPython.core.pylabtools import print_figure
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # Samples may have characters that the font lacks
-        figure.savefig(buffer, format="png", dpi=100, metadata=dict(Software=None))
-    return b64encode(buffer.getvalue()).decode()
+        return print_figure(figure, bbox_inches=None, base64=True, dpi=100, metadata=dict(Software=None))
 
 # %% ../../nbs/runs/65_monitor.ipynb #f1bf565f
 def attach(
@@ -344,11 +331,7 @@ class CapturedLog(io.TextIOBase):
 class ShowLiveView(Hook):
     "A hook that shows a run in its training cell"
 
-    def __init__(
-        self,
-        folder,  # Run folder
-        quiet,  # Print warnings only, and everything if the run fails
-    ):
+    def __init__(self, folder, quiet):  # Run folder, and whether to print only warnings unless the run fails
         self.screen, self.quiet = LiveDisplay(RunView(folder)), quiet
 
     def after_step(self, t):
