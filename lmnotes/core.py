@@ -72,13 +72,14 @@ def replace_aliases(
     return {name: given[alias] for name, alias in names.items()}
 
 # %% ../nbs/00_core.ipynb #c6a6f52c
-def show_keywords(function, config) -> None:  # A function of `**keywords`, and the class with these parameters
-    "Replace `**keywords` in the signature that `help` and notebooks show by the parameters of a class"
+def show_keywords(function, config):  # A function of `**keywords`, and the class with these parameters
+    "Return the function, with `**keywords` in the signature that `help` shows replaced by the parameters of a class"
     signature = inspect.signature(function)
     named = {name: p for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
     fields = [p for name, p in inspect.signature(config).parameters.items() if name not in named]
     keywords = [p.replace(kind=p.KEYWORD_ONLY) for p in fields]
     function.__signature__ = signature.replace(parameters=[*named.values(), *keywords])
+    return function
 
 # %% ../nbs/00_core.ipynb #9efee483
 def project_root(

@@ -197,8 +197,7 @@ def accept_aliases(function: Function) -> Function:
             given["temperature"] = 0.0
         return function(*args, **replace_aliases(given, GENERATE_ALIASES))
 
-    show_keywords(wrapper, TokenSampler)
-    return wrapper
+    return show_keywords(wrapper, TokenSampler)
 
 # %% ../../nbs/inference/50_generation.ipynb #831342bb
 def _partial_stop_length(text, stops):
