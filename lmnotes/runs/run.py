@@ -11,6 +11,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
@@ -21,12 +22,10 @@ from ..nn.lm import *
 from ..nn.lora import lora_layers
 from .config import *
 from .folder import *
-from .folder import locked_run_folder, move_earlier_run_aside, run_folder_name, truncate_metrics
 from .launch import *
 from .load import *
 from .monitor import make_live_view
 from .setup import *
-from .setup import no_log
 from ..training.checkpoint import *
 from ..training.optim import *
 from ..training.trainer import *
@@ -41,12 +40,7 @@ R = TypeVar("R")
 
 def typed_by(config: "Callable[P, object]") -> "Callable[[Callable[..., R]], Callable[P, R]]":
     "Give a function of `**keywords` the parameters of a dataclass, for type checkers, editors and `help`"
-
-    def decorate(function):
-        show_keywords(function, config)
-        return function
-
-    return decorate
+    return partial(show_keywords, config=config)
 
 
 @dataclass
@@ -90,7 +84,7 @@ def run(
         live = make_live_view(folder, log_format) if view and rank == 0 else None
         signals.announce = not (live and live.quiet)
         with locked_run_folder(folder) if rank == 0 else nullcontext(), live.show() if live else nullcontext():
-            s = RunSetup(cfg, origins, folder, device, print if rank == 0 else no_log)
+            s = RunSetup(cfg, origins, folder, device, print if rank == 0 else None)
             return _train_run(s, signals, [*hooks, live] if live else hooks, log_format, make_batches)
 
 # %% ../../nbs/runs/67_run.ipynb #48547893
@@ -142,22 +136,15 @@ def _fit_and_record(record, s, trainer):
     result = dict(best=c["best"] if math.isfinite(c["best"]) else None, best_step=c["best_step"])
     if "last" in c:
         result["last"] = c["last"]
-    ended = dict(
-        status=trainer.status,
-        step=trainer.step,
-        result=result,
-        tokens=c["tokens"],
-        signal=trainer.signals.name,
-        unsaved=c.get("unsaved", 0),
-    )
+    ended = dict(status=trainer.status, step=trainer.step, result=result, tokens=c["tokens"])
+    ended.update(signal=trainer.signals.name, unsaved=c.get("unsaved", 0))
     if rank == 0:
         record.update(**ended)
         print(f"{s.folder.name}: {_final_message(trainer, s.folder)}")
     if dist.is_initialized():
         dist.barrier()  # No process leaves while another still writes
-    return Run(
-        s.folder, trainer.lm.eval(), s.data.tokenizer, record.values if rank == 0 else dict(s.run_record(), **ended)
-    )
+    info = record.values if rank == 0 else dict(s.run_record(), **ended)
+    return Run(s.folder, trainer.lm.eval(), s.data.tokenizer, info)
 
 # %% ../../nbs/runs/67_run.ipynb #aae6d3c6
 def _final_message(trainer, folder):
