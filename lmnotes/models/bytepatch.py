@@ -35,9 +35,7 @@ class BytePatchConfig(LMConfig):
     thinking_steps: int = 3  # Passes through the thinking layer. 0 = none. You can change it in a trained model
     dropout: float = 0.0  # Dropout probability. Use 0 if each text is read only once
     mixer: str = "attention"  # How patches are mixed: attention | hybrid (windowed plus linear attention)
-    byte_path: str = (
-        "local"  # How bytes are read and predicted: local (layers across patch borders) | gru (patch by patch)
-    )
+    byte_path: str = "local"  # How bytes are read and predicted: local (across patch borders) | gru (patch by patch)
     d_byte: int = 128  # Width of the byte layers
     byte_layers: int = 1  # local: byte layers before the patch layers, and as many after them
     byte_window: int = 64  # local: attention window of the byte layers, in bytes
@@ -45,15 +43,10 @@ class BytePatchConfig(LMConfig):
     ngram_rows: int = 8192  # local: rows of each n-gram embedding table, addressed by a hash
 
 # %% ../../nbs/models/35_bytepatch.ipynb #b5c8054d
-_MINIMUMS = dict(patch_size=1, d_model=1, n_layers=1, n_heads=1, window=1, thinking_steps=0)
-_MINIMUMS |= dict(d_byte=1, byte_layers=0, byte_window=1, ngrams=1, ngram_rows=1)
-
-
-def check_config(
-    c,  # `BytePatchConfig`
-) -> None:
+def check_config(c) -> None:  # A `BytePatchConfig`
     "Raise `ValueError` for a configuration value that makes no valid model"
-    check_minimums(c, **_MINIMUMS)
+    check_minimums(c, patch_size=1, d_model=1, n_layers=1, n_heads=1, window=1, thinking_steps=0)
+    check_minimums(c, d_byte=1, byte_layers=0, byte_window=1, ngrams=1, ngram_rows=1)
     if c.ctx_len < c.patch_size:
         raise ValueError(f"ctx_len={c.ctx_len} is shorter than patch_size={c.patch_size}. Use a longer ctx_len")
     check_dropout(c)
@@ -151,8 +144,7 @@ class HybridPatches(nn.Module):
         self.thinking = GatedThinking(c)
 
     def forward(self, x, start, caches):
-        positions = torch.arange(start, start + x.shape[1], device=x.device)
-        x = apply_rope(x.float(), rope_table(positions, self.c.d_model, 10000.0))
+        x = apply_rope(x.float(), rope_table_at(start, x, n_heads=1, base=10000.0))
         x = fast_dropout(self.norm_in(x.to(self.norm_in.weight.dtype)), self.c.dropout, self.training)
         for layer, cache in zip(self.layers, caches):
             x = layer(x, cache)
@@ -167,23 +159,6 @@ def _make_layer(d, n_heads, dropout):
     "Return a transformer block for patches or bytes"
     check_heads(d, n_heads, rotary=True)
     return Block(Attention(d, n_heads, dropout), FeedForward(d, 4 * d, dropout=dropout))
-
-
-def _run_layers(layers, caches, h, table, window):
-    "Run (B,T,D) vectors through the layers, each with its own cache"
-    for layer, cache in zip(layers, caches):
-        h, _ = layer(h, make_causal_attention_fn(window, cache), table)
-    return h
-
-# %% ../../nbs/models/35_bytepatch.ipynb #311a291b
-def _init_weights(module):
-    "Initialise as in `31_gpt`: uniform matrices, and zeros in output projections, gates and the head"
-    zero = "out.weight", "down.weight", "head.weight", "gate.weight", "gate.bias", "ngram_embed.weight"
-    for name, p in module.named_parameters():
-        if name.endswith(zero):
-            nn.init.zeros_(p)
-        elif "embed" not in name:
-            nn.init.uniform_(p, -((3 / p.shape[1]) ** 0.5), (3 / p.shape[1]) ** 0.5)
 
 # %% ../../nbs/models/35_bytepatch.ipynb #e3e80bc5
 class LayerThinking(nn.Module):
@@ -208,11 +183,12 @@ class AttentionPatches(nn.Module):
         self.c = c
         self.layers = nn.ModuleList(_make_layer(c.d_model, c.n_heads, c.dropout) for _ in range(c.n_layers))
         self.thinking = LayerThinking(c)
-        _init_weights(self)
+        init_blocks(self, zero=("out.weight", "down.weight", "gate.weight", "gate.bias"))
 
     def forward(self, x, start, caches):
         table = rope_table_at(start, x, self.c.n_heads)
-        return _run_layers(self.layers, caches, rms_norm(x), table, self.c.window), table
+        attention_fns = [make_causal_attention_fn(self.c.window, cache) for cache in caches]
+        return apply_blocks(self.layers, rms_norm(x), attention_fns, table), table
 
     def n_steps(self):
         "Return the number of thinking steps, drawn from 0 to `thinking_steps` in training"
@@ -321,11 +297,12 @@ class LocalBytes(nn.Module):
         self.layers = nn.ModuleList(_make_layer(d, c.n_heads, c.dropout) for _ in range(2 * c.byte_layers))
         self.patch, self.spread = nn.Linear(P * d, c.d_model, bias=False), nn.Linear(c.d_model, P * d, bias=False)
         self.head = nn.Linear(d, c.vocab_size, bias=False)
-        _init_weights(self)
+        init_blocks(self, zero=("out.weight", "down.weight", "head.weight", "ngram_embed.weight"))
 
     def _run_byte_layers(self, h, state, layers):
         table = rope_table_at(state.n_seen, h, self.c.n_heads)
-        return _run_layers(self.layers[layers], state.bytes[layers], h, table, self.c.byte_window)
+        attention_fns = [make_causal_attention_fn(self.c.byte_window, cache) for cache in state.bytes[layers]]
+        return apply_blocks(self.layers[layers], h, attention_fns, table)
 
     def embed_bytes(self, x, state):
         "(B,k) bytes -> (B,k,d), after the first byte layers"
@@ -352,13 +329,6 @@ _HYBRID = dict(n_heads=8, window=128, dropout=0.1, mixer="hybrid", byte_path="gr
 _SIZES = dict(agiformer=(512, 6), agiformer_small=(256, 4), agiformer_large=(768, 8))  # d_model, n_layers
 _PRESETS = {name: dict(d_model=d, n_layers=n, **_HYBRID) for name, (d, n) in _SIZES.items()}
 
-
-def _build_part(kinds, field, c):
-    "Build the part named by a configuration field"
-    if (value := vars(c)[field]) not in kinds:
-        raise ValueError(f"{field}={value!r} is not one of {', '.join(kinds)}")
-    return kinds[value](c)
-
 # %% ../../nbs/models/35_bytepatch.ipynb #bff579d6
 def _iter_steps(patches, z, table, state):
     "Yield (latents, gate) before the first thinking step (gate None) and after each one"
@@ -376,7 +346,8 @@ class _PatchLM(LM):
     def __init__(self, cfg):
         super().__init__(cfg)
         check_config(cfg)
-        self.bytes, self.patches = _build_part(BYTE_PATHS, "byte_path", cfg), _build_part(MIXERS, "mixer", cfg)
+        check_choices(cfg, byte_path=BYTE_PATHS, mixer=MIXERS)
+        self.bytes, self.patches = BYTE_PATHS[cfg.byte_path](cfg), MIXERS[cfg.mixer](cfg)
         self.patches.thinking.requires_grad_(cfg.thinking_steps > 0)
 
     def _iter_latents(self, h, state):

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'DiffusionConfig', 'check_config', 'DiffusionBase', 'Denoiser', 'Diffusion', 'generate_windows',
-           'generate_blocks', 'eval_mode', 'fill', 'infill', 'likelihood_bound']
+           'generate_blocks', 'fill', 'infill', 'likelihood_bound']
 
 # %% ../../nbs/models/36_diffusion.ipynb #57a191c8
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -46,18 +46,15 @@ class DiffusionConfig(LMConfig):
 
 # %% ../../nbs/models/36_diffusion.ipynb #2c404afb
 OBJECTIVES = dict(masked=MaskedObjective, mse=GaussianObjective)
-_MINIMUMS = dict(ctx_len=1, d_model=1, n_layers=1, n_heads=1, d_ff=0, eval_samples=1, sample_steps=0, sample_block=0)
 
 
 def check_config(c) -> None:  # A `DiffusionConfig`
     "Raise `ValueError` for a configuration value that makes no valid model"
-    check_minimums(c, **_MINIMUMS)
+    check_minimums(c, ctx_len=1, d_model=1, n_layers=1, n_heads=1, d_ff=0)
+    check_minimums(c, eval_samples=1, sample_steps=0, sample_block=0)
     check_dropout(c)
     check_heads(c.d_model, c.n_heads, rotary=True)
-    choices_of = dict(objective=OBJECTIVES, schedule=("cosine", "linear"), sampler=("ancestral", "confidence"))
-    for field, choices in choices_of.items():
-        if (value := vars(c)[field]) not in choices:
-            raise ValueError(f"{field}={value!r} is not one of {', '.join(choices)}")
+    check_choices(c, objective=OBJECTIVES, schedule=("cosine", "linear"), sampler=("ancestral", "confidence"))
     if c.block < 0 or c.objective == "mse" and c.block > 1:
         allowed = "0 (whole window) or 1 (next token)" + " or more" * (c.objective == "masked")
         raise ValueError(f"block={c.block} must be {allowed} with objective={c.objective!r}")
@@ -67,16 +64,6 @@ def check_config(c) -> None:  # A `DiffusionConfig`
         raise ValueError(f"signal_scale={c.signal_scale} must not be negative")
     if not 1 <= c.inference_steps <= c.training_steps:
         raise ValueError(f"inference_steps={c.inference_steps} must be from 1 to training_steps={c.training_steps}")
-
-# %% ../../nbs/models/36_diffusion.ipynb #2e1af8a2
-def _init_weights(lm):
-    "Initialise output projections and heads to zero, other matrices uniformly"
-    zero = "attn.out.weight", "down.weight", "text.out.weight", "head.weight", "modulate.weight", "bias"
-    for name, p in lm.named_parameters():
-        if name.endswith(zero):
-            nn.init.zeros_(p)
-        elif p.ndim == 2 and not name.endswith(("embed.weight", "table.weight")):
-            nn.init.uniform_(p, -((3 / p.shape[1]) ** 0.5), (3 / p.shape[1]) ** 0.5)
 
 # %% ../../nbs/models/36_diffusion.ipynb #4b20cca4
 class DiffusionBase(LM):
@@ -89,7 +76,7 @@ class DiffusionBase(LM):
         check_config(cfg)
         self.text = OBJECTIVES[cfg.objective](cfg)
         self.trunk = Backbone(cfg, self.text.layer)
-        _init_weights(self)
+        init_blocks(self, zero=("out.weight", "down.weight", "head.weight", "modulate.weight", "bias"))
 
     @property
     def causal(self):
@@ -270,17 +257,6 @@ def generate_blocks(lm, x, n, sample_ids):  # A model, (B,T) prompt, number of n
         yield x
 
 # %% ../../nbs/models/36_diffusion.ipynb #6bec4676
-@contextmanager
-def eval_mode(lm):  # A model
-    "Context manager: evaluation mode inside, the previous mode afterwards"
-    training = lm.training
-    lm.eval()
-    try:
-        yield
-    finally:
-        lm.train(training)
-
-
 def _check_holes(c, x, holes):
     "Raise `ValueError` unless the model can fill these holes"
     if c.block:
@@ -326,14 +302,6 @@ def infill(
     return fill(lm, x, sample_ids)[:, left.shape[1] : left.shape[1] + n]
 
 # %% ../../nbs/models/36_diffusion.ipynb #1886aa3b
-def _check_bound(c, samples, steps):
-    "Raise `ValueError` unless there is a bound to estimate"
-    if samples < 1 or steps < 0:
-        raise ValueError(f"samples={samples} must be at least 1, and steps={steps} at least 0")
-    if c.objective == "mse" and c.block != 1:
-        raise ValueError("objective='mse' has no likelihood for whole windows. Only block=1 has one")
-
-
 def _nll_bound_metrics(nats, n, size):
     "Return mean and standard error of summed nats, per target and, if `size` bytes are given, per byte"
     if not n:
@@ -354,7 +322,11 @@ def likelihood_bound(
     autocast=nullcontext,  # Context manager factory for the dtype to compute in
 ) -> dict:  # loss (nats per token), stderr, tokens, and with `byte_lengths` bpb, bpb_stderr, bytes
     "Estimate an upper bound on the negative log-likelihood of all targets. With block=1 it is exact"
-    _check_bound(c := lm.cfg, samples, steps)
+    c = lm.cfg
+    if samples < 1 or steps < 0:
+        raise ValueError(f"samples={samples} must be at least 1, and steps={steps} at least 0")
+    if c.objective == "mse" and c.block != 1:
+        raise ValueError("objective='mse' has no likelihood for whole windows. Only block=1 has one")
     lengths = None if byte_lengths is None else torch.as_tensor(byte_lengths)
     nats, n, size = torch.zeros(samples if c.block != 1 else 1, dtype=torch.float64), 0, 0
     key = "nll" if c.objective == "masked" else "rounding"

@@ -141,21 +141,16 @@ def _unpack_extras(lm, extras):
     return states, extras.get("expert_log_probs"), retrieved
 
 # %% ../../nbs/models/37_nanothink.ipynb #6f9de58f
-_MINIMUMS = dict(ctx_len=1, d_model=1, n_heads=1, head_dim=1, kv_latent_dim=0, memory=0, max_vectors=1)
-
-
 def check_config(c) -> None:  # A `NanoThinkConfig`
     "Raise `ValueError` for a configuration value that makes no valid model"
-    check_minimums(c, **_MINIMUMS)
+    check_minimums(c, ctx_len=1, d_model=1, n_heads=1, head_dim=1, kv_latent_dim=0, memory=0, max_vectors=1)
     check_dropout(c)
     rotary = "rope_dim" if c.kv_latent_dim else "head_dim"
     if (value := vars(c)[rotary]) < 2 or value % 2:
         raise ValueError(f"{rotary}={value} must be even and at least 2: rotary positions turn pairs of channels")
     experts = [name for name in EXPERTS if vars(c)[name].strip()]
-    for field, choices in dict(default_expert=experts, fusion=("mixture", "hidden")).items():
-        if (value := vars(c)[field]) not in choices:
-            names = ", ".join(choices) or "the experts, because all three are empty"
-            raise ValueError(f"{field}={value!r} is not one of {names}")
+    check_choices(c, default_expert=experts or ["the experts, because all three are empty"])
+    check_choices(c, fusion=("mixture", "hidden"))
     chunk, most = c.memory_chunk, c.ctx_len // 2  # A chunk retrieves for the next one, so two must fit
     if c.memory and (c.attention_first or not c.transformer.strip()):
         raise ValueError(f"memory={c.memory} needs a transformer expert that reads only text (attention_first=False)")

@@ -37,8 +37,7 @@ class RNN(LM):
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        if cfg.cell not in CELLS:
-            raise ValueError(f"cell={cfg.cell!r} is not one of {', '.join(CELLS)}")
+        check_choices(cfg, cell=CELLS)
         between = cfg.dropout if cfg.n_layers > 1 else 0.0
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.rnn = CELLS[cfg.cell](cfg.d_model, cfg.d_hidden, cfg.n_layers, batch_first=True, dropout=between)

@@ -12,7 +12,6 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..nn.attention import *
 from ..nn.blocks import *
 from ..nn.layers import *
 from ..nn.lm import *
@@ -34,29 +33,16 @@ def _block(c):
     ffn = FeedForward(c.d_model, 4 * c.d_model, "relu", bias=True, dropout=c.dropout)
     return Block(attn, ffn, partial(nn.LayerNorm, c.d_model))
 
-# %% ../../nbs/models/32_scratch_gpt.ipynb #7e1591a2
-def _init_weights(lm):
-    "Initialize as GPT-2: normal(0, 0.02), and smaller for output projections to bound the residual stream's variance"
-    for name, p in lm.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(p)
-        elif p.ndim == 2:
-            is_output = name.endswith(("out.weight", "down.weight"))
-            nn.init.normal_(p, std=0.02 / (2 * lm.cfg.n_layers) ** 0.5 if is_output else 0.02)
-
-
-_PRESETS = dict(
-    test=dict(d_model=128, n_layers=3, n_heads=4, dropout=0.2),
-    full=dict(d_model=256, n_layers=4, n_heads=4, dropout=0.2),
-)
-
 # %% ../../nbs/models/32_scratch_gpt.ipynb #6a151ddf
 @arch("scratch_gpt")
-class ScratchGPT(LM):
+class ScratchGPT(Decoder):
     "Decoder-only transformer with learned positions, LayerNorm, ReLU and an untied head"
 
     Config = ScratchGPTConfig
-    presets = _PRESETS
+    presets = dict(
+        test=dict(d_model=128, n_layers=3, n_heads=4, dropout=0.2),
+        full=dict(d_model=256, n_layers=4, n_heads=4, dropout=0.2),
+    )
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -65,27 +51,7 @@ class ScratchGPT(LM):
         self.blocks = nn.ModuleList(_block(cfg) for _ in range(cfg.n_layers))
         self.norm = nn.LayerNorm(cfg.d_model)
         self.head = nn.Linear(cfg.d_model, cfg.vocab_size)
-        _init_weights(self)
-
-    def embed_ids(self, x, start=0) -> torch.Tensor:
-        return self.embed(x) + self.positions(torch.arange(start, start + x.shape[1], device=x.device))
-
-    def new_cache(self) -> list:
-        return [KVCache(self.cfg.ctx_len) for _ in self.blocks]
-
-    def hidden_states(self, h, cache=None):
-        for block, layer_cache in zip(self.blocks, cache or [None] * self.cfg.n_layers):
-            h, _ = block(h, make_causal_attention_fn(self.cfg.ctx_len, layer_cache))
-        return self.norm(h)
+        init_gpt2(self)
 
     def logits(self, h) -> torch.Tensor:
         return self.head(h)
-
-    def forward(self, x) -> torch.Tensor:
-        check_learned_positions(self.cfg, x.shape[1])
-        return super().forward(x)
-
-    @inference_step
-    def step(self, x, state=None) -> tuple:
-        "Return logits (B,V) after new ids (B,k), and the state: KV caches and the last ids"
-        return decoder_step(self, x, state, has_learned_positions=True)

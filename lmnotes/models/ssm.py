@@ -200,15 +200,11 @@ class SSMBlock(nn.Module):
         return h + F.dropout(self.out_proj(apply_gate(y, z, self.c.gated_norm)), self.c.dropout, self.training)
 
 # %% ../../nbs/models/34_ssm.ipynb #151ef608
-_MINIMUMS = dict(ctx_len=1, d_model=1, n_layers=1, d_inner=0, d_state=1, d_conv=1, head_dim=1, dt_rank=0)
-
-
 def check_config(c):  # `SSMConfig`
     "Raise ValueError if a configuration field is invalid"
-    check_minimums(c, **_MINIMUMS)
+    check_minimums(c, ctx_len=1, d_model=1, n_layers=1, d_inner=0, d_state=1, d_conv=1, head_dim=1, dt_rank=0)
     check_dropout(c)
-    if c.kind not in SCANS:
-        raise ValueError(f"kind={c.kind!r} is not one of {', '.join(SCANS)}")
+    check_choices(c, kind=SCANS)
 
 
 def _init_weights(lm):

@@ -119,8 +119,7 @@ def _check_config(c, inputs, outputs, weights):
     "Raise `ValueError` unless the parts fit together"
     if "external_text" in outputs and "external_voice" not in inputs:
         raise ValueError("outputs has external_text, which continues external_voice. Add external_voice to inputs")
-    if c.null not in ("absent", "null_token", "zeros"):
-        raise ValueError(f"null={c.null!r} is not one of absent, null_token, zeros")
+    check_choices(c, null=("absent", "null_token", "zeros"))
     if not any(weights.get(name) for name in outputs):
         raise ValueError(f"loss_weights={c.loss_weights!r} leaves outputs={c.outputs!r} with nothing to train")
 
@@ -140,9 +139,7 @@ def text_weight(lm, name) -> torch.Tensor:  # A `Streams` model and the name of 
     if lm.cfg.tie:
         return lm.embed.weight if name == "internal_text" else lm.encoders["external_voice"].embed.weight
     head = lm.heads[f"{name}_head"]
-    if isinstance(head, LoRALinear):  # Without its dropout, which applies to hidden states
-        return torch.addmm(head.weight, head.lora_B, head.lora_A, alpha=head.scale)
-    return head.weight
+    return head.merged_weight() if isinstance(head, LoRALinear) else head.weight  # Without its dropout
 
 
 def text_logits(lm, name, h) -> torch.Tensor:  # A model, the name of a text output, and hidden states (B,N,D)
@@ -151,16 +148,12 @@ def text_logits(lm, name, h) -> torch.Tensor:  # A model, the name of a text out
 
 # %% ../../nbs/models/38_streams.ipynb #571f6450
 def _init_weights(lm):
-    "Initialise output projections and text heads to zero, other matrices of the blocks uniformly"
-    c = lm.cfg
-    for name, p in lm.named_parameters():
-        if name.endswith(("attn.out.weight", "down.weight", "text_head.weight")):
-            nn.init.zeros_(p)
-        elif name.startswith("blocks"):
-            nn.init.uniform_(p, -((3 / c.d_model) ** 0.5), (3 / c.d_model) ** 0.5)
+    "Initialise the blocks, and text heads to zero or, if they are tied to embeddings, to small numbers"
+    init_blocks(lm.blocks)
     for name in TEXT_SOURCES:
-        if c.tie and name in lm.outputs:
-            nn.init.normal_(text_weight(lm, name), std=0.02)
+        if name in lm.outputs:
+            weight = text_weight(lm, name)
+            nn.init.normal_(weight, std=0.02) if lm.cfg.tie else nn.init.zeros_(weight)
 
 
 class StreamsBase(LM):
@@ -232,10 +225,7 @@ def run_blocks(
     "Run all blocks and normalise the hidden states"
     c = lm.cfg
     table = rope_table(positions, c.d_model // c.n_heads, c.rope_base)
-    h = F.dropout(h, c.dropout, lm.training)
-    for block, attention_fn in zip(lm.blocks, attention_fns):
-        h, _ = block(h, attention_fn, table)
-    return rms_norm(h)
+    return rms_norm(apply_blocks(lm.blocks, F.dropout(h, c.dropout, lm.training), attention_fns, table))
 
 
 def hidden_states_by_stream(lm, x, streams, frames) -> dict:  # As for `build_parts`
@@ -331,12 +321,6 @@ def _losses(lm, targets, states):
             losses[name] = nll / n.clamp(min=1)
     return losses
 
-
-def _weighted_sum(lm, losses):
-    if torch.is_grad_enabled() and not any(lm.weights.get(name) for name in losses):
-        raise ValueError(f"the batch has no target with a weight in loss_weights={lm.cfg.loss_weights!r}")
-    return sum(lm.weights.get(name, 0.0) * loss for name, loss in losses.items())
-
 # %% ../../nbs/models/38_streams.ipynb #3bc95e83
 _TINY = dict(vocab_size=50257, ctx_len=2048, d_model=512, n_layers=6, n_heads=8, d_ff=2048)
 _PRESETS = dict(
@@ -370,8 +354,11 @@ class StreamsForward(StreamsBase):
         states = hidden_states_by_stream(self, batch.x, streams, frames)
         nll, n = _nll(self, "internal_text", states, batch.y)
         losses = dict(internal_text=nll / n.clamp(min=1)) | _losses(self, targets, states)
+        if torch.is_grad_enabled() and not any(self.weights.get(name) for name in losses):
+            raise ValueError(f"the batch has no target with a weight in loss_weights={self.cfg.loss_weights!r}")
+        loss = sum(self.weights.get(name, 0.0) * loss for name, loss in losses.items())
         metrics = {f"loss_{name}": loss.detach() for name, loss in losses.items()}
-        return dict(loss=_weighted_sum(self, losses), nll=nll.detach(), n=n, **metrics)
+        return dict(loss=loss, nll=nll.detach(), n=n, **metrics)
 
 # %% ../../nbs/models/38_streams.ipynb #b7ada722
 @arch("streams")
@@ -397,11 +384,7 @@ class Streams(StreamsForward):
     @torch.no_grad()
     def generate(self, x, n, sample_ids, **inputs):
         "Yield `n` new ids (B,1) one by one, with sensory inputs"
-        state = self.new_state(len(x), x.device, **inputs)
-        for _ in range(n):
-            logits, state = self.step(x, state)
-            x = sample_ids(logits)[:, None]
-            yield x
+        yield from super().generate(x, n, sample_ids, self.new_state(len(x), x.device, **inputs))
 
 # %% ../../nbs/models/38_streams.ipynb #a0e3dacc
 def _is_used_for_text(lm, name):

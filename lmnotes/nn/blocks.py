@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_heads', 'split_heads', 'weighted_sum', 'rope_table_at', 'Attention', 'make_causal_attention_fn', 'Block',
-           'head_logits', 'check_learned_positions', 'decoder_step']
+           'apply_blocks', 'init_blocks', 'init_gpt2', 'head_logits', 'Decoder']
 
 # %% ../../nbs/nn/24_blocks.ipynb #9ba0123e
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 from .attention import *
 from .layers import *
+from .lm import *
 
 # %% ../../nbs/nn/24_blocks.ipynb #f78a3db8
 def check_heads(d_model, n_heads, rotary=False):  # Model width, number of heads, and whether RoPE rotates them
@@ -119,6 +120,39 @@ class Block(nn.Module):
         x = x + y
         return x + self.ffn(self.norm2(x)), first_layer_values
 
+# %% ../../nbs/nn/24_blocks.ipynb #197113de
+def apply_blocks(
+    blocks,  # Transformer blocks
+    h,  # (B,T,D) input of the first
+    attention_fns,  # Attention function of each block
+    table=None,  # As for `Attention`
+    *noise,  # Further arguments that the blocks of a diffusion model take
+) -> torch.Tensor:  # (B,T,D)
+    "Run blocks one after the other"
+    x0, first_layer_values = h, None
+    for block, attention_fn in zip(blocks, attention_fns):
+        h, first_layer_values = block(h, attention_fn, table, x0, first_layer_values, *noise)
+    return h
+
+
+def init_blocks(module, zero=("out.weight", "down.weight")):  # A module, and ends of the names to set to zero
+    "Initialise outputs to zero, and other matrices except embeddings uniformly with variance 1 / input width"
+    for name, p in module.named_parameters():
+        if name.endswith(zero):
+            nn.init.zeros_(p)
+        elif p.ndim == 2 and not name.endswith(("embed.weight", "table.weight")):
+            nn.init.uniform_(p, -((3 / p.shape[1]) ** 0.5), (3 / p.shape[1]) ** 0.5)
+
+
+def init_gpt2(lm):  # A model whose configuration has `n_layers`
+    "Initialize as GPT-2: normal(0, 0.02), and smaller for output projections to bound the residual stream's variance"
+    for name, p in lm.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(p)
+        elif p.ndim == 2:
+            is_output = name.endswith(("out.weight", "down.weight"))
+            nn.init.normal_(p, std=0.02 / (2 * lm.cfg.n_layers) ** 0.5 if is_output else 0.02)
+
 # %% ../../nbs/nn/24_blocks.ipynb #3fd03674
 def head_logits(
     h,  # (…,D) hidden states
@@ -131,23 +165,39 @@ def head_logits(
     return soft_cap(logits.float(), cap)
 
 # %% ../../nbs/nn/24_blocks.ipynb #1b6a02c1
-def check_learned_positions(c, T):  # Configuration, and the number of positions to read
-    "Raise ValueError if a sequence is longer than the learned positions"
-    if T > c.ctx_len:
-        raise ValueError(f"{T} positions given, and ctx_len={c.ctx_len} are learned. Shorten the sequence")
+class Decoder(LM):
+    """Base class of transformers that read text from left to right, with KV caches
 
+    A subclass creates `embed`, `positions` (None: rotary positions), `blocks` and `norm`, and defines `logits`.
+    """
 
-def decoder_step(
-    lm,  # Model that defines `embed_ids`, `new_cache` (a list of `KVCache`), `hidden_states` and `logits`
-    x,  # (B,k) new ids
-    state,  # State that the last call returned, or None: KV caches and, for learned positions, the last ids
-    has_learned_positions,  # Are positions learned, so that they end at `ctx_len`?
-) -> tuple:  # (B,V) logits after `x`, and the state
-    "Implement `step` with KV caches"
-    caches, ids = state or (lm.new_cache(), x[:, :0])
-    if has_learned_positions:
-        ids = torch.cat([ids, x], 1)[:, -lm.cfg.ctx_len :]
-        if not caches or caches[0].n_seen + x.shape[1] > lm.cfg.ctx_len:
-            return lm(ids)[:, -1], ([], ids)
-    h = lm.hidden_states(lm.embed_ids(x, caches[0].n_seen), caches)
-    return lm.logits(h[:, -1:])[:, 0], (caches, ids)
+    def embed_ids(self, x, start=0) -> torch.Tensor:
+        h = self.embed(x)
+        if self.positions is None:
+            return h
+        return h + self.positions(torch.arange(start, start + x.shape[1], device=x.device))
+
+    def new_cache(self) -> list:
+        return [KVCache(self.cfg.ctx_len) for _ in self.blocks]
+
+    def hidden_states(self, h, cache=None) -> torch.Tensor:
+        c, start = self.cfg, cache[0].n_seen if cache else 0
+        table = rope_table_at(start, h, c.n_heads, c.rope_base) if self.positions is None else None
+        attention_fns = [make_causal_attention_fn(c.ctx_len, layer) for layer in cache or [None] * c.n_layers]
+        return self.norm(apply_blocks(self.blocks, h, attention_fns, table))
+
+    def forward(self, x) -> torch.Tensor:
+        if self.positions is not None and x.shape[1] > (n := self.cfg.ctx_len):
+            raise ValueError(f"{x.shape[1]} positions given, and ctx_len={n} are learned. Shorten the sequence")
+        return super().forward(x)
+
+    @inference_step
+    def step(self, x, state=None) -> tuple:
+        "Return logits (B,V) after new ids (B,k), and the state: KV caches and, for learned positions, the last ids"
+        caches, ids = state or (self.new_cache(), x[:, :0])
+        if self.positions is not None:
+            ids = torch.cat([ids, x], 1)[:, -self.cfg.ctx_len :]
+            if not caches or caches[0].n_seen + x.shape[1] > self.cfg.ctx_len:
+                return self(ids)[:, -1], ([], ids)
+        h = self.hidden_states(self.embed_ids(x, caches[0].n_seen), caches)
+        return self.logits(h[:, -1:])[:, 0], (caches, ids)

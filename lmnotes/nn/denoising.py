@@ -30,9 +30,6 @@ class MaskedBlock(Block):
         ffn = FeedForward(c.d_model, c.d_ff or 4 * c.d_model, dropout=c.dropout)
         super().__init__(Attention(c.d_model, c.n_heads, c.dropout, value_mix=not first), ffn, stream_mix=True)
 
-    def forward(self, x, attention_fn, table, x0, first_layer_values, noise):
-        return super().forward(x, attention_fn, table, x0, first_layer_values)
-
 # %% ../../nbs/nn/28_denoising.ipynb #17128141
 class NoiseConditionedBlock(nn.Module):
     "Transformer block that is conditioned on the noise level of each position"
@@ -44,8 +41,7 @@ class NoiseConditionedBlock(nn.Module):
         self.attn, self.modulate = Attention(D, c.n_heads, c.dropout), nn.Linear(D, 2 * D)
         self.ffn = nn.Sequential(OrderedDict(up=nn.Linear(D, d_ff), act=nn.SiLU(), down=nn.Linear(d_ff, D)))
 
-    def forward(self, x, attention_fn, table, x0, first_layer_values, noise):
-        levels, is_noisy = noise
+    def forward(self, x, attention_fn, table, x0, first_layer_values, levels, is_noisy):
         clean, noisy = self.modulate(levels).split(1, 1)
         scale, shift = torch.where(is_noisy[..., None], noisy, clean).chunk(2, -1)
         h = torch.addcmul(shift, self.norm1(x), 1 + scale)
@@ -63,12 +59,10 @@ class Backbone(nn.Module):
         self.blocks = nn.ModuleList(block_class(c, first=i == 0) for i in range(c.n_layers))
         self.norm = nn.RMSNorm(c.d_model, 1e-6, elementwise_affine=block_class is NoiseConditionedBlock)
 
-    def forward(self, h, positions, attention_fn, noise=None) -> torch.Tensor:
+    def forward(self, h, positions, attention_fn, noise=()) -> torch.Tensor:
         table = rope_table(positions, self.c.d_model // self.c.n_heads, self.c.rope_base)
-        x0, first_layer_values = h, None
-        for i, block in enumerate(self.blocks):
-            h, first_layer_values = block(h, partial(attention_fn, i), table, x0, first_layer_values, noise)
-        return self.norm(h)
+        attention_fns = [partial(attention_fn, i) for i in range(len(self.blocks))]
+        return self.norm(apply_blocks(self.blocks, h, attention_fns, table, *noise))
 
 # %% ../../nbs/nn/28_denoising.ipynb #00b3b61d
 class FullAttention:
@@ -172,7 +166,8 @@ class MaskedObjective(nn.Module):
         return self.embed_ids(torch.full((B, T), self.c.vocab_size, device=self.embed.weight.device))
 
     def noise_embedding(self, t, is_noisy):
-        "Return None: the masks in the input show the noise level"
+        "Return nothing: the masks in the input show the noise level"
+        return ()
 
     def logits(self, h) -> torch.Tensor:
         return soft_cap(self.head(h).float(), self.c.softcap)
@@ -217,13 +212,6 @@ def ddim(x, a, timesteps, predict) -> torch.Tensor:  # `predict`: function (x, t
         x = a[next_t].sqrt() * clean + (1 - a[next_t]).sqrt() * noise
     return x
 
-# %% ../../nbs/nn/28_denoising.ipynb #3225edfa
-def _sinusoidal_embedding(t, width):
-    "Return sines and cosines (…,width) of noise levels (…)"
-    half = width // 2
-    angle = t[..., None] * 10000.0 ** (-torch.arange(half, device=t.device) / half)
-    return torch.cat([angle.sin(), angle.cos()], -1)
-
 # %% ../../nbs/nn/28_denoising.ipynb #c94e8b98
 class EmbeddingObjective(nn.Module):
     "Conversion of ids to embeddings from a frozen table, and back"
@@ -254,9 +242,11 @@ class EmbeddingObjective(nn.Module):
         return self.noise.expand(B, T, -1)
 
     def noise_embedding(self, t, is_noisy) -> tuple:
-        "Return the `noise` of `NoiseConditionedBlock`: embeddings (b,2,D) of level 0 and levels `t` (b,), and a mask"
-        wave = _sinusoidal_embedding(torch.stack([torch.zeros_like(t), t], 1), self.c.d_model)
-        return self.levels(wave.to(self.noise.dtype)), is_noisy
+        "Return the arguments of `NoiseConditionedBlock`: embeddings (b,2,D) of level 0 and levels `t` (b,), and a mask"
+        half = self.c.d_model // 2
+        wavelengths = 10000.0 ** (-torch.arange(half, device=t.device) / half)
+        angle = torch.stack([torch.zeros_like(t), t], 1)[..., None] * wavelengths
+        return self.levels(torch.cat([angle.sin(), angle.cos()], -1).to(self.noise.dtype)), is_noisy
 
     def logits(self, h) -> torch.Tensor:
         "Return the logits of predicted embeddings (rounding)"

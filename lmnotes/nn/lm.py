@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['LMConfig', 'LM', 'n_params', 'embedding_parameters', 'n_embedding_params', 'arch', 'archs', 'get_arch', 'lm_config',
-           'new_lm', 'parse_model_args', 'check_minimums', 'check_dropout', 'Bigram', 'inference_step',
-           'check_config_round_trip', 'check_state_dict_complete', 'check_initial_loss', 'check_overfits_one_batch',
-           'check_cannot_fit_noise', 'check_causality', 'check_cached_decoding', 'check_padding_ignored',
-           'check_generation', 'check_contract', 'IGNORE_INDEX']
+           'new_lm', 'parse_model_args', 'check_minimums', 'check_choices', 'check_dropout', 'Bigram', 'eval_mode',
+           'inference_step', 'check_config_round_trip', 'check_state_dict_complete', 'check_initial_loss',
+           'check_overfits_one_batch', 'check_cannot_fit_noise', 'check_causality', 'check_cached_decoding',
+           'check_padding_ignored', 'check_generation', 'check_contract', 'IGNORE_INDEX']
 
 # %% ../../nbs/nn/20_lm.ipynb #00232b7b
 import json
 import pkgutil
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import wraps
 from importlib import import_module
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -94,9 +96,8 @@ class LM(nn.Module):
         return self(x)[:, -1], x
 
     @torch.no_grad()
-    def generate(self, x, n, sample_ids):  # (B,T) prompt, number of new ids, function from logits (…,V) to ids (…)
-        "Yield new ids in chunks (B,k), at least `n` ids in total"
-        state = None
+    def generate(self, x, n, sample_ids, state=None):  # (B,T) prompt, number of new ids, logits (…,V) -> ids (…)
+        "Yield new ids in chunks (B,k), at least `n` ids in total. `state`: as for `step`"
         for _ in range(n):
             logits, state = self.step(x, state)
             x = sample_ids(logits)[:, None]
@@ -189,6 +190,13 @@ def check_minimums(c, **minimums):  # A configuration, and {field: smallest allo
             raise ValueError(f"{field}={vars(c)[field]}, but {field} is at least {value}")
 
 
+def check_choices(c, **choices):  # A configuration, and {field: allowed values}
+    "Raise ValueError if a field of a configuration is none of its allowed values"
+    for field, allowed in choices.items():
+        if (value := vars(c)[field]) not in allowed:
+            raise ValueError(f"{field}={value!r} is not one of {', '.join(allowed)}")
+
+
 def check_dropout(c):  # A configuration
     "Raise ValueError unless the dropout probability of a configuration is in [0, 1)"
     if not 0 <= c.dropout < 1:
@@ -210,6 +218,17 @@ class Bigram(LM):
         return self.table(x)
 
 # %% ../../nbs/nn/20_lm.ipynb #bf91914b
+@contextmanager
+def eval_mode(lm):  # A model
+    "Context manager: evaluation mode inside, the previous mode afterwards"
+    training = lm.training
+    lm.eval()
+    try:
+        yield
+    finally:
+        lm.train(training)
+
+
 def inference_step(step):  # The method `step(x, state)` of a model
     "Decorator: run `step` in inference mode and return logits that the caller may modify"
 
@@ -227,7 +246,6 @@ def _seeded_loss(m, batch, seed=2):
     return m.loss(batch)
 
 
-@torch.no_grad()
 def check_config_round_trip(m, batch):  # A model (`batch` is not used)
     "Contract test: the configuration survives a round trip through JSON"
     c = m.cfg
@@ -313,9 +331,11 @@ def check_causality(m, batch):  # A model and a `Batch`
 
 # %% ../../nbs/nn/20_lm.ipynb #35670f46
 def _logits_after_chunks(m, x, sizes):
-    state = None
+    "Return the logits after each chunk, from `step`"
+    state, logits = None, []
     for chunk in x.split(sizes, 1):
-        logits, state = m.step(chunk, state)
+        last, state = m.step(chunk, state)
+        logits.append(last)
     return logits
 
 
@@ -325,14 +345,11 @@ def check_cached_decoding(m, batch):  # A model and a `Batch`
     x, T = batch.x, batch.x.shape[1]
     full = m(x)
     for sizes in ([1] * T, [T // 2] + [1] * (T - T // 2), [T // 3, T - T // 3]):
-        state, end = None, 0
-        for k in sizes:
-            logits, state = m.step(x[:, end : end + k], state)
-            end += k
+        for k, end, logits in zip(sizes, accumulate(sizes), _logits_after_chunks(m, x, sizes)):
             error = (logits - full[:, end - 1]).abs().max().item()
             assert error < 1e-4, f"step and forward differ by {error:.1e} at position {end - 1}, in chunks of {k}"
     x = torch.cat([x, x[:, :5]], 1)
-    ends = [_logits_after_chunks(m, x, sizes) for sizes in ([1] * (T + 5), [T + 3, 1, 1], [T - 2, 4, 1, 2])]
+    ends = [_logits_after_chunks(m, x, sizes)[-1] for sizes in ([1] * (T + 5), [T + 3, 1, 1], [T - 2, 4, 1, 2])]
     error = max((end - ends[0]).abs().max().item() for end in ends)
     assert error < 1e-4, f"beyond ctx_len, other chunk sizes change the logits by {error:.1e}"
 

@@ -77,7 +77,6 @@ class LoRALinear(nn.Module):
         weight = self.casts("weight", self.weight, dtype or self.weight.dtype)
         return weight.t() if self.transposed else weight
 
-    @torch.no_grad()
     def merged_weight(self) -> torch.Tensor:
         "Return the weight (out,in) plus its update"
         return torch.addmm(self._base_weight(), self.lora_B, self.lora_A, alpha=self.scale)
@@ -109,11 +108,6 @@ def lora_layers(lm) -> dict:  # A model
     "Return {name: layer} of the adapted layers"
     return {n: m for n, m in lm.named_modules() if isinstance(m, LoRALinear)}
 
-
-def _replace_module(lm, name, layer):
-    parent, _, leaf = name.rpartition(".")
-    setattr(lm.get_submodule(parent), leaf, layer)
-
 # %% ../../nbs/nn/25_lora.ipynb #426f7a96
 def add_lora(lm, cfg) -> nn.Module:  # A model, which is changed in place and returned, and a `LoRAConfig`
     "Add adapters to the linear layers of a model and freeze everything else"
@@ -126,7 +120,7 @@ def add_lora(lm, cfg) -> nn.Module:  # A model, which is changed in place and re
         raise ValueError(f"arch={lm.arch!r} has no linear layer to adapt")
     lm.requires_grad_(False)
     for name in _match_names(cfg.targets.strip() or "*", list(layers), "lora_targets"):
-        _replace_module(lm, name, LoRALinear(layers[name], cfg.rank, cfg.alpha or 2 * cfg.rank, cfg.dropout))
+        lm.set_submodule(name, LoRALinear(layers[name], cfg.rank, cfg.alpha or 2 * cfg.rank, cfg.dropout))
     for name in _other_trainable_names(lm, cfg.train):
         lm.get_parameter(name).requires_grad_()
     lm.lora = cfg
@@ -138,6 +132,7 @@ def _other_trainable_names(lm, patterns):
     return _match_names(patterns, [n for n, _ in lm.named_parameters() if "lora_" not in n], "lora_train")
 
 # %% ../../nbs/nn/25_lora.ipynb #75560278
+@torch.no_grad()
 def merge_adapters(lm) -> nn.Module:  # An adapted model, which is changed in place and returned
     "Add the updates to the weights until `unmerge_adapters` or training, and set eval mode"
     for layer in lora_layers(lm.eval()).values():
@@ -152,12 +147,13 @@ def unmerge_adapters(lm) -> nn.Module:  # An adapted model, which is changed in 
     return lm
 
 
+@torch.no_grad()
 def merge_and_unload(lm) -> nn.Module:  # An adapted model
     "Return a copy without adapters, the updates added to its weights. An adapted LM head is no longer tied in the copy"
     plain = deepcopy(lm)
     named = dict(lm.named_parameters(remove_duplicate=False))
     for name, layer in lora_layers(lm).items():
-        _replace_module(plain, name, _merged_linear(layer))
+        plain.set_submodule(name, _merged_linear(layer))
         if sum(p is layer.weight for p in named.values()) > 1:
             plain.cfg = replace(plain.cfg, tie=False)
     plain.lora = None
