@@ -53,13 +53,6 @@ def hf_config(cfg):  # `GPT2Config`
     return HFConfig(**values, **dropout, bos_token_id=end, eos_token_id=end, activation_function="gelu_pytorch_tanh")
 
 # %% ../../nbs/models/33_gpt2.ipynb #db46f6ef
-def _check_config(cfg):
-    "Raise ValueError if a configuration field is invalid"
-    check_heads(cfg.d_model, cfg.n_heads)
-    if cfg.ctx_len > (n := cfg.n_positions):
-        raise ValueError(f"ctx_len={cfg.ctx_len} is more than the n_positions={n} of the model. Choose at most {n}")
-
-
 def _new_hf(cfg):
     "Return a `GPT2LMHeadModel` with random weights"
     from transformers import GPT2LMHeadModel
@@ -73,7 +66,6 @@ def _hf_attention(module, q, k, v, mask, scaling, dropout=0.0, **unused):
 
 
 def _use_our_attention(model):
-    "Replace transformers' attention by this library's"
     from transformers import AttentionInterface
 
     AttentionInterface.register("lmnotes", _hf_attention)
@@ -81,18 +73,6 @@ def _use_our_attention(model):
     return model
 
 # %% ../../nbs/models/33_gpt2.ipynb #6d0b3558
-def _cached_hidden_states(lm, x, state):
-    "Return hidden states of new ids (B,k) and the state of `step`: the cache (None if invalid) and the last ids"
-    from transformers import DynamicCache
-
-    cache, ids = state or (DynamicCache(config=lm.transformer.config), x[:, :0])
-    ids = torch.cat([ids, x], 1)
-    if cache is not None and ids.shape[1] <= lm.cfg.ctx_len:
-        return lm.transformer(x, past_key_values=cache, use_cache=True).last_hidden_state, (cache, ids)
-    ids = ids[:, -lm.cfg.ctx_len :]
-    return lm.transformer(ids, use_cache=False).last_hidden_state, (None, ids)
-
-
 _PRESETS = {
     "gpt2": dict(d_model=768, n_layers=12, n_heads=12),
     "gpt2-medium": dict(d_model=1024, n_layers=24, n_heads=16),
@@ -110,7 +90,9 @@ class GPT2(LM):
 
     def __init__(self, cfg, model=None):  # `model`: a `GPT2LMHeadModel` to wrap instead of a new one
         super().__init__(cfg)
-        _check_config(cfg)
+        check_heads(cfg.d_model, cfg.n_heads)
+        if cfg.ctx_len > (n := cfg.n_positions):
+            raise ValueError(f"ctx_len={cfg.ctx_len} is more than the n_positions={n} of the model. Choose at most {n}")
         model = _use_our_attention(model or _new_hf(cfg))
         self.transformer, self.lm_head = model.transformer, model.lm_head
 
@@ -126,17 +108,21 @@ class GPT2(LM):
 
     @inference_step
     def step(self, x, state=None) -> tuple:
-        "Return logits (B,V) after new ids (B,k), and the state: the cache, if it is still valid, and the last ids"
-        h, state = _cached_hidden_states(self, x, state)
-        return self.lm_head(h[:, -1]).float(), state
+        "Return logits (B,V) after new ids (B,k), and the state: the cache (None if it is invalid) and the last ids"
+        from transformers import DynamicCache
+
+        cache, ids = state or (DynamicCache(config=self.transformer.config), x[:, :0])
+        ids = torch.cat([ids, x], 1)
+        if cache is None or ids.shape[1] > self.cfg.ctx_len:
+            cache, x = None, ids[:, -self.cfg.ctx_len :]
+        h = self.transformer(x, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+        return self.lm_head(h[:, -1]).float(), (cache, x if cache is None else ids)
 
 # %% ../../nbs/models/33_gpt2.ipynb #e1de6f21
 def to_hf(lm):  # `GPT2` -> `GPT2LMHeadModel`
     "Return a `GPT2LMHeadModel` that shares the tensors of `lm`"
     if lm.lora is not None:
-        raise ValueError(
-            "transformers' GPT-2 cannot hold adapters. Merge them into the weights with `merge_and_unload`"
-        )
+        raise ValueError("transformers' GPT-2 cannot hold adapters. Merge them with `merge_and_unload` first")
     with torch.device("meta"):
         model = _new_hf(lm.cfg)
     model.load_state_dict(lm.state_dict(), assign=True)
@@ -222,13 +208,6 @@ def _check_supported(source, hf_cfg):
             raise ValueError(f"{source}: {name} is {value!r}, but GPT-2 has {values[-1]!r}. Choose another source")
 
 # %% ../../nbs/models/33_gpt2.ipynb #e96c1313
-def _check_dropout(source, hf_cfg, given):
-    "Raise ValueError if the source has several dropout probabilities and `given` does not choose one"
-    values = hf_cfg.embd_pdrop, hf_cfg.attn_pdrop, hf_cfg.resid_pdrop
-    if "dropout" not in given and len(set(values)) > 1:
-        raise ValueError(f"{source}: embd_pdrop, attn_pdrop and resid_pdrop are {values}, not one value. Set dropout")
-
-
 def _config_from_source(source, given):
     "Return the `GPT2Config` of a source with the `given` values, or raise ValueError where they do not fit"
     hf_cfg = _read_hf_config(source)
@@ -240,30 +219,28 @@ def _config_from_source(source, given):
             here = f"{name}={given[name]!r}, but {source} has {values[name]!r}"
             raise ValueError(f"{here}. Leave it out, or set init_from='random'")
     _check_supported(source, hf_cfg)
-    _check_dropout(source, hf_cfg, given)
+    rates = hf_cfg.embd_pdrop, hf_cfg.attn_pdrop, hf_cfg.resid_pdrop
+    if "dropout" not in given and len(set(rates)) > 1:
+        raise ValueError(f"{source}: embd_pdrop, attn_pdrop and resid_pdrop are {rates}, not one value. Set dropout")
     values["ctx_len"] = values["n_positions"]
     return lm_config("gpt2", **{**values, **given, "vocab_size": values["vocab_size"]})
 
 # %% ../../nbs/models/33_gpt2.ipynb #43f0b0e4
-def _weight_files(source):
-    "Return the weight files in a folder, separated by commas, or the name"
-    files = [p for pattern in ("*.safetensors", "*.bin") for p in sorted(Path(source).glob(pattern))]
-    return ", ".join(map(str, files)) or str(source)
-
-
 def _load_hf_model(source, cfg):
     "Return a `GPT2LMHeadModel` with the weights of a source"
     from transformers import GPT2LMHeadModel
 
     if (adapter := Path(source) / "adapter_config.json").exists():
         raise ValueError(f"{adapter}: this folder holds an adapter. Give a folder with a model")
+    files = [p for pattern in ("*.safetensors", "*.bin") for p in sorted(Path(source).glob(pattern))]
+    where = ", ".join(map(str, files)) or str(source)
     options = dict(config=hf_config(cfg), dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)
     try:
         with _quiet_transformers():
             model, info = GPT2LMHeadModel.from_pretrained(source, **options)
     except Exception as error:  # Each file format raises other errors
-        _raise_unreadable(source, _weight_files(source), error)
-    _check_weights(_weight_files(source), model, info)
+        _raise_unreadable(source, where, error)
+    _check_weights(where, model, info)
     return model
 
 

@@ -252,21 +252,15 @@ class RetrievalEmbedding(nn.Module):
         return RetrievedPositions(rms_norm(h.flatten(1, 2)), chunks * self.chunk, mask)
 
 # %% ../../nbs/nn/27_mixture.ipynb #8fd29b1e
-def _identity(n_in, n_out, scale):
-    "Return a linear layer without bias, initialized to `scale` times the identity"
-    layer = nn.Linear(n_in, n_out, bias=False)
-    nn.init.eye_(layer.weight)
-    layer.weight.data.mul_(scale)
-    return layer
-
-
 class HiddenFusion(nn.Module):
     "Weighted hidden states of all experts, projected by the LM head of the default expert and a new one"
 
     def __init__(self, widths, default, vocab_size):
         super().__init__()
         d = widths[default]
-        self.adapters = nn.ModuleDict({n: _identity(w, d, float(n == default)) for n, w in widths.items()})
+        self.adapters = nn.ModuleDict({name: nn.Linear(width, d, bias=False) for name, width in widths.items()})
+        for name, adapter in self.adapters.items():
+            (nn.init.eye_ if name == default else nn.init.zeros_)(adapter.weight)
         self.default, self.head = default, nn.Linear(d, vocab_size, bias=False)
         nn.init.zeros_(self.head.weight)
 
