@@ -190,17 +190,17 @@ class Diffusion(Denoiser):
             yield from (generate_blocks if self.cfg.block else generate_windows)(self, x, n, sample_ids)
 
 # %% ../../nbs/models/36_diffusion.ipynb #be65adb6
-def _n_unmask_steps(c, n):
-    "Return the number of steps to fill `n` holes, in proportion to `sample_steps` for a whole window"
-    return max(1, c.sample_steps * n // c.ctx_len) if c.sample_steps else n
+def _unmask(lm, x, holes, hidden_states, sample_ids, generators):
+    "Fill the holes (B,m) of `x` in place, in a number of steps in proportion to `sample_steps` for a whole window"
+    c, n = lm.cfg, holes.shape[1]
+    steps = max(1, c.sample_steps * n // c.ctx_len) if c.sample_steps else n
+    unmask(x, holes, hidden_states, lm.logits, sample_ids, steps, generators if c.sampler == "ancestral" else None)
 
 
 def _fill_masked(lm, x, holes, sample_ids, generators):
     "Fill the holes (B,m) of `x` in place, and yield the positions that are done"
-    c, order = lm.cfg, generators if lm.cfg.sampler == "ancestral" else None
-    for part in holes.split(c.sample_block or holes.shape[1], 1):
-        steps = _n_unmask_steps(c, part.shape[1])
-        unmask(x, part, lambda x: lm.hidden_states(lm.embed_ids(x)), lm.logits, sample_ids, steps, order)
+    for part in holes.split(lm.cfg.sample_block or holes.shape[1], 1):
+        _unmask(lm, x, part, lambda x: lm.hidden_states(lm.embed_ids(x)), sample_ids, generators)
         yield part
 
 
@@ -242,7 +242,6 @@ def generate_windows(lm, x, n, sample_ids):  # A model, (B,T) prompt, number of 
 def generate_blocks(lm, x, n, sample_ids):  # A model, (B,T) prompt, number of new ids, logits (B,k,V) -> ids (B,k)
     "Yield at least `n` ids after `x` block by block, each denoised with the KV cache of all earlier ids"
     c, cache, generators = lm.cfg, lm.new_cache(), row_generators(sample_ids, len(x))
-    order = generators if c.sampler == "ancestral" else None
     holes = torch.arange(c.block, device=x.device)
 
     def hidden_states(block):
@@ -252,21 +251,8 @@ def generate_blocks(lm, x, n, sample_ids):  # A model, (B,T) prompt, number of n
     for _ in range(0, n, c.block):
         lm._block_states(lm.embed_ids(x), lm.embed_ids(x[:, :0]), holes[:0], c.block, cache)  # Fill the cache
         x = torch.full((len(x), c.block), c.vocab_size, device=x.device)
-        steps = _n_unmask_steps(c, c.block)
-        unmask(x, holes.expand(len(x), -1), hidden_states, lm.logits, sample_ids, steps, order)
+        _unmask(lm, x, holes.expand(len(x), -1), hidden_states, sample_ids, generators)
         yield x
-
-# %% ../../nbs/models/36_diffusion.ipynb #6bec4676
-def _check_holes(c, x, holes):
-    "Raise `ValueError` unless the model can fill these holes"
-    if c.block:
-        raise ValueError(f"block={c.block} ignores ids after a block. Set block=0 if the model was trained so")
-    if x.shape[1] > c.ctx_len + 1:
-        raise ValueError(f"{x.shape[1]} positions exceed the window of {c.ctx_len + 1}. Pass the part around the holes")
-    if not x.numel():
-        raise ValueError(f"x of shape {tuple(x.shape)} has no given id. Pass at least one")
-    if holes[:, 0].any() or len(set(holes.sum(1).tolist())) > 1:
-        raise ValueError("each row needs a first id and equally many holes. Add an id, or fill rows one by one")
 
 # %% ../../nbs/models/36_diffusion.ipynb #d0deb32a
 @torch.no_grad()
@@ -276,8 +262,15 @@ def fill(
     sample_ids,  # Function from logits (B,k,V) to ids (B,k), such as `TokenSampler(seed=1).reset(x)`
 ) -> torch.Tensor:  # (B,T) ids
     "Fill the holes of a text, using the given ids on both sides"
-    holes = x == lm.cfg.vocab_size
-    _check_holes(lm.cfg, x, holes)
+    c, holes = lm.cfg, x == lm.cfg.vocab_size
+    if c.block:
+        raise ValueError(f"block={c.block} ignores ids after a block. Set block=0 if the model was trained so")
+    if x.shape[1] > c.ctx_len + 1:
+        raise ValueError(f"{x.shape[1]} positions exceed the window of {c.ctx_len + 1}. Pass the part around the holes")
+    if not x.numel():
+        raise ValueError(f"x of shape {tuple(x.shape)} has no given id. Pass at least one")
+    if holes[:, 0].any() or len(set(holes.sum(1).tolist())) > 1:
+        raise ValueError("each row needs a first id and equally many holes. Add an id, or fill rows one by one")
     x, holes = x.clone(), holes.nonzero()[:, 1].view(len(x), -1)
     with eval_mode(lm):
         for _ in _fill(lm, x, holes, sample_ids) if holes.numel() else ():

@@ -64,10 +64,8 @@ def _init_weights(lm):
         nn.init.zeros_(lm.head.weight)
 
 # %% ../../nbs/models/31_gpt.ipynb #0a0004bd
-_GPT2_STYLE = dict(
-    **dict(dropout=0.0, norm="layer", pos="learned", act="gelu", tie=True),
-    **dict(qk_norm=False, mix=False, zero_init=False, softcap=0.0),
-)
+_GPT2_STYLE = dict(dropout=0.0, norm="layer", pos="learned", act="gelu", tie=True)
+_GPT2_STYLE |= dict(qk_norm=False, mix=False, zero_init=False, softcap=0.0)
 _LLAMA_STYLE = dict(_GPT2_STYLE, dropout=0.1, norm="rms_gain", pos="rope", rope_base=10000.0, act="swiglu")
 _PRESETS = dict(
     tiny=dict(d_model=128, n_layers=4, n_heads=4, dropout=0.0),

@@ -66,6 +66,7 @@ def _hf_attention(module, q, k, v, mask, scaling, dropout=0.0, **unused):
 
 
 def _use_our_attention(model):
+    "Replace transformers' attention by this library's"
     from transformers import AttentionInterface
 
     AttentionInterface.register("lmnotes", _hf_attention)
@@ -190,35 +191,23 @@ def _read_hf_config(source):
         raise ValueError(f"{where}: model_type is {kind!r}, but arch='gpt2' needs 'gpt2'. Choose another source")
     return hf_cfg
 
-# %% ../../nbs/models/33_gpt2.ipynb #cac32391
-def _check_vocab(source, given, source_vocab_size):
-    "Raise ValueError unless the source has the tokenizer's tokens and at most 127 padding tokens"
-    if not 0 <= source_vocab_size - given <= 127:
-        tokenizer = "gpt2" if source_vocab_size == 50257 else source
-        raise ValueError(
-            f"the tokenizer has {given} tokens, but {source} was trained with {source_vocab_size}. "
-            f"Set tokenizer={str(tokenizer)!r}, or init_from='random'"
-        )
-
-
-def _check_supported(source, hf_cfg):
-    "Raise ValueError if a setting of the source changes GPT-2's computation"
-    for name, values in {**_FIXED, "n_inner": (None, 4 * hf_cfg.n_embd)}.items():
-        if (value := vars(hf_cfg)[name]) not in values:
-            raise ValueError(f"{source}: {name} is {value!r}, but GPT-2 has {values[-1]!r}. Choose another source")
-
 # %% ../../nbs/models/33_gpt2.ipynb #e96c1313
 def _config_from_source(source, given):
     "Return the `GPT2Config` of a source with the `given` values, or raise ValueError where they do not fit"
     hf_cfg = _read_hf_config(source)
     values = {name: vars(hf_cfg)[hf_name] for name, hf_name in _HF_NAMES.items()}
-    if "vocab_size" in given:
-        _check_vocab(source, given["vocab_size"], values["vocab_size"])
+    n, source_n = given.get("vocab_size", values["vocab_size"]), values["vocab_size"]
+    if not 0 <= source_n - n <= 127:
+        tokenizer = "gpt2" if source_n == 50257 else source
+        fix = f"Set tokenizer={str(tokenizer)!r}, or init_from='random'"
+        raise ValueError(f"the tokenizer has {n} tokens, but {source} was trained with {source_n}. {fix}")
     for name in ("n_positions", "d_model", "n_layers", "n_heads", "tie"):
         if name in given and given[name] != values[name]:
             here = f"{name}={given[name]!r}, but {source} has {values[name]!r}"
             raise ValueError(f"{here}. Leave it out, or set init_from='random'")
-    _check_supported(source, hf_cfg)
+    for name, allowed in {**_FIXED, "n_inner": (None, 4 * hf_cfg.n_embd)}.items():
+        if (value := vars(hf_cfg)[name]) not in allowed:
+            raise ValueError(f"{source}: {name} is {value!r}, but GPT-2 has {allowed[-1]!r}. Choose another source")
     rates = hf_cfg.embd_pdrop, hf_cfg.attn_pdrop, hf_cfg.resid_pdrop
     if "dropout" not in given and len(set(rates)) > 1:
         raise ValueError(f"{source}: embd_pdrop, attn_pdrop and resid_pdrop are {rates}, not one value. Set dropout")

@@ -19,7 +19,6 @@ from ..nn.attention import *
 from ..nn.layers import *
 from ..nn.lm import *
 from ..nn.mixture import *
-from ..nn.mixture import chunk_piece_sizes
 from ..nn.vector_store import VectorStore
 
 # %% ../../nbs/models/37_nanothink.ipynb #644ef43d
@@ -234,9 +233,8 @@ def _nll(lm, batch, states, router, log_probs):
 
 _TINY = dict(transformer="gpt:tiny", state_space="ssm:tiny", diffuser="diffusion:tiny,block=1")
 _TINY |= dict(d_model=128, n_heads=4, head_dim=32, kv_latent_dim=64, rope_dim=16, dropout=0.0)
-_PRESETS = dict(
-    guide=dict(fusion="hidden", attention_first=True, kv_latent_dim=0, balance_loss=0.0, z_loss=0.0), tiny=_TINY
-)
+_GUIDE = dict(fusion="hidden", attention_first=True, kv_latent_dim=0, balance_loss=0.0, z_loss=0.0)
+_PRESETS = dict(guide=_GUIDE, tiny=_TINY)
 
 # %% ../../nbs/models/37_nanothink.ipynb #1bc443a2
 @arch("nanothink")

@@ -219,14 +219,12 @@ def _init_weights(lm):
             nn.init.uniform_(p, -(bound**0.5), bound**0.5)
 
 
+_S6 = dict(kind="s6", d_model=384, n_layers=6, d_inner=768, d_state=16, d_conv=4, dt_rank=1, dropout=0.1)
 _PRESETS = dict(
     tiny=dict(d_model=128, n_layers=5, dropout=0.0),
     small=dict(d_model=384, n_layers=12, d_state=64, head_dim=64, dropout=0.0),
     base=dict(d_model=768, n_layers=24, d_state=128, head_dim=64, dropout=0.0, tie=True),
-    nanothink_s6=dict(
-        **dict(kind="s6", d_model=384, n_layers=6, d_inner=768, d_state=16, d_conv=4, dt_rank=1, dropout=0.1),
-        **dict(gain=True, gated_norm=False, mix=False, tie=True, softcap=0.0),
-    ),
+    nanothink_s6=dict(_S6, gain=True, gated_norm=False, mix=False, tie=True, softcap=0.0),
 )
 
 # %% ../../nbs/models/34_ssm.ipynb #ed415f43

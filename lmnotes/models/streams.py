@@ -115,21 +115,6 @@ OUTPUTS = ["internal_text", "external_text", *HEADS]
 TEXT_SOURCES = dict(internal_text="internal_voice", external_text="external_voice")  # {output: the input it continues}
 
 
-def _check_config(c, inputs, outputs, weights):
-    "Raise `ValueError` unless the parts fit together"
-    if "external_text" in outputs and "external_voice" not in inputs:
-        raise ValueError("outputs has external_text, which continues external_voice. Add external_voice to inputs")
-    check_choices(c, null=("absent", "null_token", "zeros"))
-    if not any(weights.get(name) for name in outputs):
-        raise ValueError(f"loss_weights={c.loss_weights!r} leaves outputs={c.outputs!r} with nothing to train")
-
-
-def _make_block(c):
-    check_heads(c.d_model, c.n_heads, rotary=True)
-    ffn = FeedForward(c.d_model, c.d_ff or 4 * c.d_model, dropout=c.dropout)
-    return Block(Attention(c.d_model, c.n_heads, c.dropout), ffn)
-
-
 def _make_head(name, c):
     return HEADS[name](c) if name in HEADS else nn.Linear(c.d_model, c.vocab_size, bias=False)
 
@@ -147,15 +132,6 @@ def text_logits(lm, name, h) -> torch.Tensor:  # A model, the name of a text out
     return soft_cap(F.linear(h, text_weight(lm, name)).float(), lm.cfg.softcap)
 
 # %% ../../nbs/models/38_streams.ipynb #571f6450
-def _init_weights(lm):
-    "Initialise the blocks, and text heads to zero or, if they are tied to embeddings, to small numbers"
-    init_blocks(lm.blocks)
-    for name in TEXT_SOURCES:
-        if name in lm.outputs:
-            weight = text_weight(lm, name)
-            nn.init.normal_(weight, std=0.02) if lm.cfg.tie else nn.init.zeros_(weight)
-
-
 class StreamsBase(LM):
     "Parameters of a transformer for several streams"
 
@@ -166,13 +142,22 @@ class StreamsBase(LM):
         inputs = _parse_names(cfg.inputs, INPUTS, "internal_voice", "inputs")
         self.outputs = _parse_names(cfg.outputs, OUTPUTS, "internal_text", "outputs")
         self.weights = _parse_loss_weights(cfg.loss_weights, OUTPUTS)
-        _check_config(cfg, inputs, self.outputs, self.weights)
+        if "external_text" in self.outputs and "external_voice" not in inputs:
+            raise ValueError("outputs has external_text, which continues external_voice. Add external_voice to inputs")
+        check_choices(cfg, null=("absent", "null_token", "zeros"))
+        if not any(self.weights.get(name) for name in self.outputs):
+            raise ValueError(f"loss_weights={cfg.loss_weights!r} leaves outputs={cfg.outputs!r} with nothing to train")
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.encoders = nn.ModuleDict({name: ENCODERS[name](cfg) for name in inputs[1:]})
-        self.blocks = nn.ModuleList(_make_block(cfg) for _ in range(cfg.n_layers))
+        sizes = cfg.d_model, cfg.n_heads, cfg.d_ff or 4 * cfg.d_model
+        self.blocks = nn.ModuleList(make_rotary_block(*sizes, cfg.dropout) for _ in range(cfg.n_layers))
         heads = {f"{name}_head": _make_head(name, cfg) for name in self.outputs if name in HEADS or not cfg.tie}
         self.heads = nn.ModuleDict(heads)
-        _init_weights(self)
+        init_blocks(self.blocks)
+        for name in TEXT_SOURCES:
+            if name in self.outputs:
+                weight = text_weight(self, name)
+                nn.init.normal_(weight, std=0.02) if cfg.tie else nn.init.zeros_(weight)
 
 # %% ../../nbs/models/38_streams.ipynb #336f8ae2
 class SequencePart(NamedTuple):

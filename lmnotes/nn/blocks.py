@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_heads', 'split_heads', 'weighted_sum', 'rope_table_at', 'Attention', 'make_causal_attention_fn', 'Block',
-           'apply_blocks', 'init_blocks', 'init_gpt2', 'head_logits', 'Decoder']
+           'make_rotary_block', 'apply_blocks', 'init_blocks', 'init_gpt2', 'head_logits', 'Decoder']
 
 # %% ../../nbs/nn/24_blocks.ipynb #9ba0123e
 import torch
@@ -46,13 +46,6 @@ def rope_table_at(
     positions = torch.arange(start, start + x.shape[1], device=x.device)
     return rope_table(positions, x.shape[2] // n_heads, base)
 
-
-def _normalize_and_rotate(x, table, norm):
-    "Normalise queries and keys in float32 and rotate them by their positions"
-    dtype, x = x.dtype, rms_norm(x.float()) if norm else x
-    x = x if table is None else apply_rope(x, table)
-    return x.to(dtype, memory_format=torch.contiguous_format)
-
 # %% ../../nbs/nn/24_blocks.ipynb #905d398d
 class Attention(nn.Module):
     "Multi-head self-attention: (B,T,D) -> (B,T,D)"
@@ -79,7 +72,9 @@ class Attention(nn.Module):
         "Return (output, first layer's values), which are this layer's if you pass None. `table`: see `rope_table`"
         qk, (v,) = split_heads(self.qkv(x), self.n_heads).split((2, 1))
         v = v if self.value_mix is None else weighted_sum(v, first_layer_values, self.value_mix)
-        q, k = _normalize_and_rotate(qk, table, self.qk_norm)
+        dtype, qk = qk.dtype, rms_norm(qk.float()) if self.qk_norm else qk  # Normalised in float32
+        qk = qk if table is None else apply_rope(qk, table)
+        q, k = qk.to(dtype, memory_format=torch.contiguous_format)
         y = attention_fn(q, k, v, self.scale, self.dropout if self.training else 0.0)
         y = self.out(y.transpose(1, 2).reshape(x.shape).to(x.dtype))
         return F.dropout(y, self.dropout, self.training), v if first_layer_values is None else first_layer_values
@@ -119,6 +114,12 @@ class Block(nn.Module):
         y, first_layer_values = self.attn(self.norm1(x), attention_fn, table, first_layer_values)
         x = x + y
         return x + self.ffn(self.norm2(x)), first_layer_values
+
+
+def make_rotary_block(d_model, n_heads, d_ff, dropout) -> Block:  # As for `Attention` and `FeedForward`
+    "Return a block for rotary positions, without mixing"
+    check_heads(d_model, n_heads, rotary=True)
+    return Block(Attention(d_model, n_heads, dropout), FeedForward(d_model, d_ff, dropout=dropout))
 
 # %% ../../nbs/nn/24_blocks.ipynb #197113de
 def apply_blocks(

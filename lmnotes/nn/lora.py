@@ -153,21 +153,16 @@ def merge_and_unload(lm) -> nn.Module:  # An adapted model
     plain = deepcopy(lm)
     named = dict(lm.named_parameters(remove_duplicate=False))
     for name, layer in lora_layers(lm).items():
-        plain.set_submodule(name, _merged_linear(layer))
+        weight = layer.merged_weight()
+        with torch.device("meta"):  # An `nn.Linear`, or the Conv1D of transformers
+            new = _linear_classes()[1](*weight.shape) if layer.transposed else nn.Linear(*weight.shape[::-1])
+        new.weight = nn.Parameter(weight.t().contiguous() if layer.transposed else weight)
+        new.bias = deepcopy(layer.bias)
+        plain.set_submodule(name, new)
         if sum(p is layer.weight for p in named.values()) > 1:
             plain.cfg = replace(plain.cfg, tie=False)
     plain.lora = None
     return plain.requires_grad_(True)
-
-
-def _merged_linear(layer):
-    "Return an `nn.Linear`, or the Conv1D of transformers, with the update added to its weight"
-    weight = layer.merged_weight()
-    with torch.device("meta"):
-        new = _linear_classes()[1](*weight.shape) if layer.transposed else nn.Linear(*weight.shape[::-1])
-    new.weight = nn.Parameter(weight.t().contiguous() if layer.transposed else weight)
-    new.bias = deepcopy(layer.bias)
-    return new
 
 # %% ../../nbs/nn/25_lora.ipynb #a31d6a13
 ADAPTER_FILES = "adapter_config.json", "adapter_model.safetensors"

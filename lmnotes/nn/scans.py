@@ -13,14 +13,6 @@ from torch.autograd.function import once_differentiable
 
 from .attention import *
 
-# %% ../../nbs/nn/23_scans.ipynb #101cff2f
-def _decayed_scores(q, k, sums):
-    "(…,C,C) decayed products of the queries and keys of a chunk, zero for later keys. `sums`: cumulative log-decays"
-    a, mask = q @ k.mT, causal_mask(q.shape[-2], q.shape[-2], 0, q.device)
-    if sums is None:
-        return a * mask
-    return a * (sums[..., :, None] - sums[..., None, :]).masked_fill(~mask, -torch.inf).exp().to(a.dtype)
-
 # %% ../../nbs/nn/23_scans.ipynb #bb20d33d
 def _pad_end(x, n):
     "Append `n` zero positions, without a copy if `n` is 0"
@@ -33,12 +25,14 @@ def _linear_attention(q, k, v, log_decay, state, C, eps):
     state_dtype = wide if dtype == torch.float16 else dtype  # In which the state is read
     v = F.pad(v, (0, 1), value=1.0)  # The sum over a column of ones is the divisor
     q, k, v = (_pad_end(t, n * C - T).unflatten(2, (n, C)) for t in (q, k, v))
-    sums, decays = None, [1.0] * n
-    if log_decay is not None:
+    scores, mask, decays = q @ k.mT, causal_mask(C, C, 0, q.device), [1.0] * n
+    if log_decay is None:
+        y = (scores * mask) @ v
+    else:
         sums = F.pad(log_decay.to(wide).clamp(-40, 0), (0, n * C - T)).unflatten(2, (n, C)).cumsum(-1)
         decays = sums[..., -1:, None].exp().unbind(2)
-    y = _decayed_scores(q, k, sums) @ v
-    if sums is not None:
+        log_weights = (sums[..., :, None] - sums[..., None, :]).masked_fill(~mask, -torch.inf)
+        y = (scores * log_weights.exp().to(scores.dtype)) @ v
         q, k = (q * sums.exp()[..., None]).to(dtype), (k * (sums[..., -1:] - sums).exp()[..., None]).to(dtype)
     updates = (k.mT @ v).to(wide).unbind(2)
     states = [torch.zeros_like(updates[0]) if state is None else state]
