@@ -12,8 +12,9 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
-from io import StringIO, TextIOBase
+from io import StringIO
 from pathlib import Path
 
 from ..core import *
@@ -21,7 +22,6 @@ from ..inference.evaluation import *
 from ..nn.lm import *
 from .fresh_or_resume_config import *
 from ..runs.folder import *
-from ..runs.folder import run_record_at_step
 from ..runs.run import *
 from ..training.checkpoint import *
 from ..training.trainer import *
@@ -74,11 +74,12 @@ def generate_output_filename(config, vocab_size, at):
     return f"build_llm_output_{name}_{vocab_size}_{steps}_test={test}_{kind}_{how}_OUTPUT_{at}.txt"
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #00440f50
-class TeeOutput(TextIOBase):
-    "Context manager that also writes printed output to a file, line by line"
+class TeeOutput(StringIO):
+    "Context manager that holds the printed output in `getvalue()`, and also writes it to a file, line by line"
 
     def __init__(self, path):
-        self.path, self.text = Path(path), StringIO()
+        super().__init__()
+        self.path = Path(path)
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,20 +93,13 @@ class TeeOutput(TextIOBase):
             self.file.write(f"{kind.__name__}: {error}\n")
         self.file.close()
 
-    def writable(self):
-        return True
-
     def write(self, text):
-        for out in (self.shown, self.file, self.text):
-            out.write(text)
-        return len(text)
+        self.shown.write(text)
+        self.file.write(text)
+        return super().write(text)
 
     def flush(self):
         self.shown.flush()
-
-    def getvalue(self):
-        "All that was printed"
-        return self.text.getvalue()
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #c855dd62
 def write_output_file(
@@ -122,12 +116,9 @@ def write_output_file(
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #f79a4fca
 def parameter_statistics(lm):
     "Return the number of parameters: total, trainable, LoRA adapters, embeddings, frozen"
-    sizes = {name: p.numel() for name, p in lm.named_parameters()}
-    adapters = sum(size for name, size in sizes.items() if name.endswith(("lora_A", "lora_B")))
-    total, trainable = n_params(lm), n_params(lm, trainable=True)
-    return dict(
-        total=total, trainable=trainable, lora=adapters, embeddings=n_embedding_params(lm), frozen=total - trainable
-    )
+    adapters = sum(p.numel() for name, p in lm.named_parameters() if name.endswith(("lora_A", "lora_B")))
+    total, trainable, embeddings = n_params(lm), n_params(lm, trainable=True), n_embedding_params(lm)
+    return dict(total=total, trainable=trainable, lora=adapters, embeddings=embeddings, frozen=total - trainable)
 
 
 class ParameterReport(Hook):
@@ -142,9 +133,7 @@ class ParameterReport(Hook):
         parts = (f"{name} {number:,} ({number / s['total']:.1%})" for name, number in s.items() if name != "total")
         print(f"parameters: total {s['total']:,}, {', '.join(parts)}")
         if s["lora"] and s["total"] < 5_000_000:
-            print(
-                "note: below 5 million parameters, adapters save little and reach less; USE_LORA=False trains everything"
-            )
+            print("note: below 5 million parameters, adapters save little and reach less. USE_LORA=False trains all")
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #f6eb074b
 # Long: the figures that it compares are its own, the evaluation's and the checkpoint's
@@ -246,12 +235,8 @@ def _start_fresh_run(environ, at):
     )
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #10c0f4ab
-def _reserve_run_names(
-    config,
-    at,  # The time, as text
-    runs,  # Folder of a new run (None: no new run)
-) -> str:  # The time, with a number if the names of this second are taken
-    "Create the folders and the log file, which reserves their names"
+def _reserve_run_names(config, at, runs):
+    "Create the folders and the log file. Return the time `at`, with a number if its names are taken (in `runs`, or None)"
     folders = ("checkpoint_dir", "log_dir", *(["output_dir"] if config.enable_output_to_file else []))
     for name in folders:
         try:
@@ -262,13 +247,10 @@ def _reserve_run_names(
             ) from None
     for n in range(1, 1000):
         tried = at if n == 1 else f"{at}-{n}"
-        log = project_path(config.log_dir) / log_filename(config, tried)
-        if not log.exists() and not (runs and (runs / make_run_name(config, tried)).exists()):
-            try:
-                log.touch(exist_ok=False)
-            except FileExistsError:  # Another process has just taken it
-                continue
-            return tried
+        if not (runs and (runs / make_run_name(config, tried)).exists()):
+            with suppress(FileExistsError):
+                (project_path(config.log_dir) / log_filename(config, tried)).touch(exist_ok=False)
+                return tried
     raise ValueError(f"{config.log_dir} has a thousand logs of this second. Choose another LOG_DIR.")
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #c72cd60a
@@ -288,7 +270,9 @@ def _train_with_log(config, at, train):
         print(f"{start}Training Log - Started at {utc_now()}")
         r = train()
         if r.status in ("done", "early_stop"):
-            print(generation_prompt(config) + _generate_text(r, config))
+            prompt = generation_prompt(config)
+            sampling = dict(temperature=config.generation_temperature, top_k=config.generation_top_k)
+            print(prompt + r.generate(prompt, config.max_new_tokens, **sampling))
         if r.status == "interrupted":
             left = config.start_step + config.training_steps - r.step
             print(f"resume with CHECKPOINT_PATH={config.checkpoint_dir}/{r.folder.name} RESUME_STEPS={left}")
@@ -298,12 +282,6 @@ def _train_with_log(config, at, train):
         write_output_file(project_path(config.output_dir) / name, values, tee.getvalue())
         print(f"output written to {config.output_dir}/{name}")
     return r
-
-
-def _generate_text(r, config):
-    "Generate a text with the trained model"
-    sampling = dict(temperature=config.generation_temperature, top_k=config.generation_top_k)
-    return r.generate(generation_prompt(config), config.max_new_tokens, **sampling)
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #89ed31cd
 def _resolve_checkpoint_path(path, environ):

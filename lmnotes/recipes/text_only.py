@@ -101,14 +101,11 @@ def text_run_params(
 # %% ../../nbs/recipes/87_text_only.ipynb #ebd3517a
 SEPARATOR = "=" * 80
 DRY_RUN = "\n*** DRY RUN MODE: Training for only 10 steps ***\n"
-CORPUS_SIZE_ADVICE = (
-    (
-        10_000_000,
-        "less than the 10M that the guide wants for a basic validation: expect a pipeline that works, not a text",
-    ),
-    (100_000_000, "enough to validate the pipeline. The guide recommends 100M and more for meaningful training"),
-    (1_000_000_000, "enough for meaningful training. For quality the guide asks for 1B and more"),
-)
+CORPUS_SIZE_ADVICE = {
+    10_000_000: "less than the 10M that the guide wants for a basic validation: expect a pipeline that works, not a text",
+    100_000_000: "enough to validate the pipeline. The guide recommends 100M and more for meaningful training",
+    1_000_000_000: "enough for meaningful training. For quality the guide asks for 1B and more",
+}
 
 # %% ../../nbs/recipes/87_text_only.ipynb #2e52b97a
 LOG_FORMAT = LogFormat(
@@ -122,9 +119,8 @@ LOG_FORMAT = LogFormat(
 # %% ../../nbs/recipes/87_text_only.ipynb #b7e36f92
 def data_advice(n):
     "Return MultiModalCreature's advice on a corpus of `n` tokens"
-    return f"{n:,} tokens are " + next(
-        (words for size, words in CORPUS_SIZE_ADVICE if n < size), "what the guide wants for quality"
-    )
+    known = (words for size, words in CORPUS_SIZE_ADVICE.items() if n < size)
+    return f"{n:,} tokens are {next(known, 'what the guide wants for quality')}"
 
 # %% ../../nbs/recipes/87_text_only.ipynb #a41bba02
 def _load_data(params):
@@ -184,12 +180,8 @@ def make_checkpoint_contents(
     weights,  # The model's state dict
 ) -> dict:
     "Return the content of a checkpoint file of MultiModalCreature"
-    return dict(
-        step=t.step,
-        model_state_dict=weights,
-        optimizer_state_dict=t.optimizers[0].state_dict(),
-        config=asdict(t.lm.cfg),
-    )
+    optimizer = t.optimizers[0].state_dict()
+    return dict(step=t.step, model_state_dict=weights, optimizer_state_dict=optimizer, config=asdict(t.lm.cfg))
 
 # %% ../../nbs/recipes/87_text_only.ipynb #c1454fc2
 WARNINGS = dict(
@@ -231,10 +223,8 @@ class LossMonitor(Hook):
         if not math.isfinite(t.last_metrics["loss"]):
             self.say("nan", step=t.step)
         if len(self.losses) == self.every:
-            speed = t.last_metrics["rows"] / max(
-                1e-9, statistics.median(self.seconds)
-            )  # The median ignores single slow steps
-            self.look(t.step, statistics.fmean(self.losses), speed)
+            seconds = max(1e-9, statistics.median(self.seconds))  # The median ignores single slow steps
+            self.look(t.step, statistics.fmean(self.losses), t.last_metrics["rows"] / seconds)
             self.losses, self.seconds = [], []
 
     def look(self, step, loss, speed):
@@ -265,9 +255,8 @@ def print_footer(
     "Print MultiModalCreature's closing lines"
     ends = dict(done="Training complete!", dry_run="Training complete!")
     ends["diverged"] = f"Training diverged at step {r.step}. Lower training.optimizer.lr, then resume or start again"
-    print(
-        f"\n{SEPARATOR}\n{ends.get(r.status, f'Training is {r.status} at step {r.step}. Resume with resume=True')}\n{SEPARATOR}"
-    )
+    end = ends.get(r.status, f"Training is {r.status} at step {r.step}. Resume with resume=True")
+    print(f"\n{SEPARATOR}\n{end}\n{SEPARATOR}")
 
 # %% ../../nbs/recipes/87_text_only.ipynb #1778ebf7
 PACKAGES = "torch", "transformers", "tokenizers", "papermill", "PyYAML"
@@ -293,21 +282,23 @@ def checklist(
 ) -> list:  # A dict(item, here) per row
     "Check the items of MultiModalCreature's checklist before training"
     rows = {"environment verified, dependencies installed": check_environment()[-1]["found"]}
-    settings = _add_checklist_row(
-        rows, "configuration reviewed", lambda: load_text_config(config), lambda s: f"{config} can be read"
-    )
+
+    def check(item, look, words):
+        "Add a row with the result of a check, or with what you have to do"
+        try:
+            found = look()
+            rows[item] = words(found)
+            return found
+        except (ValueError, OSError) as e:
+            rows[item] = f"to do: {e}"
+
+    settings = check("configuration reviewed", lambda: load_text_config(config), lambda _: f"{config} can be read")
     fits, settings = settings is not None, settings or DEFAULT_SETTINGS
-    params = _add_checklist_row(
-        rows, "device", lambda: text_run_params(settings, data), lambda params: params["device"]
-    )
-    found = params and _add_checklist_row(rows, "training data prepared", lambda: _load_data(params), _describe_tokens)
-    if found and fits:
-        _add_checklist_row(
-            rows,
-            "one vocabulary",
-            lambda: _check_vocab(settings, data, found.tokenizer),
-            lambda _: found.tokenizer.name,
-        )
+    params = check("device", lambda: text_run_params(settings, data), lambda params: params["device"])
+    opened = params and check("training data prepared", lambda: _load_data(params), _describe_tokens)
+    if opened and fits:
+        tokenizer = opened.tokenizer
+        check("one vocabulary", lambda: _check_vocab(settings, data, tokenizer), lambda _: tokenizer.name)
     rows["dry run"] = (
         f"papermill nbs/recipes/text_only.ipynb -p config {config} -p data {data or 'TOKENS'} -p dry_run True"
     )
@@ -315,16 +306,6 @@ def checklist(
     rows["generation script"] = "the last cells of the recipe" + ("" if done else ", once there is a model_final.pt")
     return [dict(item=item, here=here) for item, here in rows.items()]
 
-# %% ../../nbs/recipes/87_text_only.ipynb #afcbff4d
-def _describe_tokens(found):
-    return f"{sum(len(t) for t in found.tokens.values()):,} tokens"
 
-
-def _add_checklist_row(rows, item, look, words):
-    "Add a row with the result of a check, or with what you have to do"
-    try:
-        found = look()
-        rows[item] = words(found)
-        return found
-    except (ValueError, OSError) as e:
-        rows[item] = f"to do: {e}"
+def _describe_tokens(data):
+    return f"{sum(len(t) for t in data.tokens.values()):,} tokens"
