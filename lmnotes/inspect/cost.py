@@ -84,12 +84,6 @@ def _measure_memory(trainer, piece):
     )
 
 # %% ../../nbs/inspect/71_cost.ipynb #d2565d48
-def _run_untimed_steps(trainer):
-    "Train until each optimizer has taken a step"
-    while trainer.step < 20 and not all(opt.state for opt in trainer.optimizers):
-        trainer.fit(trainer.step + 1)
-
-
 def _step_seconds(trainer, seconds):
     "Return the median seconds per step, measured for about `seconds` after one untimed step"
     trainer.fit(trainer.step + 1)
@@ -111,7 +105,8 @@ def measure_step(
     "Measure the memory (by purpose and at its peak) and the time of a training step"
     with torch.random.fork_rng(devices=[device] if device.startswith("cuda") else []):
         trainer = Trainer(deepcopy(lm), batches, replace(cfg, compile=False), (), device)
-        _run_untimed_steps(trainer)
+        while trainer.step < 20 and not all(opt.state for opt in trainer.optimizers):
+            trainer.fit(trainer.step + 1)
         piece = batches[0].micro_batches(cfg.accum)[0]
         memory = _measure_memory(trainer, piece)
         if cfg.compile:  # A compiled step can be timed, but its operations cannot be watched
@@ -129,9 +124,9 @@ def _format_bytes(n):
 
 def _format_seconds(seconds):
     "Return a duration as text, for example 12.3 ms, 4.5 s, 3m20s"
-    return (
-        f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.1f} s" if seconds < 60 else format_duration(seconds)
-    )
+    if seconds < 1:
+        return f"{1e3 * seconds:.3g} ms"
+    return f"{seconds:.1f} s" if seconds < 60 else format_duration(seconds)
 
 
 def _memory_rows(cost, T):

@@ -11,7 +11,6 @@ import html
 from ..data.batches import *
 from ..inference.evaluation import *
 from .attention import *
-from .attention import plot_run_attention
 from .routing import *
 from .thinking import SupportsThinking, inspect_thinking, plot_thinking
 from .tokens import *

@@ -111,12 +111,6 @@ def show_tokens(
     return HtmlDisplay(_BOX.format(body), f"{head}\n{_wrap_columns(columns, 100)}")
 
 # %% ../../nbs/inspect/70_tokens.ipynb #b41a4587
-def _batch_cells(tokenizer, batch, rows, n):
-    "Return (position, [(input id, target id) of each row]) for the first `n` positions"
-    length = min(n, batch.x.shape[1])
-    return [(t, [(int(batch.x[r, t]), int(batch.y[r, t])) for r in range(rows)]) for t in range(length)]
-
-
 def _html_table(heads, rows):
     "Return an HTML table of HTML fragments"
     style = 'style="text-align: left; padding: 0 1em 0 0"'
@@ -124,17 +118,15 @@ def _html_table(heads, rows):
     return "<table>" + "".join(f"<tr>{''.join(line)}</tr>" for line in lines) + "</table>"
 
 
-def _batch_html(tokenizer, cells, heads):
-    "Return the cells as an HTML table in which each id has a fixed colour"
-
-    def cell(i):
-        return _span("—", title="no target") if i == IGNORE_INDEX else _token_html(tokenizer, i)
-
-    return _html_table(heads, [[str(t), *(cell(i) for pair in pairs for i in pair)] for t, pairs in cells])
+def _id_texts(tokenizer, ids):
+    return ["—" if i == IGNORE_INDEX else token_text(tokenizer, i) for i in ids]
 
 
-def _token_html(tokenizer, i):
-    return _span(token_text(tokenizer, i), _background_style(i * 137.508 % 360), f"id {i}")
+def _id_spans(tokenizer, ids):
+    "Yield ids as HTML. Each id has a fixed colour"
+    for i, text in zip(ids, _id_texts(tokenizer, ids)):
+        style, title = ("", "no target") if i == IGNORE_INDEX else (_background_style(i * 137.508 % 360), f"id {i}")
+        yield _span(text, style, title)
 
 # %% ../../nbs/inspect/70_tokens.ipynb #672a70a0
 def _describe_batch(batch):
@@ -153,25 +145,14 @@ def show_batch(
     n=24,  # Number of positions to show
 ) -> HtmlDisplay:
     "Show the first positions of a batch: input and target of each sequence"
-    rows = min(rows, len(batch.x))
-    cells = _batch_cells(tokenizer, batch, rows, n)
+    rows, head = min(rows, len(batch.x)), _describe_batch(batch)
     heads = ["position", *(f"{column}, row {r}" for r in range(rows) for column in ("input", "target"))]
-    texts = [
-        [str(t), *("—" if i == IGNORE_INDEX else token_text(tokenizer, i) for pair in pairs for i in pair)]
-        for t, pairs in cells
-    ]
-    head = _describe_batch(batch)
-    table = Table(dict(zip(heads, line)) for line in texts)
-    return HtmlDisplay(_BOX.format(html.escape(head) + _batch_html(tokenizer, cells, heads)), f"{head}\n{table}")
+    ids = torch.stack((batch.x, batch.y), -1)[:rows, :n].transpose(0, 1).flatten(1).tolist()  # A list per position
+    table = Table(dict(zip(heads, [str(t), *_id_texts(tokenizer, line)])) for t, line in enumerate(ids))
+    listed = _html_table(heads, [[str(t), *_id_spans(tokenizer, line)] for t, line in enumerate(ids)])
+    return HtmlDisplay(_BOX.format(html.escape(head) + listed), f"{head}\n{table}")
 
 # %% ../../nbs/inspect/70_tokens.ipynb #7e62c4bc
-def _check_causal(lm):
-    if not lm.causal:
-        raise ValueError(
-            f"arch={lm.arch!r} is not causal: its tokens have no conditional probabilities. Use `evaluate`."
-        )
-
-
 @torch.no_grad()
 def _log_probabilities(lm, ids, first):
     "Return (N,V) log-probabilities for the ids from index `first`, each given the ids before it"
@@ -197,7 +178,10 @@ def token_probabilities(
     n_alternatives=5,  # Number of most likely tokens to return for each position
 ) -> list:  # A dict(id, text, p, nats, rank, best [(id, p), …]) per token. Rank 1 is the most likely
     "Return the probability of each token of a text"
-    _check_causal(lm)
+    if not lm.causal:
+        raise ValueError(
+            f"arch={lm.arch!r} is not causal: its tokens have no conditional probabilities. Use `evaluate`."
+        )
     before, ids = ([int(i) for i in part] for part in (encode_prompt(tokenizer, context), tokenizer.encode(text)))
     if not ids:
         raise ValueError(f"text={text!r} has no token. Pass a longer text")

@@ -9,7 +9,6 @@ __all__ = ['system2_diagnostics', 'print_system2_diagnostics']
 import torch
 
 from ..inspect.thinking import *
-from ..inspect.thinking import check_ids_2d, check_supports_thinking, with_thinking_steps
 
 # %% ../../nbs/recipes/83_agiformer.ipynb #471c7940
 def _diagnosis(magnitude):

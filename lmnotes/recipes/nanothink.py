@@ -22,7 +22,6 @@ from ..inference.evaluation import *
 from ..nn.lm import *
 from ..nn.vector_store import VectorStore
 from .nanothink_checkpoints import *
-from .nanothink_checkpoints import move_files, unused_folder_name, write_text_files
 from ..runs.config import *
 from ..runs.data import *
 from ..runs.folder import *
