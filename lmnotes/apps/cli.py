@@ -268,23 +268,18 @@ def _run_cell(source, where, names):
             print(value)
 
 # %% ../../nbs/apps/92_cli.ipynb #8556a6ff
-def _notebook_parameters(path, given):
-    "Return the parameters of a notebook, and raise unless the given ones fit"
-    if not Path(path).is_file() or Path(path).suffix != ".ipynb":
-        raise ValueError(f"path={path!r}: there is no such notebook. Give the path of an .ipynb file")
-    check_parameters(path, given)
-    return notebook_parameters(path)
-
-
 def notebook_command(args):
     from lmnotes.runs.load import Run
     from lmnotes.training.trainer import rank_and_world_size
 
     if wrong := [word for word in args.params if "=" not in word]:
         raise ValueError(f"params has {wrong[0]!r}, which is not NAME=VALUE")
+    if not Path(args.path).is_file() or Path(args.path).suffix != ".ipynb":
+        raise ValueError(f"path={args.path!r}: there is no such notebook. Give the path of an .ipynb file")
     kinds = {"int": lambda text: int(float(text)), "float": float, "bool": lambda text: text.lower() in ("true", "1")}
     given = dict(word.split("=", 1) for word in args.params)
-    known = _notebook_parameters(args.path, given)
+    check_parameters(args.path, given)
+    known = notebook_parameters(args.path)
     given = {name: kinds.get(known[name], str)(text) for name, text in given.items()}
     with redirect_stdout(sys.stdout if rank_and_world_size()[0] == 0 else open(os.devnull, "w")):
         names = run_notebook(args.path, given)
@@ -360,28 +355,23 @@ def execute_command(argv) -> int:  # Words after `lmnotes`
         return 0 if name else 2
     if name not in COMMANDS:
         return _report_error(f"{name!r} is not a command; {closest_or_all(name, COMMANDS)}", 2)
-    command = os.environ.get("LMNOTES_COMMAND", f"{_program()} train")
-    with set_environment(LMNOTES_COMMAND=command):
-        return _execute(COMMANDS[name], argv[1:])
-
-# %% ../../nbs/apps/92_cli.ipynb #3995b2ce
-def _program():
-    "Return the words that start this program again"
-    if Path(sys.argv[0]).name == "__main__.py":
-        return f"{sys.executable} -m lmnotes"
-    return "lmnotes" if shutil.which("lmnotes") or Path(sys.argv[0]).name != "lmnotes" else sys.argv[0]
-
-
-def _execute(command, argv):
     import torch
 
     from lmnotes.core import OutOfMemory, RunLocked
 
     try:
-        return command(argv)
+        with set_environment(LMNOTES_COMMAND=os.environ.get("LMNOTES_COMMAND", f"{_program()} train")):
+            return COMMANDS[name](argv[1:])
     except (ValueError, RunLocked, FileNotFoundError) as e:
         return _report_error(e, 2)
     except (OutOfMemory, torch.OutOfMemoryError) as e:
         return _report_error(e, 4)
     except KeyboardInterrupt:
         return 130
+
+
+def _program():
+    "Return the words that start this program again"
+    if Path(sys.argv[0]).name == "__main__.py":
+        return f"{sys.executable} -m lmnotes"
+    return "lmnotes" if shutil.which("lmnotes") or Path(sys.argv[0]).name != "lmnotes" else sys.argv[0]

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #9a64f295
@@ -72,15 +72,14 @@ def given_parameters(
     import yaml
 
     readers = {
-        "-b": lambda text: yaml.safe_load(base64.b64decode(text)),
-        "-f": lambda path: yaml.safe_load(Path(path).read_text(encoding="utf-8")),
-        "-y": yaml.safe_load,
+        ("-b", "--parameters_base64"): lambda text: yaml.safe_load(base64.b64decode(text)),
+        ("-f", "--parameters_file"): lambda path: yaml.safe_load(Path(path).read_text(encoding="utf-8")),
+        ("-y", "--parameters_yaml"): yaml.safe_load,
     }
-    long_names = {"--parameters_base64": "-b", "--parameters_file": "-f", "--parameters_yaml": "-y"}
     found = {}
-    for short, read in readers.items():
+    for names, read in readers.items():
         for name, values in options:
-            if long_names.get(name, name) == short and values:
+            if name in names and values:
                 found.update(read(values[0]) or {})
     found.update(values for name, values in options if name in TWO_VALUES and len(values) == 2)
     return found
@@ -98,10 +97,8 @@ def last_run(
             return name
     times = {}
     for record in checkpoints.glob("*/run.json"):
-        try:
+        with suppress(ValueError, KeyError, TypeError):
             times[record.parent.name] = json.loads(record.read_bytes())["updated"]
-        except (ValueError, KeyError, TypeError):
-            continue
     if not times:
         raise ValueError(f"there is no run in {checkpoints} to resume. Leave out `-p resume True` to start one")
     return max(times, key=times.get)
@@ -114,26 +111,23 @@ def make_run_folder(
     moment = time.strftime("%Y%m%d-%H%M%S")
     for number in range(1, 1000):
         name = moment if number == 1 else f"{moment}-{number}"
-        try:
+        with suppress(FileExistsError):
             (Path(checkpoints) / name).mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return name
+            return name
     raise ValueError(f"{checkpoints} has a thousand runs of this second. Name yours with `-p run NAME`")
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #b4a407c4
 def _read_parameter_cells(notebook):
-    "Return the sources of the cells tagged `parameters`"
+    "Return the source of the cells tagged `parameters`"
     cells = json.loads(Path(notebook).read_bytes())["cells"]
-    return ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    return "\n".join("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
 
 
 def notebook_parameters(
     notebook,  # Path of a notebook
 ) -> dict:  # {name: annotation, or '' without one}
     "Return the parameters of a notebook"
-    sources = _read_parameter_cells(notebook)
-    return {name: kind for s in sources for name, kind in re.findall(r"^(\w+)(?: *: *(\w+))? *=", s, re.M)}
+    return dict(re.findall(r"^(\w+)(?: *: *(\w+))? *=", _read_parameter_cells(notebook), re.M))
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #bed0f66f
 def is_training_notebook(notebook) -> bool:
@@ -143,8 +137,8 @@ def is_training_notebook(notebook) -> bool:
 
 def default_run_name(notebook) -> str:
     "Return the default of a notebook's parameter `run`, '' if there is none"
-    sources = _read_parameter_cells(notebook)
-    return next((name for s in sources for name in re.findall(r"^run\b[^=\n]*= *[\"']([^\"'\n]*)[\"']", s, re.M)), "")
+    found = re.search(r"^run\b[^=\n]*= *[\"']([^\"'\n]*)[\"']", _read_parameter_cells(notebook), re.M)
+    return found[1] if found else ""
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #d1206c36
 def find_runs_folder(
@@ -225,11 +219,8 @@ def check_parameters(
             raise ValueError(f"{name}={value!r} in {Path(notebook).name} is not {kind}")
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #e6a75c80
-def _convert_arguments(
-    argv,  # The command line, program name first
-    kinds,  # {parameter: annotation}
-):  # The command line, with `-r` for strings and True or False for booleans
-    "Rewrite the values on a command line in the types that the notebook annotates"
+def _convert_arguments(argv, kinds):
+    "Return a command line with `-r` for strings, and True or False for booleans. `kinds` are {parameter: annotation}"
     argv = [*argv]
     for i, word in enumerate(argv[:-2]):
         kind = kinds.get(argv[i + 1]) if word in ("-p", "-r") else ""
@@ -350,9 +341,7 @@ def make_kernel_class(
         @classmethod
         def pid(cls):
             "Return the process id of the kernel, or None before it has one"
-            if cls.running is None or not cls.running.has_kernel:
-                return None
-            return cls.running.provisioner.pid
+            return cls.running.provisioner.pid if cls.running and cls.running.has_kernel else None
 
     return Kernel
 

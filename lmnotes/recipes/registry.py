@@ -6,7 +6,7 @@
 __all__ = ['RECIPE_COMMANDS', 'SAMPLING_PRESETS', 'from_env_command', 'generate_config']
 
 # %% ../../nbs/recipes/90_registry.ipynb #97145f1c
-from dataclasses import dataclass, fields
+from dataclasses import fields, make_dataclass
 
 # %% ../../nbs/recipes/90_registry.ipynb #4f02c541
 def from_env_command() -> tuple:  # (dataclass of options, function that trains and returns a `Run`)
@@ -14,13 +14,9 @@ def from_env_command() -> tuple:  # (dataclass of options, function that trains 
     from lmnotes.recipes.fresh_or_resume import from_env
     from lmnotes.recipes.fresh_or_resume_config import TrainingConfig
 
-    @dataclass
-    class FromEnv:
-        __doc__ = "Train with the settings in environment variables: CHECKPOINT_PATH, RESUME_STEPS, " + ", ".join(
-            f.name.upper() for f in fields(TrainingConfig) if f.name != "start_step"
-        )
-
-    return FromEnv, from_env
+    names = ", ".join(f.name.upper() for f in fields(TrainingConfig) if f.name != "start_step")
+    summary = f"Train with the settings in environment variables: CHECKPOINT_PATH, RESUME_STEPS, {names}"
+    return make_dataclass("FromEnv", [], namespace=dict(__doc__=summary)), from_env
 
 
 RECIPE_COMMANDS = {"from-env": from_env_command}
