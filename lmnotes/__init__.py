@@ -2,37 +2,20 @@
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # What type checkers and editors see
-    from .data.datasets import get_corpus
-    from .data.tokenizer_files import get_tokenizer, load_tokenizer
-    from .data.tokens import open_tokens
-    from .inference.evaluation import evaluate
-    from .inference.generation import generate, stream
-    from .nn.lm import archs, new_lm
-    from .recipes.fresh_or_resume import from_env
-    from .runs.folder import fork
-    from .runs.load import load
-    from .runs.monitor import attach
-    from .runs.run import run
+if TYPE_CHECKING:  # What type checkers and editors see (`as` makes a name public)
+    from .data.datasets import get_corpus as get_corpus
+    from .data.tokenizer_files import get_tokenizer as get_tokenizer, load_tokenizer as load_tokenizer
+    from .data.tokens import open_tokens as open_tokens
+    from .inference.evaluation import evaluate as evaluate
+    from .inference.generation import generate as generate, stream as stream
+    from .nn.lm import archs as archs, new_lm as new_lm
+    from .recipes.fresh_or_resume import from_env as from_env
+    from .runs.folder import fork as fork
+    from .runs.load import load as load
+    from .runs.monitor import attach as attach
+    from .runs.run import run as run
 
 __version__ = "0.1.0"
-__all__ = [
-    "run",
-    "load",
-    "attach",
-    "fork",
-    "from_env",
-    "generate",
-    "stream",
-    "evaluate",
-    "new_lm",
-    "archs",
-    "get_corpus",
-    "get_tokenizer",
-    "load_tokenizer",
-    "open_tokens",
-]
-
 _HOMES = dict(
     run="runs.run",
     load="runs.load",
@@ -49,6 +32,7 @@ _HOMES = dict(
     load_tokenizer="data.tokenizer_files",
     open_tokens="data.tokens",
 )
+__all__ = list(_HOMES)
 
 
 def __getattr__(name):
