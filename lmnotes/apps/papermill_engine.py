@@ -85,9 +85,7 @@ def given_parameters(
     return found
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #b1b65268
-def last_run(
-    checkpoints,  # Folder of all runs
-) -> str:
+def last_run(checkpoints) -> str:  # Folder of all runs
     "Return the name of the most recent run"
     checkpoints = Path(checkpoints)
     noted = checkpoints / ".last"
@@ -381,9 +379,7 @@ class GracefulEngine:
                 return NBClientEngine.execute_notebook(nb, kernel_name, kernel_manager_class=kernel, **options)
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #a9462b8b
-def is_papermill(
-    program,  # `sys.argv[0]`
-) -> bool:
+def is_papermill(program) -> bool:  # `sys.argv[0]`
     "Return True if `papermill` or `python -m papermill` is running"
     program = Path(program)
     return program.stem == "papermill" or (program.stem == "__main__" and program.parent.name == "papermill")

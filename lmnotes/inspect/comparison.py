@@ -67,9 +67,7 @@ def _format_number(x, decimals=0):
     return f"{x:.2g}" if 0 < x < 10 ** (1 - decimals) else f"{x:,.{decimals}f}"
 
 # %% ../../nbs/inspect/77_comparison.ipynb #bfd9a45c
-def comparison_table(
-    c,  # A `Comparison`
-) -> Table:
+def comparison_table(c) -> Table:  # A `Comparison`
     "Tabulate the results of a comparison, the best first"
     rows = comparison_results(c)
     fastest = min((row["seconds"] for row in rows if row["whole"]), default=math.inf)

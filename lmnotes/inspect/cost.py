@@ -156,9 +156,7 @@ def cost_table(
     return Table(dict(zip(("item", "value", "source"), line)) for line in lines)
 
 # %% ../../nbs/inspect/71_cost.ipynb #414feb4a
-def estimate_cost(
-    s,  # A `RunSetup`
-) -> "Table | str":
+def estimate_cost(s) -> "Table | str":  # A `RunSetup`
     "Tabulate the memory and time of a run before it starts. Headless runs skip the measurement"
     if is_headless():
         return "skipped in headless runs. Pass dry_run=True to measure"

@@ -18,19 +18,16 @@ from ..nn.lm import *
 from ..runs.data import *
 
 # %% ../../nbs/inspect/76_report.ipynb #66be672c
-def summarize_run(
-    r,  # A `Run`
-) -> Table:
+def summarize_run(r) -> Table:  # A `Run`
     "Summarize a run: status, model, data, losses and speed"
     last, train = r.result.get("last", {}), [m for m in r.metrics if m["split"] == "train"]
+    unit = " nats per token" if "ppl" in last else ""
     rows = {
         "status": f"{r.status} at step {r.step:,} of {r.config.steps:,}",
         "model": f"{r.config.arch}, {n_params(r.lm):,} parameters",
         "data": f"{r.info['data']['what']}, {r.info['data']['tokens']['train']:,} training tokens ({r.tokenizer.name})",
         "tokens trained on": r.info.get("tokens", 0),
-        "validation loss": format_with_error(last, "loss", "stderr") + (" nats per token" if "ppl" in last else "")
-        if last
-        else "not evaluated",
+        "validation loss": format_with_error(last, "loss", "stderr") + unit if last else "not evaluated",
         "perplexity": format_perplexity(last),
         "bits per byte": format_with_error(last, "bpb", "bpb_stderr") if "bpb" in last else "",
         "best validation": f"step {r.result['best_step']:,}" if r.result.get("best") is not None else "",

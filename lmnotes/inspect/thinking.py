@@ -197,11 +197,9 @@ def summarize_thinking(
     if steps not in known:
         raise ValueError(f"steps={steps} is not in these rows, which have steps {known}")
     row, fresh = by_steps["trained", steps], by_steps["untrained", steps]
-    error = row.get("saved_stderr", float("inf"))
-    effect = (
-        "save" if row["saved"] > 2 * error else "cost" if row["saved"] < -2 * error else "make no clear difference:"
-    )
-    size = format_with_error({**row, "saved": abs(row["saved"])}, "saved", "saved_stderr")
+    saved, error = row["saved"], row.get("saved_stderr", float("inf"))
+    effect = "save" if saved > 2 * error else "cost" if saved < -2 * error else "make no clear difference:"
+    size = format_with_error({**row, "saved": abs(saved)}, "saved", "saved_stderr")
     note = "" if "saved_stderr" in row else " (one batch, so without a standard error)"
     return (
         f"{steps} thinking steps {effect} {size} bits per byte{note}. "

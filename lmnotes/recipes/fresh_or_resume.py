@@ -28,9 +28,7 @@ from ..training.trainer import *
 from ..training.weights import *
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #420cae03
-def get_data_source_name(
-    training_data_source,  # A path or a corpus name
-):
+def get_data_source_name(training_data_source):  # A path or a corpus name
     "Return the name of the data file without its suffix"
     return Path(training_data_source).stem[:80] or "text"
 

@@ -152,9 +152,7 @@ def expert_spec(
     return ",".join([arch, *fields])
 
 # %% ../../nbs/recipes/89_nanothink.ipynb #4fff824b
-def check_experts_share_tokenizer(
-    experts,  # {path: content} from `read_checkpoint_file`
-):
+def check_experts_share_tokenizer(experts):  # {path: content} from `read_checkpoint_file`
     "Raise `TokenizerError` unless all experts were trained with the same tokenizer"
     (first, one), *others = experts.items()
     a = one["run"]["tokenizer"]
@@ -168,9 +166,7 @@ def check_experts_share_tokenizer(
             )
 
 # %% ../../nbs/recipes/89_nanothink.ipynb #8f67e8fe
-def relative_to_project(
-    path,  # A `Path`
-) -> str:
+def relative_to_project(path) -> str:  # A `Path`
     "Return a path relative to the project, or unchanged if it is outside of it"
     return str(path.relative_to(project_root()) if path.is_relative_to(project_root()) else path)
 
@@ -215,10 +211,7 @@ class SaveVectorStore(Hook):
 
     file_patterns = ("memory.safetensors",)
 
-    def __init__(
-        self,
-        folder,  # Run folder
-    ):
+    def __init__(self, folder):  # Run folder
         self.path, self.written = Path(folder) / self.file_patterns[0], False
 
     def after_step(self, t):
@@ -253,18 +246,14 @@ def load_best(
 ):  # A `Run`
     "Return a run at its best checkpoint, or unchanged if the run folder has none; print which"
     if not (r.folder / "best").exists():
-        print(
-            f"the last, of step {r.step:,}; {r.folder.name} holds no best checkpoint, look for the .pt file next to it"
-        )
+        print(f"the last, of step {r.step:,}; {r.folder.name} has no best checkpoint, look for the .pt file next to it")
         return r
     best = load(r.folder, "best", device)
     print(f"the best by validation, of step {best.step:,}; the run has come to step {r.step:,}")
     return best
 
 
-def domain_table(
-    r,  # A `Run`
-) -> Table:
+def domain_table(r) -> Table:  # A `Run`
     "Return the validation metrics of a run by domain"
     return Table(
         {

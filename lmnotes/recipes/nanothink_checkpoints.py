@@ -22,10 +22,8 @@ from ..training.checkpoint import *
 from ..training.trainer import *
 
 # %% ../../nbs/recipes/88_nanothink_checkpoints.ipynb #c1264c1d
-def content_hash(
-    value,  # Nested dicts, lists, tuples, plain values and tensors
-) -> str:
-    "Return the SHA-256 of nested dicts, lists, plain values and tensors, in hex"
+def content_hash(value) -> str:
+    "Return the SHA-256 of nested dicts, lists, tuples, plain values and tensors, in hex"
     h = hashlib.sha256()
 
     def add(value):
@@ -69,10 +67,7 @@ def read_checkpoint_file(
     return content
 
 # %% ../../nbs/recipes/88_nanothink_checkpoints.ipynb #058825c0
-def check_content_hash(
-    content,  # From `read_checkpoint_file`
-    path,  # For the error message
-):
+def check_content_hash(content, path):  # From `read_checkpoint_file`, and the path for the error message
     "Raise `CheckpointError` if a checkpoint has changed since it was written"
     if content_hash({n: v for n, v in content.items() if n != "sha256"}) != content["sha256"]:
         raise CheckpointError(f"{path}: damaged, its content is not what was written (SHA-256 differs)")
@@ -154,9 +149,7 @@ def _requested_checkpoint(folder, resume):
         raise CheckpointError(message)
     content = read_checkpoint_file(path)
     if (name := content["run"]["config"]["run"]) != folder.name:
-        raise CheckpointError(
-            f"{path}: a checkpoint of the run {name!r}, not of {folder.name!r}; give one of the latter"
-        )
+        raise CheckpointError(f"{path}: a checkpoint of the run {name!r}, not of {folder.name!r}; give another")
     check_content_hash(content, path)
     return path, content
 
@@ -226,10 +219,7 @@ def _restore_run_folder(content, path, folder, newest):
         print(f"the run had reached step {newest}; moved that state to {aside.name}")
 
 # %% ../../nbs/recipes/88_nanothink_checkpoints.ipynb #f11823d2
-def write_text_files(
-    folder,  # Created if it does not exist
-    texts,  # {file name: text}
-):
+def write_text_files(folder, texts):  # A folder, created if it does not exist, and {file name: text}
     "Write text files into a folder"
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
@@ -252,11 +242,8 @@ def unused_folder_name(folder) -> Path:
     return next(p for n in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}-{n}")).exists())
 
 
-def move_files(
-    files,  # Paths
-    to,  # Folder, created if it does not exist
-) -> Path:  # The folder
-    "Move files into a folder"
+def move_files(files, to) -> Path:  # Paths, and a folder, created if it does not exist
+    "Move files into a folder, and return the folder"
     to.mkdir(exist_ok=True)
     for p in files:
         os.replace(p, to / p.name)

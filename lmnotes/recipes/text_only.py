@@ -249,9 +249,7 @@ def make_hooks(settings):
     ]
 
 
-def print_footer(
-    r,  # A `Run`
-):
+def print_footer(r):  # A `Run`
     "Print MultiModalCreature's closing lines"
     ends = dict(done="Training complete!", dry_run="Training complete!")
     ends["diverged"] = f"Training diverged at step {r.step}. Lower training.optimizer.lr, then resume or start again"
