@@ -1,7 +1,7 @@
 """Batches: cost of making one, as a share of a training step of the 0.8 M parameter model.
 
-We make batches of 12 x 64 characters from the memory-mapped token file, one per step: random sequences (lmnotes' default),
-sequences in epochs, and nanoGPT's stack of slices. One thread.
+Each step makes one batch of 12 x 64 characters from the memory-mapped token file: random sequences (lmnotes' default),
+sequences in epochs, or nanoGPT's stack of slices. All run on one thread.
 """
 
 from common import load_corpus, timing_columns, report, interleave, min_cpu, parse_options, build_parts  # isort: skip

@@ -1,12 +1,13 @@
 """AGIFORMER's model, reduced (d_model 128, 4 layers, 1,000 steps of 4 x 1,024 bytes), against `arch='bytepatch'`.
 
-The peer is a plain implementation of AGIFORMER's model in float32. It builds the window mask at each call and computes all N x N
-scores. Its linear attention stores the running sum of outer products for every position. torch's GRU reads, for each byte, the
-embedding concatenated with the latent of the patch. Its weights load into ours and vice versa. First we train all models interleaved
-and time them. Then we train all but the peer to the end: preset `agiformer` with AGIFORMER's recipe (AdamW at a constant 3e-4 after
-100 steps), the same preset with lmnotes' own optimizer and schedule, the default `bytepatch`, and a decoder of single bytes. We evaluate
-on the whole validation split, 5% of the bytes after the first 90%. The data is the source of the standard library, which comes with
-every Python. `--data bytes:PATH` takes any file.
+The peer is a plain implementation of AGIFORMER's model in float32. It builds the window mask at each call and computes
+all N x N scores. Its linear attention stores the running sum of outer products for every position. For each byte,
+torch's GRU reads the embedding concatenated with the latent of the patch. The peer's weights load into our model and
+vice versa. First we train all models interleaved and time them. Then we train all but the peer to the end: preset
+`agiformer` with AGIFORMER's recipe (AdamW at a constant 3e-4 after 100 steps), the same preset with lmnotes' own
+optimizer and schedule, the default `bytepatch`, and a decoder of single bytes. We evaluate on the whole validation
+split, 5% of the bytes after the first 90%. The data is the source of the standard library, which comes with every
+Python. `--data bytes:PATH` takes any file.
 """
 
 from common import load_corpus, timing_columns, report, interleave, min_cpu, parse_options, build_parts  # isort: skip
@@ -140,7 +141,7 @@ class Bytes(nn.Module):
 
 
 class GuideModel(nn.Module):
-    "AGIFORMER's model, implemented plainly"
+    "Plain implementation of AGIFORMER's model"
 
     def __init__(self, d_model, n_layers, n_heads=8, patch_size=4, window=128, thinking_steps=3, dropout=0.1):
         super().__init__()

@@ -85,7 +85,7 @@ def interleave(
 
 
 def min_cpu(clocks):
-    "Return the least CPU seconds of several timings, which background load disturbs least"
+    "Return the minimum CPU seconds of several timings, which background load affects least"
     return min(clock.cpu for clock in clocks)
 
 

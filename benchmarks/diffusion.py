@@ -19,7 +19,7 @@ from lmnotes.training.trainer import Trainer
 
 @torch.no_grad()
 def plain(lm, prompts, steps, seed):
-    "Ancestral sampling of one sequence per prompt, with a network call at each step"
+    "Sample one sequence per prompt by ancestral sampling, with a network call at each step"
     n_ids, n = lm.cfg.vocab_size, lm.cfg.ctx_len + 1 - len(prompts[0])
     given = torch.tensor(prompts)
     x = torch.cat([given, torch.full((len(given), n), n_ids)], 1)

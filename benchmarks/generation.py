@@ -1,9 +1,9 @@
 """Generation: 192 new tokens from a 10.7 M parameter model, with and without the KV cache.
 
-The peer is nanoGPT's loop, which recomputes everything for each token, in float32. lmnotes generates with its KV cache, in float32 and
-with bfloat16 weights (`lm.bfloat16()`): when generating one token after another, most of the time is spent on reading the weights, and
-bfloat16 halves their size. The goal applies to the faster of the two. The same model without the cache shows, in float32, that the
-cache changes no token. All use greedy decoding.
+The peer is nanoGPT's loop, which recomputes everything for each token, in float32. lmnotes generates with its KV cache,
+in float32 and with bfloat16 weights (`lm.bfloat16()`): generating one token at a time spends most of its time on
+reading the weights, and bfloat16 halves their size. The goal applies to the faster of the two. The same model without
+the cache shows, in float32, that the cache changes no token. All of them decode greedily.
 """
 
 from common import load_corpus, timing_columns, report, interleave, min_cpu, parse_options, build_parts  # isort: skip

@@ -1,10 +1,11 @@
 """Memory of one step of 32 x 2048 tokens over 50,257 ids, the batch of MultiModalCreature's text-only training, part by part.
 
-We measure the loss of the `streams` model, forward and backward, as the growth of the peak memory of a new process. `--rows 32` is the
-full batch (five CPU minutes). Fewer rows show that only tensors of the size of the hidden states grow with the rows. We count the tensors
-saved for the transformer's backward pass with one and two rows, and extrapolate from the difference. The goal is a GPU with 24 GB, on which
-MultiModalCreature's own code, which holds several copies of all logits, did not fit. We measure in bfloat16, the dtype for such a GPU,
-and in float32. No GPU is used: the numbers count the memory of CPU kernels, and GPU kernels may differ.
+We measure the loss of the `streams` model, forward and backward, as the growth of the peak memory of a new process.
+`--rows 32` is the full batch (five CPU minutes). Fewer rows show that only tensors of the size of the hidden states
+grow with the rows. We count the tensors saved for the transformer's backward pass with one and two rows, and
+extrapolate from the difference. The goal is a step that fits on a GPU with 24 GB. MultiModalCreature's own code, which
+holds several copies of all logits, did not fit. We measure in bfloat16, the dtype for such a GPU, and in float32. No
+GPU is used: the numbers count the memory of CPU kernels, and GPU kernels may differ.
 """
 
 from common import report, parse_options  # isort: skip
@@ -60,7 +61,7 @@ def saved_bytes(lm, dtype, rows, length):
     x, saved = torch.randint(lm.cfg.vocab_size, (rows, length)), {}
 
     def keep(t):
-        saved[t.untyped_storage().data_ptr()] = t  # Holding it prevents that its address is reused
+        saved[t.untyped_storage().data_ptr()] = t  # Holding it keeps its address from being reused
         return t
 
     with autocast("cpu", dtype), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):

@@ -1,4 +1,4 @@
-"""nanoGPT as a peer: a GPT-2 shaped model and its training loop, implemented plainly.
+"""nanoGPT as a peer: a plain implementation of a model in the shape of GPT-2 and of its training loop.
 
 The model has learned positions, pre-layer norm, GELU, an LM head tied to the embedding, and scaled initial weights (Radford et al.
 2019). It trains with AdamW and a cosine schedule in float32, on batches stacked from slices. The sizes and rates in `CPU_RECIPE` are

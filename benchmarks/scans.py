@@ -1,10 +1,11 @@
 """One state-space layer, forward and backward: our S6 scan against the usual loop and a parallel scan, and SSD against S6.
 
-The sizes are those of NanoThink's state-space expert: 4 sequences of 256 positions, 768 channels, 16 state values each. This file
-implements both peers. The loop is the fallback of transformers without a kernel: it computes the decays and inputs of all positions, then
-loops over the positions, and autograd computes the gradient. The parallel scan is Blelloch's with an explicit gradient, as in mamba.py.
-All get the same float32 inputs and must agree in values and gradients. SSD has heads of 64 channels. We also time it in bfloat16, the
-dtype that a model uses for it on a CPU with bfloat16 instructions.
+The sizes are those of NanoThink's state-space expert: 4 sequences of 256 positions, 768 channels, 16 state values each.
+This file implements both peers. The loop is the fallback of transformers without a kernel: it computes the decays and
+inputs of all positions, then loops over the positions, and autograd computes the gradient. The parallel scan is
+Blelloch's with an explicit gradient, as in mamba.py. All three get the same float32 inputs and must agree in values and
+gradients. SSD has heads of 64 channels. We also time it in bfloat16, the dtype that a model uses for it on a CPU with
+bfloat16 instructions.
 """
 
 from common import timing_columns, report, interleave, min_cpu, parse_options  # isort: skip

@@ -1,8 +1,8 @@
 """Ten minutes: full-validation loss on tinyshakespeare from scratch within a fixed wall time on two threads.
 
-We first measure the time of a step on the model that is then trained. The number of steps follows from the remaining budget, so that the
-learning rate reaches zero just before the time is over. The budget includes reading the data, measuring, training and the final evaluation
-of the whole split.
+We first measure the time of a training step, on the model that we then train. From this and the remaining budget
+follows the number of steps, so that the learning rate reaches zero just before the time is over. The budget includes
+reading the data, measuring, training and the final evaluation of the whole split.
 """
 
 # ruff: noqa: E402

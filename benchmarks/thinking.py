@@ -1,4 +1,4 @@
-"""Thinking steps of `arch='bytepatch'`: 0, 1, 3 and 5 of them, at equal training steps and at equal CPU time.
+"""Models of `arch='bytepatch'` with 0, 1, 3 and 5 thinking steps, at equal training steps and at equal CPU time.
 
 We train models of the same size on the same bytes with lmnotes' optimizer. First we time all of them in interleaved turns of a few steps.
 Then we train each from scratch for `--steps` steps, and again for the number of steps that costs as much CPU time as training with three

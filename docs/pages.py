@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 FORMATS = ("text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/html", "text/latex", "text/plain")
-COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+COLORS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def joined(text):
@@ -25,8 +25,8 @@ def directives(source):
 
 
 def as_on_a_terminal(text):
-    "Return text without colours and with carriage returns applied, as a terminal shows progress bars"
-    lines = COLOURS.sub("", text).split("\n")
+    "Return text without colors and with carriage returns applied, as a terminal shows progress bars"
+    lines = COLORS.sub("", text).split("\n")
     return "\n".join(line.rstrip("\r").split("\r")[-1] for line in lines).rstrip()
 
 

@@ -47,7 +47,7 @@ class RunLocked(RuntimeError):
 
 
 class OutOfMemory(RuntimeError):
-    "A device out of memory, with the parameters to change in the message"
+    "A device that is out of memory. The message names the parameters to change"
 
 # %% ../nbs/00_core.ipynb #3635a5c0
 def did_you_mean(
@@ -63,7 +63,7 @@ def replace_aliases(
     given,  # {name: value}
     aliases,  # {alias: name}
 ) -> dict:  # {name: value}
-    "Replace aliases by the names they stand for; raise ValueError if one parameter is given by two names"
+    "Replace aliases by parameter names, or raise `ValueError` if a parameter is given twice"
     names = {}
     for alias in given:
         other = names.setdefault(aliases.get(alias, alias), alias)
@@ -72,8 +72,8 @@ def replace_aliases(
     return {name: given[alias] for name, alias in names.items()}
 
 # %% ../nbs/00_core.ipynb #c6a6f52c
-def show_keywords(function, config):  # A function of `**keywords`, and the class with these parameters
-    "Return the function, with `**keywords` in the signature that `help` shows replaced by the parameters of a class"
+def show_keywords(function, config):  # Function that accepts `**keywords`, and class with these parameters
+    "Return the function with the parameters of a class, instead of `**keywords`, in the signature that `help` shows"
     signature = inspect.signature(function)
     named = {name: p for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
     fields = [p for name, p in inspect.signature(config).parameters.items() if name not in named]
@@ -105,7 +105,7 @@ def paths_to_try(
     path,  # Path as the user wrote it
     data_dir="",  # Data folder as given to `data_root`
 ) -> list:  # Absolute paths, the most likely one first
-    "Return the places that a path can mean: in the current folder, in the data folder or in the project"
+    "Return the absolute paths that `path` can mean: in the current folder, the data folder or the project"
     path = Path(path).expanduser()
     return list(dict.fromkeys(p.resolve() for p in (path, data_root(data_dir) / path, project_root() / path)))
 
@@ -123,7 +123,7 @@ def seed_torch(*key):
 
 
 def set_deterministic(device):
-    "Select deterministic algorithms on a CUDA `device` (those on a CPU are deterministic anyway)"
+    "Select deterministic algorithms on a CUDA `device` (the algorithms on a CPU are always deterministic)"
     if device.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
@@ -146,7 +146,7 @@ def pick_device(
 
 # %% ../nbs/00_core.ipynb #a3a19b20
 def _matmul_ms(device, dtypes, n=512, repeats=5):
-    "Return the milliseconds of an `n`×`n` matrix multiplication in each dtype, the best of `repeats` in turns"
+    "Return the milliseconds of an `n`×`n` matrix multiplication in each dtype, the shortest of `repeats`"
     sync = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     xs = {d: torch.ones(n, n, dtype=d, device=device) for d in dtypes}
     best = dict.fromkeys(dtypes, float("inf"))
@@ -213,7 +213,7 @@ def write_atomic(
     data,  # Its new content, str or bytes
     durable=True,  # Also flush to disk, so that the file survives a power cut
 ):
-    "Write `data` to `path` so that `path` has the old content or the new, never a mixture"
+    "Write `data` to `path` atomically: the file has its old content or the new, never a mixture"
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -262,7 +262,7 @@ def sha256_json(obj) -> str:
 
 # %% ../nbs/00_core.ipynb #3f9f9bc7
 def utc_now() -> str:
-    "Return the time in UTC, as ISO 8601 to the second (for information only, we never sort by it)"
+    "Return the time in UTC, as ISO 8601 to the second (only for readers: nothing sorts by it)"
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
@@ -328,7 +328,7 @@ class StopSignals:
 
 # %% ../nbs/00_core.ipynb #d5e1dd9f
 def versions() -> dict:
-    "Return the versions of lmnotes, torch, NumPy and Python, on which the bits of a run depend"
+    "Return the versions of lmnotes, torch, NumPy and Python, which determine the exact result of a run"
     import lmnotes
 
     packages = {module.__name__: module.__version__ for module in (lmnotes, torch, np)}

@@ -1,4 +1,4 @@
-"""A real browser for the tests of pages: Chromium without a window. Without one, these tests are skipped with a message."""
+"""A real browser for the tests of pages: headless Chromium. Without it, these tests are skipped with a message."""
 
 import os
 import shutil
@@ -20,15 +20,15 @@ def chromium():
 
 
 def new_context(browser, **options):
-    "A browser context that waits until `DEADLINE`; options as for Playwright's `new_context`"
+    "Return a browser context with the timeout `DEADLINE`. Options are those of Playwright's `new_context`"
     context = browser.new_context(**options)
-    context.set_default_timeout(1000 * DEADLINE)  # Also of navigation
+    context.set_default_timeout(1000 * DEADLINE)  # Navigation too
     return context
 
 
 @contextmanager
 def open_browser(**context):
-    "A fresh browser context; arguments as for Playwright's `new_context`"
+    "Yield a new browser context. Arguments are those of Playwright's `new_context`"
     from playwright.sync_api import sync_playwright
 
     path = chromium()
@@ -41,7 +41,7 @@ def open_browser(**context):
 
 
 def watch(page, home):
-    "Note what goes wrong on a page: (console errors and exceptions, requests to other hosts than `home`), filled as it is used"
+    "Return two lists that a page fills: console errors and exceptions, and requests to other hosts than `home`"
     errors, outside = [], []
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))

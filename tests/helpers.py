@@ -1,7 +1,7 @@
 """Shared code of the process tests: a tiny corpus, runs in new processes, and hashes of a run's results.
 
-Processes are forked from a server that has only imported torch and lmnotes: each starts like a fresh interpreter, without the seconds
-that importing takes. The server is `multiprocessing`'s `forkserver`.
+Processes are forked from a server that has only imported torch and lmnotes. Each starts like a fresh interpreter, but
+saves the seconds that importing takes. The server is `multiprocessing`'s `forkserver`.
 """
 
 import ast
@@ -29,7 +29,7 @@ FORK = multiprocessing.get_context("forkserver")
 PRELOAD = "lmnotes.apps.cli lmnotes.recipes.fresh_or_resume lmnotes.export.hub lmnotes.models.gpt nbformat safetensors.torch tokenizers tyro filelock torch._dynamo"
 FORK.set_forkserver_preload(PRELOAD.split())
 STARTED = []  # Processes, so that a failed test leaves none behind
-DEADLINE = 900  # Seconds until a test stops waiting. No test needs as many, even on a slow machine
+DEADLINE = 900  # Seconds until a test stops waiting. No test needs that long, even on a slow machine
 os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(DEADLINE)  # Seconds that torchrun waits between a signal and a kill
 
 # Small enough for hundreds of runs, with dropout, gradient accumulation, early stopping, evaluations, samples and pruning.
@@ -77,7 +77,7 @@ class StopAtSteps(Hook):
 
     def after_step(self, t):
         if self.first is None:
-            self.first = t.step  # where a resumed run begins
+            self.first = t.step  # Where a resumed run begins
         if t.step in self.steps and t.step > self.first:
             t.stop = t.stop or "interrupted"
 
@@ -126,7 +126,7 @@ def _child_main(function, args, kwargs, folder, dtype):
     os.chdir(folder)
     torch.set_num_threads(1)
     core._auto_dtype = lambda device: dtype
-    os.fsync = lambda descriptor: None  # No power is cut here. test_crash tests the flushes
+    os.fsync = lambda descriptor: None  # No power cut here: test_crash tests the flushes
     for name in [n for n in os.environ if n.startswith("LMNOTES_")]:
         del os.environ[name]
     log_file = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -253,14 +253,14 @@ def read_records(path):
 
 
 def run_results(folder):
-    "Return {name: hash or content} of everything that a finished run has written, except times"
+    "Return {name: hash or content} of everything that a finished run wrote, except times"
     folder = Path(folder)
     record = json.loads((folder / "run.json").read_bytes())
     out = dict(status=record["status"], step=record["step"], result=record["result"], tokens=record["tokens"])
     for pointer in ("final", "last", "best"):
         checkpoint_folder = folder / (folder / pointer).read_text().strip()
         out[pointer] = checkpoint_folder.name
-        for path in sorted(checkpoint_folder.glob("*.safetensors")):  # The model's, or an adapter's
+        for path in sorted(checkpoint_folder.glob("*.safetensors")):  # Of the model, or of an adapter
             out[f"{pointer} weights"] = hashlib.sha256(path.read_bytes()).hexdigest()
         out[f"{pointer} optimizers and counters"] = state_hash(checkpoint_folder)
     out["metrics"] = read_records(folder / "metrics.jsonl")

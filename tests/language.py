@@ -1,7 +1,7 @@
 """Counts what makes prose hard to read, in everything that readers see: `python tests/language.py [FILE ...]` lists each case.
 
 The texts are the notebooks' Markdown, the pages, and the package's docstrings, comments and messages. Code, math and
-tables' pipes are taken out first. The limits are in `test_language.py`.
+table pipes are removed first. The limits are in `test_language.py`.
 """
 
 import ast
@@ -29,7 +29,7 @@ QUESTION_WORDS = re.compile(r"(What|Whether|How|Whose)\b")
 
 
 def plain(markdown):
-    "Markdown without code, math, links' targets and tables' pipes"
+    "Return Markdown without code, math, link targets and table pipes"
     text = re.sub(r"^(```+|~~~+).*?^\1", " ", markdown, flags=re.M | re.S)
     text = re.sub(r"\$\$.*?\$\$|\$[^$\n]+\$|<!--.*?-->", " ", text, flags=re.S)
     text = re.sub(r"(`+)[^`\n]+\1", "X", text)
@@ -38,14 +38,14 @@ def plain(markdown):
 
 
 def sentences(text):
-    "The sentences of a plain text"
+    "Yield the sentences of a plain text"
     for block in re.split(r"\n\s*\n|\n\s*(?=[-*#>|\d])", text):
         block = " ".join(block.strip("-*#> \n").split())
         yield from (part.strip() for part in re.split(r"(?<=[.!?:])\s+", block) if part.strip())
 
 
 def strings_of(source):
-    "(docstrings, comments and messages) of Python code"
+    "Return (docstrings, comments, messages) of Python code"
     tree = ast.parse(source)
     docs = [
         ast.get_docstring(node)
@@ -61,7 +61,7 @@ def strings_of(source):
 
 
 def texts(path):
-    "[(kind, text)] of a file"
+    "Return [(kind, text)] of a file"
     if path.suffix == ".md":
         return [("prose", plain(path.read_text(encoding="utf-8")))]
     if path.suffix == ".ipynb":
@@ -73,7 +73,7 @@ def texts(path):
 
 
 def all_files():
-    "Every file whose language is counted"
+    "Return all files whose language is counted"
     notebooks = [path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts]
     code = [path for path in (ROOT / "lmnotes").rglob("*.py") if path.name != "_modidx.py"]
     pages = [ROOT / name for name in PAGES] + list((ROOT / "docs").rglob("*.md"))
@@ -81,7 +81,7 @@ def all_files():
 
 
 def count(files):
-    "({what: number, and `words`}, [(file, what, sentence)])"
+    "Return ({kind of case: number, and `words`}, [(file, kind, sentence)])"
     numbers, cases = dict.fromkeys([*PATTERNS, "words", "docstring", "forbidden"], 0), []
     for path in files:
         for kind, text in texts(path):

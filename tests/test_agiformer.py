@@ -52,7 +52,7 @@ VALID = re.compile(r"^-- VALIDATION: Loss = \d+\.\d{4} \| BPC = \d+\.\d{4} --", 
 
 @pytest.fixture
 def workdir(tmp_path):
-    "A folder with a file of bytes that are no text"
+    "Return a folder with a file of bytes that are not text"
     (tmp_path / "text").write_bytes((b"the patch thinks \xff\x00 " * 4000)[:40_000])
     return tmp_path
 
@@ -104,7 +104,7 @@ def test_log_lines_match_the_guide(uninterrupted):
     lines = TRAIN.findall(text)
     assert [int(step) for step, *_ in lines] == [10, 20]
     assert all(abs(float(bpc) - float(loss) / 0.693147) < 2e-4 for _, loss, bpc, _ in lines)
-    assert len(VALID.findall(text)) == 2  # Steps 10 and 20; the split is so small that both are over all of it
+    assert len(VALID.findall(text)) == 2  # Steps 10 and 20. The split is so small that both evaluations cover all of it
     assert text.index("-- VALIDATION") < text.index("Saved best_model.pth") < text.index("Saved last_model.pth")
     assert "--- SYSTEM 2 DIAGNOSTICS ---" in text and "untrained" in text
     assert "the same as trained: True" in text
@@ -136,11 +136,11 @@ def test_interrupted_and_resumed(workdir):
     assert stop_before_step(13, workdir, recipe, **many) == 130, read_log(workdir)
     stopped = lmnotes.load(folder(workdir))
     assert stopped.status == "interrupted" and stopped.step == 13
-    assert TRAIN.findall(read_log(workdir))[0][3] == "3.00e-05"  # The tenth of a hundred steps of warm-up
+    assert TRAIN.findall(read_log(workdir))[0][3] == "3.00e-05"  # Step 10 of 100 warmup steps
     last = weights(folder(workdir) / "last_model.pth")
     assert all(torch.equal(last[name], tensor) for name, tensor in stopped.lm.state_dict().items())
     assert "Saved last_model.pth" in read_log(workdir)
-    assert run_in_process(workdir, recipe, resume=True) == 0, read_log(workdir)  # What is not given again is as it was
+    assert run_in_process(workdir, recipe, resume=True) == 0, read_log(workdir)  # Other parameters keep their values
     assert "Resumed from checkpoint" in read_log(workdir) and "from here on" not in read_log(workdir)
     assert run_in_process(workdir, recipe, **many, run="at_once") == 0, read_log(workdir)
     assert not differences(run_results(folder(workdir)), run_results(folder(workdir, "at_once")))
@@ -161,7 +161,7 @@ def test_fine_tuning_on_another_text_from_weights(workdir):
     assert run_in_process(workdir, recipe, **QUICK | more) == 0, read_log(workdir)
     begun = lmnotes.load(folder(workdir, "mine")).lm.state_dict()
     far = max((begun[name] - w).abs().max() for name, w in weights(workdir / "begin.pth").items())
-    assert 0 < far < 1e-2  # One step away
+    assert 0 < far < 1e-2  # They differ by one step
 
 
 LOADER = """
@@ -181,7 +181,7 @@ def wrong(batch_size, seq_len):
 
 
 def test_data_function(workdir):
-    "The batches are stored and read in order, so that such a run can be resumed"
+    "The function's batches are stored and read in order, so that its run can be resumed"
     (workdir / "mine.py").write_text(LOADER)
     (workdir / "settings.ini").write_text("[DEFAULT]\nlib_name = lmnotes\n")
     given = QUICK | dict(DATA_FUNCTION="mine:loader", MAX_STEPS=100)
@@ -235,7 +235,7 @@ def test_other_thinking_steps_at_generation(workdir):
 
 
 def diverging(**params):
-    "The recipe with a model whose loss is not a number from the fifth step on"
+    "Run the recipe with a model whose loss is NaN from the fifth step on"
     from lmnotes.nn.lm import get_arch
 
     cls = get_arch("bytepatch")
@@ -277,7 +277,7 @@ def test_learning_rates_outside_the_guides_range(workdir):
 
 
 def test_no_enwik8_and_no_network(workdir):
-    "The message names the folder for the file"
+    "The message names the folder in which to put the file"
     shutil.rmtree(workdir / "data", ignore_errors=True)
     code = run_in_process(workdir, recipe, **{name: value for name, value in QUICK.items() if name != "DATA"})
     assert code != 0 and "[*] Downloading enwik8..." in read_log(workdir)
@@ -285,14 +285,14 @@ def test_no_enwik8_and_no_network(workdir):
 
 
 def test_two_processes(workdir):
-    "The recipe under torchrun: one of them speaks, and the figures are those of one process"
+    "Under torchrun only one process prints, and it writes as many records as a single process"
     given = [f"{name}={value}" for name, value in QUICK.items()]
     assert run_in_process(workdir, recipe, **QUICK) == 0, read_log(workdir)
     process = torchrun(
         workdir, "-m", "--", "lmnotes", "notebook", "--path", str(NOTEBOOK), "--params", *given, "run=two"
     )
     assert process.wait(DEADLINE) == 0, read_log(workdir)
-    assert read_log(workdir).count("Creating AGIFORMER model") == 2  # Once by the one process, once by the first of two
+    assert read_log(workdir).count("Creating AGIFORMER model") == 2  # Once by each command
     assert len(read_records(folder(workdir, "two") / "metrics.jsonl")) == len(
         read_records(folder(workdir) / "metrics.jsonl")
     )

@@ -1,4 +1,4 @@
-"""The parameter names of other libraries are accepted wherever a parameter is, and every printed line that resumes a run can be pasted."""
+"""Parameter names of other libraries work like ours, and every printed line that resumes a run can be pasted."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ from lmnotes.runs.folder import resume_command
 from lmnotes.runs.run import run
 
 ROOT = Path(__file__).parent.parent
-# The names that nanoGPT, Hugging Face, Lightning, litgpt and peft use, with a value, and what it is here
+# Names that nanoGPT, Hugging Face, Lightning, litgpt and peft use, with a value, and the parameter here
 NAMES = dict(
     learning_rate=(0.1, dict(lr=0.1)),
     max_lr=(0.1, dict(lr=0.1)),
@@ -100,7 +100,7 @@ def test_an_alias_and_its_parameter_are_an_error():
 
 
 def test_command_line(workdir):
-    "Aliases of `train` and `generate`, in the help and at work"
+    "The aliases of `train` and `generate` are in the help, and have an effect"
     tiny = {name: value for name, value in TINY.items() if name not in ("steps", "ctx_len", "model_args")}
     given = [
         "--max-steps",
@@ -157,7 +157,7 @@ def interrupted(**params):
 
 
 def pasted_python(line):
-    "Evaluate a printed line as in a notebook or a script"
+    "Evaluate a printed line, as pasted into a notebook or a script"
     return 0 if eval(line, dict(lmnotes=lmnotes)).status == "done" else 1
 
 
@@ -179,7 +179,7 @@ def test_command_line_resumes(workdir, monkeypatch):
 
 
 def test_help_loads_no_torch():
-    "`lmnotes --help` answers at once, and names every command"
+    "`lmnotes --help` does not load torch, and lists every command"
     code = "import sys; from lmnotes.apps.cli import COMMANDS, execute_command; execute_command(['--help'])"
     check = "; print('torch' in sys.modules, 'tyro' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True, cwd=ROOT)

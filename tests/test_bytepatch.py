@@ -1,4 +1,4 @@
-"""The `bytepatch` model: equality with a plain implementation of AGIFORMER, streams of any length, training on two processes."""
+"""The `bytepatch` model: it equals a plain AGIFORMER, reads streams of any length, and trains on two processes."""
 
 import sys
 from pathlib import Path
@@ -47,7 +47,7 @@ def reference_models(monkeypatch):
 
 
 def test_agiformer_equals_its_plain_implementation(reference_models):
-    "Same weights: the same logits for every byte that the guide's scores, and the same gradients"
+    "With the same weights, both give the same gradients, and the same logits for all bytes of the plain model"
     peer, ours = reference_models
     logits, targets = peer(IDS)
     F.cross_entropy(logits.flatten(0, 2), targets.flatten()).backward()
@@ -61,7 +61,7 @@ def test_agiformer_equals_its_plain_implementation(reference_models):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_streams_longer_than_ctx_len(preset):
-    "Pieces of any size, far past `ctx_len`, with borders of patches, windows and blocks at all places"
+    "Streams in pieces of any size work far past `ctx_len`, with borders of patches, windows and blocks anywhere"
     lm = model(preset, ctx_len=8, window=6, **({} if preset else dict(byte_window=7)))
     with torch.no_grad():
         full, state, at = lm(IDS), None, 0
@@ -101,14 +101,14 @@ def test_greedy_decoding_equals_forward_at_any_prompt_length(preset, length):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_causality_across_attention_blocks(preset):
-    "Longer than two windows, so attention goes by blocks"
+    "The text is longer than two windows, so attention works in blocks"
     lm = model(preset, window=4, dropout=0.1, **({} if preset else dict(byte_window=5)))
     check_causality(lm, Batch(IDS[:1, :45], IDS[:1, 1:46]))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_thinking_steps_can_change_at_inference(preset):
-    "None, as many as trained, and more: each is another answer, and `step` gives it as well"
+    "Each number of thinking steps gives other logits, and `step` gives the same ones as `forward`"
     lm, answers = model(preset, thinking_steps=3), []
     batch = Batch(IDS[:, :40], IDS[:, 1:41])
     for steps in (0, 1, 3, 5):
@@ -125,7 +125,7 @@ def test_thinking_steps_can_change_at_inference(preset):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_no_overflow_in_bfloat16(preset):
-    "Bytes that never change, and a stream of 10,000, in bfloat16"
+    "A stream of 10,000 bytes, half of them 0 and half 255, causes no overflow in bfloat16"
     lm = model(preset)
     x = torch.cat([torch.zeros(1, 5000, dtype=torch.long), torch.full((1, 5000), 255)], 1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -137,7 +137,7 @@ def test_no_overflow_in_bfloat16(preset):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("preset", ["", *get_arch("bytepatch").presets])
 def test_bfloat16_weights(preset, dtype):
-    "As `lmnotes generate --dtype bfloat16` has them: the model runs, `step` is `forward`, and it is the same model"
+    "With weights in another dtype, the model runs, `step` equals `forward`, and logits change little"
     lm = model(preset, window=6)
     with torch.no_grad():
         wide = lm(IDS[:, :40])
@@ -159,7 +159,7 @@ LEAST = dict(window=1, thinking_steps=0, patch_size=1, n_heads=1, ngram_rows=1, 
 def test_too_small_values_are_rejected(preset, name):
     for value in (LEAST.get(name, 0) - 1, -3):
         least = dict(byte_layers=0, n_layers=1, d_model=1).get(name, LEAST.get(name))
-        with pytest.raises(ValueError, match=f"{name}={value}, but {name} is at least {least}"):
+        with pytest.raises(ValueError, match=f"{name}={value}, but {name} must be at least {least}"):
             model(preset, **{name: value})
 
 
@@ -188,14 +188,14 @@ def test_negative_thinking_steps_are_rejected(preset):
     lm = model(preset)
     lm.cfg.thinking_steps = -2
     for use in (lm, lm.step, lambda x: list(lm.iter_thinking(x))):
-        with pytest.raises(ValueError, match="thinking_steps=-2, but thinking_steps is at least 0"):
+        with pytest.raises(ValueError, match="thinking_steps=-2, but thinking_steps must be at least 0"):
             use(IDS)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("steps", [0, 2])
 def test_every_parameter_gets_a_gradient_on_two_processes(workdir, preset, steps):
-    "No parameter is without a gradient on any of them, however deep it thinks"
+    "Every parameter gets a gradient on both processes, with and without thinking steps"
     case = TINY | dict(arch="bytepatch", preset=preset, steps=10, log_every=1, patience=0)
     case["model_args"] = f"{TINY_ARGS} thinking_steps={steps}"
     process = torchrun(workdir, "-m", "--", "lmnotes", "train", *command_line_args(**case))

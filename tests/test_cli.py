@@ -1,4 +1,4 @@
-"""The command line: exit codes, and the changes that a resume rejects."""
+"""The command line: its exit codes, and the changes that it rejects on resume."""
 
 import json
 import math
@@ -201,7 +201,7 @@ def test_changeable_parameters(trained_copy):
         trained_copy, "train", **RESUME, steps=50, lr=0.01, data="other", allow_change="steps lr data"
     )
     assert code == 0, output
-    for name in ("steps=50, until now 40", "lr=0.01, until now 0.0", "data='other', until now 'corpus'"):
+    for name in ("steps=50 (was 40)", "lr=0.01 (was 0.0)", "data='other' (was 'corpus')"):
         assert f"from here on {name}" in output, output
     assert record(trained_copy)["step"] == 50 and "from step 40" in output
     code, output = command(trained_copy, "train", **RESUME)
@@ -233,7 +233,7 @@ def test_one_token_file(trained_copy):
 
 
 def test_any_file_as_bytes(trained_copy):
-    "The file name does not matter"
+    "Any file can be read as bytes, under any name"
     (trained_copy / "noise.bin").write_bytes(bytes(range(256)) * 40)
     code, output = command(trained_copy, "train", **TINY | dict(run="noise", data="bytes:noise.bin", steps=2))
     assert code == 0, output
@@ -245,7 +245,7 @@ def test_any_file_as_bytes(trained_copy):
 
 def test_generate_uses_the_last_run(trained_copy):
     code, output = command(trained_copy, "train", **TINY | dict(run="checkpoints", out_dir="", steps=2))
-    assert code == 0, output  # A run that is called like a folder here
+    assert code == 0, output  # A run with the name of a folder here
     code, output = command(trained_copy, "generate", "--preset", "text_only", "--n", "5")
     assert code == 0 and output.startswith("Once upon a time"), output
     code, output = command(trained_copy, "generate", "--preset", "text-only")

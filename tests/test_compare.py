@@ -1,4 +1,4 @@
-"""Comparisons: FLOPs are counted correctly, budgets are equal, a stop changes no number, and a new architecture needs no edit."""
+"""Comparisons: FLOPs and budgets are correct, a stop changes no number, and new architectures need no edit."""
 
 import json
 import os
@@ -65,14 +65,14 @@ class Toy(LM):
 
 
 def compared(**params):
-    "Compare in the current folder, and return 0 if all runs got to the end"
+    "Compare in the current folder, and return 0 if all runs finished"
     c = compare(**params)
     print(comparison_table(c))
     return 0 if all(len(c.done(name)) == c.cfg.seeds for name in c.steps) else 130
 
 
 def compared_with_toy(**params):
-    "The same where an architecture is registered by a module of the user's"
+    "Compare with an architecture that a module of the user registers"
     sys.path.insert(0, os.getcwd())
     import toy_model  # noqa: F401
 
@@ -81,7 +81,7 @@ def compared_with_toy(**params):
 
 
 def captured_output(function, *args, **kwargs):
-    "Exit code 0 if a call fails with a ValueError, which is printed"
+    "Return 0 if a call raises ValueError, and print the error"
     try:
         function(*args, **kwargs)
     except ValueError as e:
@@ -91,7 +91,7 @@ def captured_output(function, *args, **kwargs):
 
 
 def numbers(folder):
-    "{run: all its validation figures} of a comparison, but times"
+    "Return {run: its validation results} of a comparison, without times"
     lines = {p.parent.name: p.read_text().splitlines() for p in Path(folder).glob("*/metrics.jsonl")}
     records = {name: [json.loads(line) for line in lines[name]] for name in lines}
     return {name: [(r["step"], r["bpb"]) for r in rs if r["split"] == "val"] for name, rs in records.items()}
@@ -106,12 +106,12 @@ def uninterrupted(tmp_path_factory, corpus):
     return workdir / "c"
 
 
-# A transformer of L layers of width D on T positions: six times its matrices for each token, and seven products of attention
+# A transformer of L layers of width D on T positions: for each token six times its weights, and seven products of attention
 B, T, D, L, V = 2, 128, 48, 2, 256
 TRANSFORMER = B * T * (6 * (12 * L * D**2 + V * D) + 7 * 2 * T * D * L)
 # State-space duality in chunks of Q: E channels in H heads, N numbers of state for each
 E, N, H, Q = 2 * D, 32, 3, 64
-SCAN = 6 * (Q * N + Q * E + 2 * N * E)  # For each token: scores, what they read, and the state, written and read
+SCAN = 6 * (Q * N + Q * E + 2 * N * E)  # For each token: scores, their weighted sums, and writing and reading the state
 SSM = B * T * (6 * (L * (D * (2 * E + 2 * N + H) + E * D) + V * D) + L * SCAN)
 
 
@@ -137,7 +137,7 @@ def test_runs_spend_their_budget(uninterrupted):
 
 
 def test_budget_of_a_model_with_random_depth(workdir, monkeypatch):
-    "The bytes-in-patches model thinks for a random number of steps, and all seeds spend the planned budget"
+    "The `bytepatch` model takes a random number of thinking steps, and all seeds spend the planned budget"
     monkeypatch.chdir(workdir)
     shape = "d_model=16 n_layers=3 n_heads=2 d_byte=16 ngram_rows=16"
     cfg = CompareConfig("bytepatch", "corpus", ctx_len=64, batch_size=4, model_args=shape, out_dir="c")
@@ -168,7 +168,7 @@ def test_seeds_differ_and_runs_are_complete(uninterrupted):
 
 
 def test_architectures_read_the_same_bytes(uninterrupted):
-    "Of two architectures with the same seed"
+    "Two architectures with the same seed read the same batches"
     a, b = (json.loads((uninterrupted / f"{name}-1/run.json").read_text()) for name in ("gpt", "rnn"))
     same = "data tokenizer ctx_len batch_size seed sampler optimizer lr schedule cooldown".split()
     assert [a["config"][n] for n in same] == [b["config"][n] for n in same]
@@ -176,7 +176,7 @@ def test_architectures_read_the_same_bytes(uninterrupted):
 
 
 def hold_after_each_record():
-    "Make a run wait after each of its records, until the test lets go"
+    "Make a run wait after each of its records until the test creates the file `go`"
     run_after_call(JsonlLog, "append", lambda *args, **record: True, lambda: wait_until(Path("go").exists))
 
 
@@ -224,15 +224,15 @@ def test_user_architecture_can_be_compared(workdir):
         == 0
     ), read_log(workdir)
     rows = {row["name"]: row for row in comparison_results(Comparison(workdir / "c"))}
-    assert rows["toy"]["n_params"] == 256 * 32 * 2 + 256  # It took d_model from what is shared
+    assert rows["toy"]["n_params"] == 256 * 32 * 2 + 256  # It took d_model from the shared model_args
     assert rows["toy"]["bpb"] < 8
 
 
-SECONDS = {"gpt": 0.004, "rnn": 0.01}  # Of a step
+SECONDS = {"gpt": 0.004, "rnn": 0.01}  # Per step
 
 
 def compared_by_a_clock(**params):
-    "Compare where each step takes the time that `SECONDS` gives, on any machine"
+    "Compare with a fake clock, on which each step takes the time in `SECONDS` on any machine"
     now, train_step = 0.0, Trainer.train_step
 
     def timed_step(trainer):
@@ -249,7 +249,7 @@ def compared_by_a_clock(**params):
     comparing.time = SimpleNamespace(process_time=process_time, sleep=time.sleep)
     comparing._measure_missing = lambda cfg, names, known: comparing.measure_costs(
         cfg, names
-    )  # Here, where the clock is
+    )  # In this process, which has the fake clock
     return compared(**params)
 
 
@@ -267,7 +267,7 @@ def test_equal_time_budget(workdir):
     "change, message",
     [
         (dict(archs="gtp"), "did you mean 'gpt'?"),
-        (dict(model_args="d_model=x"), "d_model is a int"),
+        (dict(model_args="d_model=x"), "d_model must be of type int"),
         (dict(own_args="gpt: width=3"), "'width=3'"),
         (dict(own_args="gtp: d_model=3"), "did you mean 'gpt'?"),
         (dict(compute="hours"), "compute='hours' is not one of flops, seconds"),
@@ -304,7 +304,7 @@ def test_the_notebook(workdir, monkeypatch):
 
 
 def notebook(**params):
-    "The notebook's cells, with parameters"
+    "Run the notebook's cells with parameters"
     names = run_notebook(NOTEBOOK, params)
     return 0 if len(names["c"].done("gpt")) == 1 else 1
 

@@ -14,7 +14,7 @@ import pytest
 from helpers import ROOT
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-RECIPE = PAGE[PAGE.index("## Add an architecture") : PAGE.index("## Fix a fault")]
+RECIPE = PAGE[PAGE.index("## Add an architecture") : PAGE.index("## Fix a bug")]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", RECIPE, flags=re.M | re.S)
 COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
 NOTEBOOK = re.search(r"`(nbs/models/99_\w+\.ipynb)`", RECIPE)[1]
@@ -23,7 +23,7 @@ BIN = Path(sys.executable).parent
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    "The project's sources, in a folder of their own"
+    "Return a copy of the project's sources in a separate folder"
     folder = tmp_path_factory.mktemp("project") / "lmnotes"
     folder.mkdir()
     for name in ("settings.ini", "setup.py", "conftest.py", "pytest.ini", "README.md"):
@@ -34,7 +34,7 @@ def copy(tmp_path_factory):
 
 
 def run(copy, line):
-    "Run a line of the page in the copy, with the copy's package"
+    "Run a command line of the page in the copy, with the package of the copy"
     words = shlex.split(line)
     words = [sys.executable, "-m", *words] if words[0] in ("lmnotes", "pytest") else words
     words[0] = str(BIN / words[0]) if (BIN / words[0]).exists() else words[0]
@@ -44,7 +44,7 @@ def run(copy, line):
 
 
 def files(copy):
-    "{file: content} of notebooks and package"
+    "Return {file: content} of the notebooks and the package"
     found = (p for name in ("nbs", "lmnotes") for p in (copy / name).rglob("*") if p.suffix in (".py", ".ipynb"))
     return {p.relative_to(copy).as_posix(): p.read_bytes() for p in found if "__pycache__" not in p.parts}
 
@@ -76,7 +76,7 @@ def test_new_architecture_needs_one_notebook(copy):
 
 @pytest.fixture
 def clone(tmp_path):
-    "A git repository of a few notebooks with the hooks that CONTRIBUTING installs, in a home of its own"
+    "Return a git repository of a few notebooks, with the hooks that CONTRIBUTING installs and a separate home folder"
     assert "nbdev_install_hooks" in PAGE
     folder = tmp_path / "clone"
     (folder / "nbs/nn").mkdir(parents=True)

@@ -1,7 +1,8 @@
 """Checkpoints against power cuts, full disks and damaged files.
 
-The file operations of three saves are recorded. Then a disk that stops after each of them is rebuilt, in every way in which a disk may
-forget what was not flushed, and the newest checkpoint on it is looked for.
+We record the file operations of three saves. For each operation, we then rebuild the disk as it may be if the power
+fails right after it: the disk can lose any data that was not flushed, in many ways. The newest checkpoint must be found
+in each of these states.
 """
 
 import itertools
@@ -38,7 +39,7 @@ ROOT_FOLDER = 0
 
 
 class Recorder:
-    "Notes every file operation in a folder, as (what, path, ...) with paths relative to it"
+    "Record every file operation in a folder as (what, path, ...), with paths relative to the folder"
 
     def __init__(self, folder, monkeypatch):
         self.folder, self.operations = folder, []
@@ -108,11 +109,11 @@ class Recorder:
 
 
 class Disk:
-    "Folders and files as they are seen, and as they would be found after a power cut"
+    "Folders and files, as a process sees them now and as they may be after a power cut"
 
     def __init__(self):
         self.seen = {ROOT_FOLDER: {}}  # {folder: {name: file or folder}}
-        self.kept = {ROOT_FOLDER: {}}  # The same, as far as it was flushed
+        self.kept = {ROOT_FOLDER: {}}  # The flushed part of it
         self.pending = []  # Name changes that were not flushed, in order, each as [(folder, name, file or None)]
         self.data, self.flushed = {}, {}  # {file: content}
         self.number = itertools.count(1)
@@ -132,7 +133,7 @@ class Disk:
         self.pending.append(changes)
 
     def apply(self, what, path, *rest):
-        "Do one recorded operation"
+        "Apply one recorded operation"
         if what == "mkdir":
             self.change((*self.entry(path), new := next(self.number)))
             self.seen[new], self.kept[new] = {}, {}
@@ -158,7 +159,7 @@ class Disk:
         self.pending = [changes for changes in self.pending if not any(folder == node for folder, _, _ in changes)]
 
     def states(self):
-        "Every {path: content, or None for a folder} that may be found if it all stops now"
+        "Yield every {path: content, or None for a folder} that may be on the disk after a power cut now"
         for kept in itertools.product((True, False), repeat=len(self.pending)):
             names = {folder: dict(entries) for folder, entries in self.kept.items()}
             for changes in itertools.compress(self.pending, kept):
@@ -171,7 +172,7 @@ class Disk:
                 yield dict(_paths(names, found))
 
 
-# What may be found in a file that was not flushed, from what was flushed and what was written.
+# Possible contents of a file that was not flushed, computed from its flushed and its written content.
 SPOIL = [
     lambda flushed, written: written,
     lambda flushed, written: flushed,
@@ -210,7 +211,7 @@ def build(folder, state):
 
 @pytest.fixture(scope="module")
 def saves(tmp_path_factory):
-    "(operations, numbers of operations after which a checkpoint is done, and its pointers are) of three saves that keep one"
+    "Return (operations of three saves that keep one, {step: operations to its checkpoint}, {step: to its pointers})"
     run = tmp_path_factory.mktemp("saves")
     lm = new_lm("bigram", vocab_size=8)
     t = Trainer(lm, RandomBatches(torch.arange(100).numpy() % 8, 2, 4), TrainConfig(steps=3, dtype="float32"))
@@ -235,7 +236,7 @@ def saves(tmp_path_factory):
 
 
 def whole_files(operations):
-    "{step: {file name: content}} as it was meant"
+    "Return {step: {file name: content}} as the saves wrote it"
     files = {}
     for what, path, *rest in operations:
         if what == "write" and path.startswith(".step_"):
@@ -244,7 +245,7 @@ def whole_files(operations):
 
 
 def failures(folder, operations, done, pointed, files):
-    "Yield (number of the operation, error) for every state that does not recover, and finally the number of states"
+    "Yield (number of the operation, operation, error) for every state that does not recover, then the number of states"
     disk, tried = Disk(), set()
     for number, operation in enumerate(operations, 1):
         disk.apply(*operation)
@@ -266,7 +267,7 @@ def failures(folder, operations, done, pointed, files):
 
 
 def recovered(workdir, least, at_pointers, files):
-    "Return the problem with the state in a folder, or an empty result"
+    "Return the problem with the state in a folder, or an empty text"
     try:
         found = latest_checkpoint(workdir)
     except CheckpointError:
@@ -294,7 +295,7 @@ linux = pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="open fil
 
 @linux
 def test_power_cut_at_every_operation(saves, tmp_path):
-    "The last completed save or the next one is found bit for bit, and so are the targets of the pointers"
+    "The last completed save or the next one is found, bit for bit, and the pointers name a completed save"
     operations, done, pointed = saves
     *wrong, states = failures(tmp_path, operations, done, pointed, whole_files(operations))
     assert not wrong, wrong[:5]
@@ -302,12 +303,12 @@ def test_power_cut_at_every_operation(saves, tmp_path):
 
 
 def without(what, *parts):
-    "Leave operations out of a record whose path holds all of some parts"
+    "Return a function that removes the operations `what` whose path contains all `parts` from a record"
     return lambda ops: [op for op in ops if not (op[0] == what and all(part in op[1] for part in parts))]
 
 
 def pruned_first(operations):
-    "Delete the checkpoint before last as soon as the next is begun"
+    "Yield operations that delete the previous checkpoint as soon as the next one is started"
     late = [op for op in operations if op[0] == "remove" and op[1].startswith("step_")]
     for op in operations:
         if op not in late:
@@ -337,9 +338,9 @@ MUTANTS = {
 @linux
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_crash_safety_measure_is_needed(saves, tmp_path, name):
-    "Without the measure some state does not recover, so the test above detects its absence"
+    "Without the measure, some state does not recover, so the test above would detect its absence"
     operations, done, pointed = saves
-    # Numbers of operations become marks in the record, so that they stay where they are when others are left out.
+    # Marks in the record replace the numbers of operations, so that they stay in place when operations are removed.
     marked = []
     for number, op in enumerate(operations, 1):
         marked.append(op)
@@ -359,7 +360,7 @@ def test_every_crash_safety_measure_is_needed(saves, tmp_path, name):
 
 
 def damaged(data, other, draw):
-    "(what was done, the content of a file after it)"
+    "Return (kind of damage, content of the damaged file)"
     at = draw.randrange(len(data))
     some = data[at : at + draw.randint(1, 64)]
     kinds = {
@@ -377,7 +378,7 @@ def damaged(data, other, draw):
 
 @pytest.fixture(scope="module")
 def two_steps(tmp_path_factory):
-    "A run folder with checkpoints of steps 1 and 2"
+    "Return a run folder with checkpoints of steps 1 and 2"
     run = tmp_path_factory.mktemp("run")
     t = Trainer(
         new_lm("bigram", vocab_size=8), RandomBatches(torch.arange(100).numpy() % 8, 2, 4), TrainConfig(dtype="float32")
@@ -393,7 +394,7 @@ FILES = "config.json", "model.safetensors", "state.pt", "manifest.json"
 
 @pytest.mark.parametrize("name", FILES)
 def test_damage_is_found_and_named(two_steps, tmp_path, name, capsys):
-    "A damaged file is named, nothing parses it, and the previous checkpoint is found"
+    "The error names a damaged file, which is never parsed, and the previous checkpoint is found"
     run = tmp_path / "run"
     shutil.copytree(two_steps, run)
     file = run / "step_00000002" / name
@@ -422,7 +423,7 @@ def same_manifest(content, data):
 
 @pytest.mark.parametrize("name", FILES)
 def test_missing_files_are_named(two_steps, tmp_path, name):
-    "Removed, or with a folder in its place"
+    "The error names a file that is missing, or is a folder"
     run = tmp_path / "run"
     shutil.copytree(two_steps, run)
     (run / "step_00000002" / name).unlink()
@@ -455,7 +456,7 @@ def test_missing_disk_space_is_found_before_writing(two_steps, tmp_path, monkeyp
 
 
 def train_on_a_full_disk(size, *command_line_args):
-    "Run the command line, and from step 29 on let no file grow beyond a size, as a full disk does"
+    "Run the command line on a disk that is full from step 29 on: no file can grow beyond a size"
     as_it_is = Trainer.train_step
 
     def train_step(t):

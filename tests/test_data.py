@@ -1,4 +1,4 @@
-"""Readers, tokenizers and token files against damage, real data and a local HTTP server"""
+"""Readers, tokenizers and token files, tested with damaged files, real data and a local HTTP server"""
 
 import hashlib
 import http.server
@@ -26,7 +26,7 @@ TEXT = "One  two\n\n  three's café 中文 👩‍🚀\r\n" * 30
 
 
 def mutate(data, rng):
-    "`data` cut, or with bytes changed, removed, or repeated"
+    "Return `data` cut, or with bytes changed, removed or repeated"
     data = bytearray(data)
     at = rng.randrange(len(data))
     kind = rng.randrange(4)
@@ -42,7 +42,7 @@ def mutate(data, rng):
 
 
 def values(obj, path=()):
-    "Paths of all values in a JSON object (only the first few of a long list or dict)"
+    "Yield the paths of all values in a JSON object (only the first few of a long list or dict)"
     yield path
     items = obj.items() if isinstance(obj, dict) else enumerate(obj) if isinstance(obj, list) else ()
     for key, value in list(items)[:6]:
@@ -50,7 +50,7 @@ def values(obj, path=()):
 
 
 def replace(obj, path, value):
-    "`obj` with the value at `path` replaced"
+    "Return `obj` with the value at `path` replaced"
     obj = json.loads(json.dumps(obj))
     if not path:
         return value
@@ -288,7 +288,7 @@ def test_prepare_again_after_the_text_was_edited_in_place(tmp_path, capsys):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    "Serves one file, breaking off once in the middle, and continues where it is asked to"
+    "Server of one file that breaks off once in the middle, and continues from the requested byte"
 
     def do_GET(self):
         asked = self.headers.get("Range")
@@ -369,7 +369,7 @@ def test_offline_error_names_the_file_and_folder(tmp_path, monkeypatch):
 
 
 def require_file(path):
-    "Skip a test whose real data is not here"
+    "Skip a test if its real data is not on this machine"
     if not path.exists():
         pytest.skip(f"{path} is not there; LMNOTES_DATA can name the folder that holds it")
     return path

@@ -39,7 +39,7 @@ V, T = 2, 4
 ALL = torch.cartesian_prod(*[torch.arange(V)] * (T + 1))  # Every text of five ids
 JOINT = torch.rand(len(ALL), generator=torch.Generator().manual_seed(3)) ** 4 + 0.01
 JOINT = JOINT / JOINT.sum()
-TEXTS = JOINT.multinomial(400, replacement=True, generator=torch.Generator().manual_seed(0))  # As they occur
+TEXTS = JOINT.multinomial(400, replacement=True, generator=torch.Generator().manual_seed(0))  # With their frequency
 
 
 def model(**config):
@@ -106,7 +106,7 @@ def test_bound_is_exact_with_the_true_conditionals(block):
 
 
 def test_fewer_steps_give_a_looser_bound():
-    "With the true conditionals too: ids revealed at once do not see each other"
+    "Even with the true conditionals, because ids revealed in one step do not depend on each other"
     bounds = [bound(Known(), steps=steps)["loss"] for steps in (1, 2, 4, 100)]
     assert bounds[0] > bounds[1] > bounds[2] == bounds[3]
     assert bounds[0] > 1.02 * true_nll()
@@ -134,7 +134,7 @@ def test_one_step_sampling_is_biased():
 
 @torch.no_grad()
 def plain_sampler(lm, prompt, steps, seed, row):
-    "One window, one row, one call of the network at each step"
+    "Sample one window of one row, with a call of the network at each step"
     n = lm.cfg.ctx_len + 1 - len(prompt)
     x = torch.tensor([prompt + [lm.cfg.vocab_size] * n])
     pick = TokenSampler(seed=seed).reset(x, [row])
@@ -153,11 +153,11 @@ def test_cached_sampler_equals_plain_sampler(steps):
     n, calls, network = 12, [], lm.trunk.forward
     lm.trunk.forward = lambda *args: calls.append(args) or network(*args)
     texts = generate_ids(lm, prompts, n, temperature=1.0, seed=5)
-    steps = max(1, steps * n // 13)  # A share of those for a window
+    steps = max(1, steps * n // 13)  # In proportion to the new positions
     assert len(calls) == min(steps, n)
     lm.trunk.forward = network
     assert texts == [plain_sampler(lm, prompt, steps, 5, row) for row, prompt in enumerate(prompts)]
-    assert texts[0] != texts[2]  # Rows draw for themselves
+    assert texts[0] != texts[2]  # Rows draw independently
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -233,7 +233,7 @@ def test_given_tokens_are_kept():
     lm, left, right = model(), torch.randint(12, (2, 5)), torch.randint(12, (2, 4))
     pick = TokenSampler(seed=1).reset(left)
     assert infill(lm, left, right, 3, pick).shape == (2, 3)
-    assert infill(lm, left.repeat(1, 9), right.repeat(1, 9), 6, pick).shape == (2, 6)  # The ends nearest to the hole
+    assert infill(lm, left.repeat(1, 9), right.repeat(1, 9), 6, pick).shape == (2, 6)  # The ends nearest to the gap
     text = torch.randint(12, (2, 14))
     holes = text.scatter(1, 1 + torch.rand(2, 13).argsort(1)[:, :5], 12)
     done = fill(lm, holes, TokenSampler(seed=1).reset(holes))
@@ -250,7 +250,7 @@ def nats(lm, x, y):
 
 
 def test_ignored_targets_are_given_context():
-    "It is visible as context and costs nothing, and tokens after the last target are invisible"
+    "An ignored target is visible as context and has no loss, and tokens after the last target are invisible"
     x, y = torch.randint(12, (1, 13)), torch.randint(12, (1, 13))
     x[:, 1:] = y[:, :-1]
     y[0, 2] = IGNORE_INDEX
@@ -267,7 +267,7 @@ def test_ignored_targets_are_given_context():
 @pytest.mark.parametrize("objective", ["masked", "mse"])
 @torch.no_grad()
 def test_texts_longer_than_ctx_len(objective):
-    "In blocks of one, past `ctx_len` in chunks of any size, by `step` and by states of a kept past"
+    "Blocks of one work past `ctx_len`, in chunks of any size, with `step` and with cached states"
     lm, x = model(block=1, objective=objective), torch.randint(12, (2, 40))
     full, state, cache, at = lm(x), None, lm.new_cache(), 0
     for k in (5, 1, 1, 9, 1, 20, 1, 1, 1):
@@ -285,12 +285,12 @@ REFUSED = {
     "sampler='best' is not one of ancestral, confidence": dict(sampler="best"),
     "schedule='sqrt' is not one of cosine, linear": dict(schedule="sqrt"),
     "inference_steps=200 must be from 1 to training_steps=100": dict(inference_steps=200),
-    "eval_samples=0, but eval_samples is at least 1": dict(eval_samples=0),
-    "sample_steps=-1, but sample_steps is at least 0": dict(sample_steps=-1),
+    "eval_samples=0, but eval_samples must be at least 1": dict(eval_samples=0),
+    "sample_steps=-1, but sample_steps must be at least 0": dict(sample_steps=-1),
     "signal_scale=-1.0 must not be negative": dict(signal_scale=-1.0),
-    "sample_block=-1, but sample_block is at least 0": dict(sample_block=-1),
-    "n_layers=0, but n_layers is at least 1": dict(n_layers=0),
-    "dropout=1.0, but dropout is at least 0 and less than 1": dict(dropout=1.0),
+    "sample_block=-1, but sample_block must be at least 0": dict(sample_block=-1),
+    "n_layers=0, but n_layers must be at least 1": dict(n_layers=0),
+    "dropout=1.0, but dropout must be at least 0 and less than 1": dict(dropout=1.0),
     "d_model=32 is not a multiple of n_heads=3": dict(n_heads=3),
 }
 
@@ -321,7 +321,7 @@ def test_invalid_calls_are_rejected():
 
 
 def test_embedding_from_a_transformer_stays_frozen(tmp_path):
-    "Grafted, and not trained"
+    "The embedding is loaded from the transformer, and not trained"
     workdir = tmp_path
     encoder = run(
         arch="gpt", model_args="d_model=32 n_layers=1 n_heads=2", data="pydocs", steps=1, batch_size=2, ctx_len=16,

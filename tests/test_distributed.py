@@ -20,7 +20,7 @@ from helpers import (
 )
 
 TESTS = Path(__file__).parent
-# Without dropout, which draws other numbers on each process, and with a constant rate, so that more steps change nothing.
+# Without dropout, which draws other numbers on each process, and with a rate that does not depend on the number of steps.
 CASE = TINY | dict(
     model_args="d_model=16 n_layers=1 n_heads=2 dropout=0.0",
     optimizer="adamw",
@@ -62,7 +62,7 @@ def figures(workdir, run):
 
 
 def equal_losses(two, single_process_run):
-    "Return True if losses are equal within 1e-6, the last digit of their record"
+    "Return True if losses are equal within 1e-6, the last digit that is recorded"
     return two.keys() <= single_process_run.keys() and all(
         abs(loss - single_process_run[key]) <= 1e-6 + 1e-9 for key, loss in two.items()
     )
@@ -95,7 +95,7 @@ def test_two_processes_equal_one(workdir, single_process_run):
 
 
 def test_two_processes_stop_together(workdir, single_process_run):
-    "A signal to torchrun, held until one process is about to begin its eighth step"
+    "After a signal to torchrun, just before one process starts its eighth step, both stop at the same step"
     (workdir / "held.py").write_text(HELD)
     process = torchrun(workdir, "--", "held.py", "train", *command_line_args(**CASE | dict(steps=20)))
     wait_until(lambda: (workdir / "reached").exists() or process.poll() is not None)
@@ -115,7 +115,7 @@ def test_two_processes_stop_together(workdir, single_process_run):
 
 
 def test_processes_started_by_the_command(workdir, single_process_run):
-    "`--procs 2` starts them itself"
+    "`--procs 2` starts two processes"
     assert run_in_process(workdir, lmnotes_command, "train", *command_line_args(**CASE, procs=2)) == 0, read_log(
         workdir
     )

@@ -1,4 +1,4 @@
-"""The documentation site: it builds without warnings, every link has a target, and a browser shows it without the network."""
+"""The documentation site builds without warnings, every link has a target, and a browser shows it offline."""
 
 import ast
 import dataclasses
@@ -125,8 +125,8 @@ def names():
         ("`open` `open()`", "models/b.md", "`open` [`open()`](../a.md#open)"),  # A field and a function have this name
         ("`Wide.grow`", "models/b.md", "[`Wide.grow`](../a.md#wide.grow)"),
         ("`grow`", "a.md", "[`grow`](#wide.grow)"),
-        ("`grow`", "models/b.md", "`grow`"),  # A method is known by its name only on its page
-        ("`area`", "LOG.md", "`area`"),  # Two have this name
+        ("`grow`", "models/b.md", "`grow`"),  # Only its own page links a method by its name
+        ("`area`", "LOG.md", "`area`"),  # Two definitions have this name
         ("`lmnotes.models.b.area`", "LOG.md", "[`lmnotes.models.b.area`](models/b.md#area)"),
         ("`nbs/models/10_b.ipynb` `10_b`", "a.md", "[`nbs/models/10_b.ipynb`](models/b.md) [`10_b`](models/b.md)"),
         ("`tests/browser.py::watch`", "a.md", "[`tests/browser.py::watch`](https://host/blob/tests/browser.py)"),
@@ -152,8 +152,8 @@ def test_names_in_code_become_links(names):
     )
     call = '<span class="p">(</span>'
     assert 'href="models/b.html#volume"' in names.in_code(code("", call), "a.md")
-    assert "href" not in names.in_code(code("", ""), "a.md")  # Perhaps a variable
-    assert "href" not in names.in_code(code('<span class="o">.</span>', call), "a.md")  # Something else's
+    assert "href" not in names.in_code(code("", ""), "a.md")  # It may be a variable
+    assert "href" not in names.in_code(code('<span class="o">.</span>', call), "a.md")  # An attribute of something else
 
 
 # Parts: text
@@ -188,7 +188,7 @@ def test_notebook_without_a_title_is_rejected(tmp_path):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    "The folder of the site, built as `make docs` builds it, and without a warning"
+    "Build the site as `make docs` does, without a warning, and return its folder"
     folder = tmp_path_factory.mktemp("docs") / "site"
     command = [sys.executable, str(ROOT / "docs/build_docs.py"), "--to", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -197,7 +197,7 @@ def site(tmp_path_factory):
 
 
 class Links(HTMLParser):
-    "Ids, links, and what a page loads"
+    "The ids, links and loaded files of a page"
 
     def __init__(self, path):
         super().__init__()
@@ -298,7 +298,7 @@ def test_page_name_collision_is_rejected(tmp_path):
         site.learn_names()
 
 
-# nbdev's own way to a site, which needs Quarto for its last step
+# The site that nbdev itself builds, which needs Quarto for its last step
 
 QUARTO = """
 import warnings
@@ -346,7 +346,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def home(site):
-    "Address of the site"
+    "Yield the address of the site"
     chromium()
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -388,7 +388,7 @@ def test_search_finds_a_definition(page, home):
     page.goto(home + "index.html")
     page.locator("input.md-search__input").click()
     page.keyboard.insert_text("parse_model_args")
-    page.keyboard.press("End")  # The search begins with a key, so this is one search for the whole name
+    page.keyboard.press("End")  # A key starts the search, so this is one search for the whole name
     first = page.locator(".md-search-result__item a").first
     first.wait_for()
     first.click()
@@ -425,11 +425,11 @@ def test_names_link_to_their_definitions(page, home):
     assert "vocab_size" in page.locator("#lmconfig ~ div table").first.inner_text()
 
 
-# Contrast by WCAG, of the text of elements against what is painted behind them
+# Contrast of text and background, as defined by WCAG
 CONTRAST = """(selector) => {
   const canvas = Object.assign(document.createElement("canvas"), {width: 1, height: 1})
   const paint = canvas.getContext("2d", {willReadFrequently: true})
-  const colour = (layers) => {
+  const color = (layers) => {
     paint.clearRect(0, 0, 1, 1)
     for (const layer of layers) { paint.fillStyle = layer; paint.fillRect(0, 0, 1, 1) }
     return [...paint.getImageData(0, 0, 1, 1).data].slice(0, 3)
@@ -439,7 +439,7 @@ CONTRAST = """(selector) => {
   return [...document.querySelectorAll(selector)].filter((e) => e.offsetParent && e.textContent.trim()).slice(0, 60).map((e) => {
     const behind = []
     for (let node = e; node; node = node.parentElement) behind.unshift(getComputedStyle(node).backgroundColor)
-    const under = light(colour(behind)), over = light(colour([...behind, getComputedStyle(e).color]))
+    const under = light(color(behind)), over = light(color([...behind, getComputedStyle(e).color]))
     const ratio = (Math.max(under, over) + 0.05) / (Math.min(under, over) + 0.05)
     return [Math.round(ratio * 100) / 100, e.textContent.trim().slice(0, 30)]
   })
@@ -460,7 +460,7 @@ def test_contrast_in_both_color_schemes(page, home, name):
         backgrounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
         for selector, least in READ.items():
             found = page.evaluate(CONTRAST, selector)
-            assert found or "output" in selector  # Not every page has coloured output
+            assert found or "output" in selector  # Not every page has colored output
             assert not [pair for pair in found if pair[0] < least], f"{scheme} {selector}"
         page.locator("form[data-md-component=palette] label:visible").click()
     assert backgrounds[0] != backgrounds[1]

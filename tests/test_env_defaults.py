@@ -1,4 +1,4 @@
-"""Environment variables of the fresh-or-resume guide: the default of each in every mode, and the effect of another value."""
+"""Environment variables of the fresh-or-resume guide: their defaults in every mode, and the effect of changing them."""
 
 import os
 import random
@@ -51,7 +51,7 @@ def workdir(tmp_path, monkeypatch):
 
 SAME_IN_ALL_MODES = dict(
     use_lora=False,
-    training_data_source="pydocs",  # The guide's own default is a file that is not shipped
+    training_data_source="pydocs",  # The guide's own default is a file that it does not ship
     start_step=0,
     gpt2_model_name="gpt2",
     custom_vocab_size=None,
@@ -93,7 +93,7 @@ MODES = dict(test=dict(TEST_MODE="True"), from_scratch=dict(MODEL_TYPE="from_scr
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_default(mode):
-    "Nothing is set but the mode"
+    "Only the mode is set"
     column = BY_MODE["field"].index(mode)
     expected = SAME_IN_ALL_MODES | {name: row[column] for name, row in BY_MODE.items() if name != "field"}
     assert set(expected) == ALL
@@ -112,7 +112,7 @@ def test_empty_variable_counts_as_unset():
     assert load_config_fresh_from_env(empty) == load_config_fresh_from_env({})
 
 
-# Parameters that no variable sets: 100 warm-up steps are 2% of 5,000
+# Parameters that no variable sets: 100 warmup steps are 2% of 5,000
 RECIPE = dict(split="first90", sampler="random", seed=1337, dtype="float32", prompt="")
 RECIPE |= dict(optimizer="adamw", weight_decay=0.01, betas="0.9 0.999", schedule="constant", warmup=0.0, clip=0.0)
 TUNED = RECIPE | dict(prompt="QUESTION: ", warmup=100.0)
@@ -130,13 +130,13 @@ RECIPES = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_matches_the_guide(name):
-    "Optimizer, clipping, warm-up, seed and split"
+    "Optimizer, clipping, warmup, seed and split match the guide"
     variables, expected = RECIPES[name]
     params = to_run_params(load_config_fresh_from_env(variables))
     assert {name: params[name] for name in expected} == expected
 
 
-# Every effect: field -> (what is set beside it, its value, all parameters of the run that change, and to what).
+# Every effect: field -> (other variables that are set, its value, {parameter of the run that changes: new value}).
 # A parameter that is not given has the value None here.
 
 SHAPE = dict(d_model=256, n_heads=4, n_layers=4, dropout=0.2)
@@ -187,7 +187,7 @@ def changes(before, after):
 
 @pytest.mark.parametrize("field", EFFECTS)
 def test_a_variable_changes_the_run(field, workdir):
-    "Its own field, and the parameters in the table and no others"
+    "A variable changes its own field and the parameters in the table, and no others"
     beside, value, expected = EFFECTS[field]
     a, b = (load_config_fresh_from_env(beside | more) for more in ({}, {field.upper(): value}))
     assert vars(a)[field] != vars(b)[field]
@@ -268,7 +268,7 @@ def test_a_resumed_session_has_its_own_defaults(workdir, monkeypatch):
     with pytest.raises(InterruptedError):
         from_env(dict(CHECKPOINT_PATH=str(first.folder)))
     changed = changes(vars(load_config_fresh_from_env(TINY)), vars(configs[0]))
-    changed.pop("use_lr_warmup", None)  # Has a meaning for GPT-2 alone
+    changed.pop("use_lr_warmup", None)  # Only GPT-2 has it
     assert changed == dict(start_step=2, training_steps=5000, enable_checkpoints=True)
 
 
@@ -290,7 +290,7 @@ EVERYTHING = dict(
 
 
 def test_all_values_reach_the_run_and_the_output_file(workdir, monkeypatch, capsys):
-    "The run's own record has each parameter, the output file each field, and the adapters on a small model are remarked on"
+    "The run's record has each parameter, the output file each field, and the log the note on small models"
     run, _ = session(workdir, monkeypatch, **EVERYTHING)
     config = load_config_fresh_from_env(TINY | EVERYTHING)
     params = to_run_params(config)
@@ -314,7 +314,7 @@ def report_of(lm, capsys, rank=0):
     "Return the report on a model over two steps"
     report = ParameterReport()
     for _ in range(2):
-        report.after_step(SimpleNamespace(lm=lm, rank=rank))  # All that it looks at of a trainer
+        report.after_step(SimpleNamespace(lm=lm, rank=rank))  # The report uses nothing else of a trainer
     return capsys.readouterr().out
 
 
@@ -331,7 +331,7 @@ def test_small_model_note_only_with_adapters(lora, capsys):
 
 
 def test_small_model_note_limit_is_five_million(capsys):
-    "A token more is 133 parameters more: two rows of 64, a bias, and 4 of the adapter"
+    "One more token means 133 more parameters: two rows of 64, a bias, and 4 of the adapter"
     few = parameter_statistics(model(100, True))["total"]
     most = 100 + (4_999_999 - few) // 133
     sizes = [parameter_statistics(model(size, True))["total"] for size in (most, most + 1)]

@@ -1,4 +1,4 @@
-"""A run that was stopped anywhere, also many times, writes the same results as an uninterrupted run."""
+"""A run that is stopped anywhere, even many times, writes the same results as an uninterrupted run."""
 
 import itertools
 import shutil
@@ -15,12 +15,12 @@ from lmnotes.training.trainer import Trainer
 SAMPLERS = "random", "epochs", "domains", "documents"
 TOKENIZERS = "bytes", "bpe:300"
 CASES = {
-    # Each tokenizer and each sampler meets both optimizers.
+    # Each tokenizer and each sampler is tested with both optimizers.
     f"{tokenizer} {sampler}": dict(tokenizer=tokenizer, sampler=sampler, optimizer=("muon", "adamw")[(t + s) % 2])
     for (t, tokenizer), (s, sampler) in itertools.product(enumerate(TOKENIZERS), enumerate(SAMPLERS))
 }
 CASES["early stop"] = dict(optimizer="adamw", lr=0.1, patience=2, eval_every=4)
-# After these steps the stopped run is also resumed to the end without another stop: after all of them in three cases.
+# After these steps, a copy of the stopped run is also resumed to the end: after all steps in three cases.
 BRANCHES = dict.fromkeys(CASES, range(2, 40, 4)) | dict.fromkeys(
     ["bytes random", "bpe:300 epochs", "early stop"], range(40)
 )
@@ -58,7 +58,7 @@ def test_stop_and_resume_at_every_step(workdir, name):
 
 
 def test_cases_use_their_features(workdir, monkeypatch):
-    "Two epochs end within the run, in the middle of a batch, and early stopping stops it"
+    "In these cases two epochs end within the run, in the middle of a batch, and early stopping stops the run"
     monkeypatch.chdir(workdir)
     for name, case in CASES.items():
         cfg = RunConfig(**TINY | case)
@@ -73,7 +73,7 @@ def test_cases_use_their_features(workdir, monkeypatch):
 
 @pytest.mark.parametrize("step", [1, 10, 15, 23, 39])
 def test_one_stop_and_resume(workdir, step):
-    "At a first step, with a checkpoint and an evaluation, with a sample, between, and before the last"
+    "Stop at the first step, at a checkpoint and evaluation, at a sample, in between, and before the last step"
     whole = run_results(start_run(workdir, TINY))
     start_run(workdir, TINY, step, run="once")
     assert not differences(whole, run_results(resume(workdir, run="once")))
@@ -81,7 +81,7 @@ def test_one_stop_and_resume(workdir, step):
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_stop_and_resume_in_bfloat16(workdir, optimizer):
-    "The dtype that most machines choose by themselves"
+    "In bfloat16, which most machines choose, the resumed run writes the same results"
     case = TINY | dict(dtype="bfloat16", optimizer=optimizer)
     whole = run_results(start_run(workdir, case))
     start_run(workdir, case, 17, run="once")
@@ -96,7 +96,7 @@ def test_stop_after_the_last_step(workdir):
 
 
 def _forget(key):
-    "Resume without a part of the saved state"
+    "Make a resume lose a part of the saved state"
 
     def load_state_dict(t, state):
         t.step = state["step"]
@@ -110,7 +110,7 @@ def _forget(key):
 
 
 def _one_later(cls, name):
-    "Make what depends on the step depend on the next one"
+    "Make a function of the step use the next step"
     as_it_is = getattr(cls, name)
     setattr(
         cls, name, lambda first, *rest: as_it_is(*((first, rest[0] + 1) if cls is EpochBatches else (first + 1, *rest)))
@@ -131,7 +131,7 @@ ABLATIONS = {
 
 
 def train_without(what, **params):
-    "Run with a part of the exactness taken away"
+    "Train with one guarantee of exactness removed"
     ABLATIONS[what]()
     return train(**params)
 
@@ -174,7 +174,7 @@ ARCHITECTURES = {
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_each_architecture(workdir, name):
-    "Stopped after a few steps, each time in a new process"
+    "Each architecture is stopped after a few steps and resumed in a new process, several times"
     case = TINY | dict(arch=name, optimizer="adamw") | ARCHITECTURES[name]
     whole = run_results(start_run(workdir, case))
     start_run(workdir, case, 3, run="chain")

@@ -1,4 +1,4 @@
-"""An exported model works where this library is not, tells nothing of the machine it comes from, and arrives on a hub as it is."""
+"""An exported model works without this library, reveals nothing about this machine, and is uploaded unchanged."""
 
 import base64
 import hashlib
@@ -60,7 +60,7 @@ def exported(r, workdir):
     return export(r, workdir / "exported", state_dict="best_model.pth")
 
 
-# It works alone
+# The folder works on its own
 
 ALONE = """
 import sys
@@ -79,7 +79,7 @@ assert len(ours) > 5 and not strange, strange
 
 
 def run_exported(folder, tmp_path):
-    "(logits, greedy text) of a copy of an exported folder, in a process that sees no other lmnotes"
+    "Return (logits, greedy text) of a copy of an exported folder, in a process that imports no other lmnotes"
     copy = tmp_path / "elsewhere"
     shutil.copytree(folder, copy)
     command = [sys.executable, "-c", ALONE, str(copy), str(tmp_path / "logits.pt")]
@@ -91,7 +91,7 @@ def run_exported(folder, tmp_path):
 
 @torch.no_grad()
 def local_logits(r, lm=None):
-    "(logits, greedy text) of a run"
+    "Return (logits, greedy text) of a run"
     lm = (lm or r.lm).eval()
     return lm(torch.arange(12)[None] * 3 % lm.cfg.vocab_size), r.generate("3: ", 30, temperature=0)
 
@@ -190,12 +190,12 @@ def test_exported_script_generates_and_leaves_no_files(exported, tmp_path, capsy
     env = {n: v for n, v in os.environ.items() if n != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(command, capture_output=True, env=env, encoding="utf-8", timeout=DEADLINE)
     assert done.returncode == 0 and done.stdout.startswith("3: "), done.stderr
-    assert list(copy.rglob("*.pyc"))  # These hold this machine's paths
+    assert list(copy.rglob("*.pyc"))  # Compiled files contain paths of this machine
     assert upload(copy, "me/x", dry_run=True).keys() == {*read_manifest(copy), "manifest.json"}
     assert "not part of the export" not in capsys.readouterr().out
 
 
-# What it tells
+# Content of the files
 
 
 def test_no_file_contains_local_paths(exported, workdir):
@@ -210,7 +210,7 @@ def test_no_file_contains_local_paths(exported, workdir):
         if path.is_file():
             data = path.read_bytes()
             told = [w for w in words if w.encode() in data]
-            assert not told, f"{path.name} says {told}"
+            assert not told, f"{path.name} contains {told}"
 
 
 def test_model_card(r, exported):
@@ -218,7 +218,7 @@ def test_model_card(r, exported):
     from huggingface_hub import ModelCard
 
     text = (exported / "README.md").read_text()
-    (figure,) = ModelCard(text).data.eval_results  # As the hub reads it
+    (figure,) = ModelCard(text).data.eval_results  # Parsed as on the hub
     assert (figure.metric_type, figure.dataset_name) == ("bits_per_byte", "corpus")
     head = yaml.safe_load(text.split("---\n")[1])
     last = r.result["last"]
@@ -227,7 +227,7 @@ def test_model_card(r, exported):
     assert head["pipeline_tag"] == "text-generation" and set(head["tags"]) == {"lmnotes", "gpt"}
     for figure in (f"{last['loss']:.4f} ± {last['stderr']:.4f}", f"{last['bpb']:.4f} ± {last['bpb_stderr']:.4f}"):
         assert figure in text
-    assert f"{r.info['n_params']:,}" in text and "whole validation part" in text and train_command(r.info) in text
+    assert f"{r.info['n_params']:,}" in text and "whole validation split" in text and train_command(r.info) in text
     assert (exported / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -258,7 +258,7 @@ def test_export_of_an_older_step(workdir, tmp_path):
     weights = load_file(folder / "model.safetensors")
     assert all(torch.equal(t, best.lm.state_dict()[name]) for name, t in weights.items())
     text = (folder / "README.md").read_text()
-    assert f"{r.result['best']:.4f}" in text and "first batches of the validation part" in text
+    assert f"{r.result['best']:.4f}" in text and "first batches of the validation split" in text
 
 
 # The folder
@@ -342,7 +342,7 @@ def test_unexportable_models_are_rejected(r, workdir, tmp_path):
 
 def test_imports_inside_functions_are_exported():
     names = {p.relative_to(module._ROOT).as_posix() for p in source_files("lmnotes.nn.lm")}
-    assert "lmnotes/models/__init__.py" in names  # `archs` imports it when it is called
+    assert "lmnotes/models/__init__.py" in names  # Calling `archs` imports it
     assert "lmnotes/nn/lm.py" in names and not any(name.startswith("lmnotes/runs/") for name in names)
 
 
@@ -453,7 +453,7 @@ def uploading(folder, home, *repos, port=9, **environment):
 
 
 def received(hub):
-    "{name: bytes} of what the hub has in its last commit"
+    "Return {name: bytes} of the hub's last commit"
     files = {}
     for line in hub.commits[-1]:
         value = line["value"]
@@ -486,7 +486,7 @@ def test_token_appears_only_in_its_header(hub, exported, tmp_path):
     for method, path, headers, body in hub.asked:
         where = [name for name, value in headers.items() if TOKEN in value]
         assert TOKEN not in path and TOKEN.encode() not in body
-        if path.startswith("/storage/"):  # On the real hub this is another company's machine
+        if path.startswith("/storage/"):  # The real hub stores files on another company's machine
             assert where == [], f"{method} {path} has the token in {where}"
         elif path != "/api/validate-yaml":
             assert where == ["authorization"] or where == ["Authorization"], f"{method} {path}: {where}"
@@ -558,11 +558,11 @@ def test_secrets_and_damaged_files_are_not_uploaded(exported, tmp_path, capsys):
         upload(copy, "me/ok", dry_run=True)
     assert TOKEN not in str(caught.value)
     (copy / "README.md").unlink()
-    with pytest.raises(ValueError, match="README.md changed since the export, or deleted"):
+    with pytest.raises(ValueError, match="README.md changed or deleted since the export"):
         upload(copy, "me/ok", dry_run=True)
     shutil.rmtree(copy)
     shutil.copytree(exported, copy)
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0\0")
-    with pytest.raises(ValueError, match="model.safetensors changed since the export"):
+    with pytest.raises(ValueError, match="model.safetensors changed or deleted since the export"):
         upload(copy, "me/ok", dry_run=True)

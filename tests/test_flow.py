@@ -1,4 +1,4 @@
-"""Chapters import in one direction only, models know only the parts of models, and modules stay small."""
+"""Chapters import in one direction only, models import only `nn`, and modules stay small."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ MOST_LINES = 450
 
 
 def module_name(path):
-    "lmnotes/models/gpt.py -> lmnotes.models.gpt"
+    "Return the name of a module: lmnotes/models/gpt.py -> lmnotes.models.gpt"
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -24,13 +24,13 @@ MODULES = {module_name(path): path for path in FILES}
 
 
 def chapter(name):
-    "The chapter of a module; `apps` for `lmnotes.__main__`"
+    "Return the chapter of a module (`apps` for `lmnotes.__main__`)"
     part = name.split(".")[1] if "." in name else ""
     return "apps" if part == "__main__" else part
 
 
 def imports(path, anywhere=True):
-    "Every module of this package that a file imports, anywhere in it or only when it is loaded"
+    "Return the modules of this package that a file imports, anywhere or only at its top level"
     package = path.relative_to(ROOT).parent.parts
     found = set()
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -94,13 +94,13 @@ def test_notebooks_are_in_the_folder_of_their_chapter():
 
 
 def test_the_papermill_engine_loads_nothing_of_the_package():
-    "Papermill imports it at every start, also for other projects"
+    "Papermill imports the engine whenever it starts, for other projects too"
     assert imports(MODULES["lmnotes.apps.papermill_engine"], anywhere=False) == set()
     assert all(path.read_text() == "" for path in PACKAGE.glob("*/__init__.py"))
 
 
 def test_only_recipes_refer_to_a_guide():
-    "Elsewhere, a guide's name may be that of an architecture, a preset or a tokenizer format, which users type"
+    "Elsewhere, a guide's name may be only an architecture, a preset or a tokenizer format, which users type"
     names = r"(?i:guide|tiss_?lm|agiformer|nanothink|from_env|fresh_or_resume|text_only)|RESUME_[A-Z]|CHECKPOINT_PATH"
     allowed = r"NanoThink(Config)?\b|[:\"']nanothink|\bnanothink\w*=dict|(such as|\|) nanothink|\bguide=dict"
     allowed += r"|\btext_only=|\bagiformer\w*=\(|\"tisslm\"|\w+\.ipynb"

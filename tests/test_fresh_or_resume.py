@@ -1,4 +1,4 @@
-"""The one entry point of the merge guide: its three acceptance tests, and each known mistake of its system, which cannot happen here."""
+"""The fresh-or-resume guide: its three acceptance tests, and a test for each known mistake of its scripts."""
 
 import hashlib
 import json
@@ -61,14 +61,14 @@ CASES |= {f"{name} lora": case | dict(USE_LORA="True", LORA_RANK="4") for name, 
 
 
 def sentences(words, n=600, seed=0):
-    "Lines of words drawn at random"
+    "Return lines of words drawn at random"
     draw = random.Random(seed)
     return "".join(" ".join(draw.choices(words.split(), k=6)) + "\n" for _ in range(n))
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
-    "A text, another one with other characters, a small GPT-2 with random weights, and a small vocabulary in GPT-2's place"
+    "Return a folder with two texts of different characters, a small random GPT-2, and a small vocabulary for it"
     folder = tmp_path_factory.mktemp("material")
     (folder / "text.txt").write_text(sentences("wave salt tide foam harbour gull sea"))
     (folder / "other.txt").write_text(sentences("Zürich MOSS fern oak bark owl clearing quartz", seed=1))
@@ -93,38 +93,38 @@ def workdir(tmp_path, material, monkeypatch):
 
 
 def enter(variables):
-    "The entry point, in a process of its own"
+    "Call the entry point and return an exit code, for use in a new process"
     return dict(done=0, interrupted=130)[from_env(variables).status]
 
 
 def only_run(workdir):
-    "The folder of the one run there is"
+    "Return the folder of the only run"
     (record,) = (workdir / "checkpoints").glob("*/run.json")
     return record.parent
 
 
 def train_losses(folder):
-    "{step: loss} of the log"
+    "Return {step: training loss} of a run"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
 
 
 def bits(folder):
-    "Weights and optimizer state at the end of a run, as hashes"
+    "Return hashes of the weights and the optimizer state at the end of a run"
     step = folder / (folder / "final").read_text().strip()
     weights = [p for p in sorted(step.iterdir()) if p.suffix == ".safetensors"]
     return [hashlib.sha256(p.read_bytes()).hexdigest() for p in weights] + [state_hash_without_reports(step)]
 
 
 def state_hash_without_reports(step):
-    "Return the hash of the optimizer states. The counters include one more evaluation where a session ended"
+    "Return the hash of the optimizer states. The counters also count the evaluation at the end of a session"
     state = torch.load(step / "state.pt", weights_only=True)
     torch.save(dict(optimizers=state["optimizers"], step=state["step"]), step.parent / "state.pt")
     return state_hash(step.parent)
 
 
 def text_of(folder, pattern):
-    "The content of the one file of that name"
+    "Return the content of the only file that matches `pattern`"
     (path,) = folder.glob(pattern)
     return path.read_text()
 
@@ -134,7 +134,7 @@ def text_of(folder, pattern):
 
 @pytest.mark.parametrize("name", CASES)
 def test_fresh_then_resumed(workdir, name):
-    "A fresh run of 200 steps, then 300 more in a new process from its checkpoint, equals 500 steps in losses and bits"
+    "A run of 200 steps, resumed for 300 more in a new process, has the same losses and bits as a run of 500 steps"
     case = CASES[name] | KEEP
     assert run_in_process(workdir, enter, case | dict(TRAINING_STEPS="500")) == 0, read_log(workdir)
     whole = only_run(workdir).rename(workdir / "whole")
@@ -161,7 +161,7 @@ def test_fresh_then_resumed(workdir, name):
 
 
 def test_a_fresh_gpt2_learns(workdir):
-    "200 steps: the loss falls from that of the weights it was given"
+    "In 200 steps the loss falls below that of the initial weights"
     r = from_env(GPT2 | dict(TRAINING_STEPS="200", LEARNING_RATE="1e-2"))
     losses = train_losses(r.folder)
     assert (r.status, r.step) == ("done", 200) and losses[200] < losses[25] - 0.3
@@ -171,7 +171,7 @@ def test_a_fresh_gpt2_learns(workdir):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_changed_data_file(workdir, method):
-    "Rejected under the same name. Under another name it is a new stage with the same tokenizer and a message"
+    "A changed file is rejected. Under another name it is a new stage with the same tokenizer and a message"
     case = TINY | KEEP | dict(TOKENIZATION_METHOD=method)
     first = from_env(case | dict(TRAINING_STEPS="10"))
     again = case | dict(CHECKPOINT_PATH=str(first.folder), RESUME_STEPS="10")
@@ -190,7 +190,7 @@ def test_changed_data_file(workdir, method):
 
 
 def test_mistake_01_frozen_layers_stop_the_gradient():
-    "Under adapters, the gradient of the first step reaches every layer and the embeddings"
+    "With adapters, the gradient of the first step reaches every layer and the embeddings"
     torch.manual_seed(0)
     lm = new_lm("scratch_gpt", vocab_size=40, ctx_len=16, d_model=16, n_layers=3, n_heads=2, dropout=0.0)
     add_lora(lm, LoRAConfig(4, train="embed.* positions.* *norm*"))
@@ -222,7 +222,7 @@ def test_mistake_03_adapters_are_not_in_the_configuration(workdir):
 
 
 def test_mistake_04_the_first_batches_come_again(workdir):
-    "60 + 40 steps are 100 steps"
+    "60 steps and 40 more after a resume give the same bits as 100 steps"
     whole = from_env(TINY | dict(TRAINING_STEPS="100"))
     part = from_env(TINY | KEEP | dict(TRAINING_STEPS="60"))
     part = from_env(TINY | dict(CHECKPOINT_PATH=str(part.folder), RESUME_STEPS="40"))
@@ -238,7 +238,7 @@ def test_mistake_05_the_tokenizer_is_made_again_from_other_text(workdir, method)
     after = load(from_env(TINY | new).folder)
     ids = r.tokenizer.encode("salt and tide\n")
     assert after.tokenizer.encode("salt and tide\n").tolist() == ids.tolist()
-    assert after.tokenizer.decode(after.tokenizer.encode("wave\nfoam")) == "wave\nfoam"  # no spaces between pieces
+    assert after.tokenizer.decode(after.tokenizer.encode("wave\nfoam")) == "wave\nfoam"  # No spaces between pieces
 
 
 def test_mistake_06_checkpoints_only_at_evaluations(workdir):
@@ -249,7 +249,7 @@ def test_mistake_06_checkpoints_only_at_evaluations(workdir):
 
 
 def test_mistake_07_warming_up_is_an_error(workdir):
-    "GPT-2 with the default USE_LR_WARMUP=True: the rate rises over 50 steps, and stays"
+    "GPT-2 with the default USE_LR_WARMUP=True: the learning rate rises over 50 steps, then stays constant"
     r = from_env(GPT2 | dict(TRAINING_STEPS="75", LEARNING_RATE="1e-3"))
     lr = {m["step"]: m["lr"] for m in r.metrics if m["split"] == "train"}
     assert lr[25] == pytest.approx(0.5e-3) and lr[50] == lr[75] == 1e-3
@@ -263,7 +263,7 @@ def test_mistake_08_the_new_rate_is_not_applied(workdir):
 
 
 def test_mistake_09_the_loss_at_the_beginning_is_that_at_the_end(workdir):
-    "The report begins with the loss of the checkpoint, on the checkpoint's own text"
+    "The report starts with the loss of the checkpoint on the checkpoint's own text"
     r = from_env(TINY | KEEP | dict(TRAINING_STEPS="50", LEARNING_RATE="1e-2"))
     before = next(m["loss"] for m in r.metrics if m["split"] == "val" and m["step"] == 50)
     case = {name: value for name, value in TINY.items() if name != "TRAINING_DATA_SOURCE"}
@@ -275,7 +275,7 @@ def test_mistake_09_the_loss_at_the_beginning_is_that_at_the_end(workdir):
 
 
 def test_mistake_10_sampling_with_dropout(workdir):
-    "The model is in eval mode afterwards, keeps no graph, and GENERATION_TOP_K=1 gives the likeliest tokens"
+    "The model is in eval mode afterwards, keeps no graph, and GENERATION_TOP_K=1 gives the most likely tokens"
     r = from_env(TINY | dict(TRAINING_STEPS="20", DROPOUT="0.5", GENERATION_TOP_K="1"))
     assert not r.lm.training and all(p.grad is None for p in r.lm.parameters())
     likeliest = r.generate("", 20, temperature=0)
@@ -293,7 +293,7 @@ def test_mistake_11_the_attention_scale_of_the_whole_width():
 
 
 def test_mistake_12_no_best_checkpoint_and_noisy_figures(workdir):
-    "Every evaluation uses the same batches, and the best model stays, also without ENABLE_CHECKPOINTS"
+    "Every evaluation uses the same batches, and the best model is kept, even without ENABLE_CHECKPOINTS"
     r = from_env(TINY | dict(TRAINING_STEPS="60", EVAL_INTERVAL="20", LEARNING_RATE="3e-3"))
     figures = {m["step"]: m for m in r.metrics if m["split"] == "val"}
     assert len({m["tokens"] for step, m in figures.items() if 0 < step < 60}) == 1
@@ -322,7 +322,7 @@ def test_mistake_15_the_total_is_lost(workdir):
 
 @pytest.mark.parametrize("output", ["True", "false"])
 def test_mistake_16_the_log_grows_with_its_square(workdir, output):
-    "Each line appears once, also without an output file"
+    "Each line appears once, with and without an output file"
     case = dict(TRAINING_STEPS="100", CHECKPOINT_INTERVAL="10", ENABLE_OUTPUT_TO_FILE=output)
     from_env(TINY | KEEP | case)
     printed = text_of(workdir / "logs", "training_log_*.log")
@@ -359,11 +359,11 @@ def test_mistake_19_errors_of_saving_are_swallowed(workdir, monkeypatch):
         from_env(TINY | dict(TRAINING_STEPS="3"))
 
 
-# Where a run goes on
+# Folder of a resumed run
 
 
 def test_an_older_checkpoint_becomes_a_new_run(workdir):
-    "The run does not change, and the new one ends in the same bits"
+    "The old run does not change, and the new one ends with the same bits"
     r = from_env(TINY | KEEP | dict(TRAINING_STEPS="100", CHECKPOINT_INTERVAL="50"))
     before = bits(r.folder)
     step = r.folder / "step_00000050"
@@ -379,7 +379,7 @@ def test_another_checkpoint_dir_becomes_a_new_run_there(workdir):
 
 
 def test_resuming_a_run_made_without_variables(workdir):
-    "Trained by `run` with its own defaults, taken further by the entry point: nothing changes but the steps"
+    "The entry point can resume a run made by `lmnotes.run` with its own defaults, and changes only the steps"
     shape = dict(
         model_args="d_model=16 n_heads=2 n_layers=1", ctx_len=16, batch_size=4, device="cpu", out_dir="checkpoints"
     )
@@ -410,7 +410,7 @@ def test_unusable_checkpoints_are_rejected(workdir):
 
 
 def test_stopped_by_a_signal(workdir, monkeypatch):
-    "Also without ENABLE_CHECKPOINTS the run is saved, and resumes to the same bits"
+    "The run is saved even without ENABLE_CHECKPOINTS, and resumes to the same bits"
     whole = from_env(TINY | dict(TRAINING_STEPS="50"))
     as_it_is = Trainer.train_step
 
@@ -426,11 +426,11 @@ def test_stopped_by_a_signal(workdir, monkeypatch):
     assert bits(part.folder) == bits(whole.folder) and train_losses(part.folder) == train_losses(whole.folder)
 
 
-# The ways in
+# Ways to start the entry point
 
 
 def environ(workdir, **variables):
-    "The process's environment with the guide's variables in it, and none of ours"
+    "Return the process's environment with the guide's variables and without those of lmnotes"
     clean = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
     return clean | dict(OMP_NUM_THREADS="1", IPYTHONDIR=str(workdir / "ipython"), MPLBACKEND="agg") | TINY | variables
 
@@ -445,7 +445,7 @@ def shell(workdir, *words, **variables):
 
 
 def test_the_notebook_under_papermill(workdir):
-    "Variables from the environment, then parameters over them: fresh, and resumed"
+    "Variables come from the environment, and parameters override them, for a fresh and a resumed run"
     notebook = ROOT / "nbs/recipes/fresh_or_resume.ipynb"
     code, printed = shell(workdir, "papermill", notebook, "fresh.ipynb", TRAINING_STEPS="25", ENABLE_CHECKPOINTS="true")
     assert code == 0, printed
@@ -469,7 +469,7 @@ def test_the_command(workdir):
 
 
 def test_fields_are_complete_and_correct():
-    "All of the guide's 22 fields, each with a variable, and a parameter that exists"
+    "The table has all of the guide's 22 fields, each with a variable, and with a parameter that exists"
     own = [f.name for f in fields(TrainingConfig)]
     assert [row["field"] for row in FIELD_TABLE] == own[:22]
     assert (
@@ -507,7 +507,7 @@ CHANGES = dict(
 
 @pytest.mark.parametrize("row", [row for row in FIELD_TABLE if row["field"] in CHANGES], ids=lambda row: row["field"])
 def test_every_variable_has_an_effect(row):
-    "Another value of the variable is another value of the field and of the parameter in the table"
+    "Another value of the variable changes the field, and the parameter in the table"
     a, b = load_config_fresh_from_env({}), load_config_fresh_from_env(CHANGES[row["field"]])
     assert vars(a)[row["field"]] != vars(b)[row["field"]]
     assert to_run_params(a).get(row["parameter"]) != to_run_params(b).get(row["parameter"])
@@ -523,7 +523,7 @@ def test_functions_of_the_guide_exist():
 
 
 def test_older_checkpoint_with_variables(workdir):
-    "Also if the run was resumed since with the same values or with another text"
+    "Variables apply to an older checkpoint, even if the run was resumed since with them or another text"
     r = from_env(TINY | KEEP | dict(TRAINING_STEPS="10", LEARNING_RATE="1e-3"))
     changed = dict(LEARNING_RATE="1e-5", BATCH_SIZE="8", TRAINING_DATA_SOURCE="other.txt")
     from_env(TINY | changed | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="10"))
@@ -560,7 +560,7 @@ def test_runs_in_one_second_have_separate_logs(workdir, monkeypatch):
 
 
 def test_first_loss_of_a_session_is_the_loss_of_the_checkpoint(workdir):
-    "Without an evaluation at the checkpoint, one is made. Losses on another text are not compared with the first text"
+    "A checkpoint without an evaluation is evaluated. Losses on different texts are not compared"
     r = from_env(
         TINY | KEEP | dict(TRAINING_STEPS="90", CHECKPOINT_INTERVAL="30", EVAL_INTERVAL="50", LEARNING_RATE="1e-2")
     )
@@ -662,7 +662,7 @@ def test_other_spellings_of_a_folder(workdir):
 
 
 def test_settings_of_a_fresh_run_are_kept(workdir):
-    "Folders, generation and the shape in the output file. The environment still wins"
+    "A resume keeps folders, generation settings and the shape in the output file, unless the environment sets them"
     told = dict(LOG_DIR="mylogs", OUTPUT_DIR="myout", GENERATION_TOP_K="3", MAX_NEW_TOKENS="7", TEST_MODE="True")
     case = {name: value for name, value in GPT2.items() if name != "MAX_NEW_TOKENS"}
     r = from_env(case | KEEP | told | dict(TRAINING_STEPS="2"))
@@ -675,7 +675,7 @@ def test_settings_of_a_fresh_run_are_kept(workdir):
 
 
 def test_a_text_without_line_breaks_can_begin(workdir):
-    "The first token is one that the vocabulary has"
+    "The vocabulary has no line break, so generation starts without one"
     Path("text.txt").write_text("wave salt tide foam " * 300)
     r = from_env(TINY | dict(TRAINING_STEPS="2", TOKENIZATION_METHOD="character"))
     assert r.info["data"]["start"] == "" and len(r.generate("", 5)) <= 5

@@ -18,7 +18,7 @@ import lmnotes
 
 GOLDEN = Path(__file__).parent / "golden"
 RELEASES = {path.parent.name: json.loads(path.read_text("utf-8")) for path in sorted(GOLDEN.glob("*/expected.json"))}
-TOLERANCE = 1e-3  # Nats per token: bits differ between CPUs
+TOLERANCE = 1e-3  # Nats per token. Bits differ between CPUs
 
 each_release = pytest.mark.parametrize("release", RELEASES)
 each_run = pytest.mark.parametrize(
@@ -28,7 +28,7 @@ each_run = pytest.mark.parametrize(
 
 @pytest.fixture
 def expected(release, name, tmp_path, monkeypatch):
-    "The values that a run must give; the working directory is a folder with copies of this run and its text, and nothing else"
+    "Return the values that a run must give. The working directory holds only copies of this run and its text"
     shutil.copytree(GOLDEN / release / "runs" / name, tmp_path / "runs" / name)
     shutil.copytree(GOLDEN / release / "text", tmp_path / "text")
     monkeypatch.chdir(tmp_path)
@@ -38,7 +38,7 @@ def expected(release, name, tmp_path, monkeypatch):
 
 
 def test_golden_folders_exist():
-    "Without them the other tests would have no cases"
+    "There are golden folders. Without them the other tests would have no cases"
     assert len(RELEASES["0.1"]["runs"]) == 12
 
 
@@ -61,7 +61,7 @@ def test_a_run_resumes(release, name, expected):
 
 @each_release
 def test_an_export_generates(release, tmp_path):
-    "With the code that it was exported with"
+    "An export generates text with the code that it was exported with"
     folder = shutil.copytree(GOLDEN / release / "export", tmp_path / "export")
     expected = RELEASES[release]["runs"][RELEASES[release]["exported"]]
     options = ["--n", str(RELEASES[release]["tokens"]), "--temperature", "0"]
@@ -78,7 +78,7 @@ def test_an_export_generates(release, tmp_path):
 
 @each_release
 def test_export_files_are_unchanged(release):
-    "Git changes no line ending, and no formatter has rewritten a file"
+    "Neither git's line endings nor a formatter have changed a file"
     folder = GOLDEN / release / "export"
     files = json.loads((folder / "manifest.json").read_bytes())["files"]
     changed = [

@@ -1,4 +1,4 @@
-"""GPT-2 behind the contract: folders that transformers wrote, a hub, files that are damaged or belong to something else."""
+"""The `gpt2` architecture: folders written by transformers, a hub, and files that are damaged or do not fit."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ def published(folder, tie=True, **shape):
     torch.manual_seed(0)
     hf = GPT2LMHeadModel(GPT2Config(**{**SHAPE, **shape}, tie_word_embeddings=tie)).eval()
     for p in hf.parameters():
-        torch.nn.init.normal_(p, std=0.1)  # The biases too
+        torch.nn.init.normal_(p, std=0.1)  # Biases too
     hf.save_pretrained(folder)
     return hf
 
@@ -63,7 +63,7 @@ def close(a, b):
     return torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-# What transformers has written
+# Folders written by transformers
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -146,7 +146,7 @@ def test_padding_tokens_of_the_vocabulary_are_dropped(tmp_path, tie):
 
 
 def test_targets_are_shifted_once(source):
-    "The loss is what transformers computes from a whole window, which shifts once"
+    "The loss equals that of transformers on the whole window, which shifts the targets once"
     from transformers import GPT2LMHeadModel
 
     from lmnotes.data.batches import IGNORE_INDEX, Batch
@@ -184,7 +184,7 @@ def test_cached_steps_equal_transformers(source):
         close(logits, hf(torch.cat([x[:, 1:], x[:, :1]], 1)).logits[:, -1])
 
 
-# What does not fit
+# Files and parameters that do not fit
 
 
 @pytest.mark.parametrize("given", [72, 201, 50257])
@@ -300,14 +300,14 @@ def test_damaged_files_are_rejected_by_name(source, what, capfd):
     with pytest.raises(ValueError, match=message) as caught:
         GPT2.pretrained(source)
     assert str(source) in str(caught.value)
-    assert capfd.readouterr().err == ""  # The message says it; transformers' table would say it again
+    assert capfd.readouterr().err == ""  # Our message is enough: transformers' own table is not printed
 
 
 # Adapters
 
 
 def adapted(source, **more):
-    "A GPT-2 with adapters everywhere that do something"
+    "Return a GPT-2 with non-zero adapters on all layers"
     torch.manual_seed(2)
     lm = add_lora(GPT2.pretrained(source, **more), LoRAConfig(rank=3, alpha=5))
     for name, p in lm.named_parameters():
@@ -343,7 +343,7 @@ def test_peft_opens_the_adapters_on_transformers_model(source, tmp_path):
 
 
 def final_checkpoint(folder):
-    "{what: hash or content} of the last checkpoint of a run, with adapters or without, and of what it measured"
+    "Return {name: hash or content} of a run's last checkpoint, with or without adapters, and of its metrics"
     checkpoint_folder = folder / (folder / "final").read_text().strip()
     files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in checkpoint_folder.glob("*.safetensors")}
     assert files
@@ -360,7 +360,7 @@ RUN = dict({n: v for n, v in TINY_RUN.items() if n != "model_args"}, arch="gpt2"
 
 @pytest.mark.parametrize("more", [dict(), dict(lora_rank=2, lora_dropout=0.1)], ids=["all of it", "adapters"])
 def test_resumed_run_is_bit_identical_and_needs_no_source(workdir, more):
-    published(workdir / "source", vocab_size=320)  # 64 more than there are bytes
+    published(workdir / "source", vocab_size=320)  # 64 more ids than there are bytes
     assert run_in_process(workdir, train, **RUN | more | dict(run="unbroken")) == 0, read_log(workdir)
     assert run_in_process(workdir, train, 7, **RUN | more) == 130, read_log(workdir)
     shutil.rmtree(workdir / "source")
@@ -428,7 +428,7 @@ def test_failed_download_by_name(tmp_path):
 
 
 class Hub(BaseHTTPRequestHandler):
-    "As much of a hub as it takes to give out the files of one repository, gpt2"
+    "A minimal hub that serves the files of one repository, gpt2"
 
     def do_HEAD(self):
         self.do_GET()

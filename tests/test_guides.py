@@ -1,6 +1,6 @@
 """The migration guides: every command of a page is run, in order, in a small project, and every promise is checked.
 
-The headings of a table select the check of its rows, and the rows are the data.
+The headings of a table select the check for its rows, and the rows are the data of the check.
 """
 
 import ast
@@ -26,28 +26,28 @@ PAGES = {path.stem: path for path in sorted((ROOT / "docs/guides").glob("*.md"))
 NAMES = "agiformer fresh_or_resume nanothink text_only tisslm".split()
 
 
-# A page as its tables
+# Reading the tables of a page
 
 
 def cells(line):
-    "The cells of a row; `\\|` is a bar inside of one"
+    "Return the cells of a row, in which `\\|` is a literal bar"
     return [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
 
 
 def spans(cell):
-    "The code in a cell"
+    "Return the code spans of a cell"
     return [code.strip() for code in re.findall(r"(`+)(.+?)\1(?!`)", cell) for code in code[1:]]
 
 
 def read_page(path):
-    "[(line number, heads, cells, files and variables in the paragraph before the table)] of all rows of a page"
+    "Return [(line number, headings, cells, files and variables named before the table)] of all rows of a page"
     lines, rows, heads, about = path.read_text(encoding="utf-8").splitlines(), [], None, []
     for number, line in enumerate(lines, 1):
         if line.startswith("|"):
             found = cells(line)
             if heads is None:
                 heads = tuple(found)
-                assert heads in CHECKS, f"{path.name}, line {number}: a table with heads nobody can check: {heads}"
+                assert heads in CHECKS, f"{path.name}, line {number}: no check for a table with these headings: {heads}"
             elif set(line) <= set("|- "):
                 continue
             else:
@@ -62,11 +62,11 @@ def read_page(path):
     return rows
 
 
-# What a row says to type
+# Running the commands of a row
 
 
 def execute(line, given, variables):
-    "Run a line with small parameters and variables, notebooks in this process, and return the exit code"
+    "Run a line with small parameters and variables (notebooks in this process) and return the exit code"
     os.environ.update(variables)
     words = shlex.split(line)
     while re.fullmatch(r"[A-Z_0-9]+=.*", words[0]):
@@ -94,14 +94,14 @@ def evaluate(code):
 
 
 class Reader:
-    "Goes through a page in a project of its own"
+    "Reader of a page, who runs its commands in a separate project"
 
     def __init__(self, workdir, page):
         self.place, self.page, self.toy = workdir, page, TOYS[page]
         self.given, self.records, self.said, self.smaller = {}, {}, "", set()
 
     def small(self, line):
-        "A line with what is large in it made small"
+        "Replace large values in a line with small ones"
         for large, small in self.toy.get("instead", {}).items():
             if large in line:
                 line = line.replace(large, small)
@@ -128,18 +128,18 @@ class Reader:
         return code, output
 
     def note(self, toy, line):
-        "Remember which parameters the run had whose record is new"
+        "Store the parameters of the run that wrote a new record"
         for path in self.place.rglob("run.json"):
             content = path.read_bytes()
-            if content not in self.records:  # Else it is as it was, or has been moved
+            if content not in self.records:  # Otherwise the record is unchanged or moved
                 told = dict(re.findall(r"-p (\w+) (\S+)", line) + re.findall(r"\b([A-Z_0-9]+)=(\S+)", line))
                 self.records[content] = toy | self.toy.get("variables", {}) | told
             self.given[path.parent] = self.records[content]
 
-    # One check for each kind of table. Each returns what is wrong
+    # One check for each kind of table. Each returns a problem, or nothing
 
     def command(self, row, about):
-        "Each line is typed and succeeds"
+        "Each command succeeds"
         lines = spans(row[1])
         if not lines:
             return "there is nothing to type"
@@ -149,7 +149,7 @@ class Reader:
                 return f"{line}: exit code {code}\n{output[-3000:]}"
 
     def trouble(self, row, about):
-        "The lines are typed, and the words in the last cell are printed"
+        "The commands print the words in the last cell"
         lines, words = spans(row[1]), spans(row[2])
         if not lines or not words:
             return "a line to type and words that are printed are needed"
@@ -157,7 +157,7 @@ class Reader:
         return "\n".join(f"{word!r} was not printed:\n{output[-3000:]}" for word in words if not shows(word, output))
 
     def parameter(self, row, about):
-        "`name=default` is the default of the recipe's cell, and another value of it is found in the run's record"
+        "`name=default` is the default in the recipe's cell, and another value that was given is in the run's record"
         notebook, record = about
         name, _, default = spans(row[1])[0].partition("=")
         defaults = recipe_parameters(self.place / notebook)
@@ -166,7 +166,7 @@ class Reader:
         return self.recorded(name, defaults[name], record, spans(row[2]))
 
     def setting(self, row, about):
-        "`name=default` is the default of the configuration, and another value of it is found in the run's record"
+        "`name=default` is the default in the configuration, and another value that was given is in the run's record"
         from lmnotes.recipes.text_only_config import DEFAULT_SETTINGS, load_text_config
 
         name, _, default = spans(row[1])[0].partition("=")
@@ -176,7 +176,7 @@ class Reader:
         return self.recorded(name, DEFAULT_SETTINGS[name], about[1], spans(row[2]))
 
     def variable(self, row, about):
-        "`NAME=default` is the default of the environment reader, and another value of it is found in the run's record"
+        "`NAME=default` is the default of the environment reader, and another given value is in the run's record"
         from lmnotes.recipes.fresh_or_resume_config import load_config_fresh_from_env
 
         name, _, default = spans(row[1])[0].partition("=")
@@ -187,7 +187,7 @@ class Reader:
         return self.recorded(name, config[name.lower()], record, spans(row[2]))
 
     def recorded(self, name, default, record, paths):
-        "Is a value of a parameter, which is not the default, in a record?"
+        "Check that a record contains the given value of a parameter, which must differ from the default"
         (file,) = sorted(self.place.glob(record))[-1:] or [None]
         if file is None:
             return f"there is no {record}"
@@ -206,20 +206,20 @@ class Reader:
         return "" if paths else "there is no place in the record"
 
     def file(self, row, about):
-        "Each name is that of a file, `*` being anything"
+        "A file exists for each name, in which `*` matches anything"
         patterns = spans(row[1])
         there = [str(path.relative_to(self.place)) for path in self.place.rglob("*")]
         lacking = [pattern for pattern in patterns if not fnmatch.filter(there, pattern.rstrip("/"))]
         return f"there is no {lacking[0]}" if lacking else "" if patterns else "there is no name"
 
     def line(self, row, about):
-        "Each line was printed, `#` being a figure and `…` anything"
+        "Each line was printed. `#` matches a number and `…` anything"
         lines = spans(row[1])
         lacking = [line for line in lines if not shows(line, self.said)]
-        return f"nobody printed {lacking[0]!r}" if lacking else "" if lines else "there is no line"
+        return f"{lacking[0]!r} was not printed" if lacking else "" if lines else "there is no line"
 
     def name(self, row, about):
-        "Each name is there"
+        "Each name exists in its module"
         for code in spans(row[1]):
             module, _, name = code.rpartition(".")
             if not hasattr(import_module(module), name):
@@ -227,7 +227,7 @@ class Reader:
         return "" if spans(row[1]) else "there is no name"
 
     def elsewhere(self, row, about):
-        "The test that shows it exists"
+        "The test that the row names exists"
         tests = spans(row[2])
         for code in tests:
             file, _, name = code.partition("::")
@@ -236,14 +236,14 @@ class Reader:
         return "" if tests else "there is no test"
 
     def figure(self, row, about):
-        "The figures stand in the results or the log, in a line with the command"
+        "The numbers are in the results or in the log, in a line with the command"
         command = next((c for c in re.findall(r"\w+\.py", row[2]) if (ROOT / "benchmarks" / c).exists()), None)
         if command is None:
             return "there is no such command in benchmarks/"
         lines, last = (ROOT / "LOG.md").read_text().splitlines(), ""
         for line in (ROOT / "docs/results.md").read_text().splitlines():
             last = last if line.endswith("| the same |") else line
-            lines.append(f"{line} {last.rpartition('|')[0].rpartition('|')[2]}")  # With the command that it means
+            lines.append(f"{line} {last.rpartition('|')[0].rpartition('|')[2]}")  # The command of `the same`
         known = " ".join(line for line in lines if command in line)
         lacking = [
             n
@@ -254,13 +254,13 @@ class Reader:
 
 
 def shows(pattern, text):
-    "Is there a line of this pattern?"
+    "Return True if a line of the text matches the pattern"
     words = re.escape(pattern.strip()).replace(r"\#", r"[-+]?\d[\d,.]*(?:e[-+]?\d+)?").replace("…", ".*")
     return re.search(rf"^[ \t]*{words}[ \t]*$", text, re.M) is not None
 
 
 def same(value, found):
-    "Is a value that was given the one that is found, or a part of a text that is?"
+    "Return True if the found value equals the given one, or is a text that contains it"
     try:
         return float(value) == float(found)
     except (TypeError, ValueError):
@@ -280,7 +280,7 @@ CHECKS = {
     ("Measurement", "Figure", "Command"): Reader.figure,
 }
 
-# What makes each page small: parameters of its notebooks, variables, and values in place of large ones in its lines
+# Small settings for each page: parameters of its notebooks, variables, and values that replace large ones in its lines
 
 TOYS = {
     "tisslm": dict(
@@ -351,7 +351,7 @@ TOYS["fresh_or_resume"] = dict(
     ),
     instead={"MODEL_TYPE=gpt2 USE_LORA": "MODEL_TYPE=gpt2 GPT2_MODEL_NAME=tiny-gpt2 USE_LORA"},
 )
-# What each guide shows; a page without one of these has lost a row
+# Content of each guide. A page without one of these has lost a row
 ITEMS = {
     "tisslm": """python3 quanta_tissu/tisslm/pipelines/full_training_steps.py  CORPUS_PATH = "./my_corpus"  CORPUS_PATH  ./corpus  SAVE_DIR
         ./training_output  VOCAB_SIZE  5000  seq_len  128  batch_size  32  epochs  5  lr  1e-3  checkpoint_every  1000  checkpoint_step_{step}.pt
@@ -419,7 +419,7 @@ def sentences(seed, words, n=200):
 
 
 def write_material(workdir, page):
-    "Write a project and text of the kind that the page needs"
+    "Write a project and the data that the page needs"
     shutil.copy(ROOT / "settings.ini", workdir)
     shutil.copytree(ROOT / "nbs/recipes", workdir / "nbs/recipes", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     for name in ("generate", "train", "prepare"):
@@ -443,7 +443,7 @@ def material_agiformer(workdir):
         (workdir / name).write_text(sentences(seed, "the patch thinks of bytes", n=1000))
 
 
-# As the guide prints its own, with tabs
+# With tabs, as the guide prints it
 YAML = """
 training:
 	max_steps: 20
@@ -474,7 +474,7 @@ model:
 def material_text_only(workdir):
     text = sentences(0, "once upon a time there was a wave", n=600)
     tokenizer = BPETokenizer.train([text], 300)
-    tokenizer.save(workdir / "data/gpt2")  # A small vocabulary in GPT-2's place
+    tokenizer.save(workdir / "data/gpt2")  # A small vocabulary in place of GPT-2's
     (workdir / "data/your_corpus.txt").write_text(text)
     (workdir / "nbs/recipes/text_only_config.yaml").write_text(YAML.format(vocab_size=tokenizer.vocab_size))
 
@@ -517,7 +517,7 @@ WRONG = {
     "| There | Parameter here | In the record | Note |\n|---|---|---|---|\n| `lr` | `lr=0.001` | `config.lr` | |": "shows nothing",
     "| There | Parameter here | In the record | Note |\n|---|---|---|---|\n| `epochs` | `epochs=5` | `config.steps` | |": "config.steps=1",
     "| There | File here | Note |\n|---|---|---|\n| a | `run/*.pt` | |": "there is no run/*.pt",
-    "| There | Line here | Note |\n|---|---|---|\n| a | `step #/#` | |": "nobody printed 'step #/#'",
+    "| There | Line here | Note |\n|---|---|---|\n| a | `step #/#` | |": "'step #/#' was not printed",
     "| There | In Python here | Note |\n|---|---|---|\n| a | `lmnotes.runs.run.runn` | |": "there is no lmnotes.runs.run.runn",
     "| There | Here | Shown by |\n|---|---|---|\n| a | b | `tests/test_guides.py::test_none` |": "there is no tests/test_guides.py::test_none",
     "| There | Type here | Note |\n|---|---|---|\n| a | `exit 3` | |": "exit 3: exit code 3",
@@ -551,7 +551,7 @@ def test_unreadable_tables_are_found(tmp_path, table):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_row_holds(page, tmp_path):
-    "From top to bottom, as a reader would"
+    "Every row holds, from top to bottom, as a reader would run it"
     write_material(tmp_path, page)
     reader, wrong = Reader(tmp_path, page), []
     for number, heads, row, about in read_page(PAGES[page]):

@@ -55,7 +55,7 @@ def test_every_parameter_on_the_site_has_a_description():
 
 
 def options_in(text):
-    "Return {option: explanation without the default} of a help text"
+    "Return {option: explanation without its default} from a help text"
     lines = [line.strip("│| ") for line in text.splitlines() if re.search(r"\w", line)]
     items = re.split(r"^(?=-)", "\n".join(lines), flags=re.M)[1:]
     heads = re.compile(r"(?:-h, )?(--[\w-]+)(?:, --no-[\w-]+)?(?:[ \n](?:[A-Z]+|\{[^}]*\}|\[[^\]]*\])(?= |\n|$))*\s*")

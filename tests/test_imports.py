@@ -1,4 +1,4 @@
-"""`import lmnotes` loads only what it needs, seen in new processes. `benchmarks/import_time.py` measures the time."""
+"""`import lmnotes` loads only what it needs, tested in new processes. `benchmarks/import_time.py` measures the time."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ print(json.dumps(sorted(names)))
 
 
 def loaded(code):
-    "The top-level modules, without the standard library's, that a new process has loaded after running `code`"
+    "Return the top-level modules outside the standard library that a new process has loaded after running `code`"
     done = subprocess.run([sys.executable, "-c", code + TOP_LEVEL], capture_output=True, text=True, check=True)
     return set(json.loads(done.stdout))
 

@@ -59,7 +59,7 @@ def test_all_architectures_are_tested():
 
 
 class Page(HTMLParser):
-    "The text of a page, without what is only said on hovering; notes tags and attributes, and that every tag is closed"
+    "Parser of a page that collects its visible text, its tags and its attributes, and checks that every tag is closed"
 
     def __init__(self, source):
         super().__init__()
@@ -81,7 +81,7 @@ class Page(HTMLParser):
 
 
 def check_page(look):
-    "Nothing that GitHub or JupyterLab would take away matters"
+    "Check that a page uses only tags and attributes that GitHub and JupyterLab keep"
     page = Page(look._repr_html_())
     assert page.tags <= {"div", "span", "ruby", "rt", "rp", "br", "table", "tr", "td", "th"}
     assert page.attributes <= {"style", "title"} and "rgba" in look._repr_html_()
@@ -114,7 +114,7 @@ def test_batch_marks_ignored_targets():
 @pytest.mark.parametrize("name", sorted(set(TINY) - {"diffusion"}))
 @pytest.mark.parametrize("context", ["", "the c"])
 def test_token_probabilities_sum_to_the_loss(name, context):
-    "With and without a context; here a document starts after the id 0"
+    "The losses of all tokens sum to the loss, with and without a context. Here the id 0 starts a document"
     lm = new(name).train()
     before = deepcopy(lm.state_dict())
     rows = token_probabilities(lm, TOKENIZER, TEXT[5:], context=context)
@@ -137,7 +137,7 @@ def test_texts_longer_than_ctx_len():
 
 
 def test_token_probabilities_of_any_text():
-    "Nothing of it is taken for HTML, and nothing invisible is let through"
+    "Text is never parsed as HTML, and invisible characters are shown"
     look = show_probabilities(new("gpt"), TOKENIZER, AWKWARD, context="<i>\u200b\n", n_least_likely=0)
     page = check_page(look)
     assert "<i>⟨U+200B⟩↵│<b>&amp;·" in page.text and "<i>⟨U+200B⟩↵│<b>&amp;·" in repr(look)
@@ -165,7 +165,7 @@ def test_attention_of_each_layer(name):
 
 
 def test_attention_figure_has_titles_and_readable_labels():
-    "Where the bytes-in-patches model attends among patches there are no tokens to name"
+    "Attention between the patches of `bytepatch` has no tokens for its labels"
     words = [f"word {i} is long" for i in range(24)]
     maps = attention_maps(new("bytepatch"), range(24))
     figure = plot_attention(maps[-2:], words, names=["patches", "bytes"])
@@ -205,7 +205,7 @@ def test_the_router_of_nanothink():
 
 
 def peak(trainer):
-    "Bytes that a step allocates at most, as torch's allocator reports them"
+    "Return the peak bytes that a step allocates, as reported by torch's allocator"
     trainer.fit(1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         trainer.fit(2)
@@ -218,7 +218,7 @@ def peak(trainer):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("name", TINY)
 def test_memory_estimate_equals_the_allocator(name, optimizer):
-    "Between the beginning and the end of a step gradients and activations come and go; weights and states are there before"
+    "The estimate is the weights and optimizer states, which exist before a step, plus the step's own peak"
     lm, cfg = new(name), TrainConfig(steps=4, optimizer=optimizer, dtype="float32")
     before, random = deepcopy(lm.state_dict()), torch.get_rng_state()
     cost = measure_step(lm, noise(), cfg, seconds=0.0)
@@ -249,7 +249,7 @@ def test_frozen_weights_have_no_gradient_memory():
 
 
 class Late(type(new_lm("bigram"))):
-    "Its first two losses are no numbers, as with float16, whose loss scale begins too large"
+    "Bigram model whose first two losses are NaN, as with float16, whose loss scale is too large at first"
 
     calls = 0
 

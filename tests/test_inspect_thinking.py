@@ -25,7 +25,7 @@ BYTES = np.frombuffer(b"the cat sat on the mat, and the dog, who knew, did not. 
 
 @pytest.fixture(params=FACES)
 def lm(request):
-    "A model that thinks, all of whose weights do something"
+    "Return a model with thinking steps and random non-zero weights"
     torch.manual_seed(0)
     lm = new_lm("bytepatch", **FACES[request.param], thinking_steps=2)
     for p in lm.parameters():
@@ -39,7 +39,7 @@ def val():
 
 
 def test_diagnostics_equal_a_plain_computation(lm, val):
-    "One batch, computed plainly"
+    "The diagnostics of one batch equal a plain computation"
     batch = val[0]
     row = thinking_rows(lm, [batch])[2]
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_diagnostics_equal_a_plain_computation(lm, val):
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
 def test_each_row_equals_an_evaluation_with_that_many_steps(lm, val, steps):
-    row = thinking_rows(lm, val, np.full(256, 2), steps=5)[steps]  # As if each id stood for two bytes
+    row = thinking_rows(lm, val, np.full(256, 2), steps=5)[steps]  # As if each id were two bytes long
     lm.cfg.thinking_steps = steps
     full = evaluate(lm, val, np.full(256, 2))
     assert (row["bpb"], row["bpb_stderr"]) == pytest.approx((full["bpb"], full["bpb_stderr"]), rel=1e-4)
@@ -89,7 +89,7 @@ def test_inspection_does_not_change_the_model(lm, val):
     assert all(torch.equal(t, before[name]) for name, t in lm.state_dict().items())
     with pytest.raises(IndexError):
         thinking_rows(lm, [Batch(torch.full((1, 8), 999), torch.zeros(1, 8, dtype=torch.long))], steps=4)
-    assert lm.cfg.thinking_steps == 2 and lm.training  # Also after an error
+    assert lm.cfg.thinking_steps == 2 and lm.training  # Even after an error
 
 
 def test_untrained_copy_is_always_included(lm, val):
@@ -123,7 +123,7 @@ def test_agiformer_diagnostics(lm, capsys):
 
 
 def test_untrained_agiformer_is_already_active():
-    "6.87 in the guide's own implementation"
+    "An untrained model is already ACTIVE: its magnitude is 6.87 in the guide's own implementation"
     torch.manual_seed(0)
     found = system2_diagnostics(
         new_lm("bytepatch", "agiformer"), torch.tensor([list(b"The history of artificial intelligence  ")])

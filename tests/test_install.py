@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    "Built from a copy, so that no build folder is left here or found here"
+    "Build a wheel from a copy of the project, so that no build folder here is used or left behind"
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -58,7 +58,7 @@ def test_every_module_is_inside(wheel):
 
 
 def test_it_works_elsewhere(wheel, tmp_path, settings):
-    "Installed in a folder of its own, ahead of everything else, and run from another"
+    "The package works if it is installed in a separate folder, first on the path, and run from another one"
     target, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]

@@ -1,4 +1,4 @@
-"""What JupyterLab's stop button does: the kernel and its whole process group get SIGINT while a training cell runs."""
+"""JupyterLab's stop button: the kernel and its whole process group get SIGINT while a training cell runs."""
 
 import re
 import time
@@ -18,7 +18,7 @@ USE = "print(r.status, r.step > 10, len(r.generate('The ', 8)), (r.folder / 'int
 
 
 def run_cell(client, code, seen=lambda text: None):
-    "Run a cell to its end; what it printed. `seen` is called with all that was printed so far"
+    "Run a cell to its end and return its output. `seen` is called with the output so far"
     request, text, end = client.execute(code), "", time.monotonic() + DEADLINE
     while time.monotonic() < end:
         message = client.get_iopub_msg(timeout=DEADLINE)
@@ -27,7 +27,7 @@ def run_cell(client, code, seen=lambda text: None):
         kind, content = message["msg_type"], message["content"]
         assert kind != "error", "\n".join(content["traceback"])
         text += content.get("text", "") if kind == "stream" else ""
-        text += content.get("data", {}).get("text/plain", "")  # Also of what is redrawn
+        text += content.get("data", {}).get("text/plain", "")  # Redrawn output too
         seen(text)
         if kind == "status" and content["execution_state"] == "idle":
             return text

@@ -1,4 +1,4 @@
-"""JupyterLab in a real browser, used as a newcomer would: open the training notebook, run all cells, look on, press stop."""
+"""JupyterLab in a real browser, used as by a newcomer: open the training notebook, run all cells, watch, press stop."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from browser import chromium, open_browser, watch
 from helpers import DEADLINE, ROOT, wait_until
 
-# A run that lasts until it is stopped, small and often sampled
+# A small run that lasts until it is stopped, with frequent samples
 LONG = dict(
     steps=1_000_000,
     tokenizer="bytes",
@@ -30,7 +30,7 @@ LONG = dict(
 
 
 def answers(port):
-    "Does the server take requests yet?"
+    "Return True if the server accepts requests"
     try:
         urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token=abc")
     except OSError:
@@ -40,7 +40,7 @@ def answers(port):
 
 @contextmanager
 def jupyterlab(workdir):
-    "JupyterLab over a folder with the notebooks, on loopback; its address with the token"
+    "Start JupyterLab on loopback in a folder with the notebooks, and yield its address with the token"
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -53,7 +53,7 @@ def jupyterlab(workdir):
         JUPYTER_CONFIG_DIR=str(workdir / "config"),
         IPYTHONDIR=str(workdir / "ipython"),
     )
-    environ.pop("PYTEST_CURRENT_TEST", None)  # With it a kernel does not show what is written to its stderr
+    environ.pop("PYTEST_CURRENT_TEST", None)  # If it is set, a kernel does not show its stderr
     environ |= dict(
         JUPYTER_RUNTIME_DIR=str(workdir / "runtime"),
         JUPYTER_DATA_DIR=str(workdir / "share"),
@@ -72,7 +72,7 @@ def jupyterlab(workdir):
 
 
 def until(page, condition):
-    "Look again and again, letting the page work"
+    "Check a condition repeatedly while the page works"
     end = time.monotonic() + DEADLINE
     while not (found := condition()):
         assert time.monotonic() < end, "what was waited for did not happen"
@@ -81,7 +81,7 @@ def until(page, condition):
 
 
 def kernel(address):
-    "What the notebook's kernel does, as the server says: starting, idle, busy"
+    "Return the state of the notebook's kernel as reported by the server: starting, idle, busy"
     base, token = address.split("/lab")[0], address.split("token=")[1]
     sessions = json.load(urllib.request.urlopen(f"{base}/api/sessions?token={token}"))
     return sessions[0]["kernel"]["execution_state"] if sessions else "starting"
@@ -129,13 +129,13 @@ def test_train_watch_and_stop_in_jupyterlab(tmp_path):
         page.screenshot(path=tmp_path / "stopped.png")
     cells = code_cells()
     (training,) = [c for c in cells if "lmnotes.run(" in "".join(c["source"])]
-    (output,) = training["outputs"]  # However many updates
+    (output,) = training["outputs"]  # Regardless of the number of updates
     text = "".join(output["data"]["text/plain"])
     assert output["data"]["image/png"] and "interrupted at step" in text
     assert len(re.findall(r"step [\d,]+ \| 'The ", text)) >= 3  # Samples of the same prompt
     for cell in cells[
         2:
-    ]:  # After imports and parameters: what is looked at before, the training, and the cells below it
+    ]:  # After imports and parameters: the cells before the training, the training, and the cells after it
         assert cell["outputs"], cell["source"]
     kinds = {kind for c in cells for o in c["outputs"] for kind in o.get("data", {})}
     assert not any("widget" in kind for kind in kinds)

@@ -13,7 +13,7 @@ def counted():
 
 
 def listed(cases, name):
-    "The cases of a kind, one per line"
+    "Return the cases of a kind, one per line"
     return "\n".join(f"{path.relative_to(language.ROOT)}: {text[:120]}" for path, kind, text in cases if kind == name)
 
 

@@ -1,4 +1,4 @@
-"""Adapters: exact on resume, files that peft reads and writes, and the counts of the guide's system."""
+"""Adapters: exact resume, files that peft reads and writes, and the parameter counts of the fresh-or-resume guide."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ IDS = torch.randint(23, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
 def model(arch="gpt2", **lora):
-    "A tiny model with weights as if trained, and adapters that say something"
+    "Return a tiny model with random non-zero weights, and non-zero adapters if options are given"
     torch.manual_seed(0)
     lm = new_lm(arch, **(GPT2 if arch == "gpt2" else GPT)).eval()
     for p in lm.parameters():
@@ -49,7 +49,7 @@ def model(arch="gpt2", **lora):
 
 
 def peft_base_model(lm):
-    "The model that peft adapts: transformers' own for gpt2, the bare model otherwise"
+    "Return the model that peft adapts: transformers' own for gpt2, otherwise the model itself"
     return to_hf(lm) if lm.arch == "gpt2" else lm
 
 
@@ -59,7 +59,7 @@ def logits(found):
 
 @pytest.fixture
 def peft():
-    "The library peft, without its warnings about Conv1D and tied heads"
+    "Yield the library peft, without its warnings about Conv1D and tied heads"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield pytest.importorskip("peft")
@@ -92,7 +92,7 @@ def test_we_load_peft_adapters(tmp_path, peft, arch, targets):
 
 
 def test_other_base_model_is_rejected(tmp_path, peft):
-    "peft repeats the base of an adapted head, so there it can be seen"
+    "peft saves the base weights of an adapted head, so other base weights are detected there"
     made = peft.get_peft_model(peft_base_model(model()), peft.LoraConfig(r=2, target_modules=["lm_head"]))
     made.save_pretrained(tmp_path)
     other = model()
@@ -102,7 +102,7 @@ def test_other_base_model_is_rejected(tmp_path, peft):
 
 
 def test_parameter_counts_match_the_fresh_or_resume_guide():
-    "198,481 · r on GPT-2: four layers in each of twelve blocks, and the head"
+    "Adapters of rank r on GPT-2 have 198,481 · r parameters: four layers in each of twelve blocks, and the head"
     for rank in (8, 16):
         with torch.device("meta"):
             lm = add_lora(new_lm("gpt2"), LoRAConfig(rank=rank))
@@ -121,7 +121,7 @@ def test_adapters_start_at_zero_and_every_layer_learns(arch):
     with torch.no_grad():
         before = lm(IDS)
         add_lora(lm, LoRAConfig(rank=4))
-        torch.testing.assert_close(lm(IDS), before, atol=1e-5, rtol=0)  # torch runs a frozen GRU by another kernel
+        torch.testing.assert_close(lm(IDS), before, atol=1e-5, rtol=0)  # torch runs a frozen GRU with another kernel
     lm.loss(Batch(IDS[:, :-1], IDS[:, 1:]))["loss"].backward()
     for name, layer in lora_layers(lm).items():
         assert layer.lora_B.grad.norm() > 0, name
@@ -161,7 +161,7 @@ LORA = dict(lora_rank=2, lora_dropout=0.2, init_from="runs/base")
 
 @pytest.fixture(scope="module")
 def base_run_folder(tmp_path_factory):
-    "A folder with a corpus and a trained run to adapt"
+    "Return a folder with a corpus and a trained run to adapt"
     folder = tmp_path_factory.mktemp("lora")
     write_corpus(folder / "corpus")
     assert run_in_process(folder, train, **{**TINY, "run": "base", "steps": 20, "patience": 0}) == 0, read_log(folder)
@@ -176,7 +176,7 @@ def uninterrupted(base_run_folder):
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_resume_is_bit_identical(tmp_path, base_run_folder, optimizer):
-    "Stopped at many steps, with dropout in the adapters, the same bits; the base file is written once"
+    "A run with dropout in its adapters, stopped at many steps, ends with the same bits, and writes the base file once"
     shutil.copytree(base_run_folder / "corpus", tmp_path / "corpus")
     shutil.copytree(base_run_folder / "runs/base", tmp_path / "runs/base")
     params = TINY | LORA | dict(optimizer=optimizer)
@@ -184,7 +184,7 @@ def test_resume_is_bit_identical(tmp_path, base_run_folder, optimizer):
     stops = 3, 11, 12, 27
     for i, step in enumerate(stops):
         assert run_in_process(tmp_path, train, step, **params | dict(resume=i > 0)) == 130, read_log(tmp_path)
-        shutil.rmtree(tmp_path / "runs/base", ignore_errors=True)  # What it began with is in its own folder
+        shutil.rmtree(tmp_path / "runs/base", ignore_errors=True)  # The run has a copy of its base weights
     base = (tmp_path / "runs/r/base.safetensors").stat().st_mtime_ns
     assert run_in_process(tmp_path, train, **params | dict(resume=True)) == 0, read_log(tmp_path)
     assert differences(run_results(tmp_path / "runs/whole"), run_results(tmp_path / "runs/r")) == []
@@ -192,7 +192,7 @@ def test_resume_is_bit_identical(tmp_path, base_run_folder, optimizer):
 
 
 def test_a_step_folder_is_an_adapter_of_peft(base_run_folder, uninterrupted, peft):
-    "Small, and peft opens it on the model that the run began with"
+    "A checkpoint is a small adapter, which peft opens on the base model of the run"
     run = base_run_folder / "runs/r"
     step = list_checkpoints(run)[-1]
     assert not (step / "model.safetensors").exists()
@@ -207,7 +207,7 @@ def test_a_step_folder_is_an_adapter_of_peft(base_run_folder, uninterrupted, pef
 
 
 def test_run_with_adapters_can_be_adapted_again(base_run_folder, uninterrupted):
-    "init_from takes a run with adapters too: they become part of the weights"
+    "init_from accepts a run with adapters too, and merges them into the weights"
     lm = load_lm(base_run_folder / "runs/r")
     plain = merge_and_unload(lm)
     code = run_in_process(
@@ -220,7 +220,7 @@ def test_run_with_adapters_can_be_adapted_again(base_run_folder, uninterrupted):
 
 
 def test_lora_hyperparameters_are_fixed(base_run_folder, uninterrupted):
-    "Another rank or alpha on resume is refused by name, and leaving them out is enough"
+    "Another rank or alpha on resume is an error with its name, and a resume without them works"
     code = run_in_process(base_run_folder, train, **TINY | dict(resume=True, lora_rank=4))
     assert code == 1 and "lora_rank=2, not 4" in read_log(base_run_folder)
     code = run_in_process(base_run_folder, train, **TINY | dict(resume=True, lora_alpha=1.0))
@@ -229,7 +229,7 @@ def test_lora_hyperparameters_are_fixed(base_run_folder, uninterrupted):
 
 
 def test_missing_base_weights_are_named(base_run_folder, uninterrupted, tmp_path):
-    "A step folder alone is not the model, and that is said"
+    "A step folder without the base weights is an error with a hint"
     (tmp_path / "r").mkdir()
     step = list_checkpoints(base_run_folder / "runs/r")[-1]
     shutil.copytree(step, tmp_path / "r" / step.name)
@@ -238,7 +238,7 @@ def test_missing_base_weights_are_named(base_run_folder, uninterrupted, tmp_path
 
 
 def test_freeze_with_adapters(base_run_folder):
-    "freeze with adapters takes away, and gives nothing back"
+    "freeze can freeze adapters, but does not make other weights trainable"
     code = run_in_process(base_run_folder, train, **TINY | LORA | dict(run="frozen", freeze="head.*", steps=2))
     assert code == 0, read_log(base_run_folder)
     state = read_state(list_checkpoints(base_run_folder / "runs/frozen")[-1])
@@ -247,7 +247,7 @@ def test_freeze_with_adapters(base_run_folder):
 
 
 def test_trainable_biases_learn_in_bfloat16():
-    "Only what is kept still may come from the kept cast"
+    "Only frozen tensors may use the cached bfloat16 copy"
     lm = model(rank=2, train="c_fc.bias")
     with torch.autocast("cpu", torch.bfloat16):
         loss = lm.train().loss(Batch(IDS[:, :-1], IDS[:, 1:]))["loss"]
@@ -265,7 +265,7 @@ def test_changed_base_weight_is_cast_again():
         layer.bias += 5
     with torch.autocast("cpu", torch.bfloat16):
         after = lm(IDS)
-        lm.train().loss(Batch(IDS[:, :-1], IDS[:, 1:]))["loss"].backward()  # The cast made above serves training
+        lm.train().loss(Batch(IDS[:, :-1], IDS[:, 1:]))["loss"].backward()  # Training uses the cast made above
     assert not torch.equal(before, after)
 
 
@@ -295,7 +295,7 @@ def test_a_merged_model_can_be_cast():
 
 
 def test_untied_head_is_rejected_by_a_tied_model():
-    "A head that was adapted has left the embedding it was tied to"
+    "Merging an adapter into the head unties it from the embedding"
     with pytest.raises(CheckpointError, match="tie=False"):
         load_weights(model(), merge_and_unload(model(rank=2, targets="lm_head")).state_dict())
 
@@ -307,7 +307,7 @@ def test_lora_options_without_a_rank_are_rejected(base_run_folder):
 
 
 def test_failed_start_leaves_no_base_weights(tmp_path, base_run_folder):
-    "Killed before the first checkpoint, and what it began with has changed since: it begins again with what is there now"
+    "A run without a checkpoint starts again from the base run as it is now, even if that has changed"
     shutil.copytree(base_run_folder / "corpus", tmp_path / "corpus")
     shutil.copytree(base_run_folder / "runs/base", tmp_path / "runs/base")
     assert run_in_process(tmp_path, train, 1, **TINY | LORA) == 130
@@ -324,7 +324,7 @@ def test_failed_start_leaves_no_base_weights(tmp_path, base_run_folder):
 
 
 def test_fork_copies_the_run_at_its_step(base_run_folder, uninterrupted, monkeypatch):
-    "Its record, figures and best checkpoint are those of its step; what stopped midway leaves nothing"
+    "A fork has the record, metrics and best checkpoint of its step, and a fork that fails leaves no files"
     monkeypatch.chdir(base_run_folder)
     monkeypatch.setenv("LMNOTES_OUT_DIR", str(base_run_folder / "runs"))
     assert (
@@ -345,7 +345,7 @@ def test_fork_copies_the_run_at_its_step(base_run_folder, uninterrupted, monkeyp
 
 
 def test_second_run_moves_only_files_of_the_first(tmp_path):
-    "A second run of the name moves the first one's files, and those of its hooks"
+    "A second run of the same name moves the files of the first run and its hooks, and no others"
     write_corpus(tmp_path / "runs/r/corpus")
     (tmp_path / "runs/r/thesis.tex").write_text("mine")
     params = TINY | dict(data="runs/r/corpus", steps=2)

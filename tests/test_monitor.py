@@ -82,7 +82,7 @@ def test_killed_run_is_reported_and_resumes(workdir):
     process.kill()
     wait_for_exit(process)
     assert view.refresh().status == "killed" and "resume with: lmnotes.run(resume=True, run='r'" in str(view)
-    view.follow()  # It does not wait for what will not come
+    view.follow()  # The run was killed, so it does not wait
     resumed = dict(out_dir="runs", resume=True, allow_change="steps", steps=last_step(folder) + 5)
     assert run_in_process(workdir, train, **resumed) == 0
     assert view.refresh().status == "done" and view.step == resumed["steps"]
@@ -108,7 +108,7 @@ def test_terminal_view_updates_in_place(workdir):
             if select.select([ours], [], [], 0.1)[0]:
                 try:
                     text += os.read(ours, 10_000).decode(errors="replace")
-                except OSError:  # The other end is closed
+                except OSError:  # The other end has been closed
                     break
             if not stopped and len(set(steps_in(text))) > 1:
                 process.terminate()

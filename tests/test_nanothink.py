@@ -1,4 +1,4 @@
-"""NanoThink: the model contract with frozen experts, cached expert outputs equal computed ones, and no leaks from the vector store."""
+"""NanoThink: the tests of a model with frozen experts, of cached expert outputs, and of leaks from the vector store."""
 
 import copy
 import itertools
@@ -44,7 +44,7 @@ IDS = np.random.default_rng(0).integers(32, size=24 * 33 + 1)
 
 
 def model(frozen=True, **config):
-    "A mixture of three experts with weights as if trained"
+    "Return a mixture of three experts with random non-zero weights"
     torch.manual_seed(0)
     lm = new_lm("nanothink", **{**SIZE, **EXPERTS, **config})
     for p in lm.parameters():
@@ -77,7 +77,7 @@ def test_contract(config, frozen):
 
 @pytest.mark.parametrize("config", VARIANTS, ids=lambda c: " ".join(map(str, c.values())))
 def test_cached_decoding_equals_full_forward(config):
-    "To 1e-5, in pieces, past the end of the context too, with experts of the guide's kinds and with the strong ones"
+    "They agree to 1e-5, in pieces, even past the context window, with the guide's experts and with ours"
     for experts in (EXPERTS, GUIDE):
         _cached_is_not_cached(model(**experts, **config).eval(), config["kv_latent_dim"])
 
@@ -115,7 +115,7 @@ def test_frozen_experts_do_not_change():
 
 
 def test_the_loss_and_its_terms():
-    "`nll` is the text alone; the rest adds up"
+    "`nll` is the loss of the text alone, and `loss` is the sum of the terms"
     lm = model(dropout=0.0).eval()
     out = lm.loss(batch())
     plain = -lm(batch().x).log_softmax(-1).gather(-1, batch().y[..., None]).sum()
@@ -143,9 +143,9 @@ def test_a_batch_without_targets():
     ids=str,
 )
 def test_cached_expert_outputs_equal_computed(given):
-    """Over three epochs: all kept, a part kept, in pieces, in bfloat16, windows that overlap.
+    """Three epochs with cached outputs train nearly the same weights as with computed ones.
 
-    Asked anew, experts see the whole batch at once, whose products may be rounded in another way.
+    They are not bit-identical: computed for the whole batch at once, products may be rounded in another way.
     """
     given = dict(given)
     config = {k: given.pop(k) for k in ("fusion",) if k in given}
@@ -174,7 +174,7 @@ def test_cache_budget_does_not_change_bits():
 
 
 def test_cache_is_rebuilt_after_resume():
-    "What is kept is not saved, and a resumed run ends in the same bits, its windows met in other company"
+    "The cache is not saved, and a resumed run, which fills it from other batches, ends with the same bits"
     windows = EpochBatches(IDS, 4, 24)
     whole, half = model(), model()
     trainer(whole, CachedExpertOutputs(whole, windows)).fit()
@@ -188,7 +188,7 @@ def test_cache_is_rebuilt_after_resume():
 
 
 def test_cached_documents_with_padding():
-    "Rows with padding, of the sampler of whole documents"
+    "Caching works for rows with padding, from the sampler of whole documents"
     windows = PackedBatches(IDS, np.arange(0, len(IDS), 10), 4, 24)
     anew, kept = model(), model()
     trainer(anew, windows).fit()
@@ -226,7 +226,7 @@ MISTAKES = {
     "transformer='gpt,n_layer=2': .*is not field=value of arch='gpt'": dict(transformer="gpt,n_layer=2"),
     "transformer='rnn': .*has no causal hidden states": dict(transformer="rnn"),
     "diffuser='gpt:nanogpt': .*cannot read past ctx_len": dict(diffuser="gpt:nanogpt"),
-    "state_space='ssm,d_state=0': d_state=0, but d_state is at least 1": dict(state_space="ssm,d_state=0"),
+    "state_space='ssm,d_state=0': d_state=0, but d_state must be at least 1": dict(state_space="ssm,d_state=0"),
     "default_expert='transformer' is not one of state_space, diffuser": dict(transformer=" "),
     "default_expert='transformer' is not one of the experts, because all three are empty": dict(
         transformer="", state_space="", diffuser=" "
@@ -234,12 +234,12 @@ MISTAKES = {
     "rope_dim=3 must be even": dict(rope_dim=3),
     "rope_dim=0 must be even and at least 2": dict(rope_dim=0),
     "head_dim=7 must be even": dict(kv_latent_dim=0, head_dim=7),
-    "n_heads=0, but n_heads is at least 1": dict(n_heads=0),
-    "head_dim=0, but head_dim is at least 1": dict(head_dim=0),
-    "kv_latent_dim=-1, but kv_latent_dim is at least 0": dict(kv_latent_dim=-1),
-    "dropout=1.0, but dropout is at least 0 and less than 1": dict(dropout=1.0),
-    "memory=-1, but memory is at least 0": dict(memory=-1),
-    "max_vectors=0, but max_vectors is at least 1": dict(max_vectors=0),
+    "n_heads=0, but n_heads must be at least 1": dict(n_heads=0),
+    "head_dim=0, but head_dim must be at least 1": dict(head_dim=0),
+    "kv_latent_dim=-1, but kv_latent_dim must be at least 0": dict(kv_latent_dim=-1),
+    "dropout=1.0, but dropout must be at least 0 and less than 1": dict(dropout=1.0),
+    "memory=-1, but memory must be at least 0": dict(memory=-1),
+    "max_vectors=0, but max_vectors must be at least 1": dict(max_vectors=0),
     "memory=2 needs a transformer expert": dict(memory=2, attention_first=True),
     "memory_chunk=13 does not fit twice in ctx_len=24": dict(memory=2, memory_chunk=13),
     "memory_chunk=0 does not fit twice .* Use 1 to 12": dict(memory=2, memory_chunk=0),
@@ -253,7 +253,7 @@ def test_invalid_settings_are_named(message):
 
 
 def test_parameter_counts_match_the_guide():
-    "14,160,768 parameters without embedding and head, and 590,208 for attention as the guide has it, a gain of 384 less"
+    "The transformer has 14,160,768 parameters without embedding and head, attention 590,208 minus a gain of 384"
     with torch.device("meta"):
         lm = new_lm("nanothink", vocab_size=1000, ctx_len=512, kv_latent_dim=0)
     assert n_params(lm.experts["transformer"]) - 1000 * 384 == 14_160_768
@@ -262,7 +262,7 @@ def test_parameter_counts_match_the_guide():
 
 
 def test_run_resume_and_generate(workdir):
-    "Trained, stopped and taken up by name, to the same bits; and it writes"
+    "A run that is stopped and resumed by name ends with the same bits, and generates text"
     experts = " ".join(f"{name}={spec}" for name, spec in EXPERTS.items())
     args = f"{experts} d_model=16 n_heads=2 head_dim=8 kv_latent_dim=8 rope_dim=4"
     case = TINY | dict(arch="nanothink", model_args=args, steps=12, eval_every=6, save_every=6, sample_every=0)
@@ -277,7 +277,7 @@ def test_run_resume_and_generate(workdir):
 
 
 def test_mixture_starts_from_trained_experts(workdir):
-    "Experts trained by themselves, then a mixture that begins with their weights and leaves them as they are"
+    "A mixture starts from the weights of separately trained experts, and does not change them"
     small = TINY | dict(steps=6, accum=1, eval_every=6, save_every=6, sample_every=0)
     specs = dict(transformer=EXPERTS["transformer"], state_space=EXPERTS["state_space"])
     for name, spec in specs.items():
@@ -299,7 +299,7 @@ def test_mixture_starts_from_trained_experts(workdir):
     assert lm.links["transformer"].weight.abs().max() > 0
 
 
-# Memory
+# The vector store
 
 MEMORY = dict(memory=2, memory_chunk=6)
 
@@ -324,11 +324,11 @@ def test_contract_with_a_vector_store(latent, fusion):
             assert t == 0 or (lm(x) - base)[:, :t].abs().max() < 1e-5
         lm.store = None
         forgetful = (lm(batch().x) - base).abs().amax((0, 2))
-    assert forgetful[:6].max() < 1e-5 and forgetful[6:].max() > 1e-3  # The first chunk has nothing to remember by
+    assert forgetful[:6].max() < 1e-5 and forgetful[6:].max() > 1e-3  # Nothing is retrieved for the first chunk
 
 
 def test_no_document_retrieves_itself():
-    starts = np.arange(0, len(IDS), 31)  # Seams fall within chunks and between them
+    starts = np.arange(0, len(IDS), 31)  # Documents end within chunks and between them
     lm, documents = model_with_vector_store(starts)
     at = np.arange(0, len(IDS) - 24, 24)
     own = documents(at)
@@ -341,13 +341,13 @@ def test_no_document_retrieves_itself():
     values, found = lm.retrieve(x[:, :-1], own)
     assert torch.equal(found.any(-1), own >= 0)
     keys = chunk_keys(lm.experts["transformer"], x, 6)
-    for i, j, k in found.nonzero().tolist():  # Which entry it is, by its value
+    for i, j, k in found.nonzero().tolist():  # Find the entry by its value
         n = ((keys[:, 1:] - values[i, j, k]).abs().amax(-1) < 1e-5).nonzero().tolist()
         assert n and all(own[a, b] not in (own[i, j], -1) for a, b in n)
 
 
 def test_stored_keys_depend_on_one_document():
-    "Its keys are those of its chunks alone, whatever else was in their windows"
+    "The keys of a document depend on its chunks alone, not on other text in the same windows"
     lm, _ = model_with_vector_store()
     x = torch.from_numpy(IDS[:24])[None]
     other = torch.cat([(x[:, :12] + 1) % 32, x[:, 12:]], 1)
@@ -356,7 +356,7 @@ def test_stored_keys_depend_on_one_document():
 
 
 def test_long_document_is_stored_in_blocks():
-    "Sixteen windows each; the last chunk of a block, whose last target is in the next, is left out"
+    "A block has sixteen windows. Its last chunk, whose last target is in the next block, is not stored"
     _, documents = model_with_vector_store()
     at = np.array([0, 24 * 15, 24 * 16, 24 * 15 + 12])
     assert documents(at).tolist() == [[0, 0, 0], [0, 0, -1], [1, 1, 1], [-1, -1, 1]]
@@ -374,7 +374,7 @@ def test_store_file_next_to_the_weights(tmp_path, capsys):
 
 
 def test_training_with_a_vector_store():
-    "Kept or not, the same bits; the log says how often something was found; without documents it is refused"
+    "With and without caching, the bits are the same and `hits` is logged. Training without documents is an error"
     lm, documents = model_with_vector_store(np.arange(0, len(IDS), 100))
     small = copy.deepcopy(lm)
     with pytest.raises(ValueError, match="must not retrieve itself"):
@@ -392,7 +392,7 @@ def test_training_with_a_vector_store():
 @pytest.mark.parametrize("room", [2, 7, 20, 50, 98, 99, 1000])
 def test_stored_chunks_are_spread_over_the_text(room):
     lm, documents = model_with_vector_store()
-    tokens = SimpleNamespace(ids=IDS, doc_starts=np.arange(0, len(IDS), 8 * 24))  # Every document is like any other
+    tokens = SimpleNamespace(ids=IDS, doc_starts=np.arange(0, len(IDS), 8 * 24))  # All documents have the same length
     store = fill_store(lm, VectorStore(16, room), tokens)
     whole = fill_store(lm, VectorStore(16), tokens)
     assert min(room, len(whole)) - 6 < len(store) <= room
@@ -405,7 +405,7 @@ def test_stored_chunks_are_spread_over_the_text(room):
 @pytest.mark.parametrize("config", VARIANTS, ids=lambda c: " ".join(map(str, c.values())))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_bfloat16_weights(dtype, config):
-    "Forward, in steps, and back; with a memory where there can be one"
+    "Forward, step and backward work in each dtype, also with a vector store if the configuration allows one"
     for memory in (False, True) if not config["attention_first"] else (False,):
         lm = model(False, **config, **MEMORY if memory else {}).to(dtype).eval()
         if memory:

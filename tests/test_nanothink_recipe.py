@@ -62,14 +62,14 @@ def write_domains(workdir, documents=60):
 
 @pytest.fixture
 def workdir(tmp_path):
-    "A folder with two domains"
+    "Return a folder with two domains"
     write_domains(tmp_path)
     return tmp_path
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    "A folder with three trained experts"
+    "Return a folder with three trained experts"
     workdir = tmp_path_factory.mktemp("trained")
     write_domains(workdir)
     for name in ("transformer", "state_space", "diffuser"):
@@ -79,7 +79,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def experts(trained, tmp_path):
-    "A copy of it"
+    "Return a copy of the folder with three trained experts"
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
@@ -111,7 +111,7 @@ def test_the_guides_defaults():
     "name, size", [("transformer", 14_160_768), ("state_space", 5_573_760), ("diffuser", 9_601_152)], ids=lambda v: v
 )
 def test_parameter_counts_match_the_guide(workdir, name, size):
-    "A dry run would take long; the model alone is built"
+    "The models have the guide's sizes. We only build them, because a dry run would take long"
     from lmnotes.nn.lm import n_params, new_lm
 
     arch, preset = dict(
@@ -134,7 +134,7 @@ def test_by_papermill(workdir):
 
 
 def test_a_snapshot_every_five_epochs(workdir):
-    "At 5 and 10, not at 4 and 9; the epoch inside is that of the name"
+    "Snapshots are written after epochs 5 and 10, not 4 and 9, and hold the epoch of their name"
     assert run_in_process(workdir, expert, max_epochs=10, patience=0) == 0, read_log(workdir)
     found = {p.name: load_checkpoint_file(workdir, p.name) for p in (workdir / "checkpoints").glob("*_epoch*.pt")}
     assert {name: held["epoch"] for name, held in found.items()} == {
@@ -157,7 +157,7 @@ def test_domains_and_data_dir(workdir):
     assert one["train"] < both["train"]
     assert "the earlier run is now transformer_expert-1" in read_log(workdir)
     aside = torch.load(workdir / "checkpoints/transformer_expert-1/transformer_expert.pt", weights_only=True)
-    assert aside["run"]["config"]["domains"] == "sea"  # Nothing that an earlier run wrote is written over
+    assert aside["run"]["config"]["domains"] == "sea"  # Files of an earlier run are not overwritten
     assert run_in_process(workdir, expert, data_dir="mine", domains="lake") and "Its domains are hills sea" in read_log(
         workdir
     )
@@ -168,17 +168,17 @@ LONG = dict(max_epochs=12, patience=0, log_interval=1)
 
 @pytest.mark.parametrize("name", ["transformer", "diffuser"])
 def test_stopped_and_resumed(experts, tmp_path_factory, name):
-    "Ctrl+C leaves a file and the way on; the resumed run ends in the same bits"
+    "Ctrl+C writes a file and prints how to resume, and the resumed run ends with the same bits"
     run = f"{name}_expert"
     assert stop_before_step(9, experts, expert, expert=name, **LONG) == 130, read_log(experts)
     held = load_checkpoint_file(experts, f"{run}_interrupted.pt")
-    assert f"go on with: papermill nbs/recipes/pretrain_expert.ipynb -p expert {name} -p resume True" in read_log(
+    assert f"resume with: papermill nbs/recipes/pretrain_expert.ipynb -p expert {name} -p resume True" in read_log(
         experts
     )
     assert held["step"] == 9 < 12 * info(experts, run)["config"]["eval_every"]
     assert run_in_process(experts, run_recipe, EXPERT, expert=name, resume="True") == 0, read_log(
         experts
-    )  # All else is as it was
+    )  # All other parameters keep their values
     assert f"Resuming from {run}_interrupted.pt: epoch {held['epoch']}, step {held['step']}" in read_log(experts)
     whole = tmp_path_factory.mktemp("whole")
     shutil.copytree(experts / "data", whole / "data")
@@ -200,7 +200,7 @@ def test_resume_takes_the_furthest(workdir):
 
 
 def test_resume_from_a_path(workdir, tmp_path_factory):
-    "An older state, on request; and a file alone, in another place"
+    "A run resumes from an older state on request, and from a single file in another folder"
     assert run_in_process(workdir, expert, max_epochs=10, patience=0) == 0, read_log(workdir)
     ends = load_checkpoint_file(workdir, "transformer_expert_epoch10.pt")["model_state"]
     other = tmp_path_factory.mktemp("other")
@@ -236,7 +236,7 @@ def test_a_checkpoint_of_another_expert(experts):
 
 
 def test_what_is_not_given_is_as_it_was(workdir):
-    "A parameter made of several takes the others from the run, not from the cell's defaults"
+    "A value computed from several parameters uses the run's values for those not given, not the cell's defaults"
     assert run_in_process(workdir, expert, max_epochs=1) == 0, read_log(workdir)
     assert run_in_process(workdir, run_recipe, EXPERT, resume="True", max_epochs=2, lr=1e-3) == 0, read_log(workdir)
     record = info(workdir, "transformer_expert")
@@ -251,7 +251,7 @@ def test_what_is_not_given_is_as_it_was(workdir):
 
 
 def test_two_runs_with_one_name(workdir, tmp_path_factory):
-    "Files of another run are skipped; with a given path, the run in the folder is moved"
+    "Files of another run are skipped. If the path of one is given, the run in the folder is moved"
     assert run_in_process(workdir, expert, max_epochs=5, patience=0) == 0, read_log(workdir)
     first, files = info(workdir, "transformer_expert")["started"], workdir / "checkpoints"
     epoch5 = (files / "transformer_expert_epoch5.pt").read_bytes()
@@ -270,7 +270,7 @@ def test_two_runs_with_one_name(workdir, tmp_path_factory):
 
 
 def test_fresh_start_keeps_earlier_files(workdir):
-    "What an earlier run left goes aside, also if its folder is gone"
+    "Files that an earlier run left are moved, even if its folder is gone"
     assert run_in_process(workdir, expert, max_epochs=1) == 0, read_log(workdir)
     shutil.rmtree(workdir / "checkpoints/transformer_expert")
     assert run_in_process(workdir, expert, max_epochs=1, seed=1) == 0, read_log(workdir)
@@ -278,7 +278,7 @@ def test_fresh_start_keeps_earlier_files(workdir):
 
 
 def test_damaged_files(experts):
-    "A bare resume takes the one before; what is needed is not taken damaged"
+    "`resume=True` uses the previous undamaged file. A damaged expert is an error"
     files = experts / "checkpoints"
     shutil.rmtree(files / "transformer_expert")
     held = load_checkpoint_file(experts, "transformer_expert.pt")
@@ -325,7 +325,7 @@ def test_missing_experts_are_named(trained):
 
 
 def test_processes_take_turns(workdir):
-    "Under torchrun only the first touches folders"
+    "Under torchrun only the first process changes folders"
     assert run_in_process(workdir, expert, max_epochs=5, patience=0) == 0, read_log(workdir)
     shutil.rmtree(workdir / "checkpoints/transformer_expert")
     given = dict(expert="transformer", resume="checkpoints/transformer_expert_epoch5.pt", max_epochs="6", device="cpu")
@@ -340,7 +340,7 @@ def test_processes_take_turns(workdir):
 
 
 def test_half_precision_keeps_its_scaler(workdir, monkeypatch):
-    "float16 needs a GPU, and that is said; a file has `amp_scaler` only where one scales"
+    "float16 without a GPU is an error, and a file has `amp_scaler` only if the run scales its loss"
     assert run_in_process(workdir, expert, amp_dtype="fp16")
     assert "dtype='float16' needs a CUDA device" in read_log(workdir)
     assert run_in_process(workdir, expert, use_amp=False, max_epochs=1) == 0, read_log(workdir)
@@ -375,11 +375,11 @@ def test_the_diffuser_has_the_transformers_tokens_and_width(workdir):
             workdir
         )
         assert info(workdir, f"{name}_expert")["tokenizer"]["fingerprint"] == its
-    assert "mse" in read_log(workdir) and "given, and of no use to this state_space: " in read_log(workdir)
+    assert "mse" in read_log(workdir) and "given, but not used by this state_space: " in read_log(workdir)
 
 
 def test_the_diffuser_stands_on_its_embeddings(experts):
-    "They are the transformer's, they stay, and what is lost is not called a perplexity"
+    "The diffuser's embeddings are the transformer's and stay unchanged, and its loss gives no perplexity"
     table = load_checkpoint_file(experts, "diffuser_expert.pt")["model_state"]["text.table.weight"]
     assert torch.equal(table, load_checkpoint_file(experts, "transformer_expert.pt")["model_state"]["embed.weight"])
     metrics = read_records(experts / "checkpoints/diffuser_expert/metrics.jsonl")
@@ -398,7 +398,7 @@ def test_early_stopping(workdir):
 
 
 def test_together(experts):
-    "Experts are what they were, the first loss is the best one's, and the last is below it"
+    "Experts do not change, the first loss is that of the best expert, and the last one is lower"
     assert run_in_process(experts, join, max_epochs=4, log_interval=1) == 0, read_log(experts)
     held = load_checkpoint_file(experts, "nanothink_mla.pt")
     for name in ("transformer", "state_space", "diffuser"):
@@ -428,7 +428,7 @@ def test_joint_training_stopped_and_resumed(experts, tmp_path_factory):
     shutil.copytree(experts, whole, dirs_exist_ok=True)
     assert stop_before_step(9, experts, join, use_vector_store=True, **LONG) == 130, read_log(experts)
     (experts / "checkpoints/nanothink_mla/memory.safetensors").write_bytes(b"of another store")
-    assert run_in_process(experts, run_recipe, JOIN, resume="True") == 0, read_log(experts)  # All else is as it was
+    assert run_in_process(experts, run_recipe, JOIN, resume="True") == 0, read_log(experts)  # Others keep their values
     assert re.search(r"\| hits \d\.\d\d", read_log(experts).split("Resuming from")[1])
     assert run_in_process(whole, join, use_vector_store=True, **LONG) == 0, read_log(whole)
     a, b = (lmnotes.load(p / "checkpoints/nanothink_mla") for p in (experts, whole))
@@ -453,7 +453,7 @@ def test_the_vector_store_changes_the_run(experts):
     a, b = (read_records(folder / "metrics.jsonl")[-2]["entropy"] for folder in (with_store, without))
     assert a != b
     assert info(experts, "nanothink_mla")["model"]["max_vectors"] == 50 >= len(lmnotes.load(with_store).lm.store)
-    r = lmnotes.load(with_store)  # What was trained with a memory has it
+    r = lmnotes.load(with_store)  # The loaded run has its vector store
     assert len(r.lm.store) > 0 and r.generate("sea", 20, seed=1)
 
 
@@ -485,5 +485,5 @@ def test_strong_experts(workdir):
         read_log(workdir)
     )
     assert info(workdir, "state_space_expert")["config"]["weight_decay"] == 0.1
-    assert "given, and of no use to this state_space: " in read_log(workdir)
+    assert "given, but not used by this state_space: " in read_log(workdir)
     assert record["result"]["last"]["bound"]

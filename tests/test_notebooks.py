@@ -1,4 +1,4 @@
-"""The notebooks are the source: the package, the README and the saved outputs are what they say."""
+"""The notebooks are the source: the package, the README and the saved outputs match them."""
 
 import ast
 import base64
@@ -42,13 +42,13 @@ def code_cells(path):
 
 
 def marks(cell):
-    "The names of a cell's `#|` lines, and `eval: false`"
+    "Return the names of a cell's `#|` directives, and `eval: false`"
     return set(re.findall(r"^#\|\s*(eval: false|[\w-]+)", cell.source, re.M))
 
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory):
-    "A copy of the project, exported and cleaned there"
+    "Return a copy of the project, in which the notebooks were exported and cleaned"
     folder = tmp_path_factory.mktemp("fresh")
     shutil.copy(ROOT / "settings.ini", folder)
     shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".*"))
@@ -79,7 +79,7 @@ def test_notebooks_are_clean(fresh):
 
 
 def test_cleaning_keeps_the_parameters_tag(fresh):
-    "Without the tag papermill puts its parameters where the defaults overwrite them, and says nothing"
+    "Without the tag, papermill silently puts its parameters where the defaults overwrite them"
     tagged = [
         path.stem
         for path in (fresh / "nbs").rglob("*.ipynb")
@@ -91,7 +91,7 @@ def test_cleaning_keeps_the_parameters_tag(fresh):
 
 @each_notebook
 def test_outputs_are_saved(path):
-    "What a reader sees without running anything"
+    "Outputs are saved, so a reader sees them without running anything"
     silent = {"export", "hide", "default_exp", "slow", "cuda", "eval: false"}
     shown = [cell for cell in code_cells(path) if cell.source.strip() and not marks(cell) & silent]
     for cell in code_cells(path):
@@ -117,7 +117,7 @@ def test_first_and_last_cells(path):
 
 @each_notebook
 def test_imports_have_cells_of_their_own(path):
-    "Building the site executes cells with imports, and these only"
+    "Building the site executes exactly the cells with imports"
     for cell in code_cells(path):
         if (
             marks(cell) & {"export", "exporti", "eval: false"}
@@ -132,7 +132,7 @@ def test_imports_have_cells_of_their_own(path):
 
 @each_notebook
 def test_exported_cells_are_short(path):
-    "One idea a cell; what is better read in one piece says why"
+    "A cell has one idea. A longer cell gives the reason in a comment"
     for cell in code_cells(path):
         if marks(cell) & {"export", "exporti"}:
             lines = [line for line in cell.source.splitlines() if line.strip() and not line.startswith("#|")]
@@ -146,7 +146,7 @@ ROAD = sorted((path for path in NOTEBOOKS if path.name[0].isdigit()), key=lambda
 
 @pytest.mark.parametrize("path, after", zip(ROAD, ROAD[1:]), ids=[path.stem for path in ROAD[:-1]])
 def test_each_notebook_names_the_next(path, after):
-    "Whoever reads from 00_core on is led through all of them"
+    "The links lead from 00_core through all numbered notebooks"
     last = [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown"][-1]
     address = os.path.relpath(after, path.parent)
     wanted = f"Next: [`{after.stem}`]({address}), what it is about."

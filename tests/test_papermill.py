@@ -1,4 +1,4 @@
-"""Papermill as its users meet it: the command without an output path, and stopping it from outside."""
+"""Papermill from the command line: without an output path, and stopped by a signal."""
 
 import json
 import os
@@ -101,7 +101,7 @@ def on_a_terminal(project, *words):
         try:
             while chunk := os.read(ours, 4096):
                 printed.extend(chunk)
-        except OSError:  # the other end was closed
+        except OSError:  # The other end has been closed
             pass
 
     reader = threading.Thread(target=read)
@@ -178,7 +178,7 @@ def test_other_notebooks_are_unchanged(project):
 
 
 def training(project, mode):
-    "Papermill with the training cell running"
+    "Start papermill, and yield when its training cell is running"
     process = papermill(project, "nbs/train.ipynb", "-p", "run", "mine", "-p", "mode", mode, "--no-progress-bar")
     noted = project / "kernel.pid"
     wait_until(lambda: (noted.is_file() and noted.read_text()) or process.poll() is not None)

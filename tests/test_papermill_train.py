@@ -24,7 +24,7 @@ from helpers import (
 
 ROOT = Path(__file__).parent.parent
 PAPERMILL = str(Path(sys.executable).parent / "papermill")
-# What the kernel does before anything else: it arranges that training holds at step 8 until the test lets go.
+# Startup code of the kernel: training pauses before step 8 until the test creates a file.
 HOLD = """
 import os, pathlib, sys
 pathlib.Path("kernel.pid").write_text(str(os.getpid()))
@@ -36,7 +36,7 @@ CASE = TINY | dict(sample_every=30)
 
 
 def parameters(**params):
-    "Parameters as the words of papermill's command line"
+    "Return parameters as words of papermill's command line"
     return [word for name, value in params.items() for word in ("-p", name, str(value))]
 
 
@@ -72,7 +72,7 @@ def uninterrupted(tmp_path_factory, corpus):
 
 
 def start_paused(workdir, *command_line_args):
-    "Papermill, with training held before step 8"
+    "Start papermill and wait until training pauses before step 8"
     startup = workdir / "ipython/profile_default/startup"
     startup.mkdir(parents=True)
     (startup / "00-hold.py").write_text(HOLD.format(tests=str(Path(__file__).parent)))
@@ -83,7 +83,7 @@ def start_paused(workdir, *command_line_args):
 
 
 def check(workdir, outputs):
-    "The notebook is valid, and every one of its cells has run"
+    "Check that the notebook is valid and that all its cells have run"
     nb = nbformat.read(workdir / "runs/r/train.ipynb", 4)
     nbformat.validate(nb)
     code = [cell for cell in nb.cells if cell.cell_type == "code"]
@@ -93,7 +93,7 @@ def check(workdir, outputs):
 
 
 def resume_and_compare(workdir, uninterrupted):
-    "`papermill nbs/train.ipynb -p resume True`, without an output path, ends as the run that was never stopped"
+    "Check that `papermill nbs/train.ipynb -p resume True` without an output path gives the uninterrupted run's results"
     (workdir / "go").touch()
     process = papermill(workdir, *parameters(resume=True, out_dir=workdir / "runs"))
     assert process.wait(DEADLINE) == 0, read_log(workdir)

@@ -37,14 +37,14 @@ def run(command, project):
 
 
 def shown(notebook):
-    "Everything that a notebook's cells show, as one text, and the kinds of its outputs"
+    "Return the outputs of a notebook's cells as one text, and the kinds of outputs"
     outputs = [output for cell in nbformat.read(notebook, 4).cells for output in cell.get("outputs", [])]
     text = "".join(output.get("text", "") + str(output.get("data", {}).get("text/plain", "")) for output in outputs)
     return text, {kind for output in outputs for kind in output.get("data", {})}
 
 
 def test_the_first_run(project):
-    "The report has a curve and no error"
+    "The first run's report has a curve and no error"
     run(["bash", "-c", COMMANDS[0]], project)
     text, kinds = shown(project / "checkpoints/first/train.ipynb")
     assert "image/png" in kinds
@@ -59,7 +59,7 @@ def test_the_last_run_is_resumed(project):
 
 
 def test_the_shell(project):
-    "The lines for a shell, one after the other"
+    "The shell commands run one after the other"
     printed = [run(["bash", "-c", line], project).stdout for line in SHELL]
     assert "done at step 50 of 50" in printed[0]
     assert "small: gpt on pydocs | done at step 50 of 50" in printed[1]

@@ -1,4 +1,4 @@
-"""Nothing in the package runs code that it finds in a file: SECURITY.md, held to by reading the sources."""
+"""The package runs no code that it finds in a file. We check this promise of SECURITY.md in the source code."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A run that is interrupted, terminated or killed at an observed moment resumes to the same bits.
+"""A run that is interrupted, terminated or killed at an exact moment resumes to the same bits.
 
 At that moment the process creates a file and waits. The test sends the signal and only then lets the process continue. Each signal
 therefore arrives exactly at the intended moment, on a busy machine too.
@@ -34,7 +34,7 @@ from lmnotes.training import checkpoint, trainer
 
 
 def half(name):
-    "Hold when half of a file of step 20 is written"
+    "Pause when half of a file of step 20 is written"
     as_it_is = checkpoint._write_file
 
     def held(path, data):
@@ -47,7 +47,7 @@ def half(name):
 
 
 def of_step(step, split=None):
-    "Is a record of this step appended?"
+    "Return True if a record of this step is appended"
     return lambda metrics, **record: record["step"] == step and record["split"] == split
 
 
@@ -97,7 +97,7 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
 
 
 def command_held(moment, *command_line_args):
-    "Run the command line, held at a moment"
+    "Run the command line, and pause it at a moment"
     MOMENTS[moment]()
     return lmnotes_command(*command_line_args)
 
@@ -112,14 +112,14 @@ def uninterrupted(tmp_path_factory, corpus):
 
 
 def command_by_a_clock(moment, *command_line_args):
-    "The same, where the file `clock` holds the time at which a signal arrives"
+    "Run the command line with a fake clock: the file `clock` holds the time at which a signal arrives"
     core.time = SimpleNamespace(monotonic=lambda: float(Path("clock").read_text()))
     return command_held(moment, *command_line_args)
 
 
 @pytest.mark.parametrize("pause, code, step", [(0.99, 143, 13), (1.01, 130, None)])
 def test_two_signals(workdir, uninterrupted, pause, code, step):
-    "At about the same time they count as one, as from a terminal and a cluster. A later second signal ends the run within the step"
+    "Two signals at about the same time count as one. A later one ends the run within the step"
     (workdir / "clock").write_text("100")
     process = start_process(
         workdir, command_by_a_clock, "between gradient and update", "train", *command_line_args(**TINY)

@@ -49,8 +49,8 @@ def test_cost_per_token_is_constant_up_to_8000(kind):
         sizes.add(numbers(state))
         costs.append((work.calls, work.numbers))
     assert len(sizes) == 1
-    assert sum(costs[1][0].values()) > 20  # The work is seen
-    assert all(cost == costs[1] for cost in costs[1:])  # The first step also makes the empty state
+    assert sum(costs[1][0].values()) > 20  # The operations were counted
+    assert all(cost == costs[1] for cost in costs[1:])  # The first step also creates the empty state
 
 
 @pytest.mark.parametrize("kind", ["ssd", "s6"])
@@ -72,9 +72,9 @@ def test_prefill_equals_8000_single_steps(kind):
 def test_invalid_values_are_rejected(field):
     for value, change in ((0, {field: 0}), (-1, {"dt_rank": -1}), (-1, {"d_inner": -1})):
         (name,) = change
-        with pytest.raises(ValueError, match=f"{name}={value}, but {name} is at least"):
+        with pytest.raises(ValueError, match=f"{name}={value}, but {name} must be at least"):
             new_lm("ssm", **TINY | change)
-    with pytest.raises(ValueError, match="dropout=1.0, but dropout is at least 0 and less than 1"):
+    with pytest.raises(ValueError, match="dropout=1.0, but dropout must be at least 0 and less than 1"):
         new_lm("ssm", **TINY | dict(dropout=1.0))
 
 

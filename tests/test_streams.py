@@ -1,4 +1,4 @@
-"""`models/38_streams`: streams beside the text really train, nothing leaks from them, and a loss never holds all logits."""
+"""`models/38_streams`: other streams train beside the text and leak nothing, and no loss holds all logits."""
 
 import math
 import re
@@ -22,7 +22,7 @@ from lmnotes.training.weights import freeze, load_initial_weights
 TINY = dict(vocab_size=16, ctx_len=8, d_model=64, n_layers=2, n_heads=2)
 ALL = dict(inputs=" ".join(streams.INPUTS), outputs=" ".join(streams.OUTPUTS))
 POSES = F.normalize(torch.randn(8, 24, 4, generator=torch.Generator().manual_seed(5)), dim=-1)
-BEGIN = 15  # The id that a text begins with
+BEGIN = 15  # The id at the start of a text
 
 
 def touch_of(surfaces):
@@ -34,7 +34,7 @@ def touch_of(surfaces):
 
 
 class Felt:
-    "Batches of eight contacts and a text that names their surfaces. Half of the text follows from the text alone, and the first contact decides a pose"
+    "Batches of eight contacts and a text of their surfaces. Half of it follows from its other half. The first contact sets a pose"
 
     def __getitem__(self, step):
         g = torch.Generator().manual_seed(step)
@@ -46,7 +46,7 @@ class Felt:
 
 
 class TextOf:
-    "Batches without what is beside their text"
+    "Batches reduced to their text"
 
     def __init__(self, batches):
         self.batches = batches
@@ -71,7 +71,7 @@ def test_streams_in_two_stages(tmp_path):
     first = new_lm("streams", **TINY)
     train(first, TextOf(Felt()), 300)
     alone = losses(first, TextOf(Felt()))["loss_internal_text"]
-    assert math.log(8) / 2 - 0.02 < alone < math.log(8) / 2 + 0.1  # Every second word is a surprise to a text alone
+    assert math.log(8) / 2 - 0.02 < alone < math.log(8) / 2 + 0.1  # Only every second word follows from the text
     folder = save_checkpoint(tmp_path, first, 300)
 
     both = dict(
@@ -90,7 +90,7 @@ def test_streams_in_two_stages(tmp_path):
     assert after["loss_animation"] < 0.1 < before["loss_animation"]
 
 
-def test_a_weight_of_zero_is_honoured():
+def test_a_weight_of_zero_is_used():
     "A head whose weight is zero is not evaluated, and gets no gradient"
     lm = new_lm(
         "streams",
@@ -112,7 +112,7 @@ def test_a_weight_of_zero_is_honoured():
 
 
 def noise(step):
-    "Both texts, sound and movement, all of uniform chance, and senses that have nothing to do with them"
+    "Return a batch of uniformly random targets (two texts, sound) and unrelated random inputs"
     g = torch.Generator().manual_seed(step)
     w, e = torch.randint(16, (16, 9), generator=g), torch.randint(16, (16, 7), generator=g)
     more = touch_of(torch.randint(8, (16, 3), generator=g))
@@ -127,7 +127,7 @@ def noise(step):
 
 
 def test_nothing_is_learned_from_noise():
-    "The guide's system fell to 0.17 nats on 15 symbols of chance, since each position saw the next"
+    "The guide's system reached 0.17 nats on 15 random symbols, because each position saw the next one"
 
     class Noise:
         def __getitem__(self, step):
@@ -143,7 +143,7 @@ def test_nothing_is_learned_from_noise():
 
 
 def test_a_row_without_contact_is_no_nan():
-    "One sample without contact made all its positions NaN in the guide's system"
+    "In the guide's system, a sample without contact made all its positions NaN"
     torch.manual_seed(0)
     lm = new_lm("streams", **TINY, inputs="internal_voice touch", outputs="internal_text animation")
     batch = Felt()[0]
@@ -155,7 +155,7 @@ def test_a_row_without_contact_is_no_nan():
 
 
 class Peak(TorchDispatchMode):
-    "The size of the largest tensor that comes out of any operation"
+    "Mode that records the size of the largest tensor that any operation returns"
 
     largest = 0
 
@@ -169,7 +169,7 @@ class Peak(TorchDispatchMode):
 
 @pytest.mark.parametrize("rows", [64, 256])
 def test_loss_never_holds_all_logits(monkeypatch, rows):
-    "No tensor of the loss grows with positions x vocabulary"
+    "No tensor in the loss has the size of positions x vocabulary"
     monkeypatch.setattr(layers, "LOGITS_PER_CHUNK", 16 * 1000)
     lm = new_lm("streams", **TINY | dict(vocab_size=1000, ctx_len=8))
     x = torch.randint(1000, (rows, 8))
@@ -194,7 +194,7 @@ def text_run(**params):
 
 
 def test_stages_as_runs(workdir):
-    "The same by parameters of a run: init_from, freeze and loss_weights"
+    "Two stages work as runs with init_from, freeze and loss_weights"
     assert run_in_process(workdir, text_run, data="corpus", run="text") == 0, read_log(workdir)
     second = [
         "inputs=internal_voice,touch",
@@ -208,7 +208,7 @@ def test_stages_as_runs(workdir):
 
 @pytest.mark.parametrize("null", ["null_token", "zeros"])
 def test_every_parameter_gets_a_gradient_from_placeholders(null):
-    "So that processes that train together need not search for parts that a batch does without"
+    "Every parameter gets a gradient, so data-parallel training need not search for unused ones"
     lm = new_lm("streams", **TINY, inputs=ALL["inputs"], null=null)
     for p in lm.parameters():
         torch.nn.init.normal_(p, std=0.1)
@@ -218,7 +218,7 @@ def test_every_parameter_gets_a_gradient_from_placeholders(null):
 
 
 def test_adapters_train_the_text_heads():
-    "Also the head, whose matrix the loss uses without calling it"
+    "Adapters of the head train too, although the loss uses its matrix without calling the layer"
     torch.manual_seed(0)
     lm = new_lm("streams", **TINY, inputs="internal_voice external_voice", outputs="internal_text external_text")
     for p in lm.parameters():
@@ -238,7 +238,7 @@ def test_adapters_train_the_text_heads():
 
 
 def test_bfloat16_weights():
-    "Weights in bfloat16 sense and write too"
+    "A model with bfloat16 weights reads its inputs and generates"
     lm = new_lm("streams", **TINY, inputs=ALL["inputs"]).bfloat16().eval()
     g = torch.Generator().manual_seed(0)
     felt = touch_of(torch.randint(8, (2, 3), generator=g)) | dict(audio_waveform=torch.randn(2, 640, generator=g))

@@ -30,7 +30,7 @@ CONFIG = NOTEBOOK.with_name("text_only_config.yaml")
 
 TOKENS = 6000
 
-# As the guide prints it, with tabs
+# With tabs, as the guide prints it
 SMALL = """
 training:
 	max_steps: 30
@@ -60,7 +60,7 @@ model:
 
 @pytest.fixture(scope="module")
 def prepared_data(tmp_path_factory):
-    "A folder with a text, its tokens and a configuration"
+    "Return a folder with a text, its tokens and a configuration"
     from pydoc_data.topics import topics
 
     workdir, text = tmp_path_factory.mktemp("made"), topics["debugger"] + topics["formatstrings"]
@@ -91,7 +91,7 @@ def uninterrupted(prepared_data, tmp_path_factory):
 
 
 def in_order(words, text):
-    "Each of `words` comes in `text` after the one before"
+    "Check that the `words` occur in `text` in this order"
     at = 0
     for word in words:
         found = text.find(word, at)
@@ -107,7 +107,7 @@ def test_configuration_matches_the_guide():
 
 
 def test_dry_run(workdir):
-    "Ten steps, the guide's lines, a checkpoint written and read, and nothing left behind"
+    "A dry run trains ten steps, prints the guide's lines, writes and reads a checkpoint, and leaves no files"
     before = set(workdir.rglob("*"))
     assert run_in_process(workdir, recipe, dry_run=True) == 0, read_log(workdir)
     loaded, n = f"Loaded {TOKENS:,} tokens from corpus.bin", (TOKENS * 9 // 10 - 1) // 32
@@ -149,7 +149,7 @@ def test_the_report(uninterrupted):
 
 
 def test_mistake_the_generation_script_crashed(uninterrupted):
-    "The guide's script, from model_final.pt alone: fifty tokens, the same as from the cache"
+    "The guide's script generates fifty tokens from model_final.pt alone, the same as `generate` with its KV cache"
     checkpoint = torch.load(
         uninterrupted / "checkpoints/text_only/model_final.pt", map_location="cpu", weights_only=True
     )
@@ -170,7 +170,7 @@ def test_mistake_the_generation_script_crashed(uninterrupted):
 
 
 def test_mistake_ctrl_c_saved_nothing(workdir):
-    "Its runs could not be resumed. Here the resumed run is bit-identical"
+    "The guide's runs could not be resumed. Here the resumed run is bit-identical"
     assert stop_before_step(13, workdir, recipe, max_steps=90) == 130, read_log(workdir)
     assert (workdir / "checkpoints/text_only/model_step_10.pt").exists()
     step = json.loads((workdir / "checkpoints/text_only/run.json").read_bytes())["step"]
@@ -183,14 +183,14 @@ def test_mistake_ctrl_c_saved_nothing(workdir):
 
 
 def test_what_the_advice_says_can_be_followed(uninterrupted, tmp_path):
-    "After out-of-memory or a rising loss, accumulation, batch size and learning rate can change on resume"
+    "Accumulation, batch size and learning rate can change on resume, as the messages on memory and loss advise"
     workdir = shutil.copytree(uninterrupted, tmp_path / "place")
     changed = SMALL.replace("lr: 1e-2", "lr: 5e-3").replace(
         "batch_size: 4", "batch_size: 8\n\tgradient_accumulation_steps: 2"
     )
     (workdir / "small.yaml").write_text(changed)
     assert run_in_process(workdir, recipe, max_steps=35, resume=True) == 0, read_log(workdir)
-    words = ["from here on batch_size=8, until now 4", "from here on accum=2", "from here on lr=0.005, until now 0.01"]
+    words = ["from here on batch_size=8 (was 4)", "from here on accum=2", "from here on lr=0.005 (was 0.01)"]
     assert all(word in read_log(workdir) for word in words), read_log(workdir)
 
 

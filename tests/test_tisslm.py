@@ -41,7 +41,7 @@ QUICK = SMALL | dict(stride=16, epochs=1)
 
 
 def write_texts(workdir, names=("debugger", "formatstrings", "typesmapping"), size=1000):
-    "The beginnings of some of Python's help topics, in the order given"
+    "Write the first part of some of Python's help topics, in the given order"
     from pydoc_data.topics import topics
 
     (workdir / "corpus").mkdir()
@@ -124,7 +124,7 @@ def test_vocabulary_size_is_as_requested_or_explained(workdir):
 def test_resume_adds_epochs(workdir):
     assert run_in_process(workdir, recipe, **QUICK) == 0, read_log(workdir)
     assert run_in_process(workdir, recipe, **QUICK | dict(epochs=2, resume=True)) == 0, read_log(workdir)
-    assert "from here on epochs=2.0, until now 1.0" in read_log(workdir)
+    assert "from here on epochs=2.0 (was 1.0)" in read_log(workdir)
     assert run_in_process(workdir, recipe, **QUICK | dict(epochs=2, SAVE_DIR="./at_once")) == 0, read_log(workdir)
     assert equal(workdir / "training_output/final_model.pt", workdir / "at_once/final_model.pt")
 
@@ -136,11 +136,11 @@ def test_earlier_run_is_not_overwritten(workdir):
     assert not equal(workdir / "training_output/final_model.pt", workdir / "training_output-1/final_model.pt")
 
 
-# The mistakes of the guide's system
+# Mistakes of the guide's scripts
 
 
 def test_mistake_tokenizer_where_the_guide_does_not_look(uninterrupted):
-    "It wrote tokenizer_vocab.json and tokenizer_merges.txt, in a format of its own, beside the folder that the guide names"
+    "The script wrote tokenizer_vocab.json and tokenizer_merges.txt in its own format, beside the guide's folder"
     from tokenizers import ByteLevelBPETokenizer
 
     folder = uninterrupted / "training_output/tokenizer"
@@ -150,7 +150,7 @@ def test_mistake_tokenizer_where_the_guide_does_not_look(uninterrupted):
 
 
 def test_mistake_no_resume(workdir, uninterrupted):
-    "Its checkpoints held weights only: no run could be resumed"
+    "The script's checkpoints held only weights, so no run could be resumed"
     params = SMALL | dict(checkpoint_every=10)
     assert stop_before_step(13, workdir, recipe, **params) == 130, read_log(workdir)
     assert (workdir / "training_output/checkpoint_step_10.pt").exists()
@@ -165,7 +165,7 @@ def test_mistake_no_resume(workdir, uninterrupted):
 
 
 def test_mistake_nothing_loads_it(uninterrupted, tmp_path, monkeypatch):
-    "Its models could not be loaded or sampled, and hidden sizes had to be guessed from shapes"
+    "Nothing loaded or sampled the script's models, and you had to guess hidden sizes from shapes"
     shutil.copytree(uninterrupted / "training_output", tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
     r = lmnotes.load("moved")
@@ -184,7 +184,7 @@ def test_mistake_nothing_loads_it(uninterrupted, tmp_path, monkeypatch):
     ],
 )
 def test_mistake_words_of_the_loader_instead_of_the_reason(workdir, change, words):
-    "An empty or a short corpus ended in an error of the data loader"
+    "With an empty or a short corpus, the script ended with an error of the data loader"
     for name, text in dict(bare=None, empty="", short="Too short a text.").items():
         (workdir / name).mkdir()
         if text is not None:
@@ -195,10 +195,10 @@ def test_mistake_words_of_the_loader_instead_of_the_reason(workdir, change, word
 
 
 def test_mistake_tokenized_again_each_time(workdir):
-    "It tokenized the whole corpus twice, in Python, and again in each run"
+    "The script tokenized the whole corpus twice, in Python, and did so again in each run"
     for epochs in (1, 2):
         assert run_in_process(workdir, recipe, **QUICK | dict(epochs=epochs)) == 0, read_log(workdir)
-    assert read_log(workdir).count("(prepared before)") == 2  # Both parts, in the second run
+    assert read_log(workdir).count("(prepared before)") == 2  # Both splits, in the second run
 
 
 def test_mistake_no_validation(uninterrupted):
@@ -207,14 +207,14 @@ def test_mistake_no_validation(uninterrupted):
 
 
 def test_mistake_another_model_each_time(uninterrupted, tmp_path):
-    "Files were read in the order of the disk, and nothing was seeded"
+    "The script read files in the order of the disk, and seeded nothing"
     write_texts(tmp_path, names=("typesmapping", "formatstrings", "debugger"))
     assert run_in_process(tmp_path, recipe, **SMALL) == 0, read_log(tmp_path)
     assert equal(uninterrupted / "training_output/final_model.pt", tmp_path / "training_output/final_model.pt")
 
 
 def test_mistake_files_run_into_each_other(workdir, monkeypatch):
-    "No token marked where a file ends"
+    "The script marked the end of a file with no token"
     monkeypatch.chdir(workdir)
     data = load_data(RunConfig(data="corpus", tokenizer="bpe:300"), log_fn=None)
     ids = data.tokens["train"].ids
@@ -223,7 +223,7 @@ def test_mistake_files_run_into_each_other(workdir, monkeypatch):
 
 
 def test_mistake_each_token_seen_seq_len_times(workdir, uninterrupted):
-    "In one epoch, and no way to change that: a window began at every token"
+    "The script started a window at every token, so an epoch had each token seq_len times, with no way to change it"
     assert run_in_process(workdir, recipe, **SMALL | dict(stride=16)) == 0, read_log(workdir)
     assert abs(steps_of(uninterrupted) / steps_of(workdir) - 4) < 0.3
 

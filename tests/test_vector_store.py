@@ -1,4 +1,4 @@
-"""The store beyond its notebook: many random cases against a plain search, FAISS against torch, and a write that is cut short."""
+"""The vector store: many random cases against a plain search, FAISS against torch, and an interrupted write."""
 
 import importlib.util
 import subprocess
@@ -17,7 +17,7 @@ INDEXES = ["torch", pytest.param("faiss", marks=needs_faiss)]
 
 
 def plain(keys, values, groups, queries, k, exclude):
-    "Search by sorting all vectors"
+    "Find the nearest vectors by sorting all of them"
     out = []
     for q, own in zip(l2_normalize(queries), exclude):
         scores = (l2_normalize(keys) * q).sum(-1)
@@ -33,7 +33,7 @@ def test_search_equals_a_full_sort(index, seed):
     N, room, D = 150, (40, 150, 400)[seed % 3], 6
     keys, values, groups = torch.randn(N, D), torch.randn(N, D), torch.randint(7, (N,))
     copies = torch.randint(N, (60,))
-    keys[copies] = torch.ones(D)  # Many of the same
+    keys[copies] = torch.ones(D)  # Many equal keys
     store = VectorStore(D, room, index)
     for a in torch.arange(N).split(seed * 9 + 4):
         store.add(keys[a], values[a], groups[a])
@@ -61,7 +61,7 @@ def test_faiss_and_torch_give_the_same_bits_also_across_files(tmp_path):
     wanted = stores["torch"].search(queries, 6, exclude)
     for store in stores.values():
         assert all(torch.equal(a, b) for a, b in zip(store.search(queries, 6, exclude), wanted))
-        one = [store.search(q[None], 6, e[None]) for q, e in zip(queries, exclude)]  # Whatever the batch
+        one = [store.search(q[None], 6, e[None]) for q, e in zip(queries, exclude)]  # For any batch
         assert all(torch.equal(torch.cat(a), b) for a, b in zip(zip(*one), wanted))
 
 

@@ -16,7 +16,7 @@ CASES = {
     "scratch_gpt": (dict(SMALL), 2),
     "gpt2": (dict(SMALL), 2),
     "streams": (dict(SMALL), 2),
-    "diffusion": (dict(SMALL, block=1), 4),  # A call for the clean stream, and one for the noisy one
+    "diffusion": (dict(SMALL, block=1), 4),  # One call for the clean stream, one for the noisy one
     "bytepatch": (dict(SMALL, vocab_size=256, d_byte=16, byte_layers=1, thinking_steps=1), 2 + 2 + 1),
     "bytepatch agiformer": (dict(SMALL, vocab_size=256, d_byte=16), 2),
     "nanothink": (
@@ -57,7 +57,7 @@ def test_every_attention_call_is_recorded(name, dtype):
 
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(("diffusion", "bytepatch"))])
 def test_cached_steps_attend_like_the_full_forward(name):
-    "In blocks and patches a step makes other calls than the whole: of the newest position, of a finished patch"
+    "A step's weights equal the newest row of forward's. Blocks and patches make other calls, so they are left out"
     lm, _ = build_tiny_model(name)
     x = torch.randint(20, (1, 6))
     with record_attention() as whole, torch.no_grad():
@@ -79,7 +79,7 @@ def test_models_without_attention_record_nothing(name):
 
 
 def test_recording_attention_does_not_change_training():
-    "The weights are no part of the graph, and dropout draws what it drew"
+    "The recorded weights are not part of the graph, and dropout draws the same numbers"
     x, losses = torch.randint(20, (2, 12), generator=torch.Generator().manual_seed(1)), []
     for watched in (False, True):
         lm, _ = build_tiny_model("gpt")

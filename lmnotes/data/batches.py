@@ -64,7 +64,7 @@ def sequences_at(
 
 
 def check_length(ids, ctx_len, name="the token stream"):
-    "Raise `DataError` unless `ids` (called `name` in the message) has at least one sequence"
+    "Raise `DataError` unless `ids` is long enough for one sequence (`name` appears in the message)"
     if len(ids) <= ctx_len:
         need = f"ctx_len={ctx_len} needs at least {ctx_len + 1:,}. Use a smaller ctx_len or more text"
         raise DataError(f"{name} has {len(ids):,} tokens, and {need}")
@@ -83,7 +83,7 @@ class RandomBatches(SequenceBatches):
     def __init__(self, ids, batch_size, ctx_len, seed=0):
         check_length(ids, ctx_len)
         self.ids, self.batch_size, self.ctx_len, self.seed = ids, batch_size, ctx_len, seed
-        # An epoch reads as many tokens as there are
+        # One epoch reads as many tokens as the file has
         self.steps_per_epoch = max(1, (len(ids) - 1) // (ctx_len * batch_size))
 
     def start_positions(self, step):
@@ -230,7 +230,7 @@ class EvaluationBatches:
         if not 0 < stride <= ctx_len:
             raise ValueError(f"stride={stride} leaves gaps between sequences of ctx_len={ctx_len}. Use 1 to ctx_len")
         self.ids, self.batch_size, self.ctx_len, self.start, self.stop = ids, batch_size, ctx_len, start, stop
-        self.overlap = ctx_len - stride  # Positions of a sequence that are targets in the one before
+        self.overlap = ctx_len - stride  # Positions at the start of a sequence that are targets of the one before
         self.starts = np.arange(start, max(start + 1, stop - 1 - self.overlap), stride)
 
     def __len__(self):
@@ -256,7 +256,7 @@ SAMPLERS = "auto", "random", "epochs", "sequential", "domains", "documents"
 
 
 def resolve_sampler(sampler, epochs) -> str:
-    "Return the name of the sampler, with `auto` replaced by `epochs` for a run counted in epochs, else by `random`"
+    "Return the name of the sampler: `auto` is `epochs` if the length of the run is set in epochs, else `random`"
     return sampler if sampler != "auto" else "epochs" if epochs else "random"
 
 
@@ -266,7 +266,7 @@ def get_batches(
     ctx_len,  # Context window: targets per sequence
     seed=0,  # Seed of the order
     sampler="auto",  # One of `SAMPLERS`
-    epochs=0,  # Epochs of the run (0: the run is counted in steps)
+    epochs=0,  # Length of the run in epochs (0: the length is set in steps)
     stride=0,  # Tokens from one sequence to the next, for samplers 'epochs' and 'sequential' (0: `ctx_len`)
 ):  # Object with `[step]`, which is a `Batch`, and `steps_per_epoch`
     "Return the training batches of a token file"

@@ -33,7 +33,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 def _decode(data, name, line=1, offset=0):
-    "Decode `data` as strict UTF-8, where it begins at `line` and byte `offset` of the file `name`"
+    "Decode `data` as strict UTF-8. It begins at `line` and byte `offset` of the file `name`"
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as e:
@@ -56,15 +56,15 @@ def read_chunks(
     name,  # Name of the file in error messages
     strict=True,  # Require UTF-8 (False: accept any bytes, as `to_text` does)
     size=1 << 18,  # Bytes to read at a time
-):  # Iterator of texts, which joined are the file's text
-    "Yield the text of `f`, without a byte order mark, in chunks that no tokenizer can tell from the whole"
+):  # Iterator of chunks, whose concatenation is the text of the file
+    "Yield the text of `f`, without a byte order mark, in chunks with the same tokens as the whole text"
     rest, line, offset = "", 1, 0
     while data := b"".join(f.readlines(size)):
         bom = len(BOM) if strict and not offset and data.startswith(BOM) else 0
         text = rest + (_decode(data[bom:], name, line, offset + bom) if strict else to_text(data))
         line += data.count(10)
         offset += len(data)
-        at = _find_cut(text, len(rest) - 2)  # We have searched the text before
+        at = _find_cut(text, len(rest) - 2)  # The text before was searched already
         if at:
             yield text[:at]
         rest = text[at:]
@@ -106,7 +106,7 @@ def read_jsonl(
 
 # %% ../../nbs/data/10_corpus.ipynb #806fa64c
 class Document(NamedTuple):
-    "A text with its domain and id (the chunks of one long text follow each other and share its id)"
+    "A text, its domain and its id. The chunks of one long text are consecutive and share an id"
 
     text: str  # Its content, or one chunk of it
     domain: str  # Group of documents that it belongs to
@@ -121,7 +121,7 @@ class Source(NamedTuple):
     id: str  # Prefix of its documents' ids
     kind: str = "text"  # text, bytes (any bytes, not only UTF-8), jsonl, topics or stories
     member: str = ""  # File to read in the archive if `path` is a zip archive
-    part: str = ""  # train, val or test if the data set defines its parts
+    part: str = ""  # train, val or test if the dataset defines its parts
 
     @property
     def name(self):
@@ -153,7 +153,7 @@ def _read_stories(f, name):
 
 
 def _read_topics(f, name):
-    "Yield (title, text) of Python's help topics, which are a Python module that we import"
+    "Yield (title, text) of Python's help topics, which are stored in a Python module"
     from pydoc_data.topics import topics
 
     yield from sorted(topics.items())
@@ -186,7 +186,7 @@ def _source_sha256(source):
     return h.hexdigest()
 
 # %% ../../nbs/data/10_corpus.ipynb #2698ba89
-# Long: seven short properties of one list of sources
+# Long: short properties and methods of one list of sources
 class Corpus:
     "Documents in a fixed order, domain by domain"
 
@@ -201,7 +201,7 @@ class Corpus:
 
     @property
     def is_stream(self):
-        "True for one text, which is read in chunks and split by position, instead of many documents"
+        "True if the corpus is one text, which is read in chunks and split by position"
         return len(self.sources) == 1 and self.sources[0].kind in ("text", "bytes")
 
     def documents(self):
@@ -228,7 +228,7 @@ class Corpus:
 
     @cached_property
     def default_split(self):
-        "Split that `auto` selects: the data set's own parts, by position for few documents, by hash for 50 or more"
+        "Split that `auto` selects: the dataset's own, else by position for few documents or by hash for 50 or more"
         if all(s.part for s in self.sources):
             return "own"
         if self.is_stream:

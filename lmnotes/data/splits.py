@@ -23,7 +23,7 @@ def _hash_split(corpus, part):
 
 
 def _randperm42_split(corpus, part):
-    "Put the first nine tenths of `torch.randperm(n)` with seed 42 into train, in the order of the corpus"
+    "Return the documents of a part in corpus order: the first nine tenths of a shuffle with seed 42 are train"
     n = sum(1 for _ in corpus.documents())
     order = torch.randperm(n, generator=torch.Generator().manual_seed(42))
     is_train = torch.zeros(n, dtype=torch.bool)
@@ -32,13 +32,13 @@ def _randperm42_split(corpus, part):
 
 # %% ../../nbs/data/12_splits.ipynb #9d4b0fef
 def _provided_split(corpus, part):
-    "Use the parts that the data set defines"
+    "Select the sources of one part, as the dataset defines it"
     sources = [s for s in corpus.sources if s.part == part]
     return (d for s in sources for d in read_source(s))
 
 # %% ../../nbs/data/12_splits.ipynb #48a4f151
 def _slice_documents(documents, start, stop, units=str, text=str):
-    "Yield units `start` to `stop` of the joined documents, where a unit is a character, or a byte with `to_bytes`"
+    "Yield units `start` to `stop` of the joined documents (characters, or bytes if `units` is `to_bytes`)"
     position = 0
     for d in documents:
         if position >= stop:
@@ -93,14 +93,14 @@ def parts_of_split(
 
 # %% ../../nbs/data/12_splits.ipynb #94dbeca5
 def _require_nonempty(documents, corpus, split, part):
-    "Yield `documents`, and raise `DataError` if there are none or all of them are empty"
+    "Yield `documents`, then raise `DataError` if there were none or all of them were empty"
     n = 0
     for d in documents:
         n += len(d.text)
         yield d
     if not n:
         total = f"{sum(1 for _ in corpus.documents())} documents, {corpus.n_chars:,} characters in all"
-        fix = "Use more text, or split='first90', which needs only ten characters"
+        fix = "Use more text, or split='first90', which needs only two characters"
         raise DataError(f"{corpus.name}: the {part} part of split={split!r} is empty ({total}). {fix}")
 
 

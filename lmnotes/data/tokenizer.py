@@ -36,7 +36,7 @@ class Tokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids) -> str:
-        "Return the text of `ids`, with bytes that are not UTF-8 represented as in `to_text`"
+        "Return the text of `ids`. Bytes that are not UTF-8 become code points, as in `to_text`"
         return to_text(self.decode_bytes(ids))
 
     def bytes_per_token(self, text) -> float:
@@ -93,7 +93,7 @@ class CharTokenizer(Tokenizer):
 
     def __init__(
         self,
-        chars,  # Characters of the vocabulary, with NUL as the end of a document
+        chars,  # Characters of the vocabulary (NUL, if included, ends a document)
     ):
         points = sorted(map(ord, set(chars)))
         if not points:
@@ -183,7 +183,7 @@ def _check_merges(merges, vocab, source):
 
 # %% ../../nbs/data/13_tokenizer.ipynb #09ebf97d
 def _build_hf_bpe(vocab, merges, source):
-    "Return a Hugging Face tokenizer without special tokens, so that it encodes every text as plain text"
+    "Return a Hugging Face BPE tokenizer without special tokens"
     import tokenizers as hf
 
     _check_vocab(vocab, source)
@@ -212,7 +212,7 @@ def _train_bpe(texts, vocab_size):
     import tokenizers as hf
 
     if vocab_size < 257:
-        raise ValueError(f"a BPE vocabulary of {vocab_size} is too small: 256 bytes and the end of a document need 257")
+        raise ValueError(f"a BPE vocabulary of {vocab_size} is too small: 256 bytes and an end-of-document id need 257")
     tok = hf.Tokenizer(hf.models.BPE())
     tok.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = hf.trainers.BpeTrainer(
@@ -231,7 +231,7 @@ class BPETokenizer(Tokenizer):
 
     def __init__(
         self,
-        vocab,  # {token: id} in GPT-2's characters, with all 256 bytes
+        vocab,  # {token: id}, tokens in GPT-2's byte characters, with all 256 bytes
         merges,  # [(token, token), ...], in the order in which they apply
         name="bpe",  # Name of the tokenizer
         source="BPE",  # Name in error messages, normally a path
@@ -251,7 +251,7 @@ class BPETokenizer(Tokenizer):
         texts,  # Iterator of texts in the training part
         vocab_size,  # Number of ids, at least 257
     ) -> "BPETokenizer":
-        "Train a BPE with the end of a document, 256 bytes and `vocab_size - 257` merges (fewer for a small text)"
+        "Train a BPE with an end-of-document id, 256 bytes and `vocab_size - 257` merges (fewer for a small text)"
         return cls(*_train_bpe(texts, vocab_size), f"bpe:{vocab_size}")
 
     def encode(self, text) -> np.ndarray:

@@ -39,7 +39,7 @@ def _doc_starts_path(path):
 
 
 def _check_id_range(ids, vocab_size, path, start):
-    "Raise `DataError` for an id that is not below `vocab_size`, with `ids` at position `start` of the file `path`"
+    "Raise `DataError` for an id outside the vocabulary. `ids` begin at position `start` of the file `path`"
     if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
         at = int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
         problem = f"id {ids[at]} at position {start + at} is not in the vocabulary of {vocab_size}"
@@ -53,9 +53,9 @@ class TokenWriter:
     def __init__(
         self,
         path,  # Token file to write, `X.bin`
-        vocab_size,  # Number of ids, all ids are below it
+        vocab_size,  # Size of the vocabulary (all ids are below it)
         tokenizer="",  # Fingerprint of the tokenizer that made the ids
-        source=None,  # Dict for the metadata that describes the origin of the ids
+        source=None,  # Dict that describes the origin of the ids, stored in the metadata
     ):
         self.path, self.vocab_size, self.tokenizer, self.source = Path(path), vocab_size, tokenizer, source or {}
         self.dtype = np.dtype(token_dtype(vocab_size)).newbyteorder("<")
@@ -73,7 +73,7 @@ class TokenWriter:
         ids,  # One-dimensional array of integers
         domain="",  # Domain of the ids (add all documents of a domain together)
         n_bytes=0,  # Bytes of text that the ids stand for
-        starts_document=True,  # Whether a document begins here
+        starts_document=True,  # Whether `ids` begin a document
     ):
         "Append ids"
         ids = np.asarray(ids)
@@ -119,7 +119,7 @@ class Tokens:
     def __init__(
         self,
         ids,  # One-dimensional array of integers
-        vocab_size,  # Number of ids, all ids are below it
+        vocab_size,  # Size of the vocabulary (all ids are below it)
         path="",  # File that contains the ids
         tokenizer="",  # Fingerprint of the tokenizer (empty: unknown)
         n_bytes=None,  # Bytes of text (None: unknown)
@@ -194,7 +194,7 @@ def _read_ids(path, dtype):
     if path.suffix == ".bin":
         return _read_bin(path, dtype)
     if path.suffix not in (".npy", ".pt"):
-        raise DataError(f"{path}: token files are .bin, .npy or .pt, not {path.suffix or 'without a suffix'}")
+        raise DataError(f"{path}: token files end in .bin, .npy or .pt, not in {path.suffix or 'no suffix'}")
     ids = _read_npy(path) if path.suffix == ".npy" else _read_pt(path)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise DataError(f"{path}: holds {ids.dtype} of shape {ids.shape}, needs one dimension of integers")
@@ -259,7 +259,7 @@ def open_tokens(
     path,  # Token file: `.bin`, `.npy` or `.pt`
     dtype=None,  # Dtype of a `.bin` without metadata (None: uint16, as nanoGPT writes it)
     tokenizer=None,  # `Tokenizer` that must have made the ids
-    vocab_size=None,  # All ids must be below it (None: from the tokenizer or the metadata, else the largest id + 1)
+    vocab_size=None,  # All ids must be below this (None: from the tokenizer or the metadata, else the largest id + 1)
     ctx_len=None,  # Context window, in tokens (the file must have more)
 ) -> Tokens:
     "Open a token file, or raise `DataError` for anything that would fail in training"

@@ -22,7 +22,7 @@ _TOKEN = re.compile(rb"(?<![A-Za-z0-9_])hf_[A-Za-z0-9]{16,}")
 
 
 def _check_no_token(files, token=""):
-    "Raise, naming the file and line, if one of {name: path} contains the token or something that resembles one"
+    "Raise ValueError with the file and line if one of {name: path} contains the token or something like one"
     pattern = re.compile(_TOKEN.pattern + b"|" + re.escape(token.encode())) if token else _TOKEN
     for path in files.values():
         data = path.read_bytes()
@@ -35,7 +35,7 @@ def _files_to_upload(folder):
     "Return {name: path} of the exported files, or raise if one other than the README has changed"
     exported, files, changed = read_manifest(folder), list_files(folder), changed_files(folder)
     if wrong := ", ".join([n for n in changed if n in exported and (n != "README.md" or n not in files)][:5]):
-        raise CheckpointError(f"{folder}: {wrong} changed since the export, or deleted. Export the run again")
+        raise CheckpointError(f"{folder}: {wrong} changed or deleted since the export. Export the run again")
     if added := [n for n in changed if n not in exported]:
         print(f"not part of the export, and not uploaded: {', '.join(added)}")
     return {name: path for name, path in files.items() if name not in added}

@@ -85,12 +85,12 @@ def format_with_error(result, name, error) -> str:
 
 
 def upper_bound_mark(result) -> str:
-    "Return the sign of an upper bound, or nothing for an exact value"
+    "Return '≤ ' for an upper bound, or an empty string for an exact value"
     return "≤ " if result.get("bound") else ""
 
 
 def format_perplexity(result) -> str:
-    "Format a perplexity, with the sign of an upper bound, or as nothing if there is no likelihood"
+    "Format a perplexity, with ≤ if it is an upper bound. Return an empty string if there is no likelihood"
     return upper_bound_mark(result) + f"{result['ppl']:.4g}" if "ppl" in result else ""
 
 # %% ../../nbs/inference/51_evaluation.ipynb #98dafb8e
@@ -148,7 +148,7 @@ class Evaluate(Hook):
 
     def __init__(
         self,
-        batches,  # `EvaluationBatches` of the validation part
+        batches,  # `EvaluationBatches` of the validation split
         every=0,  # Steps between evaluations (0: only after the last step)
         limit=0,  # Batches per evaluation during training (0: all)
         patience=0,  # Evaluations without improvement before the run stops (0: never)
@@ -164,7 +164,7 @@ class Evaluate(Hook):
         c = t.counters
         if self.is_due(t, self.every):
             result = self._evaluate(t, self.batches.subset(self.limit))  # Always the same subset, for comparison
-            if result is None:  # Interrupted: it stays due
+            if result is None:  # Interrupted: the evaluation stays due
                 return
             better = result["loss"] < c["best"]  # False for NaN
             waits = 0 if better else c["waits"] + 1

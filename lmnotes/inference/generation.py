@@ -58,7 +58,7 @@ class GenerateConfig:
     top_k: int = 0  # Sample from the k most likely tokens (0: from all)
     top_p: float = 1.0  # Sample from the most likely tokens whose total probability is p (1: from all)
     min_p: float = 0.0  # Minimum probability, relative to the most likely token (0: none)
-    repetition_penalty: float = 1.0  # Above 1: tokens that have occurred become less likely (1: off)
+    repetition_penalty: float = 1.0  # Above 1: tokens that have already occurred become less likely (1: off)
     seed: int = 0  # The same seed and settings give the same text
     stop: str = ""  # The text ends before this string (empty: no stop string)
 
@@ -89,7 +89,7 @@ class TokenSampler:
                 raise ValueError(f"{name}={vars(self)[name]} is out of range")
 
     def reset(self, x, rows=None) -> "TokenSampler":
-        "Start with the prompts `x` (B,T). `rows` are the numbers that seed the generators (default: 0 to B-1)"
+        "Start with the prompts `x` (B,T). `rows` are the sequence numbers that seed the generators (default: 0 to B-1)"
         rows = range(len(x)) if rows is None else rows
         self.generators = [torch.Generator().manual_seed(derive_seed(self.seed, row)) for row in rows]
         self.seen, self.prompt = None, x
@@ -164,7 +164,7 @@ def _generate_chunks(lm, prompts, n, stop_id, stop_signal, rows, sampling):
 
 # %% ../../nbs/inference/50_generation.ipynb #7a90b9e1
 def encode_prompt(tokenizer, prompt) -> list:
-    "Return the ids of a prompt, or for an empty one the id after which a document starts"
+    "Return the ids of a prompt. For an empty prompt, return the id after which a document starts"
     ids = list(tokenizer.encode(prompt))
     if ids:
         return ids
@@ -211,11 +211,11 @@ def stream(
     tokenizer,  # Its tokenizer
     prompt: str = "",  # Text to continue (empty: start a new document)
     n: int = 200,  # Maximum number of new tokens
-    stop_strings: "str | Sequence" = (),  # A string or several: the text ends before the first occurrence of one
+    stop_strings: "str | Sequence" = (),  # A string or several: the text ends before the first occurrence of any
     stop_signal=None,  # Checked between steps: generation ends when it is true
     **sampling: "Unpack[SamplingParams]",  # temperature, top_k, top_p, min_p, repetition_penalty, seed
 ) -> "Iterator[str]":
-    "Yield new text while it is generated, in whole characters"
+    "Yield new text in whole characters while it is generated"
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
     decoder, text, eot = codecs.getincrementaldecoder("utf-8")("replace"), "", tokenizer.eot_id
     sampling, n_new, prompts = dict(sampling, vocab_size=tokenizer.vocab_size), 0, [encode_prompt(tokenizer, prompt)]
@@ -240,7 +240,7 @@ def generate(
     tokenizer,  # Its tokenizer
     prompts: Prompts = "",  # A text, or a list of texts
     n: int = 200,  # Maximum number of new tokens for each prompt
-    stop_strings: "str | Sequence" = (),  # A string or several: a text ends before the first occurrence of one
+    stop_strings: "str | Sequence" = (),  # A string or several: a text ends before the first occurrence of any
     stop_signal=None,  # Checked between steps: generation ends when it is true
     **sampling: "Unpack[SamplingParams]",  # temperature, top_k, top_p, min_p, repetition_penalty, seed
 ) -> Prompts:  # New text, or a list of new texts

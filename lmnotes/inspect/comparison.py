@@ -16,7 +16,7 @@ from ..training.trainer import *
 
 # %% ../../nbs/inspect/77_comparison.ipynb #b943e44c
 def _interpolate(x, xs, ys):
-    "`ys` at `x`, along straight lines between the points. None outside"
+    "Interpolate `ys` linearly at `x`. Return None outside the points"
     for (x0, y0), (x1, y1) in zip(zip(xs, ys), zip(xs[1:], ys[1:])):
         if x0 <= x <= x1:
             return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
@@ -125,7 +125,7 @@ def _plot_arch(row, compute, color, left, right):
     left.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
     left.plot(x, means, style, color=color, label=row["name"] + (" (bound)" if row["bound"] else ""))
     left.errorbar(x[-1], row["bpb"], row["error"], fmt="o", color=color, markersize=4, capsize=3)
-    area = max(10, row["memory"] / 1e6)  # One square point per MB
+    area = max(10, row["memory"] / 1e6)  # One square point per MB of memory
     right.scatter(row["bytes_per_s"], row["bpb"], area, color=color, alpha=0.7)
     right.errorbar(row["bytes_per_s"], row["bpb"], row["error"], fmt="none", color=color, capsize=3)
 

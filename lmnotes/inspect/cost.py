@@ -28,7 +28,7 @@ def _storage_bytes(tensors):
 
 
 def _activation_bytes(trainer, batch):
-    "Return the bytes that the loss of a batch saves for its backward pass, without weights and batch"
+    "Return the bytes that the loss of a batch saves for its backward pass, except the weights and the batch itself"
     batch, saved = batch.to(trainer.device), []
     own = [*trainer.lm.state_dict().values(), batch.x, batch.y, *batch.extras.values()]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t), trainer.autocast():
@@ -109,7 +109,7 @@ def measure_step(
             trainer.fit(trainer.step + 1)
         piece = batches[0].micro_batches(cfg.accum)[0]
         memory = _measure_memory(trainer, piece)
-        if cfg.compile:  # A compiled step can be timed, but its operations cannot be watched
+        if cfg.compile:  # We can time a compiled step, but not follow its operations
             trainer = Trainer(trainer.lm, batches, cfg, (), device)
         return dict(memory, rows=len(piece.x), seconds=_step_seconds(trainer, seconds))
 

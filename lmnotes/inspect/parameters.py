@@ -28,7 +28,7 @@ def _parameter_rows(lm, depth):
 
 def parameter_table(
     lm,  # A model
-    depth=1,  # Depth of the modules: 1 for the model's own, 2 for theirs, …. 0: every tensor
+    depth=1,  # Depth of the modules: 1 for the model's own, 2 for their submodules, … 0: every tensor
 ) -> Table:
     "Tabulate the parameters of a model by module: shape, number, trainable number, share"
     rows = _parameter_rows(lm, depth)

@@ -22,7 +22,7 @@ class SupportsRouting(Protocol):
     experts: object  # Names of the experts, in the order of the weights
 
     def router_weights(self, x):
-        "(B,T) ids -> (B,T,N) weight of each expert at each position. The weights of a position add up to 1"
+        "Return the (B,T,N) weight of each expert at each position of (B,T) ids. The weights of a position add up to 1"
 
 # %% ../../nbs/inspect/73_routing.ipynb #5b2702e3
 def _router_weight_sums(lm, batch):

@@ -168,7 +168,7 @@ def plot_thinking(
     rows,  # From `inspect_thinking`
     title="",  # Title of the figure
 ):  # A matplotlib figure
-    "Plot the effect of thinking by number of steps. Bars are one standard error"
+    "Plot the effect of thinking steps by their number. Error bars are one standard error"
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(2, 3, figsize=(10, 5), layout="constrained", sharex=True)
@@ -191,7 +191,7 @@ def summarize_thinking(
     rows,  # From `inspect_thinking`
     steps,  # Number of thinking steps to summarize
 ) -> str:
-    "Summarize the effect of a number of thinking steps. A difference counts from two standard errors"
+    "Summarize the effect of a number of thinking steps. A difference is clear from two standard errors"
     by_steps = {(r["model"], r["steps"]): r for r in rows}
     known = [k for model, k in by_steps if k and model == "untrained" and ("trained", k) in by_steps]
     if steps not in known:

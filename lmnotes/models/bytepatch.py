@@ -32,19 +32,19 @@ class BytePatchConfig(LMConfig):
     n_layers: int = 4  # Number of patch layers
     n_heads: int = 4  # Attention heads per layer
     window: int = 256  # Attention window of the patch layers, in patches, including the patch itself
-    thinking_steps: int = 3  # Passes through the thinking layer. 0 = none. You can change it in a trained model
-    dropout: float = 0.0  # Dropout probability. Use 0 if each text is read only once
+    thinking_steps: int = 3  # Passes through the thinking layer. 0: none. You can change it in a trained model
+    dropout: float = 0.0  # Dropout probability. Use 0 when training makes a single pass over the text
     mixer: str = "attention"  # How patches are mixed: attention | hybrid (windowed plus linear attention)
     byte_path: str = "local"  # How bytes are read and predicted: local (across patch borders) | gru (patch by patch)
     d_byte: int = 128  # Width of the byte layers
     byte_layers: int = 1  # local: byte layers before the patch layers, and as many after them
     byte_window: int = 64  # local: attention window of the byte layers, in bytes
-    ngrams: int = 4  # local: longest byte n-gram that has an embedding. 1 = single bytes only
+    ngrams: int = 4  # local: longest byte n-gram that has an embedding. 1: single bytes only
     ngram_rows: int = 8192  # local: rows of each n-gram embedding table, addressed by a hash
 
 # %% ../../nbs/models/35_bytepatch.ipynb #b5c8054d
 def check_config(c) -> None:  # A `BytePatchConfig`
-    "Raise `ValueError` for a configuration value that makes no valid model"
+    "Raise ValueError if a configuration field is invalid"
     check_minimums(c, patch_size=1, d_model=1, n_layers=1, n_heads=1, window=1, thinking_steps=0)
     check_minimums(c, d_byte=1, byte_layers=0, byte_window=1, ngrams=1, ngram_rows=1)
     if c.ctx_len < c.patch_size:
@@ -54,7 +54,7 @@ def check_config(c) -> None:  # A `BytePatchConfig`
 
 # %% ../../nbs/models/35_bytepatch.ipynb #1a1cbd6f
 class PatchCache(KVCache):
-    "Cache for reading piece by piece: the last keys and values, and the sums of linear attention"
+    "Cache for reading in chunks: the last keys and values, and the sums of linear attention"
 
     sums = None  # Set by `LinearAttention`
 
@@ -67,7 +67,7 @@ class EmptyCache(PatchCache):
 
 
 class BytePatchState:
-    "State of `BytePatch` between two pieces of a text"
+    "State of `BytePatch` between two chunks of a text"
 
     def __init__(self, c, x, new_cache):
         check_minimums(c, thinking_steps=0)  # The user may have changed it since the model was created
@@ -81,7 +81,7 @@ class BytePatchState:
 
 # %% ../../nbs/models/35_bytepatch.ipynb #10c37e48
 class LinearAttention(nn.Module):
-    "Causal linear attention over all earlier patches, (B,N,D) -> (B,N,D), with a normalised output"
+    "Causal linear attention over all earlier patches, (B,N,D) -> (B,N,D), with a normalized output"
 
     def __init__(self, c):
         super().__init__()
@@ -98,7 +98,7 @@ class LinearAttention(nn.Module):
 
 # %% ../../nbs/models/35_bytepatch.ipynb #e6f4c587
 class HybridLayer(nn.Module):
-    "Patch layer with windowed and linear attention, then a feed-forward part, (B,N,D) -> (B,N,D)"
+    "Patch layer with windowed and linear attention, then a feed-forward layer, (B,N,D) -> (B,N,D)"
 
     def __init__(self, c):
         super().__init__()

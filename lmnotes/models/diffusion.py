@@ -28,19 +28,19 @@ class DiffusionConfig(LMConfig):
     d_model: int = 128  # Width of the residual stream
     n_layers: int = 4  # Number of layers
     n_heads: int = 4  # Attention heads per layer
-    d_ff: int = 0  # Width of the feed-forward part. 0 = 4 * d_model
-    dropout: float = 0.1  # Dropout probability. Use 0 if each text is read only once
-    rope_base: float = 1000.0  # Base of the rotary wavelengths: the longest is about 2π times this, in positions
-    softcap: float = 15.0  # Soft bound on the logits. 0 = none
+    d_ff: int = 0  # Hidden width of the feed-forward layers. 0: 4 * d_model
+    dropout: float = 0.1  # Dropout probability. Use 0 when training makes a single pass over the text
+    rope_base: float = 1000.0  # Base of the rotary wavelengths, which run from 2π to 2π·rope_base
+    softcap: float = 15.0  # Soft bound on the logits. 0: none
     objective: str = "masked"  # Kind of noise: masked (ids are hidden) | mse (Gaussian noise on embeddings)
-    block: int = 0  # Ids denoised together, given all ids before them. 0 = the whole context window, 1 = next token
+    block: int = 0  # Ids denoised together, given all ids before them. 0: the whole context window. 1: next token
     causal_share: float = 0.0  # Share of the training sequences in blocks of one, so that the weights serve both uses
     eval_samples: int = 4  # Noise draws that an evaluation loss averages
     sampler: str = "ancestral"  # masked: order of unmasking: ancestral (random) | confidence (most certain id first)
-    sample_steps: int = 64  # masked: steps to fill a context window, at most one per id. 0 = one per id
-    sample_block: int = 0  # masked: ids filled before any id to their right. 0 = the whole context window
+    sample_steps: int = 64  # masked: steps to fill a context window, at most one per id. 0: one per id
+    sample_block: int = 0  # masked: ids to fill before any id to their right. 0: the whole context window
     schedule: str = "cosine"  # mse: noise schedule: cosine | linear
-    signal_scale: float = 0.0  # mse: scale of the embeddings relative to the noise. 0 = (8 / d_model)**0.5
+    signal_scale: float = 0.0  # mse: scale of the embeddings relative to the noise. 0: (8 / d_model)**0.5
     training_steps: int = 100  # mse: number of noise levels
     inference_steps: int = 10  # mse: noise levels that generation passes through, at most training_steps
 
@@ -49,7 +49,7 @@ OBJECTIVES = dict(masked=MaskedObjective, mse=GaussianObjective)
 
 
 def check_config(c) -> None:  # A `DiffusionConfig`
-    "Raise `ValueError` for a configuration value that makes no valid model"
+    "Raise ValueError if a configuration field is invalid"
     check_minimums(c, ctx_len=1, d_model=1, n_layers=1, n_heads=1, d_ff=0)
     check_minimums(c, eval_samples=1, sample_steps=0, sample_block=0)
     check_dropout(c)
@@ -100,7 +100,7 @@ class Denoiser(DiffusionBase):
     "Hidden states of noisy positions, of the whole window together or in blocks"
 
     def _full_states(self, h, real, hidden, t):
-        "Let all `real` positions attend to each other -> (B,S,D). The `hidden` ones have noise of level `t`"
+        "Return states (B,S,D). All `real` positions attend to each other, the `hidden` ones have noise of level `t`"
         positions, noise = torch.arange(h.shape[1], device=h.device), self.text.noise_embedding(t, hidden)
         return self.trunk(h, positions, FullAttention(real), noise)
 
@@ -177,7 +177,7 @@ class Diffusion(Denoiser):
     def step(self, x, state=None):
         "(B,k) new ids -> (B,V) logits after them, in blocks of one. The state is the KV cache of the clean ids"
         if (b := self.cfg.block) != 1:
-            raise ValueError(f"block={b} predicts no next token. Use generate, or block=1 if the model was trained so")
+            raise ValueError(f"block={b} predicts no next token. Use generate, or block=1 if trained with it")
         cache = state or self.new_cache()
         return self.logits(self.hidden_states(self.embed_ids(x), cache, newest=True))[:, 0], cache
 
@@ -264,7 +264,7 @@ def fill(
     "Fill the holes of a text, using the given ids on both sides"
     c, holes = lm.cfg, x == lm.cfg.vocab_size
     if c.block:
-        raise ValueError(f"block={c.block} ignores ids after a block. Set block=0 if the model was trained so")
+        raise ValueError(f"block={c.block} ignores ids after a block. Set block=0 if the model was trained with it")
     if x.shape[1] > c.ctx_len + 1:
         raise ValueError(f"{x.shape[1]} positions exceed the window of {c.ctx_len + 1}. Pass the part around the holes")
     if not x.numel():
@@ -296,7 +296,7 @@ def infill(
 
 # %% ../../nbs/models/36_diffusion.ipynb #1886aa3b
 def _nll_bound_metrics(nats, n, size):
-    "Return mean and standard error of summed nats, per target and, if `size` bytes are given, per byte"
+    "Return mean and standard error of summed losses, per target and, if `size` bytes are given, per byte"
     if not n:
         raise ValueError("the batches contain no target. Pass at least one sequence")
     mean, error = nats.mean().item(), nats.std().item() / len(nats) ** 0.5 if len(nats) > 1 else 0.0
@@ -309,8 +309,8 @@ def likelihood_bound(
     lm,  # `Diffusion`
     batches,  # Batches to evaluate, such as `EvaluationBatches`
     samples=16,  # Passes over the batches
-    steps=0,  # Steps in which a window or block is revealed. 0 = one id at a time, the limit of many steps
-    byte_lengths=None,  # Bytes of each vocabulary entry. None = no bits per byte
+    steps=0,  # Steps in which a window or block is revealed. 0: one id at a time, the limit of many steps
+    byte_lengths=None,  # Bytes of each vocabulary entry. None: no bits per byte
     seed=0,  # Seed of the noise
     autocast=nullcontext,  # Context manager factory for the dtype to compute in
 ) -> dict:  # loss (nats per token), stderr, tokens, and with `byte_lengths` bpb, bpb_stderr, bytes

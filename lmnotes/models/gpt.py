@@ -33,7 +33,7 @@ class GPTConfig(LMConfig):
     act: str = "relu2"  # Activation of the feed-forward layers: relu2 (squared ReLU) | gelu | relu | swiglu
     bias: bool = False  # Biases in linear layers and LayerNorm
     tie: bool = False  # Tie the LM head to the embedding
-    qk_norm: bool = True  # Normalise queries and keys
+    qk_norm: bool = True  # Normalize queries and keys
     mix: bool = True  # Add the first layer's values and the embedding to each layer, weighted by learned scalars
     zero_init: bool = True  # Start output projections and an untied LM head at zero
     softcap: float = 15.0  # Soft bound on the logits. 0: none

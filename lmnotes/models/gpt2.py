@@ -66,7 +66,7 @@ def _hf_attention(module, q, k, v, mask, scaling, dropout=0.0, **unused):
 
 
 def _use_our_attention(model):
-    "Replace transformers' attention by this library's"
+    "Replace transformers' attention with this library's"
     from transformers import AttentionInterface
 
     AttentionInterface.register("lmnotes", _hf_attention)

@@ -29,23 +29,23 @@ EXPERTS = "transformer", "state_space", "diffuser"
 class NanoThinkConfig(LMConfig):
     "Configuration of `NanoThink`"
 
-    transformer: str = "gpt:nanothink"  # Transformer expert, as ARCH[:PRESET],name=value,... Empty = none
-    state_space: str = "ssm:nanothink_s6"  # State space expert, in the same form
+    transformer: str = "gpt:nanothink"  # Transformer expert, as ARCH[:PRESET],name=value,... Empty: none
+    state_space: str = "ssm:nanothink_s6"  # State-space expert, in the same form
     diffuser: str = "diffusion:nanothink,block=1"  # Diffusion expert, in the same form
-    default_expert: str = "transformer"  # The expert that an untrained router gives 99%
+    default_expert: str = "transformer"  # Expert that an untrained router gives a weight of 99%
     fusion: str = "mixture"  # How experts are combined: mixture (of probabilities) | hidden (of hidden states)
     attention_first: bool = False  # Add the attention output to the experts' input, instead of reading their states
     d_model: int = 384  # Width of the attention layer and the router
     n_heads: int = 6  # Attention heads
     head_dim: int = 64  # Channels per head
-    kv_latent_dim: int = 128  # Size of the latent that keys and values are computed from. 0 = plain attention
+    kv_latent_dim: int = 128  # Size of the latent from which keys and values are computed. 0: plain attention
     rope_dim: int = 32  # With a latent: rotary channels, whose key all heads share
     rope_base: float = 10000.0  # Base of the rotary wavelengths
     dropout: float = 0.1  # Dropout probability of the attention layer
     entropy_reg: float = 0.01  # Weight of the router's entropy, which is subtracted from the loss
     balance_loss: float = 0.01  # Weight of the load-balancing loss
     z_loss: float = 1e-3  # Weight of the z-loss, which keeps router logits small
-    memory: int = 0  # Vectors to retrieve for each chunk. 0 = no retrieval
+    memory: int = 0  # Vectors to retrieve for each chunk. 0: no retrieval
     memory_chunk: int = 64  # Positions per chunk
     max_vectors: int = 100_000  # Capacity of the vector store
 
@@ -71,9 +71,9 @@ class MixtureState:
 def new_router(
     d,  # Width of its input
     names,  # Names of the experts
-    default,  # The expert that gets 99%
+    default,  # The expert that gets a weight of 99%
 ) -> nn.Linear:  # (…,d) -> logits (…,N)
-    "Return a router that first gives one expert 99%, for any input"
+    "Return a router that starts with a weight of 99% for one expert, for any input"
     layer, rest = nn.Linear(d, len(names)), 0.01 / max(1, len(names) - 1)
     nn.init.zeros_(layer.weight)
     layer.bias.data = torch.tensor([math.log(0.99 if name == default else rest) for name in names])
@@ -106,7 +106,7 @@ class RetrievalLM(LM):
     def retrieve(
         self,
         x,  # (B,T) ids
-        documents=None,  # (B,n) for each whole chunk, the document to exclude. -1 = retrieve nothing
+        documents=None,  # (B,n) for each whole chunk, the document to exclude. -1: retrieve nothing
     ) -> "tuple | None":  # Values (B,n,k,D) and which were found (B,n,k). None without a store
         "Return the vectors of the chunks that followed chunks similar to these"
         if self.store is None:
@@ -141,7 +141,7 @@ def _unpack_extras(lm, extras):
 
 # %% ../../nbs/models/37_nanothink.ipynb #6f9de58f
 def check_config(c) -> None:  # A `NanoThinkConfig`
-    "Raise `ValueError` for a configuration value that makes no valid model"
+    "Raise ValueError if a configuration field is invalid"
     check_minimums(c, ctx_len=1, d_model=1, n_heads=1, head_dim=1, kv_latent_dim=0, memory=0, max_vectors=1)
     check_dropout(c)
     rotary = "rope_dim" if c.kv_latent_dim else "head_dim"
@@ -223,7 +223,7 @@ def _loss_metrics(nll, n, terms, names, expert_log_probs, retrieved):
 
 # %% ../../nbs/models/37_nanothink.ipynb #506e0374
 def _nll(lm, batch, states, router, log_probs):
-    "Return the summed nats of the targets, and for a mixture the experts' log-probabilities (B,T,N)"
+    "Return the summed loss of the targets, and for a mixture the experts' log-probabilities (B,T,N)"
     if lm.cfg.fusion == "hidden":
         logits = lm.fusion(router, states, lm.experts).flatten(0, 1)
         return F.cross_entropy(logits, batch.y.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"), log_probs

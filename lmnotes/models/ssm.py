@@ -36,7 +36,7 @@ class SSMConfig(LMConfig):
     dt_rank: int = 0  # s6: rank of the projection to the step sizes dt. 0: d_model / 16, rounded up
     dropout: float = 0.1  # Dropout probability. Use 0 when training makes a single pass over the text
     gain: bool = False  # Give the norms a learned gain
-    gated_norm: bool = True  # Normalise the gated output of the scan
+    gated_norm: bool = True  # Normalize the gated output of the scan
     mix: bool = True  # Add the embedding to the input of each block, weighted by learned scalars
     tie: bool = False  # Tie the LM head to the embedding
     softcap: float = 15.0  # Soft bound on the logits. 0: none
@@ -98,7 +98,7 @@ class CausalConv(nn.Module):
 
 # %% ../../nbs/models/34_ssm.ipynb #5c340868
 class _GatedNorm(Function):
-    "`y * silu(z)`, normalised, with an explicit backward pass"
+    "`y * silu(z)`, normalized, with an explicit backward pass"
 
     @staticmethod
     def forward(ctx, y, z):
@@ -118,8 +118,8 @@ class _GatedNorm(Function):
         return (gate * g).to(y.dtype), torch.ops.aten.silu_backward(g.mul_(y), z).to(y.dtype)
 
 
-def apply_gate(y, z, norm) -> torch.Tensor:  # (B,T,E) scan output, (B,T,E) gate input, whether to normalise
-    "Return `y * silu(z)`, normalised if `norm`"
+def apply_gate(y, z, norm) -> torch.Tensor:  # (B,T,E) scan output, (B,T,E) gate input, whether to normalize
+    "Return `y * silu(z)`, normalized if `norm`"
     return _GatedNorm.apply(y, z) if norm else y * F.silu(z)
 
 # %% ../../nbs/models/34_ssm.ipynb #b3970c81
@@ -251,7 +251,7 @@ class SSM(LM):
         return [SSMCache() for _ in self.blocks]
 
     def hidden_states(self, h, cache=None):
-        "Return normalised hidden states (B,T,D), updating the cache from `new_cache` in place"
+        "Return normalized hidden states (B,T,D), updating the cache from `new_cache` in place"
         x0 = h
         for block, layer_cache in zip(self.blocks, cache or [None] * len(self.blocks)):
             h = block(h, x0, layer_cache)

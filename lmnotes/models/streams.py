@@ -34,16 +34,16 @@ class StreamsConfig(LMConfig):
     d_model: int = 128  # Width of the residual stream
     n_layers: int = 4  # Number of layers
     n_heads: int = 4  # Attention heads per layer
-    d_ff: int = 0  # Width of the feed-forward part. 0 = 4 * d_model
+    d_ff: int = 0  # Hidden width of the feed-forward layers. 0: 4 * d_model
     dropout: float = 0.0  # Dropout probability
-    rope_base: float = 1000.0  # Base of the rotary wavelengths: the longest is about 2π times this, in positions
+    rope_base: float = 1000.0  # Base of the rotary wavelengths, which run from 2π to 2π·rope_base
     tie: bool = False  # Tie each text head to the embedding of its input
-    softcap: float = 15.0  # Soft bound on the logits of text. 0 = none
+    softcap: float = 15.0  # Soft bound on the logits of text. 0: none
 
 # %% ../../nbs/models/38_streams.ipynb #53c6a04c
 def attention_mask(
     time,  # (S) time of each position
-    head_index,  # (S) index of the head whose query a position is, from 1. 0 = not a query
+    head_index,  # (S) index of the head whose query a position is, from 1. 0: not a query
     window,  # Text tokens that a text position attends to, including itself
 ) -> torch.Tensor:  # (S,S) bool
     "Return the mask across streams: True where position `i` attends to position `j`"
@@ -167,7 +167,7 @@ class SequencePart(NamedTuple):
     h: torch.Tensor  # (B,N,D) input vectors
     present: torch.Tensor  # (B,N) which positions exist in each row
     start: int  # Position of the first
-    head_index: int = 0  # Index of the head whose queries they are, from 1. 0 = not queries
+    head_index: int = 0  # Index of the head whose queries they are, from 1. 0: not queries
 
     @property
     def positions(self):
@@ -207,7 +207,7 @@ def run_blocks(
     positions,  # (S) position of each
     attention_fns,  # Attention function of each block
 ) -> torch.Tensor:  # (B,S,D)
-    "Run all blocks and normalise the hidden states"
+    "Run all blocks and normalize the hidden states"
     c = lm.cfg
     table = rope_table(positions, c.d_model // c.n_heads, c.rope_base)
     return rms_norm(apply_blocks(lm.blocks, F.dropout(h, c.dropout, lm.training), attention_fns, table))
@@ -287,7 +287,7 @@ def _group_batch(lm, batch):
 
 
 def _nll(lm, name, states, y):
-    "Return the summed nats of a text and the number of its targets"
+    "Return the summed loss of a text and the number of its targets"
     with torch.set_grad_enabled(torch.is_grad_enabled() and lm.weights.get(name, 0.0) > 0):
         nats = chunked_cross_entropy(states[TEXT_SOURCES[name]], text_weight(lm, name), y, lm.cfg.softcap)
     return nats, (y != IGNORE_INDEX).sum()
@@ -373,7 +373,7 @@ class Streams(StreamsForward):
 
 # %% ../../nbs/models/38_streams.ipynb #a0e3dacc
 def _is_used_for_text(lm, name):
-    "Is a parameter used with text alone? Encoders are, if they replace missing streams"
+    "Return True if a parameter is used with text alone. Encoders are used if they replace missing streams"
     if name.startswith("encoders."):
         return name.endswith(".null") or lm.cfg.null == "zeros"
     return not name.startswith("heads.") or "internal_text" in name

@@ -125,7 +125,7 @@ def mask_ids(
     t,  # (B,blocks) noise levels
     block,  # Positions per block
     steps=0,  # Steps in which a block is revealed. 0: one id per step
-) -> tuple:  # (hidden ids (B,T), weights of their nats (B,T))
+) -> tuple:  # (mask of the hidden ids (B,T), weights of their losses (B,T))
     "Hide a share `t` of the targets of each block, at least one"
     T, blocks = targets.shape[1], t.shape[1]
     groups = F.pad(targets, (0, blocks * block - T)).unflatten(1, (blocks, block))
@@ -268,7 +268,7 @@ class GaussianObjective(EmbeddingObjective):
         return torch.where(is_noisy[..., None], noised.to(x.dtype), x), is_noisy, t
 
     def loss_sums(self, ids, targets, denoise, block, t, steps) -> dict:
-        "Return the squared error (`mse`, a mean over D) and the nats of rounding, summed over the noisy positions"
+        "Return the squared error (`mse`, a mean over D) and the rounding loss, summed over the noisy positions"
         x, is_noisy, t = self._add_noise(ids, targets, block, t)
         h = denoise(x, t, is_noisy)[is_noisy]
         ids = ids[:, 1:][is_noisy]

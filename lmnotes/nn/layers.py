@@ -115,7 +115,7 @@ LOGITS_PER_CHUNK = 2**25  # Logits computed at a time, 128 MB in float32
 
 
 def _chunk_loss(products, z, e, y, cap, grad):
-    "Return the summed nats of some rows and turn `products`, their logits, into the gradient. `z`, `e`: buffers"
+    "Return the summed loss of some rows and overwrite `products`, their logits, with the gradient. `z`, `e`: buffers"
     counts = (y != IGNORE_INDEX)[:, None]
     target = torch.where(counts, y[:, None], 0)
     z.copy_(products)
@@ -159,7 +159,7 @@ class _ChunkedCrossEntropy(Function):
 
 # %% ../../nbs/nn/21_layers.ipynb #b9c049e4
 def matmul_dtype(x) -> torch.dtype:  # A tensor
-    "Return the dtype in which products with `x` are computed: autocast's, where it is on"
+    "Return the dtype of matrix products with `x`: autocast's dtype if it is on, else that of `x`"
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -169,7 +169,7 @@ def chunked_cross_entropy(
     weight,  # (V,D) weight of the LM head
     y,  # (…) target ids, `IGNORE_INDEX` for positions without a target
     cap=0.0,  # Soft-cap of the logits. 0: no cap
-) -> torch.Tensor:  # Summed nats, a scalar
+) -> torch.Tensor:  # Summed loss in nats, a scalar
     "Compute `F.cross_entropy(soft_cap(h @ weight.T, cap), y, reduction='sum')` without holding all logits"
     if h.shape[:-1] != y.shape:
         raise ValueError(f"targets of {tuple(y.shape)} for states of {tuple(h.shape[:-1])}. Give each state one target")
@@ -178,7 +178,7 @@ def chunked_cross_entropy(
         return _ChunkedCrossEntropy.apply(h, weight, y, cap, dtype, torch.is_grad_enabled())
 
 # %% ../../nbs/nn/21_layers.ipynb #17d434a9
-def fast_dropout(x, p, training) -> torch.Tensor:  # Any shape, probability to drop an element, whether to drop at all
+def fast_dropout(x, p, training) -> torch.Tensor:  # Any shape, dropout probability, whether in training
     "Apply dropout, like `F.dropout` but in half the time on a CPU"
     if x.device.type != "cpu" or not training or not p:
         return F.dropout(x, p, training)

@@ -43,12 +43,12 @@ class LM(nn.Module):
     Config = LMConfig  # Configuration class: a dataclass derived from `LMConfig`
     presets = {}  # Named configurations: {preset: {field: value}}
     causal = True  # Does each prediction depend only on ids up to its position?
-    receptive_field = None  # Number of ids, up to the position itself, that affect a prediction. None: all of them
-    pretrained_names = ()  # Published weights that `pretrained` loads. A run uses its preset's, or else the first
+    receptive_field = None  # Number of most recent ids that affect a prediction, its own included. None: all
+    pretrained_names = ()  # Names that `pretrained` can load. A run's default: its preset, or else the first
     pretrained_tokenizer = ""  # Tokenizer of the pretrained weights, such as "gpt2"
-    optional_weights = ()  # Patterns of parameters that initial weights may lack or have in excess, such as "recall.*"
+    optional_weights = ()  # Patterns of parameters that initial weights may lack or add, such as "recall.*"
     extra_files = ()  # Files in the run folder that belong to the weights. `load_extra_files` reads them
-    nll_is_upper_bound = False  # Is `nll` an upper bound estimated by sampling instead of the exact likelihood?
+    nll_is_upper_bound = False  # Is `nll` an upper bound estimated by sampling, instead of exact?
     lora = None  # `LoRAConfig` of the model's adapters, if it has any (notebook `25_lora`)
 
     def __init__(self, cfg):
@@ -71,7 +71,7 @@ class LM(nn.Module):
         "Return an empty cache for `hidden_states`, with one entry for each layer"
 
     def hidden_states(self, h, cache=None) -> torch.Tensor:  # (B,T,D) embeddings, and a cache to read and extend
-        "Run the layers: return the normalised hidden states (B,T,D). With a cache, `h` continues the cached sequence"
+        "Run the layers: return the normalized hidden states (B,T,D). With a cache, `h` continues the cached sequence"
         raise NotImplementedError(f"{type(self).__name__} does not define hidden_states")
 
     def logits(self, h) -> torch.Tensor:  # (B,T,D) hidden states -> (B,T,V)
@@ -83,7 +83,7 @@ class LM(nn.Module):
         return self.logits(self.hidden_states(self.embed_ids(x)))
 
     def loss(self, batch) -> dict:  # A `Batch` of ids `x` and targets `y`, both (B,T)
-        "Return `loss` to minimise, with a likelihood also `nll` (nats, summed over `n` targets), and metrics to log"
+        "Return `loss` to minimize, metrics to log and, with a likelihood, `nll` (nats, summed over `n` targets)"
         logits = self(batch.x).flatten(0, 1).float()
         nll = F.cross_entropy(logits, batch.y.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
         n = (batch.y != IGNORE_INDEX).sum()
@@ -110,7 +110,7 @@ def n_params(lm, trainable=False) -> int:  # A model, and whether to count only 
 
 
 def embedding_parameters(lm) -> list:  # A model
-    "Return the embedding parameters, each once. An LM head that is tied to one is the same parameter"
+    "Return the embedding parameters, each once. A tied LM head is the same parameter as its embedding"
     tables = {id(m.weight) for m in lm.modules() if isinstance(m, nn.Embedding)}
     return [p for p in lm.parameters() if id(p) in tables]
 
@@ -179,7 +179,7 @@ def parse_model_args(name, text) -> dict:  # Architecture, and a string such as 
         try:
             values[key] = dict(true=True, false=False)[value.lower()] if types[key] is bool else types[key](value)
         except (KeyError, ValueError):
-            raise ValueError(f"model_args: {item!r} is invalid, {key} is a {types[key].__name__}") from None
+            raise ValueError(f"model_args: {item!r} is invalid: {key} must be of type {types[key].__name__}") from None
     return values
 
 # %% ../../nbs/nn/20_lm.ipynb #aee430bb
@@ -187,7 +187,7 @@ def check_minimums(c, **minimums):  # A configuration, and {field: smallest allo
     "Raise ValueError if a field of a configuration is below its minimum"
     for field, value in minimums.items():
         if vars(c)[field] < value:
-            raise ValueError(f"{field}={vars(c)[field]}, but {field} is at least {value}")
+            raise ValueError(f"{field}={vars(c)[field]}, but {field} must be at least {value}")
 
 
 def check_choices(c, **choices):  # A configuration, and {field: allowed values}
@@ -200,7 +200,7 @@ def check_choices(c, **choices):  # A configuration, and {field: allowed values}
 def check_dropout(c):  # A configuration
     "Raise ValueError unless the dropout probability of a configuration is in [0, 1)"
     if not 0 <= c.dropout < 1:
-        raise ValueError(f"dropout={c.dropout}, but dropout is at least 0 and less than 1")
+        raise ValueError(f"dropout={c.dropout}, but dropout must be at least 0 and less than 1")
 
 # %% ../../nbs/nn/20_lm.ipynb #9df11f27
 @arch("bigram")
@@ -259,7 +259,7 @@ def check_state_dict_complete(m, batch):  # A model and a `Batch`
     other = type(m)(m.cfg).train(m.training)
     other.load_state_dict(m.state_dict())
     same = torch.equal(_seeded_loss(m, batch)["loss"], _seeded_loss(other, batch)["loss"])
-    assert same, "a copy made from the state_dict has another loss"
+    assert same, "a copy made from the state_dict has a different loss"
 
 
 @torch.no_grad()
@@ -324,7 +324,7 @@ def check_causality(m, batch):  # A model and a `Batch`
             change = (logits(other) - base).abs().amax((0, 2))
             where = f"in {'train' if mode else 'eval'} mode, changing id {t} of {T}"
             assert not t or change[:t].max() < 1e-5, f"{where} changes an earlier prediction: future ids leak"
-            # Exactly zero: the last bit of a float32 sum is no evidence that a position matters
+            # Exactly zero: even a change in the last bit shows that the prediction depends on the id
             dead = [i for i in range(t, min(T, t + reach)) if change[i] == 0]
             assert mode or not dead, f"{where} does not change the prediction at {dead[:1]}, but it should"
     m.eval()
@@ -381,9 +381,9 @@ def check_generation(m, batch):  # A model and a `Batch`, whose first ids are th
 def check_contract(
     name,  # Architecture
     preset="",  # Key of its `presets`
-    steps=60,  # Training steps in the tests of learning
-    lr=1e-2,  # Their learning rate
-    **config,  # Fields that make it tiny: ten to twenty positions, a vocabulary of a dozen
+    steps=60,  # Training steps in the two tests of learning
+    lr=1e-2,  # Learning rate in these two tests
+    **config,  # Fields that make the model tiny, such as ctx_len=12 and vocab_size=12
 ) -> tuple:  # (first, last) loss on one batch
     "Raise AssertionError unless an architecture passes all contract tests"
 

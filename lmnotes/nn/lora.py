@@ -35,7 +35,7 @@ class LoRAConfig:
 
 # %% ../../nbs/nn/25_lora.ipynb #adaa1d3b
 class CastWeightCache:
-    "Cache of the casts of frozen tensors. It notices changes in place, except those through `.data`"
+    "Cache of the casts of frozen tensors. It detects in-place changes, except those through `.data`"
 
     def __init__(self):
         self.cached = {}
@@ -82,7 +82,7 @@ class LoRALinear(nn.Module):
         return torch.addmm(self._base_weight(), self.lora_B, self.lora_A, alpha=self.scale)
 
     def train(self, mode=True):
-        "Set the training mode. Training drops the merged weight, which would not follow the update"
+        "Set the training mode. Train mode drops the merged weight, which training would make stale"
         self.merged = None if mode else self.merged
         return super().train(mode)
 
@@ -149,7 +149,7 @@ def unmerge_adapters(lm) -> nn.Module:  # An adapted model, which is changed in 
 
 @torch.no_grad()
 def merge_and_unload(lm) -> nn.Module:  # An adapted model
-    "Return a copy without adapters, the updates added to its weights. An adapted LM head is no longer tied in the copy"
+    "Return a copy without adapters, with the updates in its weights. An adapted LM head is no longer tied in the copy"
     plain = deepcopy(lm)
     named = dict(lm.named_parameters(remove_duplicate=False))
     for name, layer in lora_layers(lm).items():
@@ -257,7 +257,7 @@ def _check_matches_model(lm, layers, others, base_weights, folder):
 
 # %% ../../nbs/nn/25_lora.ipynb #1165e9cd
 def load_adapter(lm, folder) -> nn.Module:  # The base model, which is changed in place and returned, and the folder
-    "Add a saved adapter to its base model, from lmnotes or from PEFT"
+    "Load an adapter that lmnotes or PEFT saved, and add it to its base model"
     tensors, config = read_adapter(folder)
     base_weights = {n: t for n, t in tensors.items() if ".base_layer." in n}  # Repeated for an adapted LM head
     _check_supported(config, folder)

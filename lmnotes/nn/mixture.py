@@ -213,7 +213,7 @@ def chunk_keys(
     x,  # (B,T) ids
     chunk,  # Ids per chunk
 ) -> Tensor:  # (B,T // chunk,D) unit vectors
-    "Return the retrieval key of each whole chunk: the normalised mean of its hidden states, each chunk read alone"
+    "Return the retrieval key of each whole chunk: the normalized mean of its hidden states, each chunk read alone"
     n = x.shape[1] // chunk
     if not n:
         return torch.zeros(len(x), 0, expert.cfg.d_model, device=x.device)
@@ -222,7 +222,7 @@ def chunk_keys(
 
 # %% ../../nbs/nn/27_mixture.ipynb #71f67fc7
 def chunk_piece_sizes(n, start, chunk) -> list:  # Number of new ids, position of the first, ids per chunk
-    "Return the sizes of the pieces into which new ids are split where chunks end"
+    "Return the sizes of the pieces that result when new ids are split at the ends of chunks"
     edges = [0, *range(chunk - start % chunk, n, chunk), n]
     return [b - a for a, b in zip(edges, edges[1:])]
 

@@ -31,7 +31,7 @@ class Encoder(nn.Module):
         return {f: torch.zeros(rows, *sizes[f], dtype=dtype, device=device) for f, (_, dtype) in self.fields.items()}
 
     def clear_inactive(self, given) -> dict:
-        "Return the tensors with zeros where they have no effect"
+        "Return the tensors, with zeros wherever they must have no effect"
         return given
 
 # %% ../../nbs/nn/29_modalities.ipynb #8e3ab211
@@ -251,7 +251,7 @@ def group_inputs(encoders, given, rows) -> dict:  # {stream: Encoder}, {tensor n
     streams = group_tensors(fields, given, rows, "inputs")
     for name, (stream, field, _) in fields.items():
         if stream in streams and field not in streams[stream]:
-            raise ValueError(f"{name} is missing. {stream} needs all inputs of its {encoders[stream].__doc__}")
+            raise ValueError(f"{name} is missing. Pass all inputs of {stream} ({encoders[stream].__doc__})")
     return streams
 
 

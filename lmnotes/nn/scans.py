@@ -22,7 +22,7 @@ def _pad_end(x, n):
 def _linear_attention(q, k, v, log_decay, state, C, eps):
     T, n, dtype = q.shape[2], max(1, -(-q.shape[2] // C)), v.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    state_dtype = wide if dtype == torch.float16 else dtype  # In which the state is read
+    state_dtype = wide if dtype == torch.float16 else dtype  # Dtype in which the state is read
     v = F.pad(v, (0, 1), value=1.0)  # The sum over a column of ones is the divisor
     q, k, v = (_pad_end(t, n * C - T).unflatten(2, (n, C)) for t in (q, k, v))
     scores, mask, decays = q @ k.mT, causal_mask(C, C, 0, q.device), [1.0] * n

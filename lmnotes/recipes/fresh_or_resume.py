@@ -36,7 +36,7 @@ def get_data_source_name(training_data_source):  # A path or a corpus name
 def get_model_name(
     config,  # A `TrainingConfig`
 ):  # bigram | bigramlora | gpt2 | gpt2medium | ...
-    "Return the model name for file names (`bigram` is training.py's name of its small GPT)"
+    "Return the model name for file names (`bigram` is training.py's name for its small GPT)"
     if config.model_type == "gpt2":
         return re.sub(r"[^\w.]", "", Path(config.gpt2_model_name).name)
     return "bigramlora" if config.use_lora else "bigram"
@@ -131,16 +131,16 @@ class ParameterReport(Hook):
         parts = (f"{name} {number:,} ({number / s['total']:.1%})" for name, number in s.items() if name != "total")
         print(f"parameters: total {s['total']:,}, {', '.join(parts)}")
         if s["lora"] and s["total"] < 5_000_000:
-            print("note: below 5 million parameters, adapters save little and reach less. USE_LORA=False trains all")
+            print("note: below 5 million parameters, adapters save little and learn less. USE_LORA=False trains all")
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #f6eb074b
-# Long: the figures that it compares are its own, the evaluation's and the checkpoint's
+# Long: it compares its own losses with those of the evaluations and of the checkpoint
 class LossChange(Hook):
-    "Hook that prints the net change of the validation loss at the start, after evaluations and at the end (one process)"
+    "Hook that prints the validation loss and its net change: at the start, after evaluations, at the end (one process)"
 
     def __init__(
         self,
-        anew=False,  # Earlier losses are from other data or batches, so ignore them
+        anew=False,  # True: ignore earlier losses, which are from other data or batches
     ):
         self.anew, self.start, self.own = anew, None, {}
 
@@ -155,7 +155,7 @@ class LossChange(Hook):
         self.saved = max(self.saved, t.counters.get("Save", 0), t.counters.get("saved_best", 0))
 
     def _print_first_loss(self, t):
-        "The first figure of this session: that of the checkpoint, or one made now"
+        "Print the first loss of this session: the checkpoint's, or that of a new evaluation"
         self.start = self.saved = t.step
         if self.anew or t.step not in self._losses_by_step():
             result = evaluate(t.lm, self.look.batches.subset(self.look.limit), autocast=t.autocast, seed=t.cfg.seed)
@@ -201,7 +201,7 @@ class SaveTrainingConfig(Hook):
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #a21b3c9c
 def val_losses(metrics):
-    "Return {step: validation loss}; for the last step the loss on the usual batches, which comes first"
+    "Return {step: validation loss}. Of two losses at the last step, return the first, on the usual batches"
     losses = {}
     for r in metrics.read():
         if r["split"] == "val":
@@ -212,7 +212,7 @@ def val_losses(metrics):
 def from_env(
     environ=None,  # {variable: text} (None: the process's environment)
 ):  # A `Run`
-    "Train as environment variables configure: a fresh run, or RESUME_STEPS more from CHECKPOINT_PATH"
+    "Train as environment variables configure: a fresh run, or RESUME_STEPS more steps from CHECKPOINT_PATH"
     environ = os.environ if environ is None else environ
     if rank_and_world_size()[1] > 1:
         raise ValueError("from_env trains in one process. Start it without torchrun, or call lmnotes.run.")
@@ -309,7 +309,7 @@ def _resolve_checkpoint_path(path, environ):
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #8bc15825
 def _resume_run(path, environ, at):
-    "Resume from a checkpoint; in a fork if it is not the newest one of its run"
+    "Resume from a checkpoint, in a fork of the run if it is not the newest one"
     checkpoint_folder = _resolve_checkpoint_path(path, environ)
     folder = checkpoint_folder.parent
     then = read_json(checkpoint_folder / "config.json", CheckpointError)

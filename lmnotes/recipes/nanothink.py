@@ -92,7 +92,7 @@ def load_data_and_steps_per_epoch(
     folder,  # Run folder
     is_resuming,  # True: take parameters that are not in `params` from the run folder
 ) -> tuple:  # (`RunData`, steps)
-    "Return the data of a run, and the steps in an epoch: as many sequences as fit into the training text"
+    "Return the data of a run, and the steps in an epoch, which has as many sequences as fit into the training text"
     saved = read_json(Path(folder) / "run.json", CheckpointError)["config"] if is_resuming else {}
     cfg = RunConfig(**{**saved, **params})
     tokenizer = load_tokenizer(Path(folder) / "tokenizer") if is_resuming else None
@@ -244,12 +244,14 @@ def load_best(
     r,  # A `Run`
     device="auto",  # Device of the loaded model
 ):  # A `Run`
-    "Return a run at its best checkpoint, or unchanged if the run folder has none; print which"
+    "Return a run at its best checkpoint, or unchanged if the run folder has none. Print which one"
     if not (r.folder / "best").exists():
-        print(f"the last, of step {r.step:,}; {r.folder.name} has no best checkpoint, look for the .pt file next to it")
+        print(
+            f"the last, of step {r.step:,}. {r.folder.name} has no best checkpoint, so look for the .pt file next to it"
+        )
         return r
     best = load(r.folder, "best", device)
-    print(f"the best by validation, of step {best.step:,}; the run has come to step {r.step:,}")
+    print(f"the best by validation, of step {best.step:,}. The run ended at step {r.step:,}")
     return best
 
 

@@ -30,9 +30,9 @@ SAMPLING_PRESETS = dict(
 
 def generate_config(
     preset="",  # One of `SAMPLING_PRESETS`
-    **given,  # Fields of `GenerateConfig`, which win over the preset
+    **given,  # Fields of `GenerateConfig`, which override the preset
 ):  # `GenerateConfig`
-    "Return the sampling settings of a preset, with the given ones"
+    "Return the sampling settings of a preset, overridden by the given ones"
     from lmnotes.core import did_you_mean
     from lmnotes.inference.generation import GenerateConfig
 

@@ -31,7 +31,7 @@ CHANGEABLE_ON_RESUME = "steps accum batch_size lr min_lr warmup"  # Parameters t
 
 
 def device_or_cpu(name):
-    "Return the device, or the CPU if it names a GPU that does not exist"
+    "Return the device, or the CPU if `name` is a GPU that does not exist"
     return "cpu" if name.startswith("cuda") and not torch.cuda.is_available() else pick_device(name)
 
 
@@ -102,9 +102,9 @@ def text_run_params(
 SEPARATOR = "=" * 80
 DRY_RUN = "\n*** DRY RUN MODE: Training for only 10 steps ***\n"
 CORPUS_SIZE_ADVICE = {
-    10_000_000: "less than the 10M that the guide wants for a basic validation: expect a pipeline that works, not a text",
+    10_000_000: "less than the 10M that the guide recommends for a basic check: expect a working pipeline, not good text",
     100_000_000: "enough to validate the pipeline. The guide recommends 100M and more for meaningful training",
-    1_000_000_000: "enough for meaningful training. For quality the guide asks for 1B and more",
+    1_000_000_000: "enough for meaningful training. The guide recommends 1B and more for quality",
 }
 
 # %% ../../nbs/recipes/87_text_only.ipynb #2e52b97a
@@ -120,7 +120,7 @@ LOG_FORMAT = LogFormat(
 def data_advice(n):
     "Return MultiModalCreature's advice on a corpus of `n` tokens"
     known = (words for size, words in CORPUS_SIZE_ADVICE.items() if n < size)
-    return f"{n:,} tokens are {next(known, 'what the guide wants for quality')}"
+    return f"{n:,} tokens are {next(known, 'as many as the guide recommends for quality')}"
 
 # %% ../../nbs/recipes/87_text_only.ipynb #a41bba02
 def _load_data(params):
@@ -167,7 +167,7 @@ def print_header(
 
 
 def _model_size_lines(cfg, vocab):
-    "Return the line about the model size, without allocating the model"
+    "Return the lines about the model size, without allocating the model"
     with torch.device("meta"):
         lm = new_lm(cfg.arch, vocab_size=vocab, ctx_len=cfg.ctx_len, **parse_model_args(cfg.arch, cfg.model_args))
     tables = n_embedding_params(lm) + sum(p.numel() for p in lm.heads.parameters())
@@ -192,14 +192,14 @@ WARNINGS = dict(
 )
 
 # %% ../../nbs/recipes/87_text_only.ipynb #bf8c756f
-# Long: four warnings from one look at the last steps
+# Long: four warnings from the same averages
 class LossMonitor(Hook):
     "Hook that warns once of a loss that is NaN, too high or flat, and of a slow run"
 
     def __init__(
         self,
         every=100,  # Steps per average
-        after=1000,  # Steps before a loss counts as too high, and during which it can be flat
+        after=1000,  # Steps after which a high loss, or one that no longer falls, is reported
         high=5.0,  # Loss that counts as too high, in nats
         slow=5.0,  # Speed that counts as slow, in sequences per second
         show=print,  # Function that prints a line
@@ -282,7 +282,7 @@ def checklist(
     rows = {"environment verified, dependencies installed": check_environment()[-1]["found"]}
 
     def check(item, look, words):
-        "Add a row with the result of a check, or with what you have to do"
+        "Add a row with the result of a check, or with what is left to do"
         try:
             found = look()
             rows[item] = words(found)

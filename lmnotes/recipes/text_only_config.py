@@ -17,7 +17,7 @@ from ..core import *
 
 # %% ../../nbs/recipes/86_text_only_config.ipynb #9eaea876
 def _expand_tabs(text, path):
-    "Replace the tabs that indent lines by two spaces each"
+    "Replace each tab that indents a line with two spaces"
     lines, tabs = text.split("\n"), []
     for i, line in enumerate(lines):
         indent = line[: len(line) - len(line.lstrip())]
@@ -77,7 +77,7 @@ def read_settings(
         for name, value, line in _iter_settings(node, "", path) if node else []:
             if name in settings:
                 raise ValueError(
-                    f"{path}, line {line}: {name} occurs already in line {settings[name][1]}. Keep one of them."
+                    f"{path}, line {line}: {name} is already set in line {settings[name][1]}. Keep one of them."
                 )
             settings[name] = _construct_value(value, path), line
     except yaml.YAMLError as e:
@@ -132,7 +132,7 @@ UNUSED_SETTINGS = {
     "model.decoders.*": "the text head has the width of the model, and there is no other head",
     "model.fusion.*": "there is only one stream",
     "model.transformer.*": "the model has one activation, one norm and one dropout",
-    "model.null_thresholds*": "a missing stream is absent, or has an id of its own",
+    "model.null_thresholds*": "a missing stream is left out, or has its own id",
     "loss_weights.synchronization": "the guide's system has no such loss",
     "training.curriculum.*": "all sequences have the same length",
     "training.wandb*": "metrics.jsonl in the run folder has the metrics",
@@ -144,7 +144,7 @@ DTYPES = dict(auto="auto", no="float32", fp16="float16", bf16="bfloat16")
 
 
 def _convert(value, default):
-    "Convert a value to the type of the default, or return None (YAML reads 3e-4 as a word)"
+    "Convert a value to the type of the default, or return None (YAML reads 3e-4 as a string)"
     if isinstance(default, list):
         numbers = [_convert(v, 0.0) for v in value] if isinstance(value, list) else []
         return numbers if len(numbers) == len(default) and None not in numbers else None
@@ -211,7 +211,7 @@ DERIVED_DEFAULTS = {  # Defaults that follow another setting if MultiModalCreatu
 
 
 def _is_used(where, name, value):
-    "Return whether a setting has an effect; print why not, or raise ValueError if it is unknown"
+    "Return whether a setting has an effect. Print why it has none, or raise ValueError if it is unknown"
     if name in DEFAULT_SETTINGS:
         return True
     if value is None and any(known.startswith(f"{name}.") for known in (*DEFAULT_SETTINGS, *UNUSED_SETTINGS)):
@@ -233,7 +233,7 @@ def load_text_config(
         where = f"{path}, line {line}: {name}"
         if _is_used(where, name, value):
             if name == "training.mixed_precision" and value is False:
-                value = "no"  # YAML reads it as false
+                value = "no"  # YAML reads no as false
             values[name], lines[name] = _convert_or_raise(where, value, DEFAULT_SETTINGS[name]), line
     for name, value in changes.items():
         if value:

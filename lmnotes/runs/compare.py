@@ -85,7 +85,7 @@ class CompareConfig:
     batch_size: int = 8  # Global batch size: sequences per optimizer step
     compute: str = "flops"  # Unit of the budget: flops | seconds (of one CPU core)
     budget: float = 0.0  # FLOPs or seconds to train each run (0: 1e12 FLOPs or 20 seconds)
-    max_steps: int = 1000  # Most steps of a run, for a model too small to use up its budget
+    max_steps: int = 1000  # Maximum steps per run, for models too small to use up the budget
     seeds: int = 3  # Runs of each architecture
     evals: int = 6  # Evaluations per run, each over the whole validation split
     model_args: str = "d_model=64 n_layers=4 n_heads=2 dropout=0.0"  # For all architectures that have these fields
@@ -146,7 +146,7 @@ def comparison_run_params(cfg, arch, seed=0, steps=1000) -> dict:  # `CompareCon
 
 # %% ../../nbs/runs/68_compare.ipynb #c57fd359
 class ArchMeasurement:
-    "A trainer of one architecture that measures the cost of a step"
+    "Measures the cost of a training step of one architecture"
 
     def __init__(self, cfg, arch):  # `CompareConfig`, architecture
         s = build_run(**comparison_run_params(cfg, arch))
@@ -155,7 +155,7 @@ class ArchMeasurement:
         self.n_ids, self.bytes_per_token = s.data.tokenizer.vocab_size, s.bytes_per_token
         self.step_times, self.speeds = [], []
 
-    def count(self, least=12, most=300, error=0.005) -> tuple:  # Fewest and most steps, relative error to reach
+    def count(self, least=12, most=300, error=0.005) -> tuple:  # Minimum and maximum steps, relative error to reach
         "Return (average FLOPs of a step, share of them in pointwise operations)"
         counts, uncertain = [], True
         while uncertain and len(counts) < most:
@@ -179,9 +179,9 @@ class ArchMeasurement:
 def measure_costs(
     cfg,  # `CompareConfig`
     names,  # Architectures
-    turns=5,  # Times that each is timed
+    turns=5,  # Number of times each architecture is timed
 ) -> dict:  # {architecture: {n_params, flops, pointwise, seconds, bytes_per_s, bytes_per_step}}
-    "Measure the costs of some architectures in turns"
+    "Measure the costs of architectures, timing them in turns"
     costs, measurements = {}, {name: ArchMeasurement(cfg, name) for name in names}
     for name, m in measurements.items():
         flops, pointwise = m.count()
@@ -219,7 +219,7 @@ def plan_steps(
 
 # %% ../../nbs/runs/68_compare.ipynb #84a1f068
 class RecordPeakMemory(Hook):
-    "Write the peak memory of a run, less the memory of the process before it, to memory.json"
+    "Write the peak memory of a run to memory.json, minus the peak of its process before the run"
 
     file_patterns = ("memory.json",)
 
@@ -227,7 +227,7 @@ class RecordPeakMemory(Hook):
         self.path, self.before = Path(folder) / self.file_patterns[0], peak_memory("cpu")
 
     def at_end(self, t):
-        earlier = read_json(self.path)["bytes"] if self.path.exists() else 0  # Before the run was interrupted
+        earlier = read_json(self.path)["bytes"] if self.path.exists() else 0  # From before an interruption
         write_json(self.path, dict(bytes=max(earlier, peak_memory("cpu") - self.before)))
 
 
@@ -292,7 +292,7 @@ def comparison_folder(out_dir="") -> Path:
 
 
 class Comparison:
-    "Runs at the same compute, in a folder"
+    "A folder of runs with equal compute"
 
     def __init__(self, folder=""):  # Folder of the comparison (empty: checkpoints/compare)
         self.folder = comparison_folder(folder)

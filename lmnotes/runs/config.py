@@ -22,21 +22,21 @@ from ..training.trainer import *
 class DataConfig:
     "The model, its data and its batches"
 
-    run: str = ""  # Run folder under out_dir (empty: named by the time, or with resume the last one)
+    run: str = ""  # Run folder under out_dir (empty: named after the time, or the most recent run with resume)
     arch: str = "gpt"  # Architecture: gpt | rnn | ssm | bytepatch | diffusion | nanothink | ... (see lmnotes.archs())
     preset: str = ""  # Named configuration of the architecture
-    model_args: str = ""  # Model configuration such as "n_layers=4 d_model=256", which wins over the preset
+    model_args: str = ""  # Model configuration such as "n_layers=4 d_model=256", which overrides the preset
     data: str = "pydocs"  # Corpus name, text file, folder, .jsonl, token file, or folder written by prepare
     data_dir: str = ""  # Folder of named corpora (empty: $LMNOTES_DATA, else data/)
     domains: str = ""  # Domains to use, separated by spaces (empty: all)
-    recursive: bool = False  # Also read .txt files in sub-folders
+    recursive: bool = False  # Also read .txt files in subfolders
     split: str = "auto"  # Train/validation split: auto | hash | first90 | randperm42 | enwik8 | own
     tokenizer: str = "bpe:2048"  # bytes | chars | bpe:SIZE | bpe | gpt2 | path of a saved tokenizer
     ctx_len: int = 128  # Context window: tokens per sequence
     batch_size: int = 16  # Global batch size: sequences per optimizer step, over all micro-batches and processes
     sampler: str = "auto"  # Order of the data: auto | random | epochs | sequential | domains | documents
-    epochs: float = 0.0  # Length of the run in passes over the data, which sets steps (0: steps counts)
-    stride: int = 0  # Tokens between the starts of two sequences, for samplers epochs and sequential (0: ctx_len)
+    epochs: float = 0.0  # Length of the run in epochs, which determines steps (0: steps sets the length)
+    stride: int = 0  # For samplers epochs and sequential: tokens between starts of consecutive sequences (0: ctx_len)
 
 
 @dataclass
@@ -51,7 +51,7 @@ class RunConfig(TrainConfig, DataConfig):
     prompt: str = ""  # Prompt of the samples generated during training
     save_every: int = 0  # Steps between checkpoints (0: a tenth of the run, at most 1000)
     keep: int = 2  # Recent checkpoints to keep, besides the best one (0: all)
-    resume: bool = False  # Resume a run
+    resume: bool = False  # Resume the run (with an empty run: the last one)
     allow_change: str = ""  # Names of parameters that may change on resume, separated by spaces
     init_from: str = ""  # Initial weights: run, checkpoint, file, pretrained name, random, or PART=PATH for one part
     freeze: str = ""  # Parameters to freeze, as patterns such as embed* or blocks.0.*
@@ -113,7 +113,7 @@ ALIASES = {
     ).items()
     for alias in aliases.split()
 }
-MODEL_PARAMS = "n_layers", "n_heads", "d_model", "d_ff", "dropout"  # Belong in model_args, where we put them
+MODEL_PARAMS = "n_layers", "n_heads", "d_model", "d_ff", "dropout"  # `canonical_params` puts these into model_args
 DTYPES = dict(bf16="bfloat16", fp16="float16", fp32="float32")
 HINTS = dict.fromkeys(
     ("per_device_train_batch_size", "micro_batch_size"),
@@ -130,7 +130,7 @@ def _convert(name, value, kind):
             raise ValueError
         return kind(float(value)) if kind is int else kind(value)
     except (KeyError, ValueError, TypeError, OverflowError):
-        raise ValueError(f"{name}={value!r} is not a {kind.__name__}") from None
+        raise ValueError(f"{name}={value!r} is not of type {kind.__name__}") from None
 
 
 def canonical_params(given) -> dict:  # {parameter or alias: value}
@@ -150,7 +150,7 @@ def canonical_params(given) -> dict:  # {parameter or alias: value}
         names = {alias: name for alias, name in ALIASES.items() if name in MODEL_PARAMS}
         args = replace_aliases({key: eq + value for key, eq, value in items}, names)
         if twice := own.keys() & args.keys():
-            raise ValueError(f"{min(twice)} is in model_args and given by itself. Give it once")
+            raise ValueError(f"{min(twice)} is given both in model_args and separately. Give it once")
         values["model_args"] = " ".join(key + value for key, value in {**args, **own}.items())
     return values
 
@@ -163,7 +163,7 @@ def resolve_config(
     "Merge the parameters of all sources into a configuration"
     types = {f.name: f.type for f in fields(RunConfig)}
     environ = os.environ if environ is None else environ
-    known = [n for n in (*types, *ALIASES, *MODEL_PARAMS) if n != "data"]  # $LMNOTES_DATA is a folder
+    known = [n for n in (*types, *ALIASES, *MODEL_PARAMS) if n != "data"]  # $LMNOTES_DATA is the data folder
     env = {n: environ[variable] for n in known if (variable := f"LMNOTES_{n.upper()}") in environ}
     values, origins = {}, dict.fromkeys(types, "default")
     for origin, source in dict(recipe=recipe or {}, environment=env, explicit=given).items():

@@ -23,16 +23,16 @@ TOKEN_FILES = ".bin", ".npy", ".pt"
 
 @dataclass
 class RunData:
-    "Tokens of each part, with their tokenizer"
+    "Tokens of each split, with their tokenizer"
 
     tokens: dict  # {train, val and possibly test: `Tokens`}
     tokenizer: object  # The tokenizer that made them
     fingerprint: str  # SHA-256 of the content
-    description: str  # Short name for people
+    description: str  # Short name to display
 
     @property
     def default_prompt(self) -> str:
-        "The prompt of a text that starts from nothing: the start of a document, or of a line in a single text"
+        "The prompt to start a new text: the start of a document, or of a line in a single text"
         starts = self.tokens["train"].doc_starts
         is_single_text = starts is None or len(starts) < 2
         known = self.tokenizer.unk_id not in list(self.tokenizer.encode("\n"))
@@ -81,16 +81,16 @@ def _saved_tokenizer(folder, cfg, log_fn):
             f"Leave out {format_params('tokenizer')}, or prepare the text with that one"
         )
     if log_fn and name not in (saved.name, RunConfig.tokenizer, f"{kind}:{saved.vocab_size}"):
-        log_fn(f"{cfg.data}: tokenizer={name!r} is not trained on tokens. Using the saved one, {saved}")
+        log_fn(f"{cfg.data}: tokenizer={name!r} cannot be trained on tokens. Using the saved one, {saved}")
     return saved
 
 # %% ../../nbs/runs/62_data.ipynb #f7c554a2
 def _configured_tokenizer(cfg):
-    "Return the tokenizer that the configuration names for a token file, on which none can be trained"
+    "Return the configured tokenizer for a token file. It cannot be one that has to be trained on text"
     if cfg.tokenizer in ("chars", "bpe") or cfg.tokenizer.startswith("bpe:"):
         raise TokenizerError(
             f"{cfg.data} holds tokens, but tokenizer={cfg.tokenizer!r} would be trained on text. "
-            f"Give the one that made them: {format_params(tokenizer='bytes')}, gpt2, or the path of a saved one"
+            f"Pass the one that made them: {format_params(tokenizer='bytes')}, gpt2, or the path of a saved one"
         )
     return get_tokenizer(cfg.tokenizer, None, cfg.data_dir)
 
@@ -99,7 +99,7 @@ def check_same_data(data, info, cfg, remedy):  # `RunData`, run.json, `RunConfig
     "Raise CheckpointError unless the data is the data of the run"
     if data.fingerprint != info["data"]["fingerprint"]:
         raise CheckpointError(
-            f"the data has changed: this run was trained on content {info['data']['fingerprint'][:12]}, {cfg.data} now has "
+            f"the data has changed: this run was trained on content {info['data']['fingerprint'][:12]}, but {cfg.data} has "
             f"{data.fingerprint[:12]}. Restore the old data, {remedy}"
         )
 

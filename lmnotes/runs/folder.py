@@ -59,7 +59,7 @@ def resume_command(
     folder,  # Run folder
     **changes,  # Parameters to pass as well
 ) -> str:
-    "Return the line that resumes a run, ready to paste into the interface in use"
+    "Return the command or Python call that resumes a run, ready to paste"
     folder = Path(folder).resolve()
     elsewhere = dict(out_dir=str(folder.parent)) if folder.parent != runs_folder() else {}
     params = format_params(resume=True, run=folder.name, **elsewhere, **changes)
@@ -99,7 +99,7 @@ class RunRecord:
 # %% ../../nbs/runs/61_folder.ipynb #362e5bf9
 @contextmanager
 def locked_run_folder(folder):
-    "Hold the lock of a run folder, and remove the folder at the end if it is new and has no run"
+    "Hold the lock of a run folder. At the end, remove a new folder in which no run has started"
     new = not folder.exists()
     try:
         with RunLock(folder):
@@ -117,7 +117,7 @@ def _check_run_name(run):
 
 
 def run_folder_name(cfg) -> str:  # `RunConfig`
-    "Return the name of the run folder: the given one, the most recent one with `resume`, else the time"
+    "Return the name of the run folder: `cfg.run`, else the most recent run with `resume`, else the current time"
     _check_run_name(cfg.run)
     if cfg.run or not cfg.resume:
         return cfg.run or time.strftime("%Y%m%d-%H%M%S")
@@ -129,7 +129,7 @@ def fork(
     run: str = "",  # Name of the new run (empty: the old name and the step)
     out_dir: "str | Path" = "",  # Folder for the new run (empty: the folder that holds the old one)
 ) -> str:  # Name of the new run
-    "Copy a run as it was at one of its steps, to resume it from there with `run(resume=True, run=...)`"
+    "Copy a run as it was at one of its steps, to resume from that step with `run(resume=True, run=...)`"
     _check_run_name(run)
     checkpoint_folder = find_checkpoint(find_run_folder(path))
     old = checkpoint_folder.parent
@@ -167,7 +167,7 @@ def _copy_run_at_step(checkpoint_folder, to):
 
 
 def run_record_at_step(then, checkpoint_folder) -> dict:  # The checkpoint's config.json, and its folder
-    "Return the record of a run as it was at one step, since its parameters and data may have changed later"
+    "Return the record of a run as it was at one step, because its parameters and data may have changed later"
     run = checkpoint_folder.parent
     info = read_json(run / "run.json", CheckpointError)
     info.update(status="interrupted", step=then["step"], forked_from=f"{run.name}/{checkpoint_folder.name}")

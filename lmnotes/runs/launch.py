@@ -21,7 +21,7 @@ from .monitor import make_live_view
 
 # %% ../../nbs/runs/66_launch.ipynb #a110a502
 def launch_torchrun(cfg, origins, view) -> Run:  # `RunConfig`, {parameter: origin}, and whether to show the run
-    "Train a configuration under torchrun on this machine, and load the result"
+    "Train with a configuration under torchrun on this machine, and load the result"
     folder = runs_folder(cfg.out_dir) / run_folder_name(cfg)
     values = {n: v for n, v in asdict(cfg).items() if origins[n] != "default"}
     values.update(run=folder.name, procs=1)
@@ -30,7 +30,7 @@ def launch_torchrun(cfg, origins, view) -> Run:  # `RunConfig`, {parameter: orig
     before = _last_modified(folder)
     live = make_live_view(folder) if view else None
     out = subprocess.DEVNULL if live and live.quiet else None
-    environ = dict(LMNOTES_COMMAND="") | os.environ  # Messages in the syntax of this interface
+    environ = dict(LMNOTES_COMMAND="") | os.environ  # So messages use the syntax of the parent's interface
     process = subprocess.Popen([*command, *to_cli_flags(values)], stdout=out, env=environ)
     try:
         with live.show() if live else nullcontext(), StopSignals() as signals:
@@ -52,7 +52,7 @@ def launch_torchrun(cfg, origins, view) -> Run:  # `RunConfig`, {parameter: orig
 
 # %% ../../nbs/runs/66_launch.ipynb #8c3fb740
 def _last_modified(folder):
-    "Return the time at which the record of a run was written, or None"
+    "Return the time at which the record of a run was last written, or None"
     try:
         return read_json(folder / "run.json").get("updated")
     except DataError:  # Missing, or being moved aside

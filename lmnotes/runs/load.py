@@ -56,7 +56,7 @@ class Run:
     @accept_aliases
     def generate(
         self,
-        prompts: Prompts = "",  # Text, or a list of texts (empty: the start of a document)
+        prompts: Prompts = "",  # A text, or a list of texts (empty: the start of a document)
         n: int = 200,  # Maximum number of new tokens per prompt
         stop_strings: "str | Sequence" = (),  # A string or several. A text ends before the first occurrence of one
         **sampling: "Unpack[SamplingParams]",  # temperature, top_k, top_p, min_p, repetition_penalty, seed
@@ -95,7 +95,7 @@ class Run:
         by_domain: bool = False,  # Return {domain: metrics}
         data: str = "",  # Other data to evaluate on, with the tokenizer of the run (empty: the data of the run)
     ) -> dict:  # {metric: value}: loss, perplexity, bits per byte and their standard errors
-        "Evaluate the model on a whole part of its data, or of other data"
+        "Evaluate the model on one whole split of its data, or of other data"
         cfg = RunConfig(**{**self.info["config"], **(dict(data=data, domains="", split="auto") if data else {})})
         found = load_data(cfg, self.tokenizer, log_fn=None)
         if not data:

@@ -30,7 +30,7 @@ from ..training.trainer import *
 
 # %% ../../nbs/runs/65_monitor.ipynb #7dabf029
 def is_run_alive(folder) -> "bool | None":
-    "Return True if a process works in a run folder, None if it is on another machine and so unknown"
+    "Return True if the process of a run is alive, or None if it is on another machine and so unknown"
     try:
         owner = read_json(Path(folder) / ".owner.json")
     except DataError:  # No process
@@ -67,7 +67,7 @@ def _plot_curve(ax, records, key, style, label=""):
 
 
 def _plot_losses(ax, records):
-    "Plot training and validation loss, with the best validation marked"
+    "Plot training and validation loss, with the best validation loss marked"
     key = loss_key(records)
     vals = validations_during_training(records)
     _plot_curve(ax, [r for r in records if r["split"] == "train"], key, "-", "train")
@@ -87,12 +87,12 @@ def loss_key(records) -> str:
 
 
 def best_validation(records) -> "dict | None":
-    "Return the record of the best validation during training, or None"
+    "Return the record of the best evaluation during training, or None"
     return min(validations_during_training(records), key=lambda r: r["loss"], default=None)
 
 
 def validations_during_training(records) -> list:
-    "Return the validations during training, without the final one over the whole split"
+    "Return the records of evaluations during training, without the final one over the whole split"
     firsts = {}
     for r in records:
         if r["split"] == "val" and r.get("loss") is not None:
@@ -154,7 +154,7 @@ def print_in_place(last, text):
 class LiveDisplay:
     "A view that is redrawn in place, using at most a twentieth of the time"
 
-    def __init__(self, view, seconds=2.0):  # What to show, and the least time between two redraws
+    def __init__(self, view, seconds=2.0):  # The object to show, and the minimum seconds between two redraws
         self.view, self.seconds, self.handle, self.next, self.last, self.warned = view, seconds, None, 0.0, "", False
 
     def draw(self):
@@ -226,10 +226,10 @@ class RunView:
 
     @property
     def seconds_left(self) -> float:
-        "Estimated seconds to the end, 0 if it is not running"
+        "Estimated seconds to the end, 0 if the run is not running"
         return seconds_per_step(self.metrics) * (self.steps - self.step) if self.status == "running" else 0.0
 
-    def follow(self, seconds=2.0):  # Least time between two redraws
+    def follow(self, seconds=2.0):  # Minimum seconds between two redraws
         "Show the run until it has ended. Interrupting this does not stop the run"
         screen = LiveDisplay(self, seconds)
         try:
@@ -260,7 +260,7 @@ class RunView:
 
     @property
     def status_line(self) -> str:
-        "Progress, losses, speed and how to resume, in a line"
+        "Progress, losses, speed and the command to resume, in one line"
         train = [r for r in self.metrics if r["split"] == "train"]
         best, key = best_validation(self.metrics), loss_key(self.metrics)
         at = self.step if self.status in ("running", "killed") else self.info.get("step", 0)

@@ -45,7 +45,7 @@ def typed_by(config: "Callable[P, object]") -> "Callable[[Callable[..., R]], Cal
 
 @dataclass
 class RunArguments(RunConfig):
-    "Arguments of `run`: all parameters of a run, and those that only Python can pass"
+    "Arguments of `run`: all parameters of a run, and those that you can pass only from Python"
 
     recipe: "dict | None" = None  # {parameter: value} of a recipe
     hooks: "Sequence" = ()  # Additional hooks
@@ -61,7 +61,7 @@ def run(
     hooks=(),  # Additional hooks, called last
     log_format=None,  # `LogFormat` of the log lines (None: the default)
     make_batches=None,  # Function from a `RunSetup` to the training batches (None: its own batches)
-    view=True,  # In a notebook, show one figure that is redrawn instead of log lines
+    view=True,  # In a notebook, show one live figure instead of log lines
     **params,  # Fields of `RunConfig`, or their aliases
 ) -> Run:
     "Train or resume a run in its folder, and return the trained model"
@@ -109,7 +109,7 @@ def _start_record(record, s, trainer):
     remove_temporary_files(s.folder)
     if s.lm.lora:
         if not s.checkpoint_folder:
-            (s.folder / BASE_WEIGHTS_FILE).unlink(missing_ok=True)  # Of a start that failed
+            (s.folder / BASE_WEIGHTS_FILE).unlink(missing_ok=True)  # Left over from a start that failed
         write_base_weights(s.folder, s.lm)
     s.data.tokenizer.save(s.folder / "tokenizer")
     truncate_metrics(s.folder, trainer.counters)
@@ -148,7 +148,7 @@ def _fit_and_record(record, s, trainer):
 
 # %% ../../nbs/runs/67_run.ipynb #aae6d3c6
 def _final_message(trainer, folder):
-    "Return a line on how the run ended and how to continue"
+    "Return a line that describes how the run ended and how to continue"
     at = f"at step {trainer.step:,} of {trainer.cfg.steps:,}"
     if not trainer.step:
         return f"{trainer.status} {at}, before there was anything to save"
@@ -156,7 +156,7 @@ def _final_message(trainer, folder):
     lost = trainer.counters.get("unsaved", 0)
     return (f"{lost} saves failed during training (see the warnings). " if lost else "") + dict(
         interrupted=f"interrupted {at} and saved. Resume with: {resume_command(folder)}",
-        early_stop=f"stopped early {at}. The best checkpoint is of step {trainer.counters['best_step']:,}"
+        early_stop=f"stopped early {at}. The best checkpoint is from step {trainer.counters['best_step']:,}"
         + (f" ({format_params(which='best')})" if (folder / "best").exists() else ""),
         diverged=f"diverged {at}. Resume from the last good checkpoint with a lower learning rate: "
         + resume_command(folder, lr=lower, allow_change="lr"),

@@ -104,7 +104,7 @@ def _initial_model(cfg, vocab_size):
 
 # %% ../../nbs/runs/63_setup.ipynb #8a045d01
 def _build_model(cfg, tokenizer, checkpoint_folder=None):
-    "Build the model of a run, for a resumed one from the configuration in its checkpoint"
+    "Build the model of a run. For a resumed run, use the configuration in its checkpoint"
     seed_torch(cfg.seed)
     lm = new_lm_from_checkpoint(checkpoint_folder) if checkpoint_folder else _initial_model(cfg, tokenizer.vocab_size)
     if (size := lm.cfg.vocab_size) < tokenizer.vocab_size:
@@ -138,7 +138,7 @@ def _merge_saved_config(info, cfg, origins):
     if "epochs" in given and given["epochs"] != saved["epochs"]:
         given.pop("steps", None)
     for name, (old, new) in changes.items():
-        print(f"from here on {name}={new!r}, until now {old!r}")
+        print(f"from here on {name}={new!r} (was {old!r})")
     new = {n for n in given if given[n] != saved.get(n)}
     origins = {n: "resume" if n in new else info["origins"].get(n, "default") for n in origins}
     return RunConfig(**{**saved, **given, "allow_change": cfg.allow_change, "resume": True}), origins
@@ -210,7 +210,7 @@ class RunSetup:
         return data
 
     def run_record(self) -> dict:
-        "Return the entries of run.json on data, tokenizer, configuration and model"
+        "Return the entries of run.json about data, tokenizer, configuration and model"
         found, tok = self.data, self.data.tokenizer
         tokens = {part: len(t) for part, t in found.tokens.items()}
         data = dict(fingerprint=found.fingerprint, start=found.default_prompt, what=found.description, tokens=tokens)

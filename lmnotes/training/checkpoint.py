@@ -110,7 +110,7 @@ _written_base_files = WeakKeyDictionary()  # Model -> (addresses and versions of
 
 
 def write_base_weights(run, lm) -> str:
-    "Write the base weights of a model with adapters to the run folder, if not there yet. Return the file's SHA-256"
+    "Write the base weights of a model with adapters to the run folder unless they are there. Return the file's SHA-256"
     path, adapters = Path(run) / BASE_WEIGHTS_FILE, adapter_tensors(lm)
     stamp = [(name, t.data_ptr(), t._version) for name, t in lm.state_dict().items() if name not in adapters]
     if lm in _written_base_files and _written_base_files[lm][:2] == (stamp, path) and path.exists():
@@ -123,7 +123,7 @@ def write_base_weights(run, lm) -> str:
         check_disk_space(run, len(data))
         write_atomic(path, data)
     elif sha256_file(path) != sha256:
-        raise CheckpointError(f"{path}: holds other base weights than this model's. Use another run folder")
+        raise CheckpointError(f"{path}: holds different base weights from this model's. Use another run folder")
     _written_base_files[lm] = stamp, path, sha256
     return sha256
 
@@ -189,7 +189,7 @@ def _write_folder_atomic(run, name, step, files):
 def save_checkpoint(
     run,  # Run folder
     lm,  # The model
-    step,  # Step that it has reached
+    step,  # Step that the model has reached
     state=None,  # Result of `Trainer.state_dict`
     **metadata,  # Further entries of config.json
 ) -> Path:  # The checkpoint folder
@@ -321,7 +321,7 @@ def prune_checkpoints(run, keep, protected=()) -> None:
     named = {(run / p).read_text().strip() for p in POINTERS if (run / p).exists()}
     for folder in list_checkpoints(run)[: -keep or None] if keep else []:
         if folder.name not in named | set(protected):
-            (folder / "manifest.json").unlink(missing_ok=True)  # First, so that the rest is no checkpoint
+            (folder / "manifest.json").unlink(missing_ok=True)  # First, so the rest no longer counts as a checkpoint
             shutil.rmtree(folder)
 
 # %% ../../nbs/training/42_checkpoint.ipynb #a7ffcae1

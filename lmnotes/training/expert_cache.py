@@ -46,7 +46,7 @@ class CachedExpertOutputs:
     rank: int = 0  # Rank of this process, which needs the rows `rank`, `rank + world`, ...
     world: int = 1  # Number of processes
     rows: int = 4  # Sequences computed together
-    documents: object = None  # `DocumentOfChunk`, needed for retrieval, so that no sequence retrieves from its document
+    documents: object = None  # `DocumentOfChunk`. For retrieval, so that no sequence retrieves from its own document
 
     def __post_init__(self):
         if self.lm.cfg.attention_first or is_trainable(self.lm.experts):  # Their outputs would change

@@ -22,9 +22,9 @@ class OptimConfig:
 
     steps: int = 500  # Optimizer steps in the whole run, including those before a resume
     optimizer: str = "muon"  # muon | adamw
-    lr: float = 0.0  # Peak learning rate (0: the optimizer's default (muon 0.02, adamw 0.002))
+    lr: float = 0.0  # Peak learning rate (0: the optimizer's default, muon 0.02 or adamw 0.002)
     min_lr: float = 0.0  # Learning rate at the end of the run
-    warmup: float = 0.0  # Warmup length (below 1: fraction of the run, else: steps (at most the whole run))
+    warmup: float = 0.0  # Warmup length: fraction of the run if below 1, else steps (at most the whole run)
     schedule: str = "wsd"  # wsd | cosine | linear | constant
     cooldown: float = 0.7  # Fraction of the run spent decaying the learning rate (wsd)
     weight_decay: float = 0.0  # Decoupled weight decay (none on norms, biases, scalars and embeddings)

@@ -58,8 +58,8 @@ def rank_and_world_size() -> tuple:
 class Hook:
     "Base class of hooks, which the trainer calls after every step. Override the methods you need"
 
-    key = ""  # Name in the counters. The trainer numbers hooks of one class
-    file_patterns = ()  # Patterns of the files it writes into the run folder, apart from those of every run
+    key = ""  # Name in the counters. The trainer numbers hooks of the same class
+    file_patterns = ()  # Patterns of the extra files that this hook writes into the run folder
 
     def after_step(self, trainer) -> None:
         "Run after every step, and once for the step at which a resumed run starts"
@@ -82,12 +82,12 @@ class Hook:
 class LogFormat:
     "Templates of the lines that a run prints"
 
-    # Log line, also with bpb, tokens, rows_per_s, grad_norm (NaN if unknown) and the model's own values
+    # Log line. More fields: bpb, tokens, rows_per_s, grad_norm (NaN if unknown) and the model's own values
     train: str = "step {step}/{steps} | loss {loss:.4f}{bits} | lr {lr:.2e} | {tok_per_s:,.0f} tok/s | {left} left"
-    # Evaluation, also with ppl, bpb, tokens. `at_most` marks an upper bound, `loss_err` is ± the standard error
+    # Evaluation line. More fields: ppl, bpb, tokens. `at_most` marks an upper bound, `loss_err` is ± the standard error
     val: str = "step {step} | val loss {at_most}{loss:.4f}{loss_err}{bits}{part}"
     resumed: str = ""  # Printed when a run is resumed, after the usual first line (empty: no additional line)
-    saved: str = "step {step} | saved {file}"  # Printed when a `SaveWeights` has written a file
+    saved: str = "step {step} | saved {file}"  # Printed after `SaveWeights` has written a file
     # Warning for a step with a non-finite loss or gradient
     skipped: str = "warning: step {step} is skipped: loss {loss:.4g} or gradient is not finite ({bad} of {max_bad})"
     # Error when memory runs out
@@ -299,7 +299,7 @@ class JsonlLog:
             f.write(json.dumps({k: _round_for_json(v) for k, v in record.items()}) + "\n")
 
     def read(self) -> list:
-        "Return all complete records, up to the first damaged one, with a warning"
+        "Return all complete records up to the first damaged one, and print a warning if there is one"
         records = []
         for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else [], 1):
             try:
@@ -339,7 +339,7 @@ class Log(Hook):
         metrics=None,  # A `JsonlLog` to append the records to
         bytes_per_token=0.0,  # Mean bytes of text per token, for bits per byte (0: unknown)
         print_fn=print,  # Called with each line
-        steps=0,  # Number of steps to show (0: `cfg.steps`)
+        steps=0,  # Total number of steps shown in the lines (0: `cfg.steps`)
     ):
         self.metrics, self.bytes_per_token, self.print_fn, self.steps = metrics, bytes_per_token, print_fn, steps
         self.start = None

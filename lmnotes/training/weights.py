@@ -48,7 +48,7 @@ class SaveWeights(Hook):
         folder,  # Folder to write to
         pattern="model_step_{step}.pt",  # File name, which may contain {step} and {epoch} (complete passes over the data)
         every=0,  # Steps between files, for when="step" (0: only after the last step)
-        prefixes=(),  # Pairs such as ("head.", "fc."): prefix of names in the model, and in the file
+        prefixes=(),  # Pairs of prefixes such as ("head.", "fc."): in the model and in the file
         when="step",  # step: see `every` | best: best evaluation so far | stop: end of `fit` | interrupted
         make_content=None,  # Function of (trainer, state dict) that returns the file's content (None: the state dict)
     ):
@@ -129,7 +129,7 @@ def load_initial_weights(lm, path) -> "LM":
 # %% ../../nbs/training/43_weights.ipynb #b5aad192
 def load_submodule(
     lm,  # The model
-    part,  # Name of a module of it, such as experts.transformer
+    part,  # Name of one of its modules, such as experts.transformer
     path,  # A run, a checkpoint folder, or a .pt, .pth or .safetensors file
     source_part="",  # Name of the module in the source (empty: the whole source model)
 ) -> "LM":  # `lm`
