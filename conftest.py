@@ -35,6 +35,7 @@ import pytest
 
 HERE = Path(__file__).parent
 CELL_SECONDS = 3600  # Only ends a cell that hangs
+SLOWEST = "exact readme fresh_or_resume nanothink_recipe compare agiformer export docs guides text_only signals papermill_train"
 SHORTER = {"nbs/train.ipynb": {"LMNOTES_STEPS": "40"}}  # tests/test_readme.py trains for the default number of steps
 
 
@@ -44,6 +45,12 @@ def pytest_configure(config):
 
     settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("any machine")
+
+
+def pytest_collection_modifyitems(items):
+    "Move the slowest files to the front, where two processes can share them"
+    order = {f"tests/test_{name}.py": i for i, name in enumerate(SLOWEST.split())}
+    items.sort(key=lambda item: order.get(item.path.relative_to(HERE).as_posix(), len(order)))
 
 
 def pytest_addoption(parser):

@@ -3,7 +3,7 @@
 We train each expert on 1.54 M characters (2,000 steps of 12 x 64). Then we freeze them and train the attention and router of
 `arch='nanothink'` on sequences that repeat in each epoch, starting from the expert with the lowest loss. We evaluate everything on
 the whole validation split, and compare with the plain averages of the experts' probabilities and log-probabilities. Finally we time
-steps of phase two interleaved, with experts computed at each step and with cached expert outputs (`CachedExpertOutputs`), here and at
+steps of phase two interleaved, with experts computed at each step and with cached expert outputs (`CachedExpertBatches`), here and at
 NanoThink's shapes (one sequence of 256).
 """
 
@@ -20,7 +20,7 @@ from lmnotes.models.nanothink import EXPERTS
 from lmnotes.nn.lm import lm_config, n_params, new_lm, parse_model_args
 from lmnotes.nn.mixture import new_expert
 from lmnotes.nn.vector_store import VectorStore
-from lmnotes.training.expert_cache import CachedExpertOutputs, DocumentOfChunk, fill_store
+from lmnotes.training.expert_cache import CachedExpertBatches, DocumentOfChunk, fill_store
 from lmnotes.training.trainer import Trainer
 
 MAX_TRAINABLE = 810_000  # Trainable parameters
@@ -69,7 +69,7 @@ def averages(experts, batches, context):
 def speed(lm, windows, cfg, turn, rounds):
     "Return {name: clocks} of turns of steps in phase two, from the second epoch on"
     computed, cached = Trainer(copy.deepcopy(lm), windows, cfg), Trainer(lm, windows, cfg)
-    cached.batches = CachedExpertOutputs(lm, windows, autocast=cached.autocast)
+    cached.batches = CachedExpertBatches(lm, windows, autocast=cached.autocast)
     cached.fit(int(windows.steps_per_epoch))
 
     def some_steps(t):
@@ -111,7 +111,7 @@ def main():
         lm.store = fill_store(lm, store, data.tokens["train"], context)
         documents = DocumentOfChunk(data.tokens["train"], lm.cfg)
         print(f"memory: {len(lm.store):,} vectors")
-    trainer.batches = CachedExpertOutputs(lm, windows, autocast=context, documents=documents)
+    trainer.batches = CachedExpertBatches(lm, windows, autocast=context, documents=documents)
     trainer.fit()
     print({k: round(v, 4) for k, v in trainer.last_metrics.items()})
     losses["mixture"] = evaluate(lm, judged, autocast=context)["loss"]

@@ -67,11 +67,11 @@ class NanoGPT(nn.Module):
         return F.cross_entropy(self(x).flatten(0, 1), y.flatten())
 
     @torch.no_grad()
-    def generate(self, x, n, sample_ids=lambda logits: logits.argmax(-1)):
+    def generate(self, x, n, sample_fn=lambda logits: logits.argmax(-1)):
         "Return `x` and `n` new ids, recomputing everything for each"
         for _ in range(n):
             logits = self(x[:, -self.block_size :])[:, -1]
-            x = torch.cat([x, sample_ids(logits)[:, None]], 1)
+            x = torch.cat([x, sample_fn(logits)[:, None]], 1)
         return x
 
 

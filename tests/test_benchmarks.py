@@ -13,7 +13,10 @@ NOT_BENCHMARKS = "__main__.py", "common.py", "nanogpt.py"
 SCRIPTS = sorted(path.name for path in HERE.glob("*.py") if path.name not in NOT_BENCHMARKS)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+SLOW = "guides.py", "memory.py", "mixture.py", "ten_minutes.py", "time_to_loss.py"
+
+
+@pytest.mark.parametrize("script", [pytest.param(s, marks=[pytest.mark.nightly] * (s in SLOW)) for s in SCRIPTS])
 def test_benchmark_runs(script):
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, HERE / script, "--quick"], capture_output=True, text=True, env=environ)

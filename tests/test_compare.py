@@ -68,7 +68,7 @@ def compared(**params):
     "Compare in the current folder, and return 0 if all runs finished"
     c = compare(**params)
     print(comparison_table(c))
-    return 0 if all(len(c.done(name)) == c.cfg.seeds for name in c.steps) else 130
+    return 0 if all(len(c.finished_runs(name)) == c.cfg.seeds for name in c.steps) else 130
 
 
 def compared_with_toy(**params):
@@ -142,18 +142,20 @@ def test_budget_of_a_model_with_random_depth(workdir, monkeypatch):
     shape = "d_model=16 n_layers=3 n_heads=2 d_byte=16 ngram_rows=16"
     cfg = CompareConfig("bytepatch", "corpus", ctx_len=64, batch_size=4, model_args=shape, out_dir="c")
     contestant = ArchMeasurement(cfg, "bytepatch")
-    planned, _ = contestant.count()
-    depth_of = type(contestant.trainer.lm.patches).n_steps
+    planned, _ = contestant.flops_per_step()
+    draw = type(contestant.trainer.lm.patches).draw_thinking_steps
     costs = {}
     for depth in range(4):
-        monkeypatch.setattr(type(contestant.trainer.lm.patches), "n_steps", lambda patches, depth=depth: depth)
+        monkeypatch.setattr(
+            type(contestant.trainer.lm.patches), "draw_thinking_steps", lambda patches, depth=depth: depth
+        )
         costs[depth] = sum(count_flops(contestant.trainer.train_step))
     assert 1.03 * costs[1] < costs[2] < costs[3]
     for seed in range(3):
         spent = 0
         for step in range(300):
             seed_torch(seed, step, 0, 0)
-            spent += costs[depth_of(contestant.trainer.lm.patches)]
+            spent += costs[draw(contestant.trainer.lm.patches)]
         assert spent / 300 == pytest.approx(planned, rel=0.02)
 
 
@@ -306,7 +308,7 @@ def test_the_notebook(workdir, monkeypatch):
 def notebook(**params):
     "Run the notebook's cells with parameters"
     names = run_notebook(NOTEBOOK, params)
-    return 0 if len(names["c"].done("gpt")) == 1 else 1
+    return 0 if len(names["c"].finished_runs("gpt")) == 1 else 1
 
 
 def test_notebook_parameters_match_compare():

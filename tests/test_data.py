@@ -284,7 +284,7 @@ def test_prepare_again_after_the_text_was_edited_in_place(tmp_path, capsys):
     (tmp_path / "out" / "val.bin").write_bytes(b"ab")
     third = tokenize_splits(get_corpus(path), ByteTokenizer(), tmp_path / "out")
     assert third["val"].ids.tolist() == expected
-    assert "The file is written again" in capsys.readouterr().out
+    assert "Writing the file again" in capsys.readouterr().out
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

@@ -20,10 +20,9 @@ CASES = {
     for (t, tokenizer), (s, sampler) in itertools.product(enumerate(TOKENIZERS), enumerate(SAMPLERS))
 }
 CASES["early stop"] = dict(optimizer="adamw", lr=0.1, patience=2, eval_every=4)
-# After these steps, a copy of the stopped run is also resumed to the end: after all steps in three cases.
-BRANCHES = dict.fromkeys(CASES, range(2, 40, 4)) | dict.fromkeys(
-    ["bytes random", "bpe:300 epochs", "early stop"], range(40)
-)
+# After these steps, a copy of the stopped run is also resumed to the end.
+BRANCHES = [(name, range(2, 40, 4)) for name in CASES]
+BRANCHES += [pytest.param(name, range(40), marks=pytest.mark.nightly) for name in CASES]
 
 
 def start_run(workdir, case, *stops, run="r"):
@@ -40,15 +39,15 @@ def resume(workdir, *stops, run="r", **params):
     return workdir / "runs" / run
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_stop_and_resume_at_every_step(workdir, name):
+@pytest.mark.parametrize("name, branches", BRANCHES)
+def test_stop_and_resume_at_every_step(workdir, name, branches):
     "One run is stopped after every step and resumed in a new process. Copies of it are resumed to the end"
     case = TINY | CASES[name]
     whole = run_results(start_run(workdir, case))
     chain = start_run(workdir, case, 1, run="chain")
     for step in range(1, whole["step"]):
         assert (chain / "interrupted").read_text() == f"step_{step:08d}\n"
-        if step in BRANCHES[name]:
+        if step in branches:
             shutil.copytree(chain, workdir / "runs/copy")
             seen = differences(whole, run_results(resume(workdir, run="copy")))
             assert not seen, f"after stops up to step {step}, these differ: {seen}"

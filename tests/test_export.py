@@ -23,7 +23,7 @@ import lmnotes
 from lmnotes.export import export as module
 from lmnotes.export.export import export, read_manifest, source_files
 from lmnotes.export.hub import upload
-from lmnotes.export.model_card import train_command
+from lmnotes.export.model_card import retrain_command
 from lmnotes.nn.lm import LM
 from lmnotes.nn.lora import merge_and_unload
 from lmnotes.runs.load import load
@@ -227,7 +227,7 @@ def test_model_card(r, exported):
     assert head["pipeline_tag"] == "text-generation" and set(head["tags"]) == {"lmnotes", "gpt"}
     for figure in (f"{last['loss']:.4f} ± {last['stderr']:.4f}", f"{last['bpb']:.4f} ± {last['bpb_stderr']:.4f}"):
         assert figure in text
-    assert f"{r.info['n_params']:,}" in text and "whole validation split" in text and train_command(r.info) in text
+    assert f"{r.info['n_params']:,}" in text and "whole validation split" in text and retrain_command(r.info) in text
     assert (exported / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 

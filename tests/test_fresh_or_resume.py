@@ -132,7 +132,10 @@ def text_of(folder, pattern):
 # The guide's acceptance tests
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.nightly] * (n in ("gpt2", "from_scratch gpt2 lora"))) for n in CASES],
+)
 def test_fresh_then_resumed(workdir, name):
     "A run of 200 steps, resumed for 300 more in a new process, has the same losses and bits as a run of 500 steps"
     case = CASES[name] | KEEP

@@ -22,7 +22,7 @@ from lmnotes.nn.lm import (
 from lmnotes.nn.mixture import chunk_keys
 from lmnotes.nn.vector_store import VectorStore
 from lmnotes.runs.load import load
-from lmnotes.training.expert_cache import CachedExpertOutputs, DocumentOfChunk, fill_store
+from lmnotes.training.expert_cache import CachedExpertBatches, DocumentOfChunk, fill_store
 from lmnotes.training.trainer import TrainConfig, Trainer
 
 EXPERTS = dict(
@@ -152,7 +152,7 @@ def test_cached_expert_outputs_equal_computed(given):
     budget, stride = given.pop("budget", 2**30), given.pop("stride", 0)
     anew, kept = model(**config), model(**config)
     windows = EpochBatches(IDS, 4, 24, stride=stride)
-    batches = CachedExpertOutputs(kept, windows, budget)
+    batches = CachedExpertBatches(kept, windows, budget)
     t = trainer(kept, batches, **given)
     batches.autocast = t.autocast
     trainer(anew, windows, **given).fit()
@@ -168,7 +168,7 @@ def test_cache_budget_does_not_change_bits():
     ends = []
     for budget in (2**30, 30_000, 0):
         lm = model()
-        trainer(lm, CachedExpertOutputs(lm, EpochBatches(IDS, 4, 24), budget)).fit()
+        trainer(lm, CachedExpertBatches(lm, EpochBatches(IDS, 4, 24), budget)).fit()
         ends.append(lm)
     assert same(ends[0], ends[1]) and same(ends[0], ends[2])
 
@@ -177,11 +177,11 @@ def test_cache_is_rebuilt_after_resume():
     "The cache is not saved, and a resumed run, which fills it from other batches, ends with the same bits"
     windows = EpochBatches(IDS, 4, 24)
     whole, half = model(), model()
-    trainer(whole, CachedExpertOutputs(whole, windows)).fit()
-    t = trainer(half, CachedExpertOutputs(half, windows)).fit(11)
+    trainer(whole, CachedExpertBatches(whole, windows)).fit()
+    t = trainer(half, CachedExpertBatches(half, windows)).fit(11)
     rest = model()
     rest.load_state_dict(half.state_dict())
-    u = trainer(rest, CachedExpertOutputs(rest, windows))
+    u = trainer(rest, CachedExpertBatches(rest, windows))
     u.load_state_dict(copy.deepcopy(t.state_dict()))
     u.fit()
     assert same(rest, whole)
@@ -192,7 +192,7 @@ def test_cached_documents_with_padding():
     windows = PackedBatches(IDS, np.arange(0, len(IDS), 10), 4, 24)
     anew, kept = model(), model()
     trainer(anew, windows).fit()
-    batches = CachedExpertOutputs(kept, windows)
+    batches = CachedExpertBatches(kept, windows)
     trainer(kept, batches).fit()
     for p, q in zip(kept.parameters(), anew.parameters()):
         assert (p - q).norm() <= 1e-3 * q.norm()
@@ -202,8 +202,8 @@ def test_cached_documents_with_padding():
 def test_each_rank_caches_its_rows():
     windows = EpochBatches(IDS, 4, 24)
     lm = model()
-    one = CachedExpertOutputs(lm, windows)
-    ranks = [CachedExpertOutputs(lm, windows, rank=rank, world=2) for rank in (0, 1)]
+    one = CachedExpertBatches(lm, windows)
+    ranks = [CachedExpertBatches(lm, windows, rank=rank, world=2) for rank in (0, 1)]
     for step in range(8):
         for rank, batches in enumerate(ranks):
             mine, his = one[step].rank_slice(rank, 2).extras, batches[step].rank_slice(rank, 2).extras
@@ -215,7 +215,7 @@ def test_uncacheable_models_are_rejected():
     windows = EpochBatches(IDS, 4, 24)
     for lm in (model(frozen=False), model(attention_first=True)):
         with pytest.raises(ValueError, match="caching needs frozen experts"):
-            CachedExpertOutputs(lm, windows)
+            CachedExpertBatches(lm, windows)
 
 
 MISTAKES = {
@@ -380,9 +380,9 @@ def test_training_with_a_vector_store():
     with pytest.raises(ValueError, match="must not retrieve itself"):
         lm.train().loss(batch())
     with pytest.raises(ValueError, match="retrieval needs the documents of the text"):
-        CachedExpertOutputs(lm, EpochBatches(IDS, 4, 24))
-    t = trainer(lm, CachedExpertOutputs(lm, EpochBatches(IDS, 4, 24), documents=documents)).fit()
-    trainer(small, CachedExpertOutputs(small, EpochBatches(IDS, 4, 24), 0, documents=documents)).fit()
+        CachedExpertBatches(lm, EpochBatches(IDS, 4, 24))
+    t = trainer(lm, CachedExpertBatches(lm, EpochBatches(IDS, 4, 24), documents=documents)).fit()
+    trainer(small, CachedExpertBatches(small, EpochBatches(IDS, 4, 24), 0, documents=documents)).fit()
     assert same(lm, small) and 0 < t.last_metrics["hits"] < 1
     lm.store = None
     with pytest.raises(ValueError, match="memory is set, but the store is empty. Call fill_store"):

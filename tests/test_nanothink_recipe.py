@@ -26,7 +26,7 @@ from helpers import (
 
 import lmnotes
 from lmnotes.data.batches import get_batches
-from lmnotes.recipes.nanothink import make_checkpoint_contents
+from lmnotes.recipes.nanothink import make_content_fn
 from lmnotes.runs.data import load_data
 from lmnotes.training.trainer import Trainer
 
@@ -350,9 +350,9 @@ def test_half_precision_keeps_its_scaler(workdir, monkeypatch):
     r = lmnotes.load(folder)
     data = load_data(r.config, r.tokenizer, log_fn=None)
     t = Trainer(r.lm, get_batches(data.tokens["train"], 16, 32, 42, "domains"), r.config)
-    assert "amp_scaler" not in make_checkpoint_contents(folder)(t, {})
+    assert "amp_scaler" not in make_content_fn(folder)(t, {})
     t.scaler = torch.amp.GradScaler("cpu")
-    assert make_checkpoint_contents(folder)(t, {})["amp_scaler"]["scale"] > 0
+    assert make_content_fn(folder)(t, {})["amp_scaler"]["scale"] > 0
 
 
 def test_the_diffuser_needs_the_transformer(workdir):

@@ -113,7 +113,7 @@ def paste_resume_line(workdir):
     check(workdir, "r: done at step 40 of 40")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.nightly), signal.SIGTERM])
 def test_a_signal_to_papermill(workdir, uninterrupted, number):
     process = start_paused(workdir, *parameters(**CASE | dict(out_dir=workdir / "runs")))
     process.send_signal(number)

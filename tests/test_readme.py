@@ -27,9 +27,9 @@ def project(tmp_path_factory):
     return folder
 
 
-def run(command, project):
+def run(command, project, **variables):
     "Run a command line with this environment's programs first, as after `. .venv/bin/activate`"
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")} | variables
     environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
     done = subprocess.run(command, cwd=project, env=environ, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"

@@ -208,7 +208,7 @@ def test_token_files_of_any_origin(workdir, kind):
         np.save(workdir / "theirs.npy", ids)
     else:
         torch.save(torch.from_numpy(ids.astype(np.int64)), workdir / "theirs.pt")
-    assert run_in_process(workdir, recipe, data=f"theirs.{kind}", tokenizer="bytes", dry_run=True) == 0, read_log(
+    assert run_in_process(workdir, recipe, data=f"theirs.{kind}", tokenizer="bytes", max_steps=1) == 0, read_log(
         workdir
     )
     assert f"Loaded {TOKENS:,} tokens from theirs.{kind}" in read_log(workdir)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'explain_fields', 'options_of', 'take_aliases', 'train_command', 'parse_options', 'generate_command',
-           'Prepare', 'prepare_command', 'Evaluate', 'evaluate_command', 'Watch', 'watch_command', 'Export',
-           'export_command', 'Upload', 'upload_command', 'Notebook', 'run_notebook', 'notebook_command', 'main',
-           'simple_command', 'recipe_command', 'overview', 'execute_command']
+           'PrepareOptions', 'prepare_command', 'EvaluateOptions', 'evaluate_command', 'WatchOptions', 'watch_command',
+           'ExportOptions', 'export_command', 'UploadOptions', 'upload_command', 'NotebookOptions', 'run_notebook',
+           'notebook_command', 'main', 'simple_command', 'recipe_command', 'overview', 'execute_command']
 
 # %% ../../nbs/apps/92_cli.ipynb #d30000be
 import ast
@@ -139,7 +139,7 @@ def generate_command(argv):
 
 # %% ../../nbs/apps/92_cli.ipynb #085bf4be
 @dataclass
-class Prepare:
+class PrepareOptions:
     "Tokenize text into a folder of token files, or into one file"
 
     out: str  # Folder to write, or a file such as corpus.bin
@@ -157,7 +157,7 @@ def prepare_command(args):
 
 # %% ../../nbs/apps/92_cli.ipynb #47d6f955
 @dataclass
-class Evaluate:
+class EvaluateOptions:
     "Compute loss, perplexity and bits per byte of a trained model"
 
     run: str  # Run folder, or its name under checkpoints/
@@ -186,7 +186,7 @@ def evaluate_command(args):
 
 # %% ../../nbs/apps/92_cli.ipynb #fa217347
 @dataclass
-class Watch:
+class WatchOptions:
     "Follow a run in progress (Ctrl+C stops following, not the run)"
 
     run: str = ""  # Run folder, or its name under checkpoints/ (empty: the most recent run)
@@ -200,7 +200,7 @@ def watch_command(args):
 
 
 @dataclass
-class Export:
+class ExportOptions:
     "Write a trained model, its tokenizer, its source code and a model card into a folder"
 
     to: str  # Folder to write
@@ -216,7 +216,7 @@ def export_command(args):
 
 
 @dataclass
-class Upload:
+class UploadOptions:
     "Publish an exported model on the Hugging Face Hub, with the token in $HF_TOKEN or from a login"
 
     folder: str  # Folder written by export
@@ -233,7 +233,7 @@ def upload_command(args):
 
 # %% ../../nbs/apps/92_cli.ipynb #033ad92d
 @dataclass
-class Notebook:
+class NotebookOptions:
     "Run the cells of a notebook in one process, without papermill or a kernel (under torchrun, in every process)"
 
     path: str  # The notebook, such as nbs/train.ipynb
@@ -249,7 +249,7 @@ def run_notebook(
     check_parameters(path, given)
     names = {"__name__": "__main__"}
     command = resume_prefix("lmnotes notebook --path", path, "--params")
-    with set_environment(LMNOTES_GIVEN=" ".join(given), LMNOTES_COMMAND=command):
+    with temporary_environment(LMNOTES_GIVEN=" ".join(given), LMNOTES_COMMAND=command):
         for number, cell in enumerate(cells):
             _run_cell("".join(cell["source"]), f"{Path(path).name}, code cell {number + 1}", names)
             if "parameters" in cell["metadata"].get("tags", []):
@@ -323,14 +323,14 @@ def recipe_command(name, load):  # Name, and a function that returns (dataclass 
 
 COMMANDS = {
     "train": train_command,
-    "prepare": simple_command("prepare", Prepare, prepare_command),
+    "prepare": simple_command("prepare", PrepareOptions, prepare_command),
     "generate": generate_command,
-    "evaluate": simple_command("evaluate", Evaluate, evaluate_command),
-    "watch": simple_command("watch", Watch, watch_command),
-    "export": simple_command("export", Export, export_command),
-    "upload": simple_command("upload", Upload, upload_command),
+    "evaluate": simple_command("evaluate", EvaluateOptions, evaluate_command),
+    "watch": simple_command("watch", WatchOptions, watch_command),
+    "export": simple_command("export", ExportOptions, export_command),
+    "upload": simple_command("upload", UploadOptions, upload_command),
     **{name: recipe_command(name, load) for name, load in RECIPE_COMMANDS.items()},
-    "notebook": simple_command("notebook", Notebook, notebook_command),
+    "notebook": simple_command("notebook", NotebookOptions, notebook_command),
 }
 
 # %% ../../nbs/apps/92_cli.ipynb #c74dbff2
@@ -357,14 +357,14 @@ def execute_command(argv) -> int:  # Words after `lmnotes`
         return _report_error(f"{name!r} is not a command; {closest_or_all(name, COMMANDS)}", 2)
     import torch
 
-    from lmnotes.core import OutOfMemory, RunLocked
+    from lmnotes.core import OutOfMemoryError, RunLockedError
 
     try:
-        with set_environment(LMNOTES_COMMAND=os.environ.get("LMNOTES_COMMAND", f"{_program()} train")):
+        with temporary_environment(LMNOTES_COMMAND=os.environ.get("LMNOTES_COMMAND", f"{_program()} train")):
             return COMMANDS[name](argv[1:])
-    except (ValueError, RunLocked, FileNotFoundError) as e:
+    except (ValueError, RunLockedError, FileNotFoundError) as e:
         return _report_error(e, 2)
-    except (OutOfMemory, torch.OutOfMemoryError) as e:
+    except (OutOfMemoryError, torch.OutOfMemoryError) as e:
         return _report_error(e, 4)
     except KeyboardInterrupt:
         return 130

@@ -6,7 +6,7 @@
 __all__ = ['TWO_VALUES', 'ONE_VALUE', 'PLAIN_NAME', 'find_project', 'parse_command', 'given_parameters', 'last_run',
            'make_run_folder', 'notebook_parameters', 'is_training_notebook', 'default_run_name', 'find_runs_folder',
            'output_path', 'closest_or_all', 'check_parameters', 'fill_in_command', 'forward_signals',
-           'run_name_of_output', 'resume_prefix', 'set_environment', 'make_kernel_class', 'GracefulEngine',
+           'run_name_of_output', 'resume_prefix', 'temporary_environment', 'make_kernel_class', 'GracefulEngine',
            'is_papermill']
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #6ef1c8e6
@@ -305,7 +305,7 @@ def resume_prefix(
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #62d448ed
 @contextmanager
-def set_environment(
+def temporary_environment(
     **variables,  # {name: value}, with None for no change
 ):
     "Set environment variables in a `with` block"
@@ -368,7 +368,7 @@ class GracefulEngine:
         given = getattr(nb.metadata, "papermill", {}).get("parameters", {})
         with (
             tempfile.TemporaryDirectory(prefix="lmnotes-") as folder,
-            set_environment(
+            temporary_environment(
                 LMNOTES_RUN=run_name_of_output(input_path, output_path, given.get("out_dir")),
                 LMNOTES_GIVEN=" ".join(given),
                 LMNOTES_COMMAND=resume_prefix("papermill", input_path),

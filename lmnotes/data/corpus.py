@@ -200,14 +200,14 @@ class Corpus:
         self.domains = sorted({s.domain for s in sources})
 
     @property
-    def is_stream(self):
+    def is_single_text(self):
         "True if the corpus is one text, which is read in chunks and split by position"
         return len(self.sources) == 1 and self.sources[0].kind in ("text", "bytes")
 
     def documents(self):
         "Yield all documents, reading the files as needed"
         for source in self.sources:
-            yield from read_source(source, whole_file=not self.is_stream)
+            yield from read_source(source, whole_file=not self.is_single_text)
 
     @cached_property
     def fingerprint(self):
@@ -231,7 +231,7 @@ class Corpus:
         "Split that `auto` selects: the dataset's own, else by position for few documents or by hash for 50 or more"
         if all(s.part for s in self.sources):
             return "own"
-        if self.is_stream:
+        if self.is_single_text:
             return "enwik8" if self.sources[0].kind == "bytes" else "first90"
         few = len(list(islice(self.documents(), 50))) < 50
         return "first90" if few else "hash"

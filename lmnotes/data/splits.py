@@ -113,6 +113,6 @@ def split_documents(
     split = resolve_split(corpus, split)
     if part not in parts_of_split(corpus, split):
         raise ValueError(f"part={part!r} is not one of {', '.join(parts_of_split(corpus, split))} (split={split!r})")
-    if split in ("hash", "randperm42") and corpus.is_stream:
+    if split in ("hash", "randperm42") and corpus.is_single_text:
         raise DataError(f"split={split!r} divides documents, but {corpus.name} is one text. Use split='first90'")
     return _require_nonempty(SPLITS[split](corpus, part), corpus, split, part)

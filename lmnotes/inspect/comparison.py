@@ -27,7 +27,7 @@ def comparison_results(
     c,  # A `Comparison`
 ) -> list:  # A dict per architecture, the best first
     "Return the results of each architecture"
-    results = [_result(c, name, runs) for name in c.steps if (runs := c.done(name))]
+    results = [_result(c, name, runs) for name in c.steps if (runs := c.finished_runs(name))]
     return sorted(results, key=lambda row: row["bpb"])
 
 # %% ../../nbs/inspect/77_comparison.ipynb #d84295bd

@@ -147,7 +147,7 @@ class HybridPatches(nn.Module):
             x = layer(x, cache)
         return self.norm_out(x), None
 
-    def n_steps(self):
+    def draw_thinking_steps(self):
         "Return the number of thinking steps, the same in training and inference"
         return self.c.thinking_steps
 
@@ -183,7 +183,7 @@ class AttentionPatches(nn.Module):
         attention_fns = [make_causal_attention_fn(self.c.window, cache) for cache in caches]
         return apply_blocks(self.layers, rms_norm(x), attention_fns, table), table
 
-    def n_steps(self):
+    def draw_thinking_steps(self):
         "Return the number of thinking steps, drawn from 0 to `thinking_steps` in training"
         steps = self.c.thinking_steps
         return int(torch.randint(steps + 1, ())) if self.training else steps
@@ -325,7 +325,7 @@ _PRESETS = {name: dict(d_model=d, n_layers=n, **_HYBRID) for name, (d, n) in _SI
 # %% ../../nbs/models/35_bytepatch.ipynb #bff579d6
 def _iter_steps(patches, z, table, state):
     "Yield (latents, gate) before the first thinking step (gate None) and after each one"
-    n = patches.n_steps()
+    n = patches.draw_thinking_steps()
     yield z, None
     for i, cache in enumerate(state.thinking[: max(1, n)]):
         new, gate = patches.thinking(z, table, cache)

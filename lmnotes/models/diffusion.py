@@ -182,29 +182,29 @@ class Diffusion(Denoiser):
         return self.logits(self.hidden_states(self.embed_ids(x), cache, newest=True))[:, 0], cache
 
     @torch.no_grad()
-    def generate(self, x, n, sample_ids):
+    def generate(self, x, n, sample_fn):
         "Yield at least `n` new ids in chunks (B,k): one by one, block by block, or window by window"
         if self.cfg.block == 1:
-            yield from super().generate(x, n, sample_ids)
+            yield from super().generate(x, n, sample_fn)
         else:
-            yield from (generate_blocks if self.cfg.block else generate_windows)(self, x, n, sample_ids)
+            yield from (generate_blocks if self.cfg.block else generate_windows)(self, x, n, sample_fn)
 
 # %% ../../nbs/models/36_diffusion.ipynb #be65adb6
-def _unmask(lm, x, holes, hidden_states, sample_ids, generators):
+def _unmask(lm, x, holes, hidden_states, sample_fn, generators):
     "Fill the holes (B,m) of `x` in place, in a number of steps in proportion to `sample_steps` for a whole window"
     c, n = lm.cfg, holes.shape[1]
     steps = max(1, c.sample_steps * n // c.ctx_len) if c.sample_steps else n
-    unmask(x, holes, hidden_states, lm.logits, sample_ids, steps, generators if c.sampler == "ancestral" else None)
+    unmask(x, holes, hidden_states, lm.logits, sample_fn, steps, generators if c.sampler == "ancestral" else None)
 
 
-def _fill_masked(lm, x, holes, sample_ids, generators):
+def _fill_masked(lm, x, holes, sample_fn, generators):
     "Fill the holes (B,m) of `x` in place, and yield the positions that are done"
     for part in holes.split(lm.cfg.sample_block or holes.shape[1], 1):
-        _unmask(lm, x, part, lambda x: lm.hidden_states(lm.embed_ids(x)), sample_ids, generators)
+        _unmask(lm, x, part, lambda x: lm.hidden_states(lm.embed_ids(x)), sample_fn, generators)
         yield part
 
 
-def _fill_gaussian(lm, x, holes, sample_ids, generators):
+def _fill_gaussian(lm, x, holes, sample_fn, generators):
     "Denoise the holes (B,m) of `x` together, round them to ids in place, and yield their positions"
     c, hidden = lm.cfg, torch.zeros_like(x, dtype=torch.bool).scatter_(1, holes, True)
     given = lm.text.embed_clean(x.masked_fill(hidden, 0))
@@ -219,29 +219,29 @@ def _fill_gaussian(lm, x, holes, sample_ids, generators):
 
     ddim(noise, lm.text.alpha_bar(), ddim_timesteps(c.training_steps, c.inference_steps), predict)
     rows = torch.arange(len(x), device=x.device)[:, None]
-    x[rows, holes] = sample_ids(lm.logits(states[rows, holes]))
+    x[rows, holes] = sample_fn(lm.logits(states[rows, holes]))
     yield holes
 
 # %% ../../nbs/models/36_diffusion.ipynb #af4241ce
-def _fill(lm, x, holes, sample_ids):
+def _fill(lm, x, holes, sample_fn):
     fill_holes = _fill_gaussian if lm.cfg.objective == "mse" else _fill_masked
-    return fill_holes(lm, x, holes, sample_ids, row_generators(sample_ids, len(x)))
+    return fill_holes(lm, x, holes, sample_fn, row_generators(sample_fn, len(x)))
 
 
-def generate_windows(lm, x, n, sample_ids):  # A model, (B,T) prompt, number of new ids, logits (B,k,V) -> ids (B,k)
+def generate_windows(lm, x, n, sample_fn):  # A model, (B,T) prompt, number of new ids, logits (B,k,V) -> ids (B,k)
     "Yield at least `n` ids after `x` in chunks (B,k), denoising whole windows"
     size = lm.cfg.ctx_len + 1
     while n > 0:
         keep = min(x.shape[1], max(size // 2, size - n))
         x = F.pad(x[:, -keep:], (0, size - keep), value=lm.cfg.vocab_size)
-        for part in _fill(lm, x, torch.arange(keep, size, device=x.device).expand(len(x), -1), sample_ids):
+        for part in _fill(lm, x, torch.arange(keep, size, device=x.device).expand(len(x), -1), sample_fn):
             yield x.gather(1, part)
         n -= size - keep
 
 
-def generate_blocks(lm, x, n, sample_ids):  # A model, (B,T) prompt, number of new ids, logits (B,k,V) -> ids (B,k)
+def generate_blocks(lm, x, n, sample_fn):  # A model, (B,T) prompt, number of new ids, logits (B,k,V) -> ids (B,k)
     "Yield at least `n` ids after `x` block by block, each denoised with the KV cache of all earlier ids"
-    c, cache, generators = lm.cfg, lm.new_cache(), row_generators(sample_ids, len(x))
+    c, cache, generators = lm.cfg, lm.new_cache(), row_generators(sample_fn, len(x))
     holes = torch.arange(c.block, device=x.device)
 
     def hidden_states(block):
@@ -251,7 +251,7 @@ def generate_blocks(lm, x, n, sample_ids):  # A model, (B,T) prompt, number of n
     for _ in range(0, n, c.block):
         lm._block_states(lm.embed_ids(x), lm.embed_ids(x[:, :0]), holes[:0], c.block, cache)  # Fill the cache
         x = torch.full((len(x), c.block), c.vocab_size, device=x.device)
-        _unmask(lm, x, holes.expand(len(x), -1), hidden_states, sample_ids, generators)
+        _unmask(lm, x, holes.expand(len(x), -1), hidden_states, sample_fn, generators)
         yield x
 
 # %% ../../nbs/models/36_diffusion.ipynb #d0deb32a
@@ -259,7 +259,7 @@ def generate_blocks(lm, x, n, sample_ids):  # A model, (B,T) prompt, number of n
 def fill(
     lm,  # `Diffusion` with block=0
     x,  # (B,T) ids, `vocab_size` at each hole. All rows have the same number of holes
-    sample_ids,  # Function from logits (B,k,V) to ids (B,k), such as `TokenSampler(seed=1).reset(x)`
+    sample_fn,  # Function from logits (B,k,V) to ids (B,k), such as `TokenSampler(seed=1).reset(x)`
 ) -> torch.Tensor:  # (B,T) ids
     "Fill the holes of a text, using the given ids on both sides"
     c, holes = lm.cfg, x == lm.cfg.vocab_size
@@ -273,7 +273,7 @@ def fill(
         raise ValueError("each row needs a first id and equally many holes. Add an id, or fill rows one by one")
     x, holes = x.clone(), holes.nonzero()[:, 1].view(len(x), -1)
     with eval_mode(lm):
-        for _ in _fill(lm, x, holes, sample_ids) if holes.numel() else ():
+        for _ in _fill(lm, x, holes, sample_fn) if holes.numel() else ():
             pass
     return x
 
@@ -283,7 +283,7 @@ def infill(
     left,  # (B,L) ids before the hole, at least one
     right,  # (B,R) ids after the hole
     n,  # Number of missing ids
-    sample_ids,  # Function from logits (B,k,V) to ids (B,k)
+    sample_fn,  # Function from logits (B,k,V) to ids (B,k)
 ) -> torch.Tensor:  # (B,n) ids
     "Return the missing ids between two ends of a text"
     room = lm.cfg.ctx_len + 1 - n
@@ -292,7 +292,7 @@ def infill(
     after = min(right.shape[1], max(room // 2, room - left.shape[1]))
     left = left[:, -(room - after) :]
     x = torch.cat([left, left.new_full((len(left), n), lm.cfg.vocab_size), right[:, :after]], 1)
-    return fill(lm, x, sample_ids)[:, left.shape[1] : left.shape[1] + n]
+    return fill(lm, x, sample_fn)[:, left.shape[1] : left.shape[1] + n]
 
 # %% ../../nbs/models/36_diffusion.ipynb #1886aa3b
 def _nll_bound_metrics(nats, n, size):

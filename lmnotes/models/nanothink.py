@@ -82,7 +82,7 @@ def new_router(
 # %% ../../nbs/models/37_nanothink.ipynb #00852f27
 STORE_FILE = "memory.safetensors"  # In the run folder
 _EMPTY_STORE = "memory is set, but the store is empty. Call fill_store, use nbs/recipes/train_mla, or set memory=0"
-_UNCACHED = "a text must not retrieve itself in training. Wrap batches in CachedExpertOutputs: run(make_batches=...)"
+_UNCACHED = "a text must not retrieve itself in training. Wrap batches in CachedExpertBatches: run(make_batches=...)"
 
 # %% ../../nbs/models/37_nanothink.ipynb #6ed8c1f0
 class RetrievalLM(LM):
@@ -233,8 +233,9 @@ def _nll(lm, batch, states, router, log_probs):
 
 _TINY = dict(transformer="gpt:tiny", state_space="ssm:tiny", diffuser="diffusion:tiny,block=1")
 _TINY |= dict(d_model=128, n_heads=4, head_dim=32, kv_latent_dim=64, rope_dim=16, dropout=0.0)
-_GUIDE = dict(fusion="hidden", attention_first=True, kv_latent_dim=0, balance_loss=0.0, z_loss=0.0)
-_PRESETS = dict(guide=_GUIDE, tiny=_TINY)
+_PRESETS = dict(
+    guide=dict(fusion="hidden", attention_first=True, kv_latent_dim=0, balance_loss=0.0, z_loss=0.0), tiny=_TINY
+)
 
 # %% ../../nbs/models/37_nanothink.ipynb #1bc443a2
 @arch("nanothink")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'OUTPUTS', 'TEXT_SOURCES', 'StreamsConfig', 'attention_mask', 'masked_attention_fn', 'text_attention_fn',
-           'text_weight', 'text_logits', 'StreamsBase', 'SequencePart', 'build_parts', 'run_blocks',
+           'lm_head_weight', 'text_logits', 'StreamsBase', 'SequencePart', 'build_parts', 'run_blocks',
            'hidden_states_by_stream', 'all_outputs', 'sense_caches', 'StreamsForward', 'Streams', 'count_parameters']
 
 # %% ../../nbs/models/38_streams.ipynb #cff6af91
@@ -119,7 +119,7 @@ def _make_head(name, c):
     return HEADS[name](c) if name in HEADS else nn.Linear(c.d_model, c.vocab_size, bias=False)
 
 # %% ../../nbs/models/38_streams.ipynb #5ea4381a
-def text_weight(lm, name) -> torch.Tensor:  # A `Streams` model and the name of a text output
+def lm_head_weight(lm, name) -> torch.Tensor:  # A `Streams` model and the name of a text output
     "Return the LM head's matrix (V,D) of a text output, with its adapter merged"
     if lm.cfg.tie:
         return lm.embed.weight if name == "internal_text" else lm.encoders["external_voice"].embed.weight
@@ -129,7 +129,7 @@ def text_weight(lm, name) -> torch.Tensor:  # A `Streams` model and the name of 
 
 def text_logits(lm, name, h) -> torch.Tensor:  # A model, the name of a text output, and hidden states (B,N,D)
     "Return the logits (B,N,V) of a text output"
-    return soft_cap(F.linear(h, text_weight(lm, name)).float(), lm.cfg.softcap)
+    return soft_cap(F.linear(h, lm_head_weight(lm, name)).float(), lm.cfg.softcap)
 
 # %% ../../nbs/models/38_streams.ipynb #571f6450
 class StreamsBase(LM):
@@ -156,7 +156,7 @@ class StreamsBase(LM):
         init_blocks(self.blocks)
         for name in TEXT_SOURCES:
             if name in self.outputs:
-                weight = text_weight(self, name)
+                weight = lm_head_weight(self, name)
                 nn.init.normal_(weight, std=0.02) if cfg.tie else nn.init.zeros_(weight)
 
 # %% ../../nbs/models/38_streams.ipynb #336f8ae2
@@ -289,7 +289,7 @@ def _group_batch(lm, batch):
 def _nll(lm, name, states, y):
     "Return the summed loss of a text and the number of its targets"
     with torch.set_grad_enabled(torch.is_grad_enabled() and lm.weights.get(name, 0.0) > 0):
-        nats = chunked_cross_entropy(states[TEXT_SOURCES[name]], text_weight(lm, name), y, lm.cfg.softcap)
+        nats = chunked_cross_entropy(states[TEXT_SOURCES[name]], lm_head_weight(lm, name), y, lm.cfg.softcap)
     return nats, (y != IGNORE_INDEX).sum()
 
 # %% ../../nbs/models/38_streams.ipynb #1ec3f7af
@@ -367,9 +367,9 @@ class Streams(StreamsForward):
         return text_logits(self, "internal_text", h[:, -1:])[:, 0], (caches, senses)
 
     @torch.no_grad()
-    def generate(self, x, n, sample_ids, **inputs):
+    def generate(self, x, n, sample_fn, **inputs):
         "Yield `n` new ids (B,1) one by one, with sensory inputs"
-        yield from super().generate(x, n, sample_ids, self.new_state(len(x), x.device, **inputs))
+        yield from super().generate(x, n, sample_fn, self.new_state(len(x), x.device, **inputs))
 
 # %% ../../nbs/models/38_streams.ipynb #a0e3dacc
 def _is_used_for_text(lm, name):

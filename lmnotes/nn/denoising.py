@@ -290,11 +290,11 @@ def unmasked_per_step(n, steps) -> list:  # Number of holes, number of steps
     return [before - after for before, after in zip(left, left[1:])]
 
 
-def row_generators(sample_ids, rows) -> list:  # `TokenSampler` or function logits -> ids, number of rows
+def row_generators(sample_fn, rows) -> list:  # `TokenSampler` or function logits -> ids, number of rows
     "Return a random generator for each row: the sampler's own, or new ones seeded by torch's global generator"
-    if isfunction(sample_ids):
+    if isfunction(sample_fn):
         return [torch.Generator().manual_seed(seed) for seed in torch.randint(2**62, (rows,)).tolist()]
-    return sample_ids.generators
+    return sample_fn.generators
 
 # %% ../../nbs/nn/28_denoising.ipynb #d1822ae0
 def unmask(
@@ -302,7 +302,7 @@ def unmask(
     holes,  # (B,m) positions to fill
     hidden_states,  # Function: ids (B,T) -> hidden states (B,T,D)
     logits,  # Function: hidden states (B,k,D) -> logits (B,k,V)
-    sample_ids,  # Function: logits (B,k,V) -> ids (B,k)
+    sample_fn,  # Function: logits (B,k,V) -> ids (B,k)
     steps,  # Number of steps
     generators=None,  # Random generator of each row for a random order. None: the most certain holes first
 ):
@@ -316,5 +316,5 @@ def unmask(
         if not generators:
             order = z.log_softmax(-1).amax(-1).argsort(dim=1, descending=True, stable=True)
             holes, z = holes.gather(1, order), z[rows, order[:, :n]]
-        x[rows, holes[:, :n]] = sample_ids(z)
+        x[rows, holes[:, :n]] = sample_fn(z)
         holes = holes[:, n:]

@@ -96,11 +96,11 @@ class LM(nn.Module):
         return self(x)[:, -1], x
 
     @torch.no_grad()
-    def generate(self, x, n, sample_ids, state=None):  # (B,T) prompt, number of new ids, logits (…,V) -> ids (…)
+    def generate(self, x, n, sample_fn, state=None):  # (B,T) prompt, number of new ids, logits (…,V) -> ids (…)
         "Yield new ids in chunks (B,k), at least `n` ids in total. `state`: as for `step`"
         for _ in range(n):
             logits, state = self.step(x, state)
-            x = sample_ids(logits)[:, None]
+            x = sample_fn(logits)[:, None]
             yield x
 
 # %% ../../nbs/nn/20_lm.ipynb #74559e39

@@ -89,7 +89,7 @@ def _rank_candidates(store, q, slots, k, excluded):
     scores = (store._keys[slots] * q).sum(-1)
     lowest, allowed = scores.min(), (store._groups[slots] != excluded) | (excluded < 0)
     slots, scores = slots[allowed], scores[allowed]
-    order = store.age(slots).argsort()
+    order = store.insertion_rank(slots).argsort()
     order = order[scores[order].argsort(stable=True, descending=True)][:k]
     slots, scores, padding = slots[order], scores[order], (0, k - len(order))
     certain = len(order) == k and bool(scores[-1] > lowest + 1e-5)
@@ -158,13 +158,13 @@ class RingBuffer:
     def __len__(self):
         return min(self.n_added, self.max_vectors)
 
-    def age(self, slots) -> torch.Tensor:  # Slot numbers
+    def insertion_rank(self, slots) -> torch.Tensor:  # Slot numbers
         "Return the positions of slots in the order of insertion, 0 for the oldest"
         return (slots - self.n_added) % self.max_vectors if self.n_added > self.max_vectors else slots
 
     def oldest_first(self) -> dict:
         "Return keys, values and groups, the oldest first"
-        order = self.age(torch.arange(len(self), device=self.device)).argsort()
+        order = self.insertion_rank(torch.arange(len(self), device=self.device)).argsort()
         return dict(keys=self._keys[order], values=self._values[order], groups=self._groups[order])
 
 # %% ../../nbs/nn/26_vector_store.ipynb #d1400f74

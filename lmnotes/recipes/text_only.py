@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHANGEABLE_ON_RESUME', 'SEPARATOR', 'DRY_RUN', 'CORPUS_SIZE_ADVICE', 'LOG_FORMAT', 'WARNINGS', 'PACKAGES',
-           'device_or_cpu', 'run_folder', 'text_run_params', 'data_advice', 'print_header', 'make_checkpoint_contents',
+           'device_or_cpu', 'run_folder', 'text_run_params', 'data_advice', 'print_header', 'checkpoint_contents',
            'LossMonitor', 'make_hooks', 'print_footer', 'check_environment', 'checklist']
 
 # %% ../../nbs/recipes/87_text_only.ipynb #9d7500d6
@@ -82,7 +82,7 @@ def text_run_params(
     if tokenizer or not _has_tokenizer(data):
         course["tokenizer"] = tokenizer or "gpt2"
     if s["training.mixed_precision"] != "auto":
-        course["dtype"] = DTYPES[s["training.mixed_precision"]]
+        course["dtype"] = MIXED_PRECISION_DTYPES[s["training.mixed_precision"]]
     return course | dict(
         arch="streams",
         model_args=_model_args(s),
@@ -175,7 +175,7 @@ def _model_size_lines(cfg, vocab):
     return line + f"\n({tables:,} of them are in embeddings, {n_params(lm) - tables:,} are not)"
 
 # %% ../../nbs/recipes/87_text_only.ipynb #0f784d64
-def make_checkpoint_contents(
+def checkpoint_contents(
     t,  # The trainer
     weights,  # The model's state dict
 ) -> dict:
@@ -209,7 +209,7 @@ class LossMonitor(Hook):
         self.then = None  # Trainer time at the last step
         self.best, self.best_step = math.inf, 0
 
-    def say(self, what, **found):
+    def warn_once(self, what, **found):
         if what not in self.said:
             self.said.add(what)
             self.show("warning: " + WARNINGS[what].format(**found, **self.limits))
@@ -221,30 +221,30 @@ class LossMonitor(Hook):
         self.losses.append(t.last_metrics["loss_internal_text"])
         self.seconds.append(t.seconds - then)
         if not math.isfinite(t.last_metrics["loss"]):
-            self.say("nan", step=t.step)
+            self.warn_once("nan", step=t.step)
         if len(self.losses) == self.every:
             seconds = max(1e-9, statistics.median(self.seconds))  # The median ignores single slow steps
-            self.look(t.step, statistics.fmean(self.losses), t.last_metrics["rows"] / seconds)
+            self.check_averages(t.step, statistics.fmean(self.losses), t.last_metrics["rows"] / seconds)
             self.losses, self.seconds = [], []
 
-    def look(self, step, loss, speed):
+    def check_averages(self, step, loss, speed):
         "Check the averages of the last steps"
         if loss < self.best - 0.01:
             self.best, self.best_step = loss, step
         if step >= self.limits["after"] and loss > self.limits["high"]:
-            self.say("high", loss=loss, step=step)
+            self.warn_once("high", loss=loss, step=step)
         if math.isfinite(loss) and step - self.best_step >= self.limits["after"]:
-            self.say("plateau", best=self.best)
+            self.warn_once("plateau", best=self.best)
         if speed < self.limits["slow"]:
-            self.say("slow", speed=speed)
+            self.warn_once("slow", speed=speed)
 
 # %% ../../nbs/recipes/87_text_only.ipynb #edaea750
 def make_hooks(settings):
     "Return the hooks for MultiModalCreature's files and warnings"
     folder, every = run_folder(settings), settings["training.save_interval"]
     return [
-        SaveWeights(folder, "model_step_{step}.pt", every, make_content=make_checkpoint_contents),
-        SaveWeights(folder, "model_final.pt", make_content=make_checkpoint_contents),
+        SaveWeights(folder, "model_step_{step}.pt", every, make_content=checkpoint_contents),
+        SaveWeights(folder, "model_final.pt", make_content=checkpoint_contents),
         LossMonitor(settings["training.log_interval"]),
     ]
 

@@ -155,7 +155,9 @@ class ArchMeasurement:
         self.n_ids, self.bytes_per_token = s.data.tokenizer.vocab_size, s.bytes_per_token
         self.step_times, self.speeds = [], []
 
-    def count(self, least=12, most=300, error=0.005) -> tuple:  # Minimum and maximum steps, relative error to reach
+    def flops_per_step(
+        self, least=12, most=300, error=0.005
+    ) -> tuple:  # Minimum and maximum steps, relative error to reach
         "Return (average FLOPs of a step, share of them in pointwise operations)"
         counts, uncertain = [], True
         while uncertain and len(counts) < most:
@@ -184,7 +186,7 @@ def measure_costs(
     "Measure the costs of architectures, timing them in turns"
     costs, measurements = {}, {name: ArchMeasurement(cfg, name) for name in names}
     for name, m in measurements.items():
-        flops, pointwise = m.count()
+        flops, pointwise = m.flops_per_step()
         costs[name] = dict(n_params=n_params(m.trainer.lm), flops=flops, pointwise=pointwise)
         m.time_once(1)  # Warm-up
     for _ in range(turns):
@@ -304,13 +306,13 @@ class Comparison:
         path = self.folder / f"{arch}-{seed}" / "run.json"
         return read_json(path) if path.exists() else {}
 
-    def done(self, arch) -> list:
+    def finished_runs(self, arch) -> list:
         "Return [(folder, record)] of the finished runs of an architecture"
         found = [(self.folder / f"{arch}-{seed}", self.record(arch, seed)) for seed in range(self.cfg.seeds)]
         return [(folder, record) for folder, record in found if record.get("status") == "done"]
 
     def __repr__(self):
-        n = sum(len(self.done(name)) for name in self.steps)
+        n = sum(len(self.finished_runs(name)) for name in self.steps)
         return f"Comparison({self.folder.name}: {len(self.steps)} architectures, {n} of {len(self.steps) * self.cfg.seeds} runs done)"
 
 # %% ../../nbs/runs/68_compare.ipynb #dcf1c755

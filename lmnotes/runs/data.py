@@ -61,7 +61,7 @@ def load_data(
         tokens = {part: Tokens(ids[part], whole.vocab_size, whole.path, whole.tokenizer) for part in ids}
         return RunData(tokens, tokenizer, whole.fingerprint, path.name)
     corpus = get_corpus(cfg.data, cfg.data_dir, cfg.domains, cfg.recursive)
-    tokenizer = tokenizer or train_tokenizer(corpus, cfg.tokenizer, cfg.split, cfg.data_dir)
+    tokenizer = tokenizer or get_corpus_tokenizer(corpus, cfg.tokenizer, cfg.split, cfg.data_dir)
     folder = tokens_dir(corpus, tokenizer, cfg.split)
     tokens = tokenize_splits(corpus, tokenizer, folder, cfg.split, verbose=log_fn is print)
     fingerprint = sha256_json([corpus.fingerprint, resolve_split(corpus, cfg.split)])

@@ -120,7 +120,7 @@ def _build_model(cfg, tokenizer, checkpoint_folder=None):
 def _open_for_resume(folder):
     "Return (record, newest verified checkpoint or None) of a run"
     if not (folder / "run.json").exists():
-        raise CheckpointError(f"{folder}: there is no run here to resume. {existing_runs(folder.parent)}")
+        raise CheckpointError(f"{folder}: there is no run here to resume. {describe_existing_runs(folder.parent)}")
     info = read_json(folder / "run.json", CheckpointError)
     if not list_checkpoints(folder):
         print(f"{folder.name} has no checkpoint yet, so it restarts from step 0")

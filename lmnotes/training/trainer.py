@@ -123,14 +123,16 @@ def load_optimizer_states(optimizers, saved) -> None:
 
 # %% ../../nbs/training/41_trainer.ipynb #804d5923
 def _explain_out_of_memory(e, trainer):
-    "Return an `OutOfMemory` that names the parameters to change, or `e` itself if it is another error"
+    "Return an `OutOfMemoryError` that names the parameters to change, or `e` itself if it is another error"
     texts = "not enough memory", "can't allocate memory"
     if not isinstance(e, torch.OutOfMemoryError) and not any(text in str(e) for text in texts):
         return e
     (n, ctx_len), c = trainer.batches[trainer.step].x.shape[:2], trainer.cfg
     rows = -(-n // (c.accum * trainer.world_size))
     values = dict(device=trainer.device, step=trainer.step, rows=rows, ctx_len=ctx_len, batch_size=n, accum=c.accum)
-    return OutOfMemory(trainer.log_format.out_of_memory.format(**values, twice=c.accum * 2, why=str(e).splitlines()[0]))
+    return OutOfMemoryError(
+        trainer.log_format.out_of_memory.format(**values, twice=c.accum * 2, why=str(e).splitlines()[0])
+    )
 
 # %% ../../nbs/training/41_trainer.ipynb #4e6fe4c8
 MAX_SKIPPED_STEPS = 5  # Consecutive skipped steps after which a run stops as diverged
