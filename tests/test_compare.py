@@ -273,7 +273,7 @@ def test_equal_time_budget(workdir):
         (dict(own_args="gpt: width=3"), "'width=3'"),
         (dict(own_args="gtp: d_model=3"), "did you mean 'gpt'?"),
         (dict(compute="hours"), "compute='hours' is not one of flops, seconds"),
-        (dict(seeds=0), "seeds=0, but seeds is at least 1"),
+        (dict(seeds=0), "seeds=0, but seeds must be at least 1"),
     ],
 )
 def test_errors_are_raised_before_training(workdir, monkeypatch, change, message):

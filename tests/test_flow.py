@@ -1,6 +1,7 @@
 """Chapters import in one direction only, models import only `nn`, and modules stay small."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -123,3 +124,14 @@ def test_runtime_code_does_not_import_development_tools():
 def test_these_tests_see_imports():
     assert len(MODULES) > 50
     assert sum(map(len, IMPORTS.values())) > 200
+
+
+def test_star_imports_do_not_collide():
+    "No two modules that a module imports with `*`, nor it and one of them, export different objects under one name"
+    for name, path in MODULES.items():
+        seen = {n: importlib.import_module(name) for n in getattr(importlib.import_module(name), "__all__", [])}
+        for line in re.findall(r"^from (\.[\w.]*|lmnotes[\w.]*) import \*$", path.read_text(encoding="utf-8"), re.M):
+            other = importlib.import_module(line, name.rpartition(".")[0])
+            for n in other.__all__:
+                first = seen.setdefault(n, other)
+                assert getattr(first, n) is getattr(other, n), f"{name}: {n} of {first.__name__} and {other.__name__}"

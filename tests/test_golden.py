@@ -5,6 +5,7 @@ change. A failure means that users can no longer use their runs: change the code
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -85,3 +86,15 @@ def test_export_files_are_unchanged(release):
         name for name, sha256 in files.items() if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha256
     ]
     assert changed == []
+
+
+@each_release
+def test_the_two_best_tokens_of_a_golden_text_differ(release, monkeypatch):
+    "`golden/make.py`, which makes the folders of the next release, measures the same margin with today's code"
+    spec = importlib.util.spec_from_file_location("make", GOLDEN / "make.py")
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    monkeypatch.chdir(GOLDEN / release)
+    name = RELEASES[release]["exported"]
+    r = lmnotes.load(f"runs/{name}", device="cpu")
+    assert make.smallest_margin(r, RELEASES[release]["runs"][name]["prompt"]) > make.MARGIN / 2

@@ -23,6 +23,7 @@ from helpers import (
 from lmnotes import load
 from lmnotes.data.prepare import prepare_data
 from lmnotes.nn.lm import new_lm
+from lmnotes.recipes.text_only import text_run_params
 from lmnotes.recipes.text_only_config import DEFAULT_SETTINGS, load_text_config
 
 NOTEBOOK = Path(__file__).parent.parent / "nbs/recipes/text_only.ipynb"
@@ -241,3 +242,13 @@ def test_a_gpu_that_is_not_there(workdir):
         pytest.skip("there is a GPU")
     assert run_in_process(workdir, recipe, device="cuda", dry_run=True) == 0, read_log(workdir)
     assert "Using device: cpu (no cuda device)" in read_log(workdir)
+
+
+@pytest.mark.parametrize(
+    "name, dtype", [("auto", "auto"), ("no", "float32"), ("fp16", "float16"), ("bf16", "bfloat16")]
+)
+def test_mixed_precision(workdir, monkeypatch, name, dtype):
+    monkeypatch.chdir(workdir)
+    Path("other.yaml").write_text(SMALL.replace("training:\n", f"training:\n\tmixed_precision: {name}\n"))
+    params = text_run_params(load_text_config("other.yaml"), "corpus.bin")
+    assert params.get("dtype", "auto") == dtype

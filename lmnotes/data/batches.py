@@ -171,29 +171,32 @@ class DomainBalancedBatches(SequenceBatches):
 
 # %% ../../nbs/data/17_batches.ipynb #80d5fb0a
 def pack_documents(
-    bounds,  # Position at which each document begins, and the end of the last one
+    lengths,  # Array with the number of ids in each document
     ctx_len,  # Context window: targets per row
-):  # Iterator of pieces: their first position, their number of targets and their row
+) -> tuple:  # (start in its document, document, number of targets, row) of each piece, as four arrays
     "Cut documents into pieces of at most `ctx_len` targets, and fill rows with them in order"
-    row, used = 0, 0
-    for begin, end in zip(bounds, bounds[1:]):
-        for start in range(begin, end - 1, ctx_len):
-            n = min(ctx_len, end - 1 - start)
-            if used + n > ctx_len:
-                row, used = row + 1, 0
-            yield start, n, row
-            used += n
+    per_doc = np.maximum(0, -(-(lengths - 1) // ctx_len))  # Pieces in each document
+    doc = np.repeat(np.arange(len(lengths)), per_doc)
+    start = (np.arange(len(doc)) - np.repeat(np.cumsum(per_doc) - per_doc, per_doc)) * ctx_len
+    n = np.minimum(ctx_len, lengths[doc] - 1 - start)
+    row, used, rows = 0, 0, np.empty(len(n), np.int64)
+    for i, k in enumerate(n.tolist()):
+        if used + k > ctx_len:
+            row, used = row + 1, 0
+        rows[i], used = row, used + k
+    return start, doc, n, rows
 
 # %% ../../nbs/data/17_batches.ipynb #7157c661
 class PackedBatches:
     "Rows of whole documents (or pieces of long ones), each once per epoch, shuffled"
 
     def __init__(self, ids, doc_starts, batch_size, ctx_len, seed=0):
-        pieces = pack_documents([*map(int, doc_starts), len(ids)], ctx_len)
-        self.start, self.n, rows = np.fromiter(pieces, np.dtype((np.int64, 3))).T
+        bounds = np.append(np.asarray(doc_starts, np.int64), len(ids))
+        start, doc, self.n, rows = pack_documents(np.diff(bounds), ctx_len)
         if not len(rows):
             raise DataError(f"none of {len(doc_starts)} documents has two tokens, so there is nothing to predict")
         self.ids, self.ctx_len = ids, ctx_len
+        self.start = bounds[doc] + start
         self.first = np.searchsorted(rows, np.arange(rows[-1] + 2))  # First piece of each row
         self.order = EpochOrder(rows[-1] + 1, batch_size, seed)
         self.steps_per_epoch = self.order.steps_per_epoch

@@ -321,8 +321,7 @@ def compare(**params) -> Comparison:  # Fields of `CompareConfig`
     cfg = CompareConfig(**params)
     if cfg.compute not in BUDGETS:
         raise ValueError(f"compute={cfg.compute!r} is not one of {', '.join(BUDGETS)}")
-    check_at_least(1, cfg, "ctx_len batch_size max_steps seeds evals procs")
-    check_at_least(0, cfg, "budget")
+    check_minimums(cfg, ctx_len=1, batch_size=1, max_steps=1, seeds=1, evals=1, procs=1, budget=0)
     names, folder = compared_archs(cfg), comparison_folder(cfg.out_dir)
     cfg.out_dir = str(folder)
     with RunLock(folder):

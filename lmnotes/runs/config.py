@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIXED_PARAMS', 'CHANGEABLE_PARAMS', 'ALIASES', 'MODEL_PARAMS', 'DTYPE_ALIASES', 'HINTS', 'DataConfig', 'RunConfig',
            'canonical_params', 'resolve_config', 'given_param_names', 'params_from', 'to_cli_flags', 'format_params',
-           'check_at_least', 'check_params', 'parse_names', 'check_unchanged']
+           'check_params', 'parse_names', 'check_unchanged']
 
 # %% ../../nbs/runs/60_config.ipynb #a0b4f076
 import os
@@ -13,6 +13,7 @@ import shlex
 from dataclasses import asdict, dataclass, fields
 
 from ..core import *
+from ..nn.lm import check_minimums
 from ..training.optim import *
 from ..training.trainer import *
 
@@ -216,18 +217,13 @@ def format_params(
     return (" " if command else ", ").join(words)
 
 # %% ../../nbs/runs/60_config.ipynb #6e9e5e50
-def check_at_least(least, cfg, names) -> None:  # Smallest value, configuration, and names separated by spaces
-    "Raise ValueError if one of the parameters is too small"
-    for name in names.split():
-        if vars(cfg)[name] < least:
-            raise ValueError(f"{name}={vars(cfg)[name]}, but {name} is at least {least}")
-
-
 def check_params(cfg, world):  # `RunConfig`, and the number of processes
     "Raise ValueError unless the parameters are in range and fit together"
-    check_at_least(1, cfg, "batch_size ctx_len steps accum procs")
-    check_at_least(0, cfg, "seed clip patience keep epochs stride lora_rank lora_alpha")
-    check_at_least(0, cfg, "eval_every eval_batches sample_every save_every log_every")
+    check_minimums(
+        cfg, batch_size=1, ctx_len=1, steps=1, accum=1, procs=1, seed=0, clip=0, patience=0, keep=0, epochs=0
+    )
+    check_minimums(cfg, stride=0, lora_rank=0, lora_alpha=0, eval_every=0, eval_batches=0, sample_every=0)
+    check_minimums(cfg, save_every=0, log_every=0)
     rows = cfg.accum * world
     if cfg.batch_size % rows:
         raise ValueError(

@@ -113,7 +113,7 @@ class Margins(TokenSampler):
     smallest = float("inf")
 
     def __call__(self, logits):
-        best, second = logits[..., : self.n_ids].float().topk(2).values.unbind(-1)
+        best, second = logits[..., : self.vocab_size].float().topk(2).values.unbind(-1)
         self.smallest = min(self.smallest, (best - second).min().item())
         return super().__call__(logits)
 
@@ -121,7 +121,7 @@ class Margins(TokenSampler):
 def smallest_margin(r, prompt):
     "Smallest difference between the two best tokens in the greedy text after a prompt"
     x = torch.tensor([encode_prompt(r.tokenizer, prompt)])
-    pick = Margins(temperature=0, n_ids=r.tokenizer.vocab_size).reset(x)
+    pick = Margins(temperature=0, vocab_size=r.tokenizer.vocab_size).reset(x)
     n = 0
     for new in r.lm.eval().generate(x, TOKENS, pick):
         n += new.shape[1]
