@@ -43,9 +43,11 @@ def shown(notebook):
     return text, {kind for output in outputs for kind in output.get("data", {})}
 
 
-def test_the_first_run(project):
+@pytest.mark.parametrize("steps", ["100", pytest.param("500", marks=pytest.mark.nightly)])
+def test_the_first_run(project, steps):
     "The first run's report has a curve and no error"
-    run(["bash", "-c", COMMANDS[0]], project)
+    shutil.rmtree(project / "checkpoints", ignore_errors=True)
+    run(["bash", "-c", COMMANDS[0]], project, LMNOTES_STEPS=steps)
     text, kinds = shown(project / "checkpoints/first/train.ipynb")
     assert "image/png" in kinds
     assert text
