@@ -22,9 +22,11 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +74,7 @@ def replace_aliases(
     return {name: given[alias] for name, alias in names.items()}
 
 # %% ../nbs/00_core.ipynb #c6a6f52c
-def expand_kwargs(function, config):  # Function that accepts `**keywords`, and class with these parameters
+def expand_kwargs(function, config) -> Callable:  # Function that accepts `**keywords`, and class with these parameters
     "Return the function with the parameters of a class, instead of `**keywords`, in the signature that `help` shows"
     signature = inspect.signature(function)
     named = {name: p for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
@@ -117,14 +119,14 @@ def derive_seed(
     return int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def seed_torch(*key):
+def seed_torch(*key) -> None:
     "Reseed torch's generators on the CPU and on every accelerator from the integers in `key`"
     # Without an accelerator, torch.manual_seed would format a traceback in each call, a tenth of a small model's step
     set_seed = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
     set_seed(derive_seed(*key))
 
 
-def set_deterministic(device):
+def set_deterministic(device) -> None:
     "Select deterministic algorithms on a CUDA `device` (the algorithms on a CPU are always deterministic)"
     if device.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -201,7 +203,7 @@ def describe_device(device, dtype, reason) -> str:
     return f"device {device} ({hardware}), {dtype}: {reason}"
 
 # %% ../nbs/00_core.ipynb #e7a5ab74
-def fsync_path(path):
+def fsync_path(path) -> None:
     "Flush a file, or the directory entries of a folder, to disk"
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -214,7 +216,7 @@ def write_atomic(
     path,  # File to write
     data,  # Its new content, str or bytes
     durable=True,  # Also flush to disk, so that the file survives a power cut
-):
+) -> None:
     "Write `data` to `path` atomically: the file has its old content or the new, never a mixture"
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -231,7 +233,7 @@ def write_atomic(
         fsync_path(path.parent)
 
 # %% ../nbs/00_core.ipynb #4eb8e7e9
-def write_json(path, obj, durable=True):
+def write_json(path, obj, durable=True) -> None:
     "Write `obj` to `path` as indented JSON with `write_atomic`"
     write_atomic(path, json.dumps(obj, indent=1, ensure_ascii=False) + "\n", durable)
 
@@ -239,7 +241,7 @@ def write_json(path, obj, durable=True):
 def read_json(
     path,  # JSON file
     error=DataError,  # Exception type to raise if the file is missing or is not JSON
-):
+) -> Any:
     "Return the object in a JSON file"
     try:
         return json.loads(Path(path).read_bytes())
@@ -326,7 +328,7 @@ class StopSignals:
         return self.signum != 0
 
     @property
-    def name(self):
+    def name(self) -> str:
         "Name of the first signal, or an empty string"
         return signal.Signals(self.signum).name if self.signum else ""
 

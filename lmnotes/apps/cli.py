@@ -19,7 +19,7 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 from .papermill_engine import *
 from ..recipes.registry import *
@@ -86,7 +86,7 @@ def _status_to_exit_code(r):
     return 128 + {"SIGINT": 2, "SIGTERM": 15}.get(r.info.get("signal"), 2) if r.status == "interrupted" else 0
 
 # %% ../../nbs/apps/92_cli.ipynb #5b1288b4
-def train_command(argv):
+def train_command(argv) -> int:
     "Train a model, or resume a run"
     from lmnotes.runs.config import ALIASES, DTYPES, MODEL_PARAMS, RunConfig
 
@@ -101,14 +101,14 @@ def train_command(argv):
     return _status_to_exit_code(run(**given, **aliased))
 
 
-def parse_options(command, options, argv):
+def parse_options(command, options, argv) -> Any:
     "Parse the options of a command into its dataclass"
     import tyro
 
     return tyro.cli(options, args=argv, prog=f"lmnotes {command}")
 
 # %% ../../nbs/apps/92_cli.ipynb #bcaf4467
-def generate_command(argv):
+def generate_command(argv) -> int:
     "Generate text with a trained model"
     from lmnotes.core import replace_aliases
     from lmnotes.inference.generation import GENERATE_ALIASES, GenerateConfig
@@ -150,7 +150,7 @@ class PrepareOptions:
     split: str = "auto"  # Train/validation split: auto | hash | first90 | randperm42 | enwik8
 
 
-def prepare_command(args):
+def prepare_command(args) -> None:
     from lmnotes.data.prepare import prepare_data
 
     prepare_data(**vars(args))
@@ -174,7 +174,7 @@ def _with_bound_signs(metrics):
     return {name: f"≤ {v:.4g}" if name in bounds else v for name, v in metrics.items() if name != "bound"}
 
 
-def evaluate_command(args):
+def evaluate_command(args) -> None:
     from lmnotes.inference.evaluation import Table
     from lmnotes.runs.load import load
 
@@ -193,7 +193,7 @@ class WatchOptions:
     seconds: float = 2.0  # Minimum seconds between two redraws
 
 
-def watch_command(args):
+def watch_command(args) -> None:
     from lmnotes.runs.monitor import attach
 
     attach(args.run).follow(args.seconds)
@@ -209,7 +209,7 @@ class ExportOptions:
     state_dict: str = ""  # Also save the weights with torch.save under this name, such as best_model.pth
 
 
-def export_command(args):
+def export_command(args) -> None:
     from lmnotes.export.export import export
 
     print(export(args.run, args.to, args.which, args.state_dict))
@@ -226,7 +226,7 @@ class UploadOptions:
     message: str = ""  # Commit message
 
 
-def upload_command(args):
+def upload_command(args) -> None:
     from lmnotes.export.hub import upload
 
     upload(**vars(args))
@@ -268,7 +268,7 @@ def _run_cell(source, where, names):
             print(value)
 
 # %% ../../nbs/apps/92_cli.ipynb #8556a6ff
-def notebook_command(args):
+def notebook_command(args) -> int:
     from lmnotes.runs.load import Run
     from lmnotes.training.trainer import rank_and_world_size
 
@@ -288,7 +288,7 @@ def notebook_command(args):
 # %% ../../nbs/apps/92_cli.ipynb #c6353548
 def main(
     argv=None,  # Words after `lmnotes` (None: those of the process)
-):
+) -> NoReturn:
     "Run a command, and exit with its code"
     sys.stdout.reconfigure(line_buffering=True)  # So that you can read a log file during the run
     code = execute_command(sys.argv[1:] if argv is None else argv)
@@ -299,7 +299,7 @@ def main(
     sys.exit(code)
 
 # %% ../../nbs/apps/92_cli.ipynb #bf274b8a
-def simple_command(name, options, work):  # Name, dataclass of options, function of its instance
+def simple_command(name, options, work) -> "Callable":  # Name, dataclass of options, function of its instance
     "Return a command whose options are a dataclass"
 
     def command(argv):
@@ -309,7 +309,7 @@ def simple_command(name, options, work):  # Name, dataclass of options, function
     return command
 
 
-def recipe_command(name, load):  # Name, and a function that returns (dataclass of options, training function)
+def recipe_command(name, load) -> "Callable":  # Name, and a function: returns (dataclass of options, training function)
     "Return a command that trains a recipe"
 
     def command(argv):

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -206,7 +207,7 @@ def _suggest(name, known):
 def check_parameters(
     notebook,  # Path of a notebook in the project
     parameters,  # {name: value} of the given parameters
-):
+) -> None:
     "Raise ValueError for a parameter that the notebook does not have, or a value of another type"
     known = notebook_parameters(notebook)
     for name, value in parameters.items():
@@ -255,7 +256,7 @@ def fill_in_command(
 @contextmanager
 def forward_signals(
     kernel_pid,  # Function that returns the process id of the kernel, or None before it has one
-):
+) -> Iterator[None]:
     "Forward SIGINT and SIGTERM to the kernel as an interrupt, in a `with` block"
     count = 0
 
@@ -307,7 +308,7 @@ def resume_prefix(
 @contextmanager
 def temporary_environment(
     **variables,  # {name: value}, with None for no change
-):
+) -> Iterator[None]:
     "Set environment variables in a `with` block"
     before = {name: os.environ.get(name) for name, value in variables.items() if value is not None}
     os.environ.update({name: variables[name] for name in before})
@@ -348,19 +349,19 @@ class GracefulEngine:
     "Papermill engine (`--engine lmnotes`) that finishes a stopped notebook instead of killing it"
 
     @staticmethod
-    def nb_kernel_name(nb, name=None):
+    def nb_kernel_name(nb, name=None) -> str:
         from papermill.utils import nb_kernel_name
 
         return nb_kernel_name(nb, name)
 
     @staticmethod
-    def nb_language(nb, language=None):
+    def nb_language(nb, language=None) -> str:
         from papermill.utils import nb_language
 
         return nb_language(nb, language)
 
     @staticmethod
-    def execute_notebook(nb, kernel_name, input_path=None, output_path=None, **options):
+    def execute_notebook(nb, kernel_name, input_path=None, output_path=None, **options) -> dict:
         "Execute a notebook as papermill does, and forward signals to its kernel"
         from papermill.engines import NBClientEngine
 

@@ -8,7 +8,7 @@ __all__ = ['IGNORE_INDEX', 'SAMPLERS', 'Batch', 'sequences_at', 'check_length', 
            'resolve_sampler', 'get_batches']
 
 # %% ../../nbs/data/17_batches.ipynb #14d85198
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
         return self.map(lambda o: o.to(device, non_blocking=True))
 
     @property
-    def n_targets(self):
+    def n_targets(self) -> int:
         "Number of targets that count in the loss"
         return int((self.y != IGNORE_INDEX).sum())
 
@@ -63,7 +63,7 @@ def sequences_at(
     return Batch(w[:, :-1], w[:, 1:])
 
 
-def check_length(ids, ctx_len, name="the token stream"):
+def check_length(ids, ctx_len, name="the token stream") -> None:
     "Raise `DataError` unless `ids` is long enough for one sequence (`name` appears in the message)"
     if len(ids) <= ctx_len:
         need = f"ctx_len={ctx_len} needs at least {ctx_len + 1:,}. Use a smaller ctx_len or more text"
@@ -86,7 +86,7 @@ class RandomBatches(SequenceBatches):
         # One epoch reads as many tokens as the file has
         self.steps_per_epoch = max(1, (len(ids) - 1) // (ctx_len * batch_size))
 
-    def start_positions(self, step):
+    def start_positions(self, step) -> np.ndarray:
         return np.random.default_rng((self.seed, step)).integers(len(self.ids) - self.ctx_len, size=self.batch_size)
 
 # %% ../../nbs/data/17_batches.ipynb #dbd324ba
@@ -137,7 +137,7 @@ class EpochBatches(SequenceBatches):
         self.order = EpochOrder(1 + (len(ids) - 1 - ctx_len) // self.stride, batch_size, seed, shuffle)
         self.steps_per_epoch = self.order.steps_per_epoch
 
-    def start_positions(self, step):
+    def start_positions(self, step) -> np.ndarray:
         return self.order[step] * self.stride
 
 # %% ../../nbs/data/17_batches.ipynb #8edc2d2b
@@ -161,7 +161,7 @@ class DomainBalancedBatches(SequenceBatches):
         # An epoch has as many rows as there are sequences, in whole batches
         self.steps_per_epoch = max(1, sum(sizes) // batch_size)
 
-    def start_positions(self, step):
+    def start_positions(self, step) -> np.ndarray:
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         domain, starts = positions % len(self.orders), np.empty_like(positions)
         for i in np.unique(domain):
@@ -249,7 +249,7 @@ class EvaluationBatches:
         y = np.where((at[:, 1:] < self.stop) & (np.arange(self.ctx_len) >= overlap), w[:, 1:], IGNORE_INDEX)
         return Batch(torch.from_numpy(w[:, :-1]), torch.from_numpy(y))
 
-    def subset(self, n):
+    def subset(self, n) -> "list | EvaluationBatches":
         "Return `n` batches spread evenly over the part (0: all of them)"
         n = min(n or len(self), len(self))
         return [self[int(i)] for i in np.linspace(0, len(self) - 1, n).round()] if n < len(self) else self
@@ -271,7 +271,7 @@ def get_batches(
     sampler="auto",  # One of `SAMPLERS`
     epochs=0,  # Length of the run in epochs (0: the length is set in steps)
     stride=0,  # Tokens from one sequence to the next, for samplers 'epochs' and 'sequential' (0: `ctx_len`)
-):  # Object with `[step]`, which is a `Batch`, and `steps_per_epoch`
+) -> "SequenceBatches | PackedBatches":  # Object with `[step]`, which is a `Batch`, and `steps_per_epoch`
     "Return the training batches of a token file"
     sampler = resolve_sampler(sampler, epochs)
     if stride and sampler not in ("epochs", "sequential"):

@@ -11,10 +11,11 @@ import hashlib
 import json
 import zipfile
 import zlib
+from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from ..core import DataError
 
@@ -56,7 +57,7 @@ def read_chunks(
     name,  # Name of the file in error messages
     strict=True,  # Require UTF-8 (False: accept any bytes, as `to_text` does)
     size=1 << 18,  # Bytes to read at a time
-):  # Iterator of chunks, whose concatenation is the text of the file
+) -> Iterator[str]:  # Iterator of chunks, whose concatenation is the text of the file
     "Yield the text of `f`, without a byte order mark, in chunks with the same tokens as the whole text"
     rest, line, offset = "", 1, 0
     while data := b"".join(f.readlines(size)):
@@ -94,7 +95,7 @@ def _parse_json_line(line, name):
 def read_jsonl(
     f,  # Binary file
     name,  # Name of the file in error messages
-):  # Iterator of (line number, text)
+) -> Iterator[tuple]:  # Iterator of (line number, text)
     "Yield the texts of a JSON-lines file"
     limit = 1 << 28  # Bytes: a longer line means that the file is not JSON lines
     for number, line in enumerate(iter(lambda: f.readline(limit + 1), b""), 1):
@@ -124,12 +125,12 @@ class Source(NamedTuple):
     part: str = ""  # train, val or test if the dataset defines its parts
 
     @property
-    def name(self):
+    def name(self) -> str:
         "Name in error messages"
         return f"{self.path}/{self.member}" if self.member else str(self.path)
 
     @contextlib.contextmanager
-    def open(self):
+    def open(self) -> Iterator[BinaryIO]:
         "Open the source as a binary file"
         try:
             file = zipfile.Path(self.path, self.member) if self.member else self.path
@@ -165,7 +166,7 @@ READERS = dict(jsonl=read_jsonl, stories=_read_stories, topics=_read_topics)
 def read_source(
     source,  # `Source` to read
     whole_file=True,  # One document per text file (False: chunks that share one id)
-):  # Iterator of documents
+) -> Iterator[Document]:  # Iterator of documents
     "Yield the documents of one source"
     with source.open() as f:
         if source.kind in READERS:
@@ -200,34 +201,34 @@ class Corpus:
         self.domains = sorted({s.domain for s in sources})
 
     @property
-    def is_single_text(self):
+    def is_single_text(self) -> bool:
         "True if the corpus is one text, which is read in chunks and split by position"
         return len(self.sources) == 1 and self.sources[0].kind in ("text", "bytes")
 
-    def documents(self):
+    def documents(self) -> Iterator[Document]:
         "Yield all documents, reading the files as needed"
         for source in self.sources:
             yield from read_source(source, whole_file=not self.is_single_text)
 
     @cached_property
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         "SHA-256 of the content of all files, in hex"
         named = len(self.domains) > 1  # The name of a single domain does not matter
         lines = [f"{s.kind} {s.domain if named else ''} {_source_sha256(s)}\n" for s in self.sources]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     @cached_property
-    def n_bytes(self):
+    def n_bytes(self) -> int:
         "Number of bytes of text"
         return sum(len(to_bytes(d.text)) for d in self.documents())
 
     @cached_property
-    def n_chars(self):
+    def n_chars(self) -> int:
         "Number of characters of text"
         return sum(len(d.text) for d in self.documents())
 
     @cached_property
-    def default_split(self):
+    def default_split(self) -> str:
         "Split that `auto` selects: the dataset's own, else by position for few documents or by hash for 50 or more"
         if all(s.part for s in self.sources):
             return "own"

@@ -90,7 +90,7 @@ def tokenize_to_file(
     corpus,  # `Corpus` to tokenize
     tokenizer,  # `Tokenizer` to use
     path,  # Token file to write, for example corpus.bin
-):  # `Tokens`
+) -> Tokens:  # `Tokens`
     "Write the tokens of a whole corpus to one file, which training splits by position"
     if not corpus.n_chars:
         raise DataError(f"{corpus.name}: the corpus contains no text to tokenize. Choose another one")
@@ -147,7 +147,7 @@ def _check_returned_batch(batch, shape, vocab_size, where):
     return batch
 
 # %% ../../nbs/data/16_prepare.ipynb #7626cce0
-def get_corpus_tokenizer(corpus, spec, split, data_dir=""):
+def get_corpus_tokenizer(corpus, spec, split, data_dir="") -> "Tokenizer":
     "Return the tokenizer that `spec` names, trained on the training part of a corpus if it is `chars` or `bpe`"
     return get_tokenizer(spec, lambda: (d.text for d in split_documents(corpus, split, "train")), data_dir)
 

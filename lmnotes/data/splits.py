@@ -7,6 +7,7 @@ __all__ = ['SPLITS', 'resolve_split', 'parts_of_split', 'split_documents']
 
 # %% ../../nbs/data/12_splits.ipynb #05802d34
 import hashlib
+from collections.abc import Iterator
 
 import torch
 
@@ -108,7 +109,7 @@ def split_documents(
     corpus,  # `Corpus` to split
     split="auto",  # `auto` or one of `SPLITS`
     part="train",  # train, val, or test if the split has it
-):  # Iterator of documents, which reads files as needed
+) -> Iterator[Document]:  # Iterator of documents, which reads files as needed
     "Return the documents in one part of a corpus, as an iterator that raises `DataError` if the part is empty"
     split = resolve_split(corpus, split)
     if part not in parts_of_split(corpus, split):

@@ -44,11 +44,11 @@ class Tokenizer:
         return len(to_bytes(text)) / max(1, len(self.encode(text)))
 
     @cached_property
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         "SHA-256 of everything that determines the ids, in hex"
         return sha256_json(self.to_json())
 
-    def save(self, folder):
+    def save(self, folder) -> None:
         "Write `tokenizer.json` into `folder`"
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_json(Path(folder) / "tokenizer.json", self.to_json())
@@ -202,7 +202,7 @@ def _build_hf_bpe(vocab, merges, source):
 ESCAPED_BYTES = re.compile("([\ud800-\udfff]+)")  # Invalid bytes, as `to_text` represents them
 
 
-def parse_merge(merge):
+def parse_merge(merge) -> "tuple | list":
     "Return a merge as a pair (older files write it as one string)"
     return tuple(merge.split(" ")) if isinstance(merge, str) else merge
 
@@ -282,7 +282,7 @@ class BPETokenizer(Tokenizer):
         merges = [list(m) for m in self.merges]
         return dict(format=TOKENIZER_FORMAT, version=1, kind="bpe", vocab=self.vocab, merges=merges)
 
-    def save(self, folder):
+    def save(self, folder) -> None:
         "Write `tokenizer.json`, `vocab.json` and `merges.txt` into `folder`"
         folder, tok = Path(folder), copy.deepcopy(self._hf)
         if self.eot_id is not None:

@@ -97,7 +97,7 @@ def _bpe_from_vocab_and_merges(path):
 TOKENIZER_FILE_NAMES = "tokenizer.json", "vocab.json", "tokenizer_vocab.json"
 
 
-def find_tokenizer_file(folder):
+def find_tokenizer_file(folder) -> "Path | None":
     "Return the file that `load_tokenizer` reads in a folder, or None"
     return next((Path(folder) / n for n in TOKENIZER_FILE_NAMES if (Path(folder) / n).is_file()), None)
 

@@ -74,7 +74,7 @@ class TokenWriter:
         domain="",  # Domain of the ids (add all documents of a domain together)
         n_bytes=0,  # Bytes of text that the ids stand for
         starts_document=True,  # Whether `ids` begin a document
-    ):
+    ) -> None:
         "Append ids"
         ids = np.asarray(ids)
         _check_id_range(ids, self.vocab_size, self.path, self.count)
@@ -201,7 +201,7 @@ def _read_ids(path, dtype):
     return ids
 
 # %% ../../nbs/data/15_tokens.ipynb #b333b48d
-def read_metadata(path):
+def read_metadata(path) -> "dict | None":
     "Return the checked metadata of a `.bin` file, or None if it has none"
     file = _metadata_path(path)
     if path.suffix != ".bin" or not file.is_file():

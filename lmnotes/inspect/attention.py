@@ -76,7 +76,7 @@ def plot_attention(
     tokens=None,  # Token texts, such as [token_text(tokenizer, i) for i in ids]. None: positions
     title="Attention",  # Title of the figure
     names=None,  # Name of each map, such as "layer 3 of 4". None: numbers
-):  # A matplotlib figure
+) -> "matplotlib.figure.Figure":  # A matplotlib figure
     "Plot attention maps: a row of panels for each map (usually a layer), a panel for each head"
     import matplotlib.pyplot as plt
 
@@ -107,7 +107,7 @@ N_ATTENTION_TOKENS = 16  # Tokens in the attention maps of a report
 def plot_run_attention(
     r,  # A `Run`
     ids,  # (T,) NumPy token ids
-):  # A matplotlib figure
+) -> "matplotlib.figure.Figure":  # A matplotlib figure
     "Plot the attention of a run's last two layers, at most four heads each"
     x = torch.as_tensor(ids.astype("int64"))
     maps = attention_maps(r.lm, x)

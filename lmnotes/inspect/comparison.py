@@ -96,7 +96,7 @@ def _row(row, seconds):
 # Long: one figure with its panels
 def plot_comparison(
     c,  # A `Comparison`
-):  # A matplotlib figure
+) -> "matplotlib.figure.Figure":  # A matplotlib figure
     "Plot bits per byte by compute, and by generation speed and memory"
     import matplotlib.pyplot as plt
 

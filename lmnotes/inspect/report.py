@@ -7,6 +7,7 @@ __all__ = ['summarize_run', 'inspect_run']
 
 # %% ../../nbs/inspect/76_report.ipynb #6c7bc02f
 import html
+from collections.abc import Iterator
 
 from ..data.batches import *
 from ..inference.evaluation import *
@@ -42,7 +43,7 @@ def inspect_run(
     r,  # A `Run`
     text,  # A text, for example a generated one
     context="",  # Text before it, such as the prompt
-):  # Yields an `HtmlDisplay` or a figure for each part that the architecture has
+) -> Iterator:  # Yields an `HtmlDisplay` or a figure for each part that the architecture has
     "Show token probabilities, attention maps, router weights and thinking steps for a text"
     val = load_data(r.config, r.tokenizer, log_fn=None).tokens["val"]
     yield _result_or_reason(lambda: show_probabilities(r.lm, r.tokenizer, text, context))

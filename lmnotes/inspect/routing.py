@@ -21,7 +21,7 @@ class SupportsRouting(Protocol):
 
     experts: object  # Names of the experts, in the order of the weights
 
-    def router_weights(self, x):
+    def router_weights(self, x) -> torch.Tensor:
         "Return the (B,T,N) weight of each expert at each position of (B,T) ids. The weights of a position add up to 1"
 
 # %% ../../nbs/inspect/73_routing.ipynb #5b2702e3
@@ -59,7 +59,7 @@ def router_usage(
 def plot_router_usage(
     table,  # From `router_usage`
     title="Mean routing weight by domain",  # Title of the figure
-):  # A matplotlib figure
+) -> "matplotlib.figure.Figure":  # A matplotlib figure
     "Plot the mean routing weights as stacked bars, a bar for each domain"
     import matplotlib.pyplot as plt
 

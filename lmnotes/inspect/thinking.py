@@ -7,6 +7,7 @@ __all__ = ['THINKING_PANELS', 'SupportsThinking', 'check_supports_thinking', 'ch
            'thinking_rows', 'untrained_copy', 'inspect_thinking', 'plot_thinking', 'summarize_thinking']
 
 # %% ../../nbs/inspect/74_thinking.ipynb #afb6f44b
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
@@ -22,19 +23,19 @@ from ..inference.evaluation import *
 class SupportsThinking(Protocol):
     "Protocol of models with thinking steps"
 
-    def iter_thinking(self, x):
+    def iter_thinking(self, x) -> Iterator[tuple]:
         "(B,T) ids. Yields latents (B,N,D), gate (B,N,D) and logits (B,T,V) before the first step (gate None) and after each step"
 
-    def thinking_parameters(self):
+    def thinking_parameters(self) -> dict:
         "Return dict(gate_bias, weight): the gate's bias, and the first weight of the layer that changes the latents"
 
 
-def check_supports_thinking(lm):
+def check_supports_thinking(lm) -> None:
     if not isinstance(lm, SupportsThinking):
         raise ValueError(f"arch={lm.arch!r} has no thinking steps. Use an architecture that has, such as bytepatch")
 
 
-def check_ids_2d(x):
+def check_ids_2d(x) -> None:
     if x.ndim != 2:
         raise ValueError(f"ids of shape {tuple(x.shape)} given, expected (rows, length). Pass x[None] for a single row")
 
@@ -62,7 +63,7 @@ def _loss_sums(logits, before, batch, lengths):
 
 # %% ../../nbs/inspect/74_thinking.ipynb #9b140752
 @contextmanager
-def with_thinking_steps(lm, steps):
+def with_thinking_steps(lm, steps) -> "Iterator[LM]":
     "Context manager: the model in eval mode with another number of thinking steps"
     before, training = lm.cfg.thinking_steps, lm.training
     lm.cfg.thinking_steps = steps
@@ -128,7 +129,7 @@ def _thinking_row(model, k, sums, latents):
 def untrained_copy(
     lm,  # The model to copy
     seed=0,  # Seed of the new weights. The global random state does not change
-):  # An `LM`
+) -> "LM":  # An `LM`
     "Return a model with the same configuration and new random weights, on the same device"
     p = next(lm.parameters())
     with torch.random.fork_rng(devices=[]):
@@ -167,7 +168,7 @@ THINKING_PANELS = dict(
 def plot_thinking(
     rows,  # From `inspect_thinking`
     title="",  # Title of the figure
-):  # A matplotlib figure
+) -> "matplotlib.figure.Figure":  # A matplotlib figure
     "Plot the effect of thinking steps by their number. Error bars are one standard error"
     import matplotlib.pyplot as plt
 

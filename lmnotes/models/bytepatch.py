@@ -8,6 +8,7 @@ __all__ = ['MIXERS', 'BYTE_PATHS', 'BytePatchConfig', 'check_config', 'PatchCach
            'gru_patches', 'GRUBytes', 'ngram_table_indices', 'LocalBytes', 'BytePatch']
 
 # %% ../../nbs/models/35_bytepatch.ipynb #9aa8533b
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +90,7 @@ class LinearAttention(nn.Module):
         self.qkv, self.out = nn.Linear(c.d_model, 3 * c.d_model), nn.Linear(c.d_model, c.d_model)
         self.norm = nn.LayerNorm(c.d_model)
 
-    def forward(self, x, cache):
+    def forward(self, x, cache) -> torch.Tensor:
         q, k, v = split_heads(self.qkv(x), self.n_heads)
         q, k = (elu_plus_one(t) + 1e-4 for t in (q, k))
         y, cache.sums = linear_attention(q * q.shape[-1] ** -0.5, k, v, state=cache.sums)
@@ -108,7 +109,7 @@ class HybridLayer(nn.Module):
         self.out, self.dropout, self.window = nn.Linear(c.d_model, c.d_model), c.dropout, c.window
         self.ffn = FeedForward(c.d_model, 4 * c.d_model, "gelu", bias=True)
 
-    def forward(self, x, cache):
+    def forward(self, x, cache) -> torch.Tensor:
         h = self.norm1(x)
         local, _ = self.local(h, make_causal_attention_fn(self.window, cache))
         x = x + self.out(local + self.linear(h, cache))
@@ -123,7 +124,7 @@ class GatedThinking(nn.Module):
         self.norm, self.gate = nn.LayerNorm(c.d_model), nn.Linear(c.d_model, c.d_model)
         self.ffn, self.dropout = FeedForward(c.d_model, 4 * c.d_model, "gelu", bias=True), c.dropout
 
-    def forward(self, z, table, cache):
+    def forward(self, z, table, cache) -> tuple:
         h = self.norm(z)
         gate = torch.sigmoid(self.gate(h))
         return z + gate * fast_dropout(self.ffn(h), self.dropout, self.training), gate
@@ -140,14 +141,14 @@ class HybridPatches(nn.Module):
         self.layers = nn.ModuleList(HybridLayer(c) for _ in range(c.n_layers))
         self.thinking = GatedThinking(c)
 
-    def forward(self, x, start, caches):
+    def forward(self, x, start, caches) -> tuple:
         x = apply_rope(x.float(), rope_table_at(start, x, n_heads=1, base=10000.0))
         x = fast_dropout(self.norm_in(x.to(self.norm_in.weight.dtype)), self.c.dropout, self.training)
         for layer, cache in zip(self.layers, caches):
             x = layer(x, cache)
         return self.norm_out(x), None
 
-    def draw_thinking_steps(self):
+    def draw_thinking_steps(self) -> int:
         "Return the number of thinking steps, the same in training and inference"
         return self.c.thinking_steps
 
@@ -161,7 +162,7 @@ class LayerThinking(nn.Module):
         self.window = c.window
         self.gate = nn.Linear(c.d_model, c.d_model)
 
-    def forward(self, z, table, cache):
+    def forward(self, z, table, cache) -> tuple:
         gate = torch.sigmoid(self.gate(rms_norm(z)))
         new, _ = self.layer(z, make_causal_attention_fn(self.window, cache), table)
         return z + gate * (new - z), gate
@@ -178,12 +179,12 @@ class AttentionPatches(nn.Module):
         self.thinking = LayerThinking(c)
         init_blocks(self, zero=("out.weight", "down.weight", "gate.weight", "gate.bias"))
 
-    def forward(self, x, start, caches):
+    def forward(self, x, start, caches) -> tuple:
         table = rope_table_at(start, x, self.c.n_heads)
         attention_fns = [make_causal_attention_fn(self.c.window, cache) for cache in caches]
         return apply_blocks(self.layers, rms_norm(x), attention_fns, table), table
 
-    def draw_thinking_steps(self):
+    def draw_thinking_steps(self) -> int:
         "Return the number of thinking steps, drawn from 0 to `thinking_steps` in training"
         steps = self.c.thinking_steps
         return int(torch.randint(steps + 1, ())) if self.training else steps
@@ -242,16 +243,16 @@ class GRUBytes(nn.Module):
         self.gru = nn.GRU(2 * c.d_byte, c.d_byte, batch_first=True)
         self.head = nn.Linear(c.d_byte, c.vocab_size)
 
-    def embed_bytes(self, x, state):
+    def embed_bytes(self, x, state) -> torch.Tensor:
         "Return the ids (B,k) unchanged: the convolution and the GRU embed them"
         return x
 
-    def to_patches(self, h):
+    def to_patches(self, h) -> torch.Tensor:
         "(B,N·P) bytes -> (B,N,D) patches. A convolution whose stride is its length is a matrix product"
         x = self.embed(h).unflatten(1, (-1, self.c.patch_size)).flatten(2)
         return F.linear(x, self.conv.weight.mT.flatten(1), self.conv.bias)
 
-    def to_logits(self, latents, h, r, state, last):
+    def to_logits(self, latents, h, r, state, last) -> torch.Tensor:
         "(B,n+1,D) latents before each patch, `h` from the unfinished patch on -> logits after its first `r` bytes"
         P = self.c.patch_size
         if last:  # Only the unfinished patch is needed
@@ -297,7 +298,7 @@ class LocalBytes(nn.Module):
         attention_fns = [make_causal_attention_fn(self.c.byte_window, cache) for cache in state.bytes[layers]]
         return apply_blocks(self.layers[layers], h, attention_fns, table)
 
-    def embed_bytes(self, x, state):
+    def embed_bytes(self, x, state) -> torch.Tensor:
         "(B,k) bytes -> (B,k,d), after the first byte layers"
         c, h = self.c, self.embed(x)
         if self.ngram_embed is not None:
@@ -305,11 +306,11 @@ class LocalBytes(nn.Module):
             state.tail = torch.cat([state.tail, x], 1)[:, -(c.ngrams - 1) :]
         return self._run_byte_layers(F.dropout(rms_norm(h), c.dropout, self.training), state, slice(c.byte_layers))
 
-    def to_patches(self, h):
+    def to_patches(self, h) -> torch.Tensor:
         "(B,N·P,d) -> (B,N,D) patches"
         return self.patch(rms_norm(h).unflatten(1, (-1, self.c.patch_size)).flatten(2))
 
-    def to_logits(self, latents, h, r, state, last):
+    def to_logits(self, latents, h, r, state, last) -> torch.Tensor:
         "(B,n+1,D) latents before each patch, `h` from the unfinished patch on -> logits after its first `r` bytes"
         spread = self.spread(rms_norm(latents)).unflatten(2, (self.c.patch_size, -1)).flatten(1, 2)[:, r + 1 :]
         h = self._run_byte_layers(h[:, r:] + spread[:, : h.shape[1] - r], state, slice(self.c.byte_layers, None))
@@ -375,14 +376,14 @@ class BytePatch(_PatchLM):
     presets = _PRESETS
 
     @inference_step
-    def step(self, x, state=None):
+    def step(self, x, state=None) -> tuple:
         "(B,k) new bytes -> (B,V) logits after them, and the state, whose size is fixed"
         state = BytePatchState(self.cfg, x, PatchCache) if state is None else state
         for piece in x.split(1024, 1):
             logits = self._read_and_predict(piece, state, last=True)[:, 0]
         return logits, state
 
-    def iter_thinking(self, x):
+    def iter_thinking(self, x) -> Iterator[tuple]:
         "Yield (latents (B,N,D), gate (B,N,D), logits (B,T,V)) before thinking (gate None) and after each thinking step"
         state, T, P = BytePatchState(self.cfg, x, EmptyCache), x.shape[1], self.cfg.patch_size
         if T < P:
@@ -391,7 +392,7 @@ class BytePatch(_PatchLM):
         for z, gate in self._iter_latents(h[:, : T // P * P], state):
             yield z, gate, self.bytes.to_logits(F.pad(z, (0, 0, 1, 0)), h, 0, state, False)
 
-    def thinking_parameters(self):
+    def thinking_parameters(self) -> dict:
         "Return the thinking layer's gate bias and its first feed-forward weight, for diagnostics"
         thinking = self.patches.thinking
         ffn = next(module for module in thinking.modules() if isinstance(module, FeedForward))

@@ -8,6 +8,7 @@ __all__ = ['OBJECTIVES', 'DiffusionConfig', 'check_config', 'DiffusionBase', 'De
 
 # %% ../../nbs/models/36_diffusion.ipynb #57a191c8
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -79,20 +80,20 @@ class DiffusionBase(LM):
         init_blocks(self, zero=("out.weight", "down.weight", "head.weight", "modulate.weight", "bias"))
 
     @property
-    def causal(self):
+    def causal(self) -> bool:
         return self.cfg.block == 1
 
     @property
-    def nll_is_upper_bound(self):
+    def nll_is_upper_bound(self) -> bool:
         return self.cfg.objective == "masked" and self.cfg.block != 1
 
-    def embed_ids(self, x, start=0):
+    def embed_ids(self, x, start=0) -> torch.Tensor:
         return self.text.embed_ids(x)
 
-    def new_cache(self):
+    def new_cache(self) -> list:
         return [KVCache(self.cfg.ctx_len) for _ in self.trunk.blocks]
 
-    def logits(self, h):
+    def logits(self, h) -> torch.Tensor:
         return self.text.logits(h)
 
 # %% ../../nbs/models/36_diffusion.ipynb #0bdd2277
@@ -113,7 +114,7 @@ class Denoiser(DiffusionBase):
         noise = self.text.noise_embedding(torch.full((1,), self.cfg.training_steps, device=device), hidden)
         return self.trunk(torch.cat([clean, noisy], 1), positions, attention_fn, noise)[:, n:]
 
-    def hidden_states(self, h, cache=None, newest=False):
+    def hidden_states(self, h, cache=None, newest=False) -> torch.Tensor:
         """In blocks of one, return hidden states that predict the next id at each position, or only at the `newest`.
 
         Otherwise, with masks, return hidden states that predict the id at each position. The mask is id `vocab_size`.
@@ -162,7 +163,7 @@ class Diffusion(Denoiser):
         nanothink=dict(objective="mse", d_model=384, n_layers=4, n_heads=6),
     )
 
-    def loss(self, batch):
+    def loss(self, batch) -> dict:
         "Average over one noise draw in training, with `causal_share` in blocks of one, or over `eval_samples` draws"
         c, B, sums = self.cfg, len(batch.x), {}
         draws = 1 if self.training or c.block == 1 else c.eval_samples
@@ -174,7 +175,7 @@ class Diffusion(Denoiser):
         return self.text.loss_from_sums(sums, draws)
 
     @inference_step
-    def step(self, x, state=None):
+    def step(self, x, state=None) -> tuple:
         "(B,k) new ids -> (B,V) logits after them, in blocks of one. The state is the KV cache of the clean ids"
         if (b := self.cfg.block) != 1:
             raise ValueError(f"block={b} predicts no next token. Use generate, or block=1 if trained with it")
@@ -182,7 +183,7 @@ class Diffusion(Denoiser):
         return self.logits(self.hidden_states(self.embed_ids(x), cache, newest=True))[:, 0], cache
 
     @torch.no_grad()
-    def generate(self, x, n, sample_fn):
+    def generate(self, x, n, sample_fn) -> Iterator[torch.Tensor]:
         "Yield at least `n` new ids in chunks (B,k): one by one, block by block, or window by window"
         if self.cfg.block == 1:
             yield from super().generate(x, n, sample_fn)
@@ -228,7 +229,7 @@ def _fill(lm, x, holes, sample_fn):
     return fill_holes(lm, x, holes, sample_fn, row_generators(sample_fn, len(x)))
 
 
-def generate_windows(lm, x, n, sample_fn):  # A model, (B,T) prompt, number of new ids, logits (B,k,V) -> ids (B,k)
+def generate_windows(lm, x, n, sample_fn) -> Iterator:  # A model, (B,T) prompt, number of ids, logits (B,k,V) -> ids
     "Yield at least `n` ids after `x` in chunks (B,k), denoising whole windows"
     size = lm.cfg.ctx_len + 1
     while n > 0:
@@ -239,7 +240,7 @@ def generate_windows(lm, x, n, sample_fn):  # A model, (B,T) prompt, number of n
         n -= size - keep
 
 
-def generate_blocks(lm, x, n, sample_fn):  # A model, (B,T) prompt, number of new ids, logits (B,k,V) -> ids (B,k)
+def generate_blocks(lm, x, n, sample_fn) -> Iterator:  # A model, (B,T) prompt, number of ids, logits (B,k,V) -> ids
     "Yield at least `n` ids after `x` block by block, each denoised with the KV cache of all earlier ids"
     c, cache, generators = lm.cfg, lm.new_cache(), row_generators(sample_fn, len(x))
     holes = torch.arange(c.block, device=x.device)

@@ -43,7 +43,7 @@ _FIXED = {
 }
 
 
-def hf_config(cfg):  # `GPT2Config`
+def hf_config(cfg) -> "transformers.GPT2Config":  # `GPT2Config`
     "Return transformers' configuration of the same model"
     from transformers import GPT2Config as HFConfig
 
@@ -120,7 +120,7 @@ class GPT2(LM):
         return self.lm_head(h[:, -1]).float(), (cache, x if cache is None else ids)
 
 # %% ../../nbs/models/33_gpt2.ipynb #e1de6f21
-def to_hf(lm):  # `GPT2` -> `GPT2LMHeadModel`
+def to_hf(lm) -> "transformers.GPT2LMHeadModel":  # `GPT2` -> `GPT2LMHeadModel`
     "Return a `GPT2LMHeadModel` that shares the tensors of `lm`"
     if lm.lora is not None:
         raise ValueError("transformers' GPT-2 cannot hold adapters. Merge them with `merge_and_unload` first")
@@ -148,7 +148,7 @@ def _quiet_transformers():
             logging.enable_progress_bar()
 
 
-def save_hf(lm, folder):  # `GPT2`, path of a new or existing folder
+def save_hf(lm, folder) -> None:  # `GPT2`, path of a new or existing folder
     "Write config.json and model.safetensors for transformers' `from_pretrained`"
     with _quiet_transformers():
         to_hf(lm).save_pretrained(folder)

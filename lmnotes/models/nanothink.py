@@ -58,7 +58,7 @@ class MixtureState:
         self.experts = {name: expert.new_cache() for name, expert in lm.experts.items()}
         self.chunk, self.retrieved = None, None  # Ids of the current chunk, and the vectors retrieved with the previous
 
-    def advance(self, lm, x):
+    def advance(self, lm, x) -> None:
         "Add new ids to the current chunk. When it is full, retrieve with it for the next chunk"
         self.n_seen += x.shape[1]
         if lm.recall is None:
@@ -92,10 +92,10 @@ class RetrievalLM(LM):
     store = None  # `VectorStore` to retrieve from, saved separately from the weights
 
     @property
-    def extra_files(self):
+    def extra_files(self) -> tuple:
         return (STORE_FILE,) if self.recall else ()
 
-    def load_extra_files(self, folder):
+    def load_extra_files(self, folder) -> None:
         path = Path(folder) / STORE_FILE
         if self.recall and path.exists():
             self.store = VectorStore.load(path, device=self.embed.weight.device)
@@ -245,7 +245,7 @@ class NanoThink(MixtureBase):
     Config = NanoThinkConfig
     presets = _PRESETS
 
-    def forward(self, x):
+    def forward(self, x) -> torch.Tensor:
         states, router = self.route(x)
         return self.fusion(router, states, self.experts)
 
@@ -253,7 +253,7 @@ class NanoThink(MixtureBase):
         "Return the weight of each expert after each id, (B,T,N)"
         return self.route(x)[1].softmax(-1)
 
-    def loss(self, batch):
+    def loss(self, batch) -> dict:
         "Return the loss with the router's terms, and `nll` and `n` of the text alone"
         states, log_probs, retrieved = _unpack_extras(self, batch.extras)
         states, router = self.route(batch.x, None, states, retrieved)
@@ -265,7 +265,7 @@ class NanoThink(MixtureBase):
         return dict(loss=loss, nll=nll.detach(), n=n, **metrics)
 
     @inference_step
-    def step(self, x, state=None):
+    def step(self, x, state=None) -> tuple:
         "(B,k) new ids -> (B,V) logits after them, and the `MixtureState`"
         state, T = state or MixtureState(self), x.shape[1]
         for piece in x.split(chunk_piece_sizes(T, state.n_seen, self.cfg.memory_chunk) if self.recall else T, 1):

@@ -42,7 +42,7 @@ class SSMConfig(LMConfig):
     softcap: float = 15.0  # Soft bound on the logits. 0: none
 
     @property
-    def inner(self):
+    def inner(self) -> int:
         "Number of channels that carry a state"
         return self.d_inner or 2 * self.d_model
 
@@ -87,7 +87,7 @@ class CausalConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, 1, channels).uniform_(-(width**-0.5), width**-0.5))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x, cache=None):  # `cache`: an `SSMCache` with the inputs before `x`, updated in place
+    def forward(self, x, cache=None) -> torch.Tensor:  # `cache`: `SSMCache` of the inputs before `x`, updated in place
         old = 0
         if cache is not None:
             old = len(self.weight) - 1
@@ -144,7 +144,7 @@ class SSD(nn.Module):
         self.A_log = nn.Parameter(torch.log(torch.linspace(1, 16, H)))
         self.D, self.dt_bias = nn.Parameter(torch.ones(H)), init_dt_bias(H)
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None) -> tuple:
         z, x, dt = self.in_proj(x).split(self.sizes, -1)
         x, B, C = self.conv(x, cache).split(self.scan_sizes, -1)
         dt = F.softplus(dt.float() + self.dt_bias)
@@ -169,7 +169,7 @@ class S6(nn.Module):
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, N + 1)).repeat(E))
         self.D, self.dt_bias = nn.Parameter(torch.ones(E)), init_dt_bias(E)
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None) -> tuple:
         x, z = self.in_proj(x).chunk(2, -1)
         x = self.conv(x, cache)
         dt, B, C = self.x_proj(x).split(self.sizes, -1)
@@ -194,13 +194,13 @@ class SSMBlock(nn.Module):
         self.out_proj = nn.Linear(c.inner, c.d_model, bias=False)
         self.stream_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if c.mix else None
 
-    def forward(self, h, x0, cache=None):  # `x0`: the input of the first block
+    def forward(self, h, x0, cache=None) -> torch.Tensor:  # `x0`: the input of the first block
         h = h if self.stream_mix is None else weighted_sum(h, x0, self.stream_mix)
         y, z = self.scan(self.norm(h), cache)
         return h + F.dropout(self.out_proj(apply_gate(y, z, self.c.gated_norm)), self.c.dropout, self.training)
 
 # %% ../../nbs/models/34_ssm.ipynb #151ef608
-def check_config(c):  # `SSMConfig`
+def check_config(c) -> None:  # `SSMConfig`
     "Raise ValueError if a configuration field is invalid"
     check_minimums(c, ctx_len=1, d_model=1, n_layers=1, d_inner=0, d_state=1, d_conv=1, head_dim=1, dt_rank=0)
     check_dropout(c)
@@ -250,7 +250,7 @@ class SSM(LM):
     def new_cache(self) -> list:
         return [SSMCache() for _ in self.blocks]
 
-    def hidden_states(self, h, cache=None):
+    def hidden_states(self, h, cache=None) -> torch.Tensor:
         "Return normalized hidden states (B,T,D), updating the cache from `new_cache` in place"
         x0 = h
         for block, layer_cache in zip(self.blocks, cache or [None] * len(self.blocks)):

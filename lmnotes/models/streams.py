@@ -8,6 +8,7 @@ __all__ = ['INPUTS', 'OUTPUTS', 'TEXT_SOURCES', 'StreamsConfig', 'attention_mask
            'hidden_states_by_stream', 'all_outputs', 'sense_caches', 'StreamsForward', 'Streams', 'count_parameters']
 
 # %% ../../nbs/models/38_streams.ipynb #cff6af91
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -82,7 +83,7 @@ def _parse_loss_weights(text, known):
 def masked_attention_fn(
     mask,  # (S,S) from `attention_mask`
     present,  # (B,S) which positions exist in each row
-):  # Function (q, k, v, scale, dropout) -> (B,H,S,d)
+) -> Callable:  # Function (q, k, v, scale, dropout) -> (B,H,S,d)
     "Return an attention function for several streams in one sequence"
     itself = torch.eye(len(mask), dtype=torch.bool, device=mask.device)
     mask = (mask & (present[:, None] | itself))[:, None]
@@ -93,7 +94,7 @@ def text_attention_fn(
     window,  # Text tokens that a position attends to, including itself
     cache,  # `KVCache` of the text
     senses,  # Keys and values (B,H,N,d) of the sensory inputs and which are present (B,N), or None
-):  # Function (q, k, v, scale, dropout) -> (B,H,T,d)
+) -> Callable:  # Function (q, k, v, scale, dropout) -> (B,H,T,d)
     "Return an attention function for generating text, with sensory inputs before the text"
     if not senses:
         return make_causal_attention_fn(window, cache)
@@ -170,7 +171,7 @@ class SequencePart(NamedTuple):
     head_index: int = 0  # Index of the head whose queries they are, from 1. 0: not queries
 
     @property
-    def positions(self):
+    def positions(self) -> torch.Tensor:
         return torch.arange(self.start, self.start + self.h.shape[1], device=self.h.device)
 
 
@@ -323,7 +324,7 @@ class StreamsForward(StreamsBase):
         self,
         x=None,  # (B,T) ids, to get logits (B,T,V)
         **inputs,  # Or the arguments of `all_outputs`, to get a dict of outputs
-    ):
+    ) -> "torch.Tensor | dict":
         "Return the logits of the internal text or, for named inputs, all outputs"
         if (x is None) != ("internal_voice_tokens" in inputs) or (x is not None and inputs):
             found = f"{'ids and ' if x is not None else ''}{', '.join(inputs) or 'nothing'}"
@@ -332,7 +333,7 @@ class StreamsForward(StreamsBase):
             return all_outputs(self, **inputs)
         return text_logits(self, "internal_text", hidden_states_by_stream(self, x, {}, {})["internal_voice"])
 
-    def loss(self, batch):
+    def loss(self, batch) -> dict:
         "Return the weighted sum of the losses of all outputs with targets, and `nll` and `n` of the internal text"
         streams, targets = _group_batch(self, batch)
         frames = {name: next(iter(tensors.values())).shape[1] for name, tensors in targets.items() if name in HEADS}
@@ -358,7 +359,7 @@ class Streams(StreamsForward):
         return [KVCache(self.cfg.ctx_len) for _ in self.blocks], sense_caches(self, rows, device, inputs)
 
     @inference_step
-    def step(self, x, state=None):
+    def step(self, x, state=None) -> tuple:
         "(B,k) new ids -> (B,V) logits after them, and the state: KV caches and the caches of the sensory inputs"
         caches, senses = state or self.new_state(len(x), x.device)
         positions = torch.arange(caches[0].n_seen, caches[0].n_seen + x.shape[1], device=x.device)
@@ -367,7 +368,7 @@ class Streams(StreamsForward):
         return text_logits(self, "internal_text", h[:, -1:])[:, 0], (caches, senses)
 
     @torch.no_grad()
-    def generate(self, x, n, sample_fn, **inputs):
+    def generate(self, x, n, sample_fn, **inputs) -> Iterator[torch.Tensor]:
         "Yield `n` new ids (B,1) one by one, with sensory inputs"
         yield from super().generate(x, n, sample_fn, self.new_state(len(x), x.device, **inputs))
 

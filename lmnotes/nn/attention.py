@@ -8,6 +8,7 @@ __all__ = ['check_rope', 'rope_table', 'apply_rope', 'causal_mask', 'not_compile
 
 # %% ../../nbs/nn/22_attention.ipynb #66c925a3
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, wraps
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 # %% ../../nbs/nn/22_attention.ipynb #e8963782
-def check_rope(d):  # Width of a head
+def check_rope(d) -> None:  # Width of a head
     "Raise ValueError if RoPE cannot rotate heads of this width"
     if d % 2:
         raise ValueError(f"RoPE rotates pairs of channels, but a head has {d}: choose an even d_model / n_heads")
@@ -84,7 +85,7 @@ def _blockwise_attention(q, k, v, window, dropout):
     return (a @ v).flatten(1, 2)[:, :T].unflatten(0, (-1, H))
 
 # %% ../../nbs/nn/22_attention.ipynb #f81b0038
-def not_compiled(function):  # A function that `torch.compile` should not trace
+def not_compiled(function) -> Callable:  # A function that `torch.compile` should not trace
     "Decorator: apply `torch.compiler.disable`, but only once the compiler has been imported"
     disabled = lru_cache(maxsize=1)(lambda: torch.compiler.disable(function))
 
@@ -99,7 +100,7 @@ _recorders = []  # One list for each active `record_attention`
 
 
 @contextmanager
-def record_attention():
+def record_attention() -> Iterator[list]:
     "Context manager: yield a list that collects the weights (B,H,T,S) of every attention call, float32, before dropout"
     weights = []
     _recorders.append(weights)

@@ -16,7 +16,7 @@ from .layers import *
 from .lm import *
 
 # %% ../../nbs/nn/24_blocks.ipynb #f78a3db8
-def check_heads(d_model, n_heads, rotary=False):  # Model width, number of heads, and whether RoPE rotates them
+def check_heads(d_model, n_heads, rotary=False) -> None:  # Model width, number of heads, and whether RoPE rotates them
     "Raise ValueError unless the width divides into equal heads, of even width for RoPE"
     if d_model % n_heads:
         raise ValueError(f"d_model={d_model} is not a multiple of n_heads={n_heads}")
@@ -68,7 +68,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(d_model, d_model, bias=out_bias)
         self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if value_mix else None
 
-    def forward(self, x, attention_fn, table=None, first_layer_values=None):
+    def forward(self, x, attention_fn, table=None, first_layer_values=None) -> tuple:
         "Return (output, first layer's values). In the first layer, pass None to get its own. `table`: see `rope_table`"
         qk, (v,) = split_heads(self.qkv(x), self.n_heads).split((2, 1))
         v = v if self.value_mix is None else weighted_sum(v, first_layer_values, self.value_mix)
@@ -83,7 +83,7 @@ class Attention(nn.Module):
 def make_causal_attention_fn(
     window=0,  # Number of positions that each attends to, itself included. 0: all up to itself
     cache=None,  # `KVCache` of the positions before
-):  # Function (q, k, v, scale, dropout) -> (B,H,T,d)
+) -> "Callable":  # Function (q, k, v, scale, dropout) -> (B,H,T,d)
     "Return a function that computes causal attention, to pass to `Attention`"
 
     def attention_fn(q, k, v, scale, dropout):
@@ -108,7 +108,7 @@ class Block(nn.Module):
         self.attn, self.ffn = attn, ffn
         self.stream_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if stream_mix else None
 
-    def forward(self, x, attention_fn, table=None, x0=None, first_layer_values=None):
+    def forward(self, x, attention_fn, table=None, x0=None, first_layer_values=None) -> tuple:
         "Return (output, first layer's values). `x0`: the first block's input. The others: as for `Attention`"
         x = x if self.stream_mix is None else weighted_sum(x, x0, self.stream_mix)
         y, first_layer_values = self.attn(self.norm1(x), attention_fn, table, first_layer_values)
@@ -136,7 +136,7 @@ def apply_blocks(
     return h
 
 
-def init_blocks(module, zero=("out.weight", "down.weight")):  # A module, and ends of the names to set to zero
+def init_blocks(module, zero=("out.weight", "down.weight")) -> None:  # A module, and ends of the names to set to zero
     "Initialize outputs to zero, and other matrices except embeddings uniformly with variance 1 / input width"
     for name, p in module.named_parameters():
         if name.endswith(zero):
@@ -145,7 +145,7 @@ def init_blocks(module, zero=("out.weight", "down.weight")):  # A module, and en
             nn.init.uniform_(p, -((3 / p.shape[1]) ** 0.5), (3 / p.shape[1]) ** 0.5)
 
 
-def init_gpt2(lm):  # A model whose configuration has `n_layers`
+def init_gpt2(lm) -> None:  # A model whose configuration has `n_layers`
     "Initialize as GPT-2: normal(0, 0.02), and smaller for output projections to bound the residual stream's variance"
     for name, p in lm.named_parameters():
         if name.endswith("bias"):

@@ -41,7 +41,7 @@ class NoiseConditionedBlock(nn.Module):
         self.attn, self.modulate = Attention(D, c.n_heads, c.dropout), nn.Linear(D, 2 * D)
         self.ffn = nn.Sequential(OrderedDict(up=nn.Linear(D, d_ff), act=nn.SiLU(), down=nn.Linear(d_ff, D)))
 
-    def forward(self, x, attention_fn, table, x0, first_layer_values, levels, is_noisy):
+    def forward(self, x, attention_fn, table, x0, first_layer_values, levels, is_noisy) -> tuple:
         clean, noisy = self.modulate(levels).split(1, 1)
         scale, shift = torch.where(is_noisy[..., None], noisy, clean).chunk(2, -1)
         h = torch.addcmul(shift, self.norm1(x), 1 + scale)
@@ -165,7 +165,7 @@ class MaskedObjective(nn.Module):
         "Return embeddings (B,T,D) of positions whose id is to be predicted"
         return self.embed_ids(torch.full((B, T), self.c.vocab_size, device=self.embed.weight.device))
 
-    def noise_embedding(self, t, is_noisy):
+    def noise_embedding(self, t, is_noisy) -> tuple:
         "Return nothing: the masks in the input show the noise level"
         return ()
 
@@ -305,7 +305,7 @@ def unmask(
     sample_fn,  # Function: logits (B,k,V) -> ids (B,k)
     steps,  # Number of steps
     generators=None,  # Random generator of each row for a random order. None: the most certain holes first
-):
+) -> None:
     "Fill the holes of a text step by step"
     rows = torch.arange(len(x), device=x.device)[:, None]
     if generators:

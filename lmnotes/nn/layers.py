@@ -50,7 +50,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.gain = nn.Parameter(torch.ones(d)) if d else None
 
-    def forward(self, x):
+    def forward(self, x) -> torch.Tensor:
         return rms_norm(x) if self.gain is None else rms_norm(x) * self.gain
 
 # %% ../../nbs/nn/21_layers.ipynb #8fe6d52b
@@ -101,7 +101,7 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(d_model, d_ff, bias=bias)
         self.down = nn.Linear(d_ff, d_model, bias=bias)
 
-    def forward(self, x):
+    def forward(self, x) -> torch.Tensor:
         h = F.silu(self.gate(x)) * self.up(x) if self.act == "swiglu" else ACTIVATIONS[self.act](self.up(x))
         return F.dropout(self.down(h), self.dropout, self.training)
 

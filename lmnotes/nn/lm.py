@@ -12,6 +12,7 @@ __all__ = ['LMConfig', 'LM', 'n_params', 'embedding_parameters', 'n_embedding_pa
 # %% ../../nbs/nn/20_lm.ipynb #00232b7b
 import json
 import pkgutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import wraps
@@ -60,14 +61,14 @@ class LM(nn.Module):
         "Return a model with pretrained weights"
         raise ValueError(f"arch={cls.arch!r} has no pretrained weights. Give a run, a checkpoint or a weights file")
 
-    def load_extra_files(self, folder):  # The run folder
+    def load_extra_files(self, folder) -> None:  # The run folder
         "Load the model's `extra_files` from a run folder, after its weights"
 
     def embed_ids(self, x, start=0) -> torch.Tensor:  # (B,T) ids, the first at position `start` -> (B,T,D)
         "Return the embeddings that the first layer reads"
         raise NotImplementedError(f"{type(self).__name__} must define forward, or embed_ids, hidden_states and logits")
 
-    def new_cache(self):
+    def new_cache(self) -> "list | None":
         "Return an empty cache for `hidden_states`, with one entry for each layer"
 
     def hidden_states(self, h, cache=None) -> torch.Tensor:  # (B,T,D) embeddings, and a cache to read and extend
@@ -96,7 +97,7 @@ class LM(nn.Module):
         return self(x)[:, -1], x
 
     @torch.no_grad()
-    def generate(self, x, n, sample_fn, state=None):  # (B,T) prompt, number of new ids, logits (…,V) -> ids (…)
+    def generate(self, x, n, sample_fn, state=None) -> Iterator:  # (B,T) prompt, number of ids, logits (…,V) -> ids (…)
         "Yield new ids in chunks (B,k), at least `n` ids in total. `state`: as for `step`"
         for _ in range(n):
             logits, state = self.step(x, state)
@@ -123,7 +124,7 @@ def n_embedding_params(lm) -> int:  # A model
 _ARCHS = {}
 
 
-def arch(name):  # Name of the architecture
+def arch(name) -> Callable:  # Name of the architecture
     "Return a decorator that registers a model class under `name`"
 
     def register(cls):
@@ -183,21 +184,21 @@ def parse_model_args(name, text) -> dict:  # Architecture, and a string such as 
     return values
 
 # %% ../../nbs/nn/20_lm.ipynb #aee430bb
-def check_minimums(c, **minimums):  # A configuration, and {field: smallest allowed value}
+def check_minimums(c, **minimums) -> None:  # A configuration, and {field: smallest allowed value}
     "Raise ValueError if a field of a configuration is below its minimum"
     for field, value in minimums.items():
         if vars(c)[field] < value:
             raise ValueError(f"{field}={vars(c)[field]}, but {field} must be at least {value}")
 
 
-def check_choices(c, **choices):  # A configuration, and {field: allowed values}
+def check_choices(c, **choices) -> None:  # A configuration, and {field: allowed values}
     "Raise ValueError if a field of a configuration is none of its allowed values"
     for field, allowed in choices.items():
         if (value := vars(c)[field]) not in allowed:
             raise ValueError(f"{field}={value!r} is not one of {', '.join(allowed)}")
 
 
-def check_dropout(c):  # A configuration
+def check_dropout(c) -> None:  # A configuration
     "Raise ValueError unless the dropout probability of a configuration is in [0, 1)"
     if not 0 <= c.dropout < 1:
         raise ValueError(f"dropout={c.dropout}, but dropout must be at least 0 and less than 1")
@@ -214,12 +215,12 @@ class Bigram(LM):
         self.table = nn.Embedding(cfg.vocab_size, cfg.vocab_size)
         nn.init.zeros_(self.table.weight)
 
-    def forward(self, x):
+    def forward(self, x) -> torch.Tensor:
         return self.table(x)
 
 # %% ../../nbs/nn/20_lm.ipynb #bf91914b
 @contextmanager
-def eval_mode(lm):  # A model
+def eval_mode(lm) -> Iterator[None]:  # A model
     "Context manager: evaluation mode inside, the previous mode afterwards"
     training = lm.training
     lm.eval()
@@ -229,7 +230,7 @@ def eval_mode(lm):  # A model
         lm.train(training)
 
 
-def inference_step(step):  # The method `step(x, state)` of a model
+def inference_step(step) -> Callable:  # The method `step(x, state)` of a model
     "Decorator: run `step` in inference mode and return logits that the caller may modify"
 
     @wraps(step)
@@ -246,14 +247,14 @@ def _seeded_loss(m, batch, seed=2):
     return m.loss(batch)
 
 
-def check_config_round_trip(m, batch):  # A model (`batch` is not used)
+def check_config_round_trip(m, batch) -> None:  # A model (`batch` is not used)
     "Contract test: the configuration survives a round trip through JSON"
     c = m.cfg
     assert type(c)(**json.loads(json.dumps(asdict(c)))) == c, "the configuration does not survive JSON"
 
 
 @torch.no_grad()
-def check_state_dict_complete(m, batch):  # A model and a `Batch`
+def check_state_dict_complete(m, batch) -> None:  # A model and a `Batch`
     "Contract test: a new model with the same `state_dict` has the same loss"
     torch.manual_seed(7)
     other = type(m)(m.cfg).train(m.training)
@@ -263,7 +264,7 @@ def check_state_dict_complete(m, batch):  # A model and a `Batch`
 
 
 @torch.no_grad()
-def check_initial_loss(m, batch):  # An untrained model and a `Batch`
+def check_initial_loss(m, batch) -> None:  # An untrained model and a `Batch`
     "Contract test: the initial loss is ln V within 2%, if the model has a likelihood"
     out, uniform = _seeded_loss(m, batch), torch.tensor(m.cfg.vocab_size).log().item()
     if "nll" in out:
@@ -291,7 +292,7 @@ def check_overfits_one_batch(m, batch, steps, lr) -> tuple:  # A model, a `Batch
     return losses[0], losses[-1]
 
 
-def check_cannot_fit_noise(m, batch, steps, lr):  # A model, a `Batch` of the shape to use, AdamW steps, learning rate
+def check_cannot_fit_noise(m, batch, steps, lr) -> None:  # A model, a `Batch` of this shape, AdamW steps, learning rate
     "Contract test: after training on fresh uniform noise, the loss is not below ln V (within 3%)"
     V, g = m.cfg.vocab_size, torch.Generator().manual_seed(3)
 
@@ -306,7 +307,7 @@ def check_cannot_fit_noise(m, batch, steps, lr):  # A model, a `Batch` of the sh
 
 # %% ../../nbs/nn/20_lm.ipynb #19b1de67
 @torch.no_grad()
-def check_causality(m, batch):  # A model and a `Batch`
+def check_causality(m, batch) -> None:  # A model and a `Batch`
     "Contract test: predictions depend on no later id, and on each earlier id within the receptive field"
 
     def logits(x):
@@ -340,7 +341,7 @@ def _logits_after_chunks(m, x, sizes):
 
 
 @torch.no_grad()
-def check_cached_decoding(m, batch):  # A model and a `Batch`
+def check_cached_decoding(m, batch) -> None:  # A model and a `Batch`
     "Contract test: `step` in chunks of any size equals `forward`, and chunk sizes do not matter beyond `ctx_len`"
     x, T = batch.x, batch.x.shape[1]
     full = m(x)
@@ -355,7 +356,7 @@ def check_cached_decoding(m, batch):  # A model and a `Batch`
 
 # %% ../../nbs/nn/20_lm.ipynb #bda4971e
 @torch.no_grad()
-def check_padding_ignored(m, batch):  # A model and a `Batch`
+def check_padding_ignored(m, batch) -> None:  # A model and a `Batch`
     "Contract test: positions whose target is `IGNORE_INDEX` do not change the loss, if the model has a likelihood"
     if "nll" not in _seeded_loss(m, batch):
         return
@@ -370,7 +371,7 @@ def check_padding_ignored(m, batch):  # A model and a `Batch`
     assert (a["nll"] - b["nll"]).abs() < 1e-4 * a["nll"].abs(), "the content of padding changes the loss"
 
 # %% ../../nbs/nn/20_lm.ipynb #ef479ba0
-def check_generation(m, batch):  # A model and a `Batch`, whose first ids are the prompt
+def check_generation(m, batch) -> None:  # A model and a `Batch`, whose first ids are the prompt
     "Contract test: `generate` yields at least `n` ids, all of them in the vocabulary, also beyond `ctx_len`"
     n = m.cfg.ctx_len + 3
     new = torch.cat(list(m.generate(batch.x[:2, :3], n, lambda logits: logits.argmax(-1))), 1)

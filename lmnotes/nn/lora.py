@@ -64,7 +64,7 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(base.weight.new_zeros(n_out, rank))
         self.register_buffer("merged", None, persistent=False)
 
-    def forward(self, x):
+    def forward(self, x) -> torch.Tensor:
         if self.merged is not None:
             return F.linear(x, self.merged, self.bias)
         dtype = matmul_dtype(x)
@@ -81,7 +81,7 @@ class LoRALinear(nn.Module):
         "Return the weight (out,in) plus its update"
         return torch.addmm(self._base_weight(), self.lora_B, self.lora_A, alpha=self.scale)
 
-    def train(self, mode=True):
+    def train(self, mode=True) -> "LoRALinear":
         "Set the training mode. Train mode drops the merged weight, which training would make stale"
         self.merged = None if mode else self.merged
         return super().train(mode)
@@ -192,7 +192,7 @@ def _name_to_peft(name):
     return _PREFIX + name + (".weight" if name.endswith((".lora_A", ".lora_B")) else "")
 
 
-def save_adapter(lm, folder):  # An adapted model, and the folder to write to
+def save_adapter(lm, folder) -> None:  # An adapted model, and the folder to write to
     "Save the model's adapter in PEFT's format"
     if not lm.lora:
         raise ValueError("the model has no adapter to save. Call add_lora first")

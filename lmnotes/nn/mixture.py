@@ -57,7 +57,7 @@ def log_probs(logits, y) -> Tensor:  # (B,T,V) logits and (B,T) targets, `IGNORE
 class Experts(nn.ModuleDict):
     "Language models with a shared vocabulary: {name: `LM`}"
 
-    def train(self, mode=True):
+    def train(self, mode=True) -> "Experts":
         super().train(mode)
         for expert in self.values():
             expert.train(mode and is_trainable(expert))
@@ -131,16 +131,16 @@ class PlainAttention(nn.Module):
         self.out = nn.Linear(d, c.d_model, bias=False)
         nn.init.zeros_(self.out.weight)
 
-    def queries(self, x, positions):
+    def queries(self, x, positions) -> Tensor:
         "(B,T,D) -> (B,H,T,d)"
         return _rotate(_heads(self.q(x), self.c.n_heads), positions, self.c.rope_base)
 
-    def cache_entries(self, x, positions):
+    def cache_entries(self, x, positions) -> Tensor:
         "Return the cache entries of each position: (B,T,D) -> (B,1,T,E)"
         k, v = _heads(self.kv(x), 2 * self.c.n_heads).chunk(2, 1)
         return torch.cat([_rotate(k, positions, self.c.rope_base), v], 1).transpose(1, 2).flatten(2)[:, None]
 
-    def attend_expanded(self, q, entries, attention_fn):
+    def attend_expanded(self, q, entries, attention_fn) -> Tensor:
         "Attend with the keys and values of each head, expanded from cache entries"
         return attention_fn(q, *_heads(entries[:, 0], 2 * self.c.n_heads).chunk(2, 1))
 
@@ -171,21 +171,21 @@ class LatentAttention(PlainAttention):
         self.up_k = nn.Linear(c.kv_latent_dim, c.n_heads * c.head_dim, bias=False)
         self.up_v = nn.Linear(c.kv_latent_dim, c.n_heads * c.head_dim, bias=False)
 
-    def queries(self, x, positions):
+    def queries(self, x, positions) -> Tensor:
         content, rotary = _heads(self.q(x), self.c.n_heads).split(self.query_parts, -1)
         return torch.cat([content, _rotate(rotary, positions, self.c.rope_base)], -1)
 
-    def cache_entries(self, x, positions):
+    def cache_entries(self, x, positions) -> Tensor:
         latent, rotary = self.kv(x)[:, None].split(self.entry_parts, -1)
         return torch.cat([rms_norm(latent), _rotate(rotary, positions, self.c.rope_base)], -1)
 
-    def attend_expanded(self, q, entries, attention_fn):
+    def attend_expanded(self, q, entries, attention_fn) -> Tensor:
         latent, rotary = entries.split(self.entry_parts, -1)
         k, v = (_heads(up(latent[:, 0]), self.c.n_heads) for up in (self.up_k, self.up_v))
         rotary = rotary.expand(-1, self.c.n_heads, -1, -1).to(k.dtype)
         return attention_fn(q, torch.cat([k, rotary], -1), v)
 
-    def attend_absorbed(self, q, entries, attention_fn):
+    def attend_absorbed(self, q, entries, attention_fn) -> Tensor:
         up_k, up_v = (up.weight.unflatten(0, (self.c.n_heads, -1)) for up in (self.up_k, self.up_v))
         content, rotary = q.split(self.query_parts, -1)
         entries = entries.expand(-1, self.c.n_heads, -1, -1)

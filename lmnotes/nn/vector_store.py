@@ -25,7 +25,7 @@ class TorchIndex:
     def __init__(self, dim):  # Width of the keys
         self.keys = torch.zeros(0, dim)
 
-    def update(self, keys, slots):  # (S,D) all keys, and the slots whose keys are new
+    def update(self, keys, slots) -> None:  # (S,D) all keys, and the slots whose keys are new
         "Store all keys"
         self.keys = keys
 
@@ -48,7 +48,7 @@ class FaissIndex:
 
         self.ids = faiss.IndexIDMap2(faiss.IndexFlatIP(dim))
 
-    def update(self, keys, slots):  # (S,D) all keys, and the slots whose keys are new
+    def update(self, keys, slots) -> None:  # (S,D) all keys, and the slots whose keys are new
         "Add the new keys, replacing earlier keys of the same slots"
         slots = slots.cpu().numpy()
         if len(reused := slots[slots < self.ids.ntotal]):  # Removing scans the whole index
@@ -149,7 +149,7 @@ class RingBuffer:
         self.dim, self.max_vectors, self.index, self.device = dim, max_vectors, pick_index(index), device
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         "Remove all entries"
         self.n_added, self._index = 0, INDEXES[self.index](self.dim)
         self._keys, self._values = (torch.zeros(0, self.dim, device=self.device) for _ in range(2))
@@ -202,7 +202,7 @@ class VectorStore(RingBuffer):
         keys,  # (N,D) vectors for finding the entries
         values=None,  # (N,D) vectors to return. None: the keys, before they are scaled
         groups=None,  # (N,) group ids, from 0, such as documents. None: no group
-    ):
+    ) -> None:
         "Add entries. Beyond `max_vectors`, they replace the oldest"
         keys = _check_tensor(self, "keys", keys, len(keys), self.dim)
         values = keys if values is None else _check_tensor(self, "values", values, len(keys), self.dim)

@@ -36,7 +36,7 @@ def system2_diagnostics(
 def print_system2_diagnostics(
     lm,  # Model with thinking steps
     x,  # (B, T) token ids of a text
-):
+) -> None:
     "Print AGIFORMER's diagnostics for a model and an untrained copy"
     trained, untrained = system2_diagnostics(lm, x), system2_diagnostics(untrained_copy(lm), x)
     lines = {

@@ -28,42 +28,42 @@ from ..training.trainer import *
 from ..training.weights import *
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #420cae03
-def get_data_source_name(training_data_source):  # A path or a corpus name
+def get_data_source_name(training_data_source) -> str:  # A path or a corpus name
     "Return the name of the data file without its suffix"
     return Path(training_data_source).stem[:80] or "text"
 
 
 def get_model_name(
     config,  # A `TrainingConfig`
-):  # bigram | bigramlora | gpt2 | gpt2medium | ...
+) -> str:  # bigram | bigramlora | gpt2 | gpt2medium | ...
     "Return the model name for file names (`bigram` is training.py's name for its small GPT)"
     if config.model_type == "gpt2":
         return re.sub(r"[^\w.]", "", Path(config.gpt2_model_name).name)
     return "bigramlora" if config.use_lora else "bigram"
 
 
-def timestamp():
+def timestamp() -> str:
     "Return the time as MMDDYYYY_HHMMSS"
     return time.strftime("%m%d%Y_%H%M%S")
 
 
-def make_run_name(config, at):
+def make_run_name(config, at) -> str:
     "Return the name of a run folder"
     return re.sub(r"[^\w.-]", "_", f"{get_model_name(config)}_{get_data_source_name(config.training_data_source)}_{at}")
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #a6e84c45
-def log_filename(config, at):
+def log_filename(config, at) -> str:
     "Return training_log_….log for a fresh run, resume_training_log_….log for a resumed one"
     return f"{'resume_' if config.start_step else ''}training_log_{make_run_name(config, at)}.log"
 
 
-def checkpoint_pattern(config, at):
+def checkpoint_pattern(config, at) -> str:
     "Return the pattern of weights files, with a placeholder for the step"
     model, source = make_run_name(config, "").rstrip("_"), "_step{step:06d}_"
     return f"checkpoint_{model}{source}{at}.pt"
 
 
-def generate_output_filename(config, vocab_size, at):
+def generate_output_filename(config, vocab_size, at) -> str:
     "Return the name of the output file, with the data, model and steps in it"
     steps, test = config.start_step + config.training_steps, str(config.test_mode).lower()
     kind = "from_scratch" if config.model_type == "from_scratch" else f"gpt2_{Path(config.gpt2_model_name).name}"
@@ -91,12 +91,12 @@ class TeeOutput(StringIO):
             self.file.write(f"{kind.__name__}: {error}\n")
         self.file.close()
 
-    def write(self, text):
+    def write(self, text) -> int:
         self.shown.write(text)
         self.file.write(text)
         return super().write(text)
 
-    def flush(self):
+    def flush(self) -> None:
         self.shown.flush()
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #c855dd62
@@ -104,7 +104,7 @@ def write_output_file(
     path,
     hyperparameters,  # {name: value}
     captured_output,  # The printed output
-):
+) -> None:
     "Write the output file with its sections HYPERPARAMETERS and OUTPUT, atomically"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ def write_output_file(
     write_atomic(path, "\n".join(["HYPERPARAMETERS", "=" * 16, *lines, "", "OUTPUT", "=" * 6, captured_output]))
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #f79a4fca
-def parameter_statistics(lm):
+def parameter_statistics(lm) -> dict:
     "Return the number of parameters: total, trainable, LoRA adapters, embeddings, frozen"
     adapters = sum(p.numel() for name, p in lm.named_parameters() if name.endswith(("lora_A", "lora_B")))
     total, trainable, embeddings = n_params(lm), n_params(lm, trainable=True), n_embedding_params(lm)
@@ -124,7 +124,7 @@ class ParameterReport(Hook):
 
     done = False
 
-    def after_step(self, t):
+    def after_step(self, t) -> None:
         if self.done or t.rank:
             return
         self.done, s = True, parameter_statistics(t.lm)
@@ -144,7 +144,7 @@ class LossChange(Hook):
     ):
         self.anew, self.start, self.own = anew, None, {}
 
-    def after_step(self, t):
+    def after_step(self, t) -> None:
         self.look = next(h for h in t.hooks if isinstance(h, Evaluate))
         evaluated = t.counters.get("Evaluate", 0)
         if self.start is None:
@@ -177,7 +177,7 @@ class LossChange(Hook):
             f"since the last checkpoint: {losses[at] - losses[saved]:+.4f}"
         )
 
-    def at_end(self, t):
+    def at_end(self, t) -> None:
         losses = self._losses_by_step()
         a, b = self.start, max(losses)
         print(f"val loss {losses[a]:.4f} at step {a}, {losses[b]:.4f} at step {b}: {losses[b] - losses[a]:+.4f}")
@@ -194,13 +194,13 @@ class SaveTrainingConfig(Hook):
     def __init__(self, config, folder):
         self.config, self.path = config, Path(folder) / CONFIG_FILE
 
-    def after_step(self, t):
+    def after_step(self, t) -> None:
         if self.config:
             write_json(self.path, asdict(self.config))
             self.config = None
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #a21b3c9c
-def val_losses(metrics):
+def val_losses(metrics) -> dict:
     "Return {step: validation loss}. Of two losses at the last step, return the first, on the usual batches"
     losses = {}
     for r in metrics.read():
@@ -211,7 +211,7 @@ def val_losses(metrics):
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #4f3b5378
 def from_env(
     environ=None,  # {variable: text} (None: the process's environment)
-):  # A `Run`
+) -> "Run":  # A `Run`
     "Train as environment variables configure: a fresh run, or RESUME_STEPS more steps from CHECKPOINT_PATH"
     environ = os.environ if environ is None else environ
     if rank_and_world_size()[1] > 1:

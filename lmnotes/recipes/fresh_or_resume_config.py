@@ -241,7 +241,7 @@ def config_from_record(
     return TrainingConfig(**before | model_shape(model) | own | lora | renamed)
 
 
-def model_shape(model):  # {name: value} of an architecture's configuration
+def model_shape(model) -> dict:  # {name: value} of an architecture's configuration
     "Return a model's shape under training.py's names"
     return {ours: model[theirs] for ours, theirs in zip(SMALL_SHAPE, ("d_model", "n_heads", "n_layers", "dropout"))}
 
@@ -277,12 +277,12 @@ def to_run_params(
     return _model_params(config) | _lora_params(config) | fixed | optim | params
 
 # %% ../../nbs/recipes/84_fresh_or_resume_config.ipynb #b801db8b
-def project_path(folder):
+def project_path(folder) -> Path:
     "Return the absolute path of a folder that is given relative to the project, or else to the current folder"
     return (project_root() / Path(folder).expanduser()).resolve()
 
 
-def generation_prompt(config):
+def generation_prompt(config) -> str:
     "Return the prompt of the generated text"
     return "QUESTION: " if config.model_type == "gpt2" else ""
 
@@ -333,7 +333,7 @@ def resume_params(
     return dict(resume=True, steps=new["steps"], allow_change=" ".join(["steps", *values]), **saving, **values)
 
 
-def is_same_path(a, b):
+def is_same_path(a, b) -> bool:
     "Return whether two data names lead to the same file or folder"
     found = [next((p for p in paths_to_try(name) if p.exists()), name) for name in (a, b)]
     return found[0] == found[1]

@@ -43,7 +43,7 @@ class SaveRecipeParams(Hook):
     ):
         self.folder, self.params, self.written = Path(folder), params, False
 
-    def after_step(self, t):
+    def after_step(self, t) -> None:
         if t.rank == 0 and not self.written:
             if t.step == 0 and (old_files := find_checkpoint_files(self.folder)):
                 aside = move_files(old_files, unused_folder_name(self.folder))
@@ -52,7 +52,7 @@ class SaveRecipeParams(Hook):
         self.written = True
 
 # %% ../../nbs/recipes/89_nanothink.ipynb #c6106051
-def make_content_fn(folder):
+def make_content_fn(folder) -> "Callable":
     "Return the `make_content` function for `SaveWeights` that builds a NanoThink checkpoint from trainer and weights"
 
     def make(t, weights):
@@ -123,7 +123,7 @@ def recipe_params(
     return {n: given[n] if given.get(n, v) != v else v for n, v in (current | saved).items()}
 
 # %% ../../nbs/recipes/89_nanothink.ipynb #bf9f0f4f
-def check_positive(**values):
+def check_positive(**values) -> None:
     "Raise `ValueError` unless all given parameters are 1 or more"
     for name, value in values.items():
         if value < 1:
@@ -152,7 +152,7 @@ def expert_spec(
     return ",".join([arch, *fields])
 
 # %% ../../nbs/recipes/89_nanothink.ipynb #4fff824b
-def check_experts_share_tokenizer(experts):  # {path: content} from `read_checkpoint_file`
+def check_experts_share_tokenizer(experts) -> None:  # {path: content} from `read_checkpoint_file`
     "Raise `TokenizerError` unless all experts were trained with the same tokenizer"
     (first, one), *others = experts.items()
     a = one["run"]["tokenizer"]
@@ -214,7 +214,7 @@ class SaveVectorStore(Hook):
     def __init__(self, folder):  # Run folder
         self.path, self.written = Path(folder) / self.file_patterns[0], False
 
-    def after_step(self, t):
+    def after_step(self, t) -> None:
         if t.rank == 0 and t.lm.store is not None and not self.written:
             t.lm.store.save(self.path)
         self.written = True
@@ -222,7 +222,7 @@ class SaveVectorStore(Hook):
 
 def make_cached_batches(
     budget,  # Bytes for cached expert outputs
-):  # Function for `run(make_batches=...)`
+) -> "Callable":  # Function for `run(make_batches=...)`
     "Return a function that adds cached expert outputs and retrieved passages to the batches of a `RunSetup`"
 
     def make(s):
@@ -243,7 +243,7 @@ def make_cached_batches(
 def load_best(
     r,  # A `Run`
     device="auto",  # Device of the loaded model
-):  # A `Run`
+) -> Run:  # A `Run`
     "Return a run at its best checkpoint, or unchanged if the run folder has none. Print which one"
     if not (r.folder / "best").exists():
         print(

@@ -67,7 +67,7 @@ def read_checkpoint_file(
     return content
 
 # %% ../../nbs/recipes/88_nanothink_checkpoints.ipynb #058825c0
-def check_content_hash(content, path):  # From `read_checkpoint_file`, and the path for the error message
+def check_content_hash(content, path) -> None:  # From `read_checkpoint_file`, and the path for the error message
     "Raise `CheckpointError` if a checkpoint has changed since it was written"
     if content_hash({n: v for n, v in content.items() if n != "sha256"}) != content["sha256"]:
         raise CheckpointError(f"{path}: damaged, its content is not what was written (SHA-256 differs)")
@@ -219,7 +219,7 @@ def _restore_run_folder(content, path, folder, newest):
         print(f"the run had reached step {newest}; moved that state to {aside.name}")
 
 # %% ../../nbs/recipes/88_nanothink_checkpoints.ipynb #f11823d2
-def write_text_files(folder, texts):  # A folder, created if it does not exist, and {file name: text}
+def write_text_files(folder, texts) -> None:  # A folder, created if it does not exist, and {file name: text}
     "Write text files into a folder"
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():

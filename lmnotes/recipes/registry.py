@@ -31,7 +31,7 @@ SAMPLING_PRESETS = dict(
 def generate_config(
     preset="",  # One of `SAMPLING_PRESETS`
     **given,  # Fields of `GenerateConfig`, which override the preset
-):  # `GenerateConfig`
+) -> object:  # `GenerateConfig`
     "Return the sampling settings of a preset, overridden by the given ones"
     from lmnotes.core import did_you_mean
     from lmnotes.inference.generation import GenerateConfig

@@ -30,12 +30,12 @@ from ..training.weights import *
 CHANGEABLE_ON_RESUME = "steps accum batch_size lr min_lr warmup"  # Parameters that can change on resume
 
 
-def device_or_cpu(name):
+def device_or_cpu(name) -> str:
     "Return the device, or the CPU if `name` is a GPU that does not exist"
     return "cpu" if name.startswith("cuda") and not torch.cuda.is_available() else pick_device(name)
 
 
-def run_folder(settings):
+def run_folder(settings) -> Path:
     "Return the run folder"
     return (project_root() / Path(settings["defaults.save_dir"]).expanduser()).resolve()
 
@@ -117,7 +117,7 @@ LOG_FORMAT = LogFormat(
 )
 
 # %% ../../nbs/recipes/87_text_only.ipynb #b7e36f92
-def data_advice(n):
+def data_advice(n) -> str:
     "Return MultiModalCreature's advice on a corpus of `n` tokens"
     known = (words for size, words in CORPUS_SIZE_ADVICE.items() if n < size)
     return f"{n:,} tokens are {next(known, 'as many as the guide recommends for quality')}"
@@ -149,7 +149,7 @@ def print_header(
     settings,
     params,  # From `text_run_params`
     dry_run=False,  # Add the note on dry runs
-):
+) -> None:
     "Print MultiModalCreature's lines before the first step, or raise if the data does not fit"
     cfg, _ = resolve_config(params)
     lacking = settings["defaults.device"].startswith("cuda") and cfg.device == "cpu"
@@ -209,12 +209,12 @@ class LossMonitor(Hook):
         self.then = None  # Trainer time at the last step
         self.best, self.best_step = math.inf, 0
 
-    def warn_once(self, what, **found):
+    def warn_once(self, what, **found) -> None:
         if what not in self.said:
             self.said.add(what)
             self.show("warning: " + WARNINGS[what].format(**found, **self.limits))
 
-    def after_step(self, t):
+    def after_step(self, t) -> None:
         then, self.then = self.then, t.seconds
         if then is None or t.rank:
             return
@@ -227,7 +227,7 @@ class LossMonitor(Hook):
             self.check_averages(t.step, statistics.fmean(self.losses), t.last_metrics["rows"] / seconds)
             self.losses, self.seconds = [], []
 
-    def check_averages(self, step, loss, speed):
+    def check_averages(self, step, loss, speed) -> None:
         "Check the averages of the last steps"
         if loss < self.best - 0.01:
             self.best, self.best_step = loss, step
@@ -239,7 +239,7 @@ class LossMonitor(Hook):
             self.warn_once("slow", speed=speed)
 
 # %% ../../nbs/recipes/87_text_only.ipynb #edaea750
-def make_hooks(settings):
+def make_hooks(settings) -> list:
     "Return the hooks for MultiModalCreature's files and warnings"
     folder, every = run_folder(settings), settings["training.save_interval"]
     return [
@@ -249,7 +249,7 @@ def make_hooks(settings):
     ]
 
 
-def print_footer(r):  # A `Run`
+def print_footer(r) -> None:  # A `Run`
     "Print MultiModalCreature's closing lines"
     ends = dict(done="Training complete!", dry_run="Training complete!")
     ends["diverged"] = f"Training diverged at step {r.step}. Lower training.optimizer.lr, then resume or start again"
@@ -260,7 +260,7 @@ def print_footer(r):  # A `Run`
 PACKAGES = "torch", "transformers", "tokenizers", "papermill", "PyYAML"
 
 
-def check_environment():
+def check_environment() -> list:
     "Return rows: Python, the packages, and whether anything is missing"
     found = {}
     for name in PACKAGES:

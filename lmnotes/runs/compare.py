@@ -166,7 +166,7 @@ class ArchMeasurement:
             uncertain = len(totals) < least or standard_error(totals) > error * mean(totals)
         return mean(totals), sum(pointwise for _, pointwise in counts) / sum(totals)
 
-    def time_once(self, steps=3):
+    def time_once(self, steps=3) -> None:
         "Time a few steps of training, and the generation of a text"
         start = time.process_time()
         for _ in range(steps):
@@ -228,7 +228,7 @@ class RecordPeakMemory(Hook):
     def __init__(self, folder):
         self.path, self.before = Path(folder) / self.file_patterns[0], peak_memory("cpu")
 
-    def at_end(self, t):
+    def at_end(self, t) -> None:
         earlier = read_json(self.path)["bytes"] if self.path.exists() else 0  # From before an interruption
         write_json(self.path, dict(bytes=max(earlier, peak_memory("cpu") - self.before)))
 

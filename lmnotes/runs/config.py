@@ -175,7 +175,7 @@ def resolve_config(
     return RunConfig(**values), origins
 
 # %% ../../nbs/runs/60_config.ipynb #93e13696
-def given_param_names():
+def given_param_names() -> "set | None":
     "Return the names of the parameters that papermill or `lmnotes notebook` was given, None in JupyterLab"
     given = os.environ.get("LMNOTES_GIVEN")
     return None if given is None else set(given.split())
@@ -217,7 +217,7 @@ def format_params(
     return (" " if command else ", ").join(words)
 
 # %% ../../nbs/runs/60_config.ipynb #6e9e5e50
-def check_params(cfg, world):  # `RunConfig`, and the number of processes
+def check_params(cfg, world) -> None:  # `RunConfig`, and the number of processes
     "Raise ValueError unless the parameters are in range and fit together"
     check_minimums(
         cfg, batch_size=1, ctx_len=1, steps=1, accum=1, procs=1, seed=0, clip=0, patience=0, keep=0, epochs=0

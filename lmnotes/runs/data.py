@@ -95,7 +95,7 @@ def _configured_tokenizer(cfg):
     return get_tokenizer(cfg.tokenizer, None, cfg.data_dir)
 
 # %% ../../nbs/runs/62_data.ipynb #2f447d50
-def check_same_data(data, info, cfg, remedy):  # `RunData`, run.json, `RunConfig`, and the end of the message
+def check_same_data(data, info, cfg, remedy) -> None:  # `RunData`, run.json, `RunConfig`, and the end of the message
     "Raise CheckpointError unless the data is the data of the run"
     if data.fingerprint != info["data"]["fingerprint"]:
         raise CheckpointError(
@@ -104,7 +104,7 @@ def check_same_data(data, info, cfg, remedy):  # `RunData`, run.json, `RunConfig
         )
 
 
-def check_same_tokenizer(tokenizer, info, folder):  # Tokenizer, run.json, and the run folder
+def check_same_tokenizer(tokenizer, info, folder) -> None:  # Tokenizer, run.json, and the run folder
     "Raise TokenizerError unless the tokenizer is the tokenizer of the run"
     if tokenizer.fingerprint != info["tokenizer"]["fingerprint"]:
         raise TokenizerError(

@@ -73,7 +73,7 @@ RUN_FILES = (
 )
 
 
-def move_earlier_run_aside(folder, files):  # Run folder, and patterns of the files that hooks write
+def move_earlier_run_aside(folder, files) -> None:  # Run folder, and patterns of the files that hooks write
     "Move the files of an earlier run of the same name to a new folder, and leave all other files"
     old = [p for pattern in (*RUN_FILES, *files) for p in folder.glob(pattern)]
     if not any(p.name == "run.json" or p.name.startswith("step_") for p in old):
@@ -92,13 +92,13 @@ class RunRecord:
     def __init__(self, folder, **values):
         self.path, self.values = Path(folder) / "run.json", values
 
-    def update(self, **values):
+    def update(self, **values) -> None:
         self.values.update(values, updated=utc_now())
         write_json(self.path, self.values)
 
 # %% ../../nbs/runs/61_folder.ipynb #362e5bf9
 @contextmanager
-def locked_run_folder(folder):
+def locked_run_folder(folder) -> "Iterator[None]":
     "Hold the lock of a run folder. At the end, remove a new folder in which no run has started"
     new = not folder.exists()
     try:
@@ -176,7 +176,7 @@ def run_record_at_step(then, checkpoint_folder) -> dict:  # The checkpoint's con
     return {name: value for name, value in info.items() if name not in ("result", "tokens", "error", "signal")}
 
 # %% ../../nbs/runs/61_folder.ipynb #6e53497c
-def truncate_metrics(folder, counters):  # Run folder, and the counters of the checkpoint
+def truncate_metrics(folder, counters) -> None:  # Run folder, and the counters of the checkpoint
     "Drop the records of steps that a resumed run repeats"
     c = counters
     JsonlLog(folder / "metrics.jsonl").truncate_after(dict(train=c.get("Log", 0), val=c.get("Evaluate", 0)))

@@ -75,7 +75,7 @@ class Run:
         "Yield generated text piece by piece"
         return stream(self.lm, self.tokenizer, self._default_prompt(prompt), n, stop_strings, **sampling)
 
-    def print_generated(self, config):  # `GenerateConfig`
+    def print_generated(self, config) -> None:  # `GenerateConfig`
         "Print a prompt and its completion while it is generated"
         sampling = {n: v for n, v in asdict(config).items() if n not in ("prompt", "n", "stop")}
         print(config.prompt, end="")

@@ -17,7 +17,7 @@ import textwrap
 import threading
 import time
 import warnings
-from collections import deque
+from collections import abc, deque
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import datetime
 from pathlib import Path
@@ -104,7 +104,7 @@ def plot_metrics(
     records,  # From metrics.jsonl
     title="",  # Title above the curves
     caption_lines=(),  # Lines of text under the curves
-):  # A matplotlib figure
+) -> "matplotlib.figure.Figure":  # A matplotlib figure
     "Plot training and validation loss, learning rate and speed by step"
     import matplotlib.pyplot as plt
 
@@ -141,7 +141,7 @@ def is_headless() -> bool:
     return given_param_names() is not None
 
 
-def print_in_place(last, text):
+def print_in_place(last, text) -> None:
     "Print a text over the last one in a terminal, and only its first line elsewhere"
     if not sys.stdout.isatty():
         return print(text.split("\n")[0], flush=True)
@@ -157,7 +157,7 @@ class LiveDisplay:
     def __init__(self, view, seconds=2.0):  # The object to show, and the minimum seconds between two redraws
         self.view, self.seconds, self.handle, self.next, self.last, self.warned = view, seconds, None, 0.0, "", False
 
-    def draw(self):
+    def draw(self) -> None:
         "Redraw the view, and report an error once without stopping the run"
         start = time.perf_counter()
         try:
@@ -170,7 +170,7 @@ class LiveDisplay:
         now = time.perf_counter()
         self.next = now + max(self.seconds, 20 * (now - start))
 
-    def draw_if_due(self):
+    def draw_if_due(self) -> None:
         "Redraw the view if enough time has passed"
         if time.perf_counter() >= self.next:
             self.draw()
@@ -229,7 +229,7 @@ class RunView:
         "Estimated seconds to the end, 0 if the run is not running"
         return seconds_per_step(self.metrics) * (self.steps - self.step) if self.status == "running" else 0.0
 
-    def follow(self, seconds=2.0):  # Minimum seconds between two redraws
+    def follow(self, seconds=2.0) -> None:  # Minimum seconds between two redraws
         "Show the run until it has ended. Interrupting this does not stop the run"
         screen = LiveDisplay(self, seconds)
         try:
@@ -240,7 +240,7 @@ class RunView:
         except KeyboardInterrupt:
             pass
 
-    def figure(self):
+    def figure(self) -> "matplotlib.figure.Figure":
         "Plot the curves, with the last samples under them"
         return plot_metrics(self.metrics, f"{self.title}\n{textwrap.fill(self.status_line, 115)}", figure_caption(self))
 
@@ -254,7 +254,7 @@ class RunView:
         return {"image/png": _png(self.figure()), "text/plain": str(self)}
 
     @property
-    def title(self):
+    def title(self) -> str:
         config = self.info.get("config", {})
         return f"{self.folder.name}: {config['arch']} on {self.info['data']['what']}" if config else self.folder.name
 
@@ -319,7 +319,7 @@ class CapturedLog(io.TextIOBase):
     def __init__(self, lines, warn):  # List to append to, and stream for warnings
         self.lines, self.warn, self.rest = lines, warn, ""
 
-    def write(self, text):
+    def write(self, text) -> int:
         *whole, self.rest = (self.rest + text).split("\n")
         self.lines += whole
         for line in whole:
@@ -334,11 +334,11 @@ class ShowLiveView(Hook):
     def __init__(self, folder, quiet):  # Run folder, and whether to print only warnings unless the run fails
         self.screen, self.quiet = LiveDisplay(RunView(folder)), quiet
 
-    def after_step(self, t):
+    def after_step(self, t) -> None:
         self.screen.draw_if_due()
 
     @contextmanager
-    def show(self):
+    def show(self) -> abc.Iterator[None]:
         "Capture the output of a run, and draw its final state"
         lines, out = self.screen.view.captured_lines, sys.stdout
         quiet = self.quiet and threading.current_thread() is threading.main_thread()  # stdout is shared by threads
@@ -354,6 +354,6 @@ class ShowLiveView(Hook):
                 self.screen.draw()
 
 # %% ../../nbs/runs/65_monitor.ipynb #f383e323
-def make_live_view(folder, log_format=None):
+def make_live_view(folder, log_format=None) -> "ShowLiveView | None":
     "Return the hook that shows a run in a notebook, or None elsewhere. It prints log lines only for papermill or a given format"
     return ShowLiveView(folder, quiet=log_format is None and not is_headless()) if is_notebook() else None

@@ -106,7 +106,7 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:
         for group in self.param_groups:
             shapes = {}
             for p in (p for p in group["params"] if p.grad is not None):

@@ -46,7 +46,7 @@ class Objective(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, x, y, extras):
+    def forward(self, x, y, extras) -> dict:
         return self.lm.loss(Batch(x, y, extras))
 
 # %% ../../nbs/training/41_trainer.ipynb #46b7a394
@@ -392,7 +392,7 @@ def init_distributed(device) -> str:
     return device
 
 # %% ../../nbs/training/41_trainer.ipynb #3b6f8b88
-def broadcast_from_rank0(value):
+def broadcast_from_rank0(value) -> object:
     "Return rank 0's `value` on every rank"
     values = [value]
     if dist.is_initialized():
@@ -400,7 +400,7 @@ def broadcast_from_rank0(value):
     return values[0]
 
 
-def call_on_rank0_first(fn):
+def call_on_rank0_first(fn) -> object:
     "Call `fn` on rank 0 and then on the other ranks, so that files are written once and then found"
     result = fn() if rank_and_world_size()[0] == 0 else None
     if dist.is_initialized():
