@@ -1,5 +1,6 @@
-"""Type checkers see the parameters of `lmnotes.run`, `load` and `generate`: pyright finds every mistake in a user's script."""
+"""Type checkers see the parameters of `run`, `load` and `generate`, and the return type of every public function."""
 
+import ast
 import json
 import re
 import shutil
@@ -54,3 +55,34 @@ def test_help_shows_the_parameters():
     assert shown["steps"].default == 500 and {"recipe", "hooks", "view", "lora_rank"} <= set(shown)
     assert {"n", "temperature", "top_p", "seed"} <= set(inspect.signature(lmnotes.generate).parameters)
     assert (ROOT / "lmnotes/py.typed").exists()
+
+
+def public_functions(node, prefix=""):
+    "Yield (name, definition) of every public function and method in a module or class, also inside `if` and `try`"
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and not child.name.startswith("_"):
+            yield prefix + child.name, child
+        elif isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
+            yield from public_functions(child, f"{prefix}{child.name}.")
+        elif isinstance(child, ast.If | ast.Try | ast.With | ast.ExceptHandler):
+            yield from public_functions(child, prefix)
+
+
+def without_return_type(code, name):
+    "Return (number of public functions and methods in a module, names of those without a return annotation)"
+    found = [(f"{name}.{function}", node.returns) for function, node in public_functions(ast.parse(code))]
+    return len(found), [function for function, returns in found if returns is None]
+
+
+def test_missing_return_types_are_found():
+    code = (
+        "def f() -> int: ...\ndef g(): ...\ndef _h(): ...\nclass A:\n    def __init__(self): ...\n    def m(self): ..."
+    )
+    assert without_return_type(code, "module") == (3, ["module.g", "module.A.m"])
+
+
+def test_public_functions_have_return_types():
+    modules = sorted(path for path in (ROOT / "lmnotes").rglob("*.py") if path.name != "_modidx.py")
+    checked = [without_return_type(path.read_text(encoding="utf-8"), path.stem) for path in modules]
+    assert sum(count for count, _ in checked) > 600
+    assert [function for _, missing in checked for function in missing] == []
