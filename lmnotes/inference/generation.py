@@ -11,6 +11,7 @@ __all__ = ['GENERATE_ALIASES', 'Prompts', 'top_k', 'top_p', 'min_p', 'apply_repe
 import codecs
 from dataclasses import dataclass
 from functools import wraps
+from inspect import signature
 from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import torch
@@ -195,7 +196,10 @@ def accept_aliases(function: _Function) -> _Function:
     def wrapper(*args, **given):
         if not given.pop("do_sample", True):
             given["temperature"] = 0.0
-        return function(*args, **replace_aliases(given, GENERATE_ALIASES))
+        given, known = replace_aliases(given, GENERATE_ALIASES), signature(wrapper).parameters
+        if unknown := min(given.keys() - known, default=""):
+            raise TypeError(f"{function.__name__} has no parameter {unknown!r}: {did_you_mean(unknown, known)}")
+        return function(*args, **given)
 
     return expand_kwargs(wrapper, TokenSampler)
 
@@ -211,12 +215,12 @@ def stream(
     tokenizer,  # Its tokenizer
     prompt: str = "",  # Text to continue (empty: start a new document)
     n: int = 200,  # Maximum number of new tokens
-    stop_strings: "str | Sequence" = (),  # A string or several: the text ends before the first occurrence of any
+    stop_strings: "str | Sequence | None" = (),  # A string or several: the text ends before the first occurrence of any
     stop_signal=None,  # Checked between steps: generation ends when it is true
     **sampling: "Unpack[SamplingParams]",  # temperature, top_k, top_p, min_p, repetition_penalty, seed
 ) -> "Iterator[str]":
     "Yield new text in whole characters while it is generated"
-    stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+    stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
     decoder, text, eot = codecs.getincrementaldecoder("utf-8")("replace"), "", tokenizer.eot_id
     sampling, n_new, prompts = dict(sampling, vocab_size=tokenizer.vocab_size), 0, [encode_prompt(tokenizer, prompt)]
     for chunk in _generate_chunks(lm, prompts, n, eot, stop_signal, [0], sampling):
@@ -240,14 +244,14 @@ def generate(
     tokenizer,  # Its tokenizer
     prompts: Prompts = "",  # A text, or a list of texts
     n: int = 200,  # Maximum number of new tokens for each prompt
-    stop_strings: "str | Sequence" = (),  # A string or several: a text ends before the first occurrence of any
+    stop_strings: "str | Sequence | None" = (),  # A string or several: a text ends before the first occurrence of any
     stop_signal=None,  # Checked between steps: generation ends when it is true
     **sampling: "Unpack[SamplingParams]",  # temperature, top_k, top_p, min_p, repetition_penalty, seed
 ) -> Prompts:  # New text, or a list of new texts
     "Generate text after each prompt. The result does not include the prompt"
     if isinstance(prompts, str):
         return "".join(stream(lm, tokenizer, prompts, n, stop_strings, stop_signal, **sampling))
-    stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+    stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
     ids = [encode_prompt(tokenizer, p) for p in prompts]
     sampling["vocab_size"] = tokenizer.vocab_size
     new = generate_ids(lm, ids, n, tokenizer.eot_id, stop_signal, **sampling)

@@ -58,7 +58,7 @@ class Run:
         self,
         prompts: Prompts = "",  # A text, or a list of texts (empty: the start of a document)
         n: int = 200,  # Maximum number of new tokens per prompt
-        stop_strings: "str | Sequence" = (),  # A string or several. A text ends before the first occurrence of one
+        stop_strings: "str | Sequence | None" = (),  # A string or several. A text ends before the first occurrence of one
         **sampling: "Unpack[SamplingParams]",  # temperature, top_k, top_p, min_p, repetition_penalty, seed
     ) -> Prompts:  # Text, or a list of texts, without the prompts
         "Generate text from a prompt, or a list of texts from several"
@@ -69,7 +69,7 @@ class Run:
         self,
         prompt: str = "",  # Text to continue (empty: the start of a document)
         n: int = 200,  # Maximum number of new tokens
-        stop_strings: "str | Sequence" = (),  # A string or several. The text ends before the first occurrence of one
+        stop_strings: "str | Sequence | None" = (),  # A string or several. The text ends before the first occurrence of one
         **sampling: "Unpack[SamplingParams]",  # temperature, top_k, top_p, min_p, repetition_penalty, seed
     ) -> "Iterator[str]":
         "Yield generated text piece by piece"
