@@ -120,6 +120,7 @@ HINTS = dict.fromkeys(
     ("per_device_train_batch_size", "micro_batch_size"),
     "pass batch_size, the global batch size: sequences per micro-batch x accum x processes",
 )
+HINTS |= dict(lines="pass log_format, a LogFormat", batches="pass make_batches, a function of a RunSetup")
 
 # %% ../../nbs/runs/60_config.ipynb #e911dce3
 def _convert(name, value, kind):
