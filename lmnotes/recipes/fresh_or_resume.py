@@ -67,9 +67,9 @@ def generate_output_filename(config, vocab_size, at) -> str:
     "Return the name of the output file, with the data, model and steps in it"
     steps, test = config.start_step + config.training_steps, str(config.test_mode).lower()
     kind = "from_scratch" if config.model_type == "from_scratch" else f"gpt2_{Path(config.gpt2_model_name).name}"
-    how = f"lora_r{config.lora_rank}_a{config.lora_alpha}" if config.use_lora else "full_ft"
+    method = f"lora_r{config.lora_rank}_a{config.lora_alpha}" if config.use_lora else "full_ft"
     name = make_run_name(config, "").rstrip("_")
-    return f"build_llm_output_{name}_{vocab_size}_{steps}_test={test}_{kind}_{how}_OUTPUT_{at}.txt"
+    return f"build_llm_output_{name}_{vocab_size}_{steps}_test={test}_{kind}_{method}_OUTPUT_{at}.txt"
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #00440f50
 class TeeOutput(StringIO):
@@ -81,23 +81,23 @@ class TeeOutput(StringIO):
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.shown, self.file = sys.stdout, open(self.path, "w", encoding="utf-8", buffering=1)
+        self.stdout, self.file = sys.stdout, open(self.path, "w", encoding="utf-8", buffering=1)
         sys.stdout = self
         return self
 
     def __exit__(self, kind, error, trace):
-        sys.stdout = self.shown
+        sys.stdout = self.stdout
         if error is not None:
             self.file.write(f"{kind.__name__}: {error}\n")
         self.file.close()
 
     def write(self, text) -> int:
-        self.shown.write(text)
+        self.stdout.write(text)
         self.file.write(text)
         return super().write(text)
 
     def flush(self) -> None:
-        self.shown.flush()
+        self.stdout.flush()
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #c855dd62
 def write_output_file(
@@ -138,39 +138,38 @@ class ParameterReport(Hook):
 class LossChange(Hook):
     "Hook that prints the validation loss and its net change: at the start, after evaluations, at the end (one process)"
 
-    def __init__(
-        self,
-        anew=False,  # True: ignore earlier losses, which are from other data or batches
-    ):
-        self.anew, self.start, self.own = anew, None, {}
+    def __init__(self, ignore_earlier=False):  # True: ignore earlier losses, which are from other data or batches
+        self.ignore_earlier, self.first_step, self.session_losses = ignore_earlier, None, {}
 
     def after_step(self, t) -> None:
-        self.look = next(h for h in t.hooks if isinstance(h, Evaluate))
+        self.eval_hook = next(h for h in t.hooks if isinstance(h, Evaluate))
         evaluated = t.counters.get("Evaluate", 0)
-        if self.start is None:
+        if self.first_step is None:
             self._print_first_loss(t)
-        elif evaluated > self.seen:
+        elif evaluated > self.last_evaluated:
             print(self._format_line(t))
-        self.seen = evaluated
-        self.saved = max(self.saved, t.counters.get("Save", 0), t.counters.get("saved_best", 0))
+        self.last_evaluated = evaluated
+        self.last_saved = max(self.last_saved, t.counters.get("Save", 0), t.counters.get("saved_best", 0))
 
     def _print_first_loss(self, t):
         "Print the first loss of this session: the checkpoint's, or that of a new evaluation"
-        self.start = self.saved = t.step
-        if self.anew or t.step not in self._losses_by_step():
-            result = evaluate(t.lm, self.look.batches.subset(self.look.limit), autocast=t.autocast, seed=t.cfg.seed)
-            self.own[t.step] = result["loss"]
+        self.first_step = self.last_saved = t.step
+        if self.ignore_earlier or t.step not in self._losses_by_step():
+            batches = self.eval_hook.batches.subset(self.eval_hook.limit)
+            result = evaluate(t.lm, batches, autocast=t.autocast, seed=t.cfg.seed)
+            self.session_losses[t.step] = result["loss"]
             if not t.step:
-                self.look.metrics.append(step=0, split="val", loss=result["loss"], time=utc_now())
+                self.eval_hook.metrics.append(step=0, split="val", loss=result["loss"], time=utc_now())
         print(self._format_line(t))
 
     def _losses_by_step(self):
-        losses = {**val_losses(self.look.metrics), **self.own}
-        return {step: loss for step, loss in losses.items() if step >= self.start} if self.anew else losses
+        losses = {**val_losses(self.eval_hook.metrics), **self.session_losses}
+        earliest = self.first_step if self.ignore_earlier else 0
+        return {step: loss for step, loss in losses.items() if step >= earliest}
 
     def _format_line(self, t):
         losses = self._losses_by_step()
-        at, saved = max(losses), max(step for step in losses if step <= self.saved)
+        at, saved = max(losses), max(step for step in losses if step <= self.last_saved)
         return (
             f"step {t.step}/{t.cfg.steps} ({t.step / t.cfg.steps:.1%}) | val loss {losses[at]:.4f} (step {at}) | "
             f"net loss change since the beginning: {losses[at] - losses[min(losses)]:+.4f} | "
@@ -179,8 +178,8 @@ class LossChange(Hook):
 
     def at_end(self, t) -> None:
         losses = self._losses_by_step()
-        a, b = self.start, max(losses)
-        print(f"val loss {losses[a]:.4f} at step {a}, {losses[b]:.4f} at step {b}: {losses[b] - losses[a]:+.4f}")
+        first, last = losses[self.first_step], losses[max(losses)]
+        print(f"val loss {first:.4f} at step {self.first_step}, {last:.4f} at step {max(losses)}: {last - first:+.4f}")
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #5b17d12a
 CONFIG_FILE = "env.json"
@@ -252,13 +251,13 @@ def _reserve_run_names(config, at, runs):
     raise ValueError(f"{config.log_dir} has a thousand logs of this second. Choose another LOG_DIR.")
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #c72cd60a
-def _make_hooks(config, folder, at, anew=False):
+def _make_hooks(config, folder, at, ignore_earlier=False):
     "Return the hooks: reports, and with ENABLE_CHECKPOINTS weights under training.py's file names"
     pattern, every = checkpoint_pattern(config, at), config.checkpoint_interval
     weights = [SaveWeights(folder, pattern, every)] if config.enable_checkpoints else []
     if weights and (config.start_step + config.training_steps) % every:
         weights.append(SaveWeights(folder, pattern))  # The last step too
-    return [SaveTrainingConfig(config, folder), ParameterReport(), LossChange(anew), *weights]
+    return [SaveTrainingConfig(config, folder), ParameterReport(), LossChange(ignore_earlier), *weights]
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #a8d21d3c
 def _train_with_log(config, at, train):
@@ -301,9 +300,9 @@ def _resolve_checkpoint_path(path, environ):
             f"and the tokenizer are unknown. Pass a run folder or a checkpoint in it."
         )
     if not found.is_dir():
-        kept = ", ".join(p.name for p in list_checkpoints(run_folder))
+        names = ", ".join(p.name for p in list_checkpoints(run_folder))
         raise CheckpointError(
-            f"CHECKPOINT_PATH={path}: the checkpoint folder {found.name} does not exist. The run has {kept}."
+            f"CHECKPOINT_PATH={path}: the checkpoint folder {found.name} does not exist. The run has {names}."
         )
     return find_checkpoint(found)
 
@@ -312,20 +311,20 @@ def _resume_run(path, environ, at):
     "Resume from a checkpoint, in a fork of the run if it is not the newest one"
     checkpoint_folder = _resolve_checkpoint_path(path, environ)
     folder = checkpoint_folder.parent
-    then = read_json(checkpoint_folder / "config.json", CheckpointError)
-    info = run_record_at_step(then, checkpoint_folder)  # The record at that step
+    metadata = read_json(checkpoint_folder / "config.json", CheckpointError)
+    info = run_record_at_step(metadata, checkpoint_folder)  # The record at that step
     info["env"] = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else None
-    config, step = load_config_from_checkpoint(info, environ), then["step"]
-    elsewhere = environ.get("CHECKPOINT_DIR", "").strip() and project_path(config.checkpoint_dir) != folder.parent
-    out_dir = project_path(config.checkpoint_dir) if elsewhere else folder.parent
-    apart = elsewhere or checkpoint_folder != latest_checkpoint(folder)
-    at = _reserve_run_names(config, at, out_dir if apart else None)
-    name = make_run_name(config, at) if apart else folder.name
+    config, step = load_config_from_checkpoint(info, environ), metadata["step"]
+    in_other_folder = environ.get("CHECKPOINT_DIR", "").strip() and project_path(config.checkpoint_dir) != folder.parent
+    out_dir = project_path(config.checkpoint_dir) if in_other_folder else folder.parent
+    is_fork = in_other_folder or checkpoint_folder != latest_checkpoint(folder)
+    at = _reserve_run_names(config, at, out_dir if is_fork else None)
+    name = make_run_name(config, at) if is_fork else folder.name
     params = resume_params(config, info) | dict(run=name, out_dir=str(out_dir))
-    hooks = _make_hooks(config, out_dir / name, at, anew="data" in params or "eval_batches" in params)
+    hooks = _make_hooks(config, out_dir / name, at, ignore_earlier=bool({"data", "eval_batches"} & set(params)))
 
     def train():
-        if apart:
+        if is_fork:
             fork(checkpoint_folder, name, str(out_dir))
             print(f"{folder.name} resumes from step {step} as {name}")
         if "data" in params:
