@@ -1,8 +1,8 @@
-"""Small language models, written as notebooks. Names are loaded when they are first used, so that importing costs little."""
+"""Small language models, written as notebooks. Each name loads its module on first use, so that the import is fast."""
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # What type checkers and editors see (`as` makes a name public)
+if TYPE_CHECKING:  # For type checkers and editors (`as` makes a name public)
     from .data.datasets import get_corpus as get_corpus
     from .data.tokenizer_files import get_tokenizer as get_tokenizer, load_tokenizer as load_tokenizer
     from .data.tokens import open_tokens as open_tokens

@@ -147,7 +147,7 @@ class PrepareOptions:
     tokenizer: str = "bpe:2048"  # bytes | chars | bpe:SIZE | bpe | gpt2 | path of a saved tokenizer
     data_dir: str = ""  # Folder of named corpora (empty: $LMNOTES_DATA, else data/)
     domains: str = ""  # Domains to use, separated by spaces (empty: all)
-    split: str = "auto"  # Train/validation split: auto | hash | first90 | randperm42 | enwik8
+    split: str = "auto"  # Train/validation split: auto | hash | first90 | randperm42 | enwik8 | own
 
 
 def prepare_command(args) -> None:
