@@ -293,7 +293,7 @@ def test_optimizer_state_of_other_parameters_is_rejected():
 
 
 def test_checkpoint_of_another_run_is_rejected(trained_copy):
-    "A step folder of another run is intact but holds another model"
+    "A checkpoint of another run is intact but holds another model"
     code, output = command(
         trained_copy, "train", **TINY | dict(run="other", model_args="d_model=32 n_layers=1 n_heads=2", steps=50)
     )

@@ -229,7 +229,7 @@ def test_lora_hyperparameters_are_fixed(base_run_folder, uninterrupted):
 
 
 def test_missing_base_weights_are_named(base_run_folder, uninterrupted, tmp_path):
-    "A step folder without the base weights is an error with a hint"
+    "A checkpoint without the base weights is an error with a hint"
     (tmp_path / "r").mkdir()
     step = list_checkpoints(base_run_folder / "runs/r")[-1]
     shutil.copytree(step, tmp_path / "r" / step.name)

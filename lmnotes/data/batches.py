@@ -229,7 +229,7 @@ class EvaluationBatches:
     ):
         stop, stride = len(ids) if stop is None else stop, stride or ctx_len
         if stop - start < 2:
-            raise DataError(f"a validation part of {stop - start} tokens has nothing to predict. It needs at least 2")
+            raise DataError(f"a validation split of {stop - start} tokens has nothing to predict. It needs at least 2")
         if not 0 < stride <= ctx_len:
             raise ValueError(f"stride={stride} leaves gaps between sequences of ctx_len={ctx_len}. Use 1 to ctx_len")
         self.ids, self.batch_size, self.ctx_len, self.start, self.stop = ids, batch_size, ctx_len, start, stop

@@ -148,7 +148,7 @@ def _check_returned_batch(batch, shape, vocab_size, where):
 
 # %% ../../nbs/data/16_prepare.ipynb #7626cce0
 def get_corpus_tokenizer(corpus, spec, split, data_dir="") -> "Tokenizer":
-    "Return the tokenizer that `spec` names, trained on the training part of a corpus if it is `chars` or `bpe`"
+    "Return the tokenizer that `spec` names, trained on the training split of a corpus if it is `chars` or `bpe`"
     return get_tokenizer(spec, lambda: (d.text for d in split_documents(corpus, split, "train")), data_dir)
 
 # %% ../../nbs/data/16_prepare.ipynb #770246bf

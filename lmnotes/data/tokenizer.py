@@ -248,7 +248,7 @@ class BPETokenizer(Tokenizer):
     @classmethod
     def train(
         cls,
-        texts,  # Iterator of texts in the training part
+        texts,  # Iterator of texts in the training split
         vocab_size,  # Number of ids, at least 257
     ) -> "BPETokenizer":
         "Train a BPE with an end-of-document id, 256 bytes and `vocab_size - 257` merges (fewer for a small text)"
