@@ -88,7 +88,7 @@ class GuideGPT(nn.Module):
 
 
 class Loop:
-    "Training loop of the guide. Each call of `run` continues where the last one ended, with the saved generator state"
+    "Training loop of the fresh-or-resume guide. Each call of `run` continues where the last one ended, with the saved generator state"
 
     def __init__(self, model, ids, batch_size):
         self.model, self.ids, self.batch_size, self.step = model, torch.from_numpy(ids.astype("int64")), batch_size, 0
@@ -143,7 +143,7 @@ def main():
     torch.manual_seed(cfg.seed)
     model = GuideGPT(data.tokenizer.vocab_size, cfg.ctx_len, **SHAPE)
     peer = Loop(model, data.tokens["train"].ids, cfg.batch_size)
-    turns = {"the guide's": peer.run, **{name: trainer.fit for name, trainer in runs.items()}}
+    turns = {"fresh-or-resume guide": peer.run, **{name: trainer.fit for name, trainer in runs.items()}}
 
     clocks = {name: Clock() for name in turns}
     for step in range(every, steps + 1, every):
@@ -154,9 +154,9 @@ def main():
             print(f"step {step}: {', '.join(f'{name} {c.cpu:.1f} CPU s' for name, c in clocks.items())}", flush=True)
 
     judged = val.subset(2 if args.quick else 0)
-    loss = {"the guide's": full_loss(model, judged)}
+    loss = {"fresh-or-resume guide": full_loss(model, judged)}
     loss |= {name: evaluate(t.lm, judged, autocast=t.autocast)["loss"] for name, t in runs.items()}
-    size = {"the guide's": n_params(model), **{name: n_params(t.lm) for name, t in runs.items()}}
+    size = {"fresh-or-resume guide": n_params(model), **{name: n_params(t.lm) for name, t in runs.items()}}
     rows = [
         dict(
             model=name,
@@ -169,13 +169,13 @@ def main():
         for name in turns
     ]
     guide_loss, same_recipe_loss, best = loss.values()
-    ratio = clocks["the guide's"].cpu / clocks["scratch_gpt, same recipe"].cpu
+    ratio = clocks["fresh-or-resume guide"].cpu / clocks["scratch_gpt, same recipe"].cpu
     report(
         args,
         rows,
         [
             (
-                "loss at most the guide's, with the guide's recipe",
+                "loss at most that of the fresh-or-resume guide, with its recipe",
                 f"{same_recipe_loss:.4f} and {guide_loss:.4f}",
                 same_recipe_loss <= guide_loss,
             ),
@@ -184,7 +184,7 @@ def main():
                 f"{best:.4f}",
                 best < min(same_recipe_loss, guide_loss),
             ),
-            ("CPU seconds at most the guide's", f"1/{ratio:.2f}", ratio >= 1),
+            ("CPU seconds at most those of the fresh-or-resume guide", f"1/{ratio:.2f}", ratio >= 1),
         ],
     )
 

@@ -51,7 +51,7 @@ def workdir(tmp_path, monkeypatch):
 
 SAME_IN_ALL_MODES = dict(
     use_lora=False,
-    training_data_source="pydocs",  # The guide's own default is a file that it does not ship
+    training_data_source="pydocs",  # The fresh-or-resume guide's own default is a file that it does not ship
     start_step=0,
     gpt2_model_name="gpt2",
     custom_vocab_size=None,
@@ -130,7 +130,7 @@ RECIPES = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_matches_the_guide(name):
-    "Optimizer, clipping, warmup, seed and split match the guide"
+    "Optimizer, clipping, warmup, seed and split match the fresh-or-resume guide"
     variables, expected = RECIPES[name]
     params = to_run_params(load_config_fresh_from_env(variables))
     assert {name: params[name] for name in expected} == expected

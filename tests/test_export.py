@@ -120,7 +120,7 @@ def test_exported_model_gives_the_same_logits_and_text(r, exported, tmp_path):
         "rnn",
         "gpt2",
         "bytepatch",
-        "the guide's",
+        "agiformer",
         "streams",
         "ssm",
         "masked",

@@ -101,7 +101,7 @@ def test_the_papermill_engine_loads_nothing_of_the_package():
 
 
 def test_only_recipes_refer_to_a_guide():
-    "Elsewhere, a guide's name may be only an architecture, a preset or a tokenizer format, which users type"
+    "Elsewhere, the name of a guide may be only an architecture, a preset or a tokenizer format, which users type"
     names = r"(?i:guide|tiss_?lm|agiformer|nanothink|from_env|fresh_or_resume|text_only)|RESUME_[A-Z]|CHECKPOINT_PATH"
     allowed = r"NanoThink(Config)?\b|[:\"']nanothink|\bnanothink\w*=dict|(such as|\|) nanothink|\bguide=dict"
     allowed += r"|\btext_only=|\bagiformer\w*=\(|\"tisslm\"|\w+\.ipynb"

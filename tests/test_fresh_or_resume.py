@@ -129,7 +129,7 @@ def text_of(folder, pattern):
     return path.read_text()
 
 
-# The guide's acceptance tests
+# The fresh-or-resume guide's acceptance tests
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_changed_data_file(workdir, method):
     assert "new data from step 10: other.txt (same tokenizer)" in printed
 
 
-# Mistakes of the guide's code, in the order of its list
+# Mistakes of the fresh-or-resume guide's code, in the order of its list
 
 
 def test_mistake_01_frozen_layers_stop_the_gradient():
@@ -433,7 +433,7 @@ def test_stopped_by_a_signal(workdir, monkeypatch):
 
 
 def environ(workdir, **variables):
-    "Return the process's environment with the guide's variables and without those of lmnotes"
+    "Return the process's environment with the fresh-or-resume guide's variables and without those of lmnotes"
     clean = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
     return clean | dict(OMP_NUM_THREADS="1", IPYTHONDIR=str(workdir / "ipython"), MPLBACKEND="agg") | TINY | variables
 
@@ -472,7 +472,7 @@ def test_the_command(workdir):
 
 
 def test_fields_are_complete_and_correct():
-    "The table has all of the guide's 22 fields, each with a variable, and with a parameter that exists"
+    "The table has all of the fresh-or-resume guide's 22 fields, each with a variable, and with a parameter that exists"
     own = [f.name for f in fields(TrainingConfig)]
     assert [row["field"] for row in FIELD_TABLE] == own[:22]
     assert (

@@ -443,7 +443,7 @@ def material_agiformer(workdir):
         (workdir / name).write_text(sentences(seed, "the patch thinks of bytes", n=1000))
 
 
-# With tabs, as the guide prints it
+# With tabs, as in the text-only guide
 YAML = """
 training:
 	max_steps: 20

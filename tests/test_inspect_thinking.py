@@ -123,7 +123,7 @@ def test_agiformer_diagnostics(lm, capsys):
 
 
 def test_untrained_agiformer_is_already_active():
-    "An untrained model is already ACTIVE: its magnitude is 6.87 in the guide's own implementation"
+    "An untrained model is already ACTIVE: its magnitude is 6.87 in the AGIFORMER guide's own implementation"
     torch.manual_seed(0)
     found = system2_diagnostics(
         new_lm("bytepatch", "agiformer"), torch.tensor([list(b"The history of artificial intelligence  ")])

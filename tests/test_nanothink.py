@@ -77,7 +77,7 @@ def test_contract(config, frozen):
 
 @pytest.mark.parametrize("config", VARIANTS, ids=lambda c: " ".join(map(str, c.values())))
 def test_cached_decoding_equals_full_forward(config):
-    "They agree to 1e-5, in pieces, even past the context window, with the guide's experts and with ours"
+    "They agree to 1e-5, in pieces, even past the context window, with the NanoThink guide's experts and with ours"
     for experts in (EXPERTS, GUIDE):
         _cached_is_not_cached(model(**experts, **config).eval(), config["kv_latent_dim"])
 

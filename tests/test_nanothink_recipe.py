@@ -111,7 +111,7 @@ def test_the_guides_defaults():
     "name, size", [("transformer", 14_160_768), ("state_space", 5_573_760), ("diffuser", 9_601_152)], ids=lambda v: v
 )
 def test_parameter_counts_match_the_guide(workdir, name, size):
-    "The models have the guide's sizes. We only build them, because a dry run would take long"
+    "The models have the NanoThink guide's sizes. We only build them, because a dry run would take long"
     from lmnotes.nn.lm import n_params, new_lm
 
     arch, preset = dict(

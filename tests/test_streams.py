@@ -127,7 +127,7 @@ def noise(step):
 
 
 def test_nothing_is_learned_from_noise():
-    "The guide's system reached 0.17 nats on 15 random symbols, because each position saw the next one"
+    "The text-only guide's system reached 0.17 nats on 15 random symbols, because each position saw the next one"
 
     class Noise:
         def __getitem__(self, step):
@@ -143,7 +143,7 @@ def test_nothing_is_learned_from_noise():
 
 
 def test_a_row_without_contact_is_no_nan():
-    "In the guide's system, a sample without contact made all its positions NaN"
+    "In the text-only guide's system, a sample without contact made all its positions NaN"
     torch.manual_seed(0)
     lm = new_lm("streams", **TINY, inputs="internal_voice touch", outputs="internal_text animation")
     batch = Felt()[0]

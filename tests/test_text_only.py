@@ -31,7 +31,7 @@ CONFIG = NOTEBOOK.with_name("text_only_config.yaml")
 
 TOKENS = 6000
 
-# With tabs, as the guide prints it
+# With tabs, as in the text-only guide
 SMALL = """
 training:
 	max_steps: 30
@@ -101,14 +101,14 @@ def in_order(words, text):
 
 
 def test_configuration_matches_the_guide():
-    "The file has the default settings, and the parameters match the guide's commands"
+    "The file has the default settings, and the parameters match the text-only guide's commands"
     assert load_text_config(CONFIG) == DEFAULT_SETTINGS
     found = recipe_parameters(NOTEBOOK)
     assert list(found)[:4] == ["config", "data", "dry_run", "resume"] and found["prompt"] == "Once upon a time"
 
 
 def test_dry_run(workdir):
-    "A dry run trains ten steps, prints the guide's lines, writes and reads a checkpoint, and leaves no files"
+    "A dry run trains ten steps, prints the text-only guide's lines, writes and reads a checkpoint, and leaves no files"
     before = set(workdir.rglob("*"))
     assert run_in_process(workdir, recipe, dry_run=True) == 0, read_log(workdir)
     loaded, n = f"Loaded {TOKENS:,} tokens from corpus.bin", (TOKENS * 9 // 10 - 1) // 32
@@ -150,7 +150,7 @@ def test_the_report(uninterrupted):
 
 
 def test_mistake_the_generation_script_crashed(uninterrupted):
-    "The guide's script generates fifty tokens from model_final.pt alone, the same as `generate` with its KV cache"
+    "The text-only guide's script generates fifty tokens from model_final.pt alone, the same as `generate` with its KV cache"
     checkpoint = torch.load(
         uninterrupted / "checkpoints/text_only/model_final.pt", map_location="cpu", weights_only=True
     )
@@ -171,7 +171,7 @@ def test_mistake_the_generation_script_crashed(uninterrupted):
 
 
 def test_mistake_ctrl_c_saved_nothing(workdir):
-    "The guide's runs could not be resumed. Here the resumed run is bit-identical"
+    "The text-only guide's runs could not be resumed. Here the resumed run is bit-identical"
     assert stop_before_step(13, workdir, recipe, max_steps=90) == 130, read_log(workdir)
     assert (workdir / "checkpoints/text_only/model_step_10.pt").exists()
     step = json.loads((workdir / "checkpoints/text_only/run.json").read_bytes())["step"]

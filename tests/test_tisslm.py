@@ -136,11 +136,11 @@ def test_earlier_run_is_not_overwritten(workdir):
     assert not equal(workdir / "training_output/final_model.pt", workdir / "training_output-1/final_model.pt")
 
 
-# Mistakes of the guide's scripts
+# Mistakes of the TissLM guide's scripts
 
 
 def test_mistake_tokenizer_where_the_guide_does_not_look(uninterrupted):
-    "The script wrote tokenizer_vocab.json and tokenizer_merges.txt in its own format, beside the guide's folder"
+    "The script wrote tokenizer_vocab.json and tokenizer_merges.txt in its own format, beside the TissLM guide's folder"
     from tokenizers import ByteLevelBPETokenizer
 
     folder = uninterrupted / "training_output/tokenizer"

@@ -8,7 +8,7 @@ __all__ = ['IGNORE_INDEX', 'SAMPLERS', 'Batch', 'sequences_at', 'check_length', 
            'resolve_sampler', 'get_batches']
 
 # %% ../../nbs/data/17_batches.ipynb #14d85198
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 

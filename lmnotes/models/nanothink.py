@@ -81,7 +81,7 @@ def new_router(
 
 # %% ../../nbs/models/37_nanothink.ipynb #00852f27
 STORE_FILE = "memory.safetensors"  # In the run folder
-_EMPTY_STORE = "memory is set, but the store is empty. Call fill_store, use nbs/recipes/train_mla, or set memory=0"
+_EMPTY_STORE = "memory is set, but the store is empty. Call fill_store and set lm.store, or set memory=0"
 _UNCACHED = "a text must not retrieve itself in training. Wrap batches in CachedExpertBatches: run(make_batches=...)"
 
 # %% ../../nbs/models/37_nanothink.ipynb #6ed8c1f0

@@ -102,9 +102,9 @@ def text_run_params(
 SEPARATOR = "=" * 80
 DRY_RUN = "\n*** DRY RUN MODE: Training for only 10 steps ***\n"
 CORPUS_SIZE_ADVICE = {
-    10_000_000: "less than the 10M that the guide recommends for a basic check: expect a working pipeline, not good text",
-    100_000_000: "enough to validate the pipeline. The guide recommends 100M and more for meaningful training",
-    1_000_000_000: "enough for meaningful training. The guide recommends 1B and more for quality",
+    10_000_000: "less than the text-only guide's minimum of 10M: expect a working pipeline, not good text",
+    100_000_000: "enough to validate the pipeline. The text-only guide recommends 100M and more for meaningful training",
+    1_000_000_000: "enough for meaningful training. The text-only guide recommends 1B and more for quality",
 }
 
 # %% ../../nbs/recipes/87_text_only.ipynb #2e52b97a
@@ -120,7 +120,7 @@ LOG_FORMAT = LogFormat(
 def data_advice(n) -> str:
     "Return MultiModalCreature's advice on a corpus of `n` tokens"
     known = (words for size, words in CORPUS_SIZE_ADVICE.items() if n < size)
-    return f"{n:,} tokens are {next(known, 'as many as the guide recommends for quality')}"
+    return f"{n:,} tokens are {next(known, 'as many as the text-only guide recommends for quality')}"
 
 # %% ../../nbs/recipes/87_text_only.ipynb #a41bba02
 def _load_data(params):
@@ -205,21 +205,21 @@ class LossMonitor(Hook):
         show=print,  # Function that prints a line
     ):
         self.every, self.show, self.limits = every, show, dict(after=after, high=high, slow=slow)
-        self.said, self.losses, self.seconds = set(), [], []
-        self.then = None  # Trainer time at the last step
+        self.warned, self.losses, self.seconds = set(), [], []
+        self.last_seconds = None  # Trainer time at the last step
         self.best, self.best_step = math.inf, 0
 
-    def warn_once(self, what, **found) -> None:
-        if what not in self.said:
-            self.said.add(what)
-            self.show("warning: " + WARNINGS[what].format(**found, **self.limits))
+    def warn_once(self, warning, **values) -> None:
+        if warning not in self.warned:
+            self.warned.add(warning)
+            self.show("warning: " + WARNINGS[warning].format(**values, **self.limits))
 
     def after_step(self, t) -> None:
-        then, self.then = self.then, t.seconds
-        if then is None or t.rank:
+        last, self.last_seconds = self.last_seconds, t.seconds
+        if last is None or t.rank:
             return
         self.losses.append(t.last_metrics["loss_internal_text"])
-        self.seconds.append(t.seconds - then)
+        self.seconds.append(t.seconds - last)
         if not math.isfinite(t.last_metrics["loss"]):
             self.warn_once("nan", step=t.step)
         if len(self.losses) == self.every:
@@ -281,11 +281,11 @@ def checklist(
     "Check the items of MultiModalCreature's checklist before training"
     rows = {"environment verified, dependencies installed": check_environment()[-1]["found"]}
 
-    def check(item, look, words):
+    def check(item, find, describe):
         "Add a row with the result of a check, or with what is left to do"
         try:
-            found = look()
-            rows[item] = words(found)
+            found = find()
+            rows[item] = describe(found)
             return found
         except (ValueError, OSError) as e:
             rows[item] = f"to do: {e}"

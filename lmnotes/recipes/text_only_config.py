@@ -133,7 +133,7 @@ UNUSED_SETTINGS = {
     "model.fusion.*": "there is only one stream",
     "model.transformer.*": "the model has one activation, one norm and one dropout",
     "model.null_thresholds*": "a missing stream is left out, or has its own id",
-    "loss_weights.synchronization": "the guide's system has no such loss",
+    "loss_weights.synchronization": "MultiModalCreature has no such loss",
     "training.curriculum.*": "all sequences have the same length",
     "training.wandb*": "metrics.jsonl in the run folder has the metrics",
     "training.val_split": "the last tenth of a token file is for validation",
