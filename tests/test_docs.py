@@ -40,7 +40,7 @@ class Wide(Narrow, Low):
     _hidden: int = 0  # Private
     kind: str = "x"
 
-    def grow(self, by=1e-4):  # Metres -> metres
+    def grow(self, by=1e-4):  # Meters -> meters
         "Become wider"
 
     @classmethod
@@ -66,7 +66,7 @@ class Door(Wide):
 
     def __init__(
         self,
-        height=2,  # Metres
+        height=2,  # Meters
     ): ...
 """
 
@@ -79,14 +79,14 @@ def test_definitions_are_read_from_the_source():
         ("kind", "str", '"x"', ""),
     ]
     grow, read = wide.members
-    assert grow.head == "def grow(by=1e-4)  # Metres -> metres"
+    assert grow.head == "def grow(by=1e-4)  # Meters -> meters"
     assert (read.name, read.anchor) == ("Wide.read", "wide.read")
     assert read.head == "@classmethod\ndef read(path, *, strict=True)"
     assert [p.comment for p in read.parameters] == ["A file", "Refuse what is not known"]
     assert read.returns == "A `Wide`"
     assert area.head == "def area(a, b=(1, 2), *rest, key=None, **more) -> float"
     assert door.head == "class Door(Wide)\nDoor(height=2)"
-    assert ([p.name for p in door.fields], [p.comment for p in door.parameters]) == (["open"], ["Metres"])
+    assert ([p.name for p in door.fields], [p.comment for p in door.parameters]) == (["open"], ["Meters"])
 
 
 def test_tables_omit_empty_columns():

@@ -39,7 +39,7 @@ def blank_rows(cells):
 
 
 def test_blank_rows_are_found():
-    code = "def area(\n    width,  # Metres\n    height=1,\n): ...\n\n\ndef volume(width, height=1): ..."
+    code = "def area(\n    width,  # Meters\n    height=1,\n): ...\n\n\ndef volume(width, height=1): ..."
     cell = dict(defines=reference.definitions(code), metadata={}, source=code)
     assert blank_rows([cell]) == (2, ["area: height"])
 

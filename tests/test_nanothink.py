@@ -150,14 +150,14 @@ def test_cached_expert_outputs_equal_computed(given):
     given = dict(given)
     config = {k: given.pop(k) for k in ("fusion",) if k in given}
     budget, stride = given.pop("budget", 2**30), given.pop("stride", 0)
-    anew, kept = model(**config), model(**config)
+    uncached, cached = model(**config), model(**config)
     windows = EpochBatches(IDS, 4, 24, stride=stride)
-    batches = CachedExpertBatches(kept, windows, budget)
-    t = trainer(kept, batches, **given)
+    batches = CachedExpertBatches(cached, windows, budget)
+    t = trainer(cached, batches, **given)
     batches.autocast = t.autocast
-    trainer(anew, windows, **given).fit()
+    trainer(uncached, windows, **given).fit()
     t.fit()
-    for p, q in zip(kept.parameters(), anew.parameters()):
+    for p, q in zip(cached.parameters(), uncached.parameters()):
         assert (p - q).norm() <= (0.05 if given.get("dtype") else 1e-3) * q.norm()
     assert batches.bytes <= budget and len(batches.cached_rows) == min(
         windows.order.n, budget // (batches.bytes // len(batches.cached_rows))
@@ -190,11 +190,11 @@ def test_cache_is_rebuilt_after_resume():
 def test_cached_documents_with_padding():
     "Caching works for rows with padding, from the sampler of whole documents"
     windows = PackedBatches(IDS, np.arange(0, len(IDS), 10), 4, 24)
-    anew, kept = model(), model()
-    trainer(anew, windows).fit()
-    batches = CachedExpertBatches(kept, windows)
-    trainer(kept, batches).fit()
-    for p, q in zip(kept.parameters(), anew.parameters()):
+    uncached, cached = model(), model()
+    trainer(uncached, windows).fit()
+    batches = CachedExpertBatches(cached, windows)
+    trainer(cached, batches).fit()
+    for p, q in zip(cached.parameters(), uncached.parameters()):
         assert (p - q).norm() <= 1e-3 * q.norm()
     assert batches.steps_per_epoch == windows.steps_per_epoch
 
