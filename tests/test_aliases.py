@@ -11,8 +11,13 @@ from helpers import StopAtSteps, command_line_args, lmnotes_command, read_log, r
 from test_cli import TINY
 
 import lmnotes
-from lmnotes.apps.cli import take_aliases
-from lmnotes.apps.papermill_engine import check_parameters
+from lmnotes.apps.cli import run_notebook, take_aliases
+from lmnotes.apps.papermill_engine import (
+    check_parameters,
+    fill_in_command,
+    notebook_parameters,
+    replace_parameter_aliases,
+)
 from lmnotes.nn.lm import archs, get_arch
 from lmnotes.runs.config import ALIASES, MODEL_PARAMS, RunConfig, resolve_config
 from lmnotes.runs.folder import resume_command
@@ -143,12 +148,44 @@ def test_command_line(workdir):
     assert shown >= set(ALIASES), set(ALIASES) - shown
 
 
-def test_papermill_suggests_the_parameter():
-    for name, hint in dict(
-        block_size="ctx_len", eval_steps="eval_every", save_steps="save_every", n_layer="n_layers"
-    ).items():
-        with pytest.raises(ValueError, match=f"is not a parameter of train.ipynb; .*{hint}"):
-            check_parameters(ROOT / "nbs/train.ipynb", {name: "4"})
+def test_hint_on_the_command_line(workdir):
+    assert run_in_process(workdir, lmnotes_command, "train", "--micro-batch-size", "4") == 2
+    assert "'micro_batch_size' is not a parameter; pass batch_size, the global batch size" in read_log(workdir)
+
+
+def test_papermill_replaces_aliases():
+    notebook = str(ROOT / "nbs/train.ipynb")
+    given = "-p bf16 True --parameters learning_rate 1e-3 -p n_layer 4 -r model_args n_heads=2 -p steps 7".split()
+    argv, _ = fill_in_command(["papermill", "-p", "save_steps", "3", notebook, "out.ipynb", *given])
+    replaced = "-p save_every 3 -p lr 1e-3 -r dtype bfloat16".split()
+    expected = ["papermill", notebook, "out.ipynb", "-p", "steps", "7", *replaced, "-r", "model_args"]
+    assert sorted(argv) == sorted([*expected, "n_heads=2 n_layers=4", "--engine", "lmnotes"])
+    assert argv[:3] == expected[:3]
+    argv, _ = fill_in_command(["papermill", str(ROOT / "nbs/generate.ipynb"), "-", "-p", "max_new_tokens", "5"])
+    assert argv[3:6] == ["-p", "n", "5"]
+    with pytest.raises(ValueError, match="learning_rate and lr are the same parameter"):
+        fill_in_command(["papermill", notebook, "-", "-p", "learning_rate", "1", "-p", "lr", "1"])
+    with pytest.raises(ValueError, match="'learning_rate' is not a parameter of generate.ipynb"):
+        check_parameters(ROOT / "nbs/generate.ipynb", dict(learning_rate="1"))
+
+
+def test_recipes_keep_their_own_names():
+    "A recipe's parameter that has the name of an alias stays what it is"
+    for notebook in (ROOT / "nbs").rglob("*.ipynb"):
+        own = dict.fromkeys(notebook_parameters(notebook), "1")
+        assert replace_parameter_aliases(own | dict(unknown="1"), own) == own | dict(unknown="1"), notebook
+
+
+def test_run_notebook_replaces_aliases(workdir):
+    params = {name: value for name, value in TINY.items() if name not in ("steps", "ctx_len")}
+    assert run_in_process(workdir, run_aliased, max_steps=4, block_size=16, **params) == 0, read_log(workdir)
+    r = lmnotes.load(workdir / "runs/r")
+    assert (r.config.steps, r.config.ctx_len) == (4, 16)
+
+
+def run_aliased(**params):
+    names = run_notebook(ROOT / "nbs/train.ipynb", params)
+    return 0 if names["r"].status == "done" else 1
 
 
 def interrupted(**params):

@@ -88,11 +88,11 @@ def _status_to_exit_code(r):
 # %% ../../nbs/apps/92_cli.ipynb #5b1288b4
 def train_command(argv) -> int:
     "Train a model, or resume a run"
-    from lmnotes.runs.config import ALIASES, DTYPES, MODEL_PARAMS, RunConfig
+    from lmnotes.runs.config import ALIASES, DTYPES, HINTS, MODEL_PARAMS, RunConfig
 
     model = [", ".join([name, *(alias for alias, n in ALIASES.items() if n == name)]) for name in MODEL_PARAMS]
     flags = [alias for alias, name in ALIASES.items() if isinstance(getattr(RunConfig, name, ""), bool)]
-    words, aliased = take_aliases(argv, {*ALIASES, *MODEL_PARAMS}, {*flags, *DTYPES})
+    words, aliased = take_aliases(argv, {*ALIASES, *MODEL_PARAMS, *HINTS}, {*flags, *DTYPES})
     explained = "", f"{explain_fields(RunConfig).get('model_args', '')} (also as options: {'; '.join(model)})"
     args = parse_options("train", options_of(RunConfig, train_command.__doc__, ALIASES, model_args=explained), words)
     from lmnotes.runs.run import run
@@ -246,7 +246,7 @@ def run_notebook(
 ) -> dict:  # The global names of the notebook
     "Run the code cells of a notebook with parameters"
     cells = [c for c in json.loads(Path(path).read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
-    check_parameters(path, given)
+    given = check_parameters(path, given)
     names = {"__name__": "__main__"}
     command = resume_prefix("lmnotes notebook --path", path, "--params")
     with temporary_environment(LMNOTES_GIVEN=" ".join(given), LMNOTES_COMMAND=command):
@@ -278,8 +278,7 @@ def notebook_command(args) -> int:
         raise ValueError(f"path={args.path!r}: there is no such notebook. Give the path of an .ipynb file")
     kinds = {"int": lambda text: int(float(text)), "float": float, "bool": lambda text: text.lower() in ("true", "1")}
     given = dict(word.split("=", 1) for word in args.params)
-    check_parameters(args.path, given)
-    known = notebook_parameters(args.path)
+    given, known = check_parameters(args.path, given), notebook_parameters(args.path)
     given = {name: kinds.get(known[name], str)(text) for name, text in given.items()}
     with redirect_stdout(sys.stdout if rank_and_world_size()[0] == 0 else open(os.devnull, "w")):
         names = run_notebook(args.path, given)

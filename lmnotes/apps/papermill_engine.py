@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TWO_VALUES', 'ONE_VALUE', 'PLAIN_NAME', 'find_project', 'parse_command', 'given_parameters', 'last_run',
            'make_run_folder', 'notebook_parameters', 'is_training_notebook', 'default_run_name', 'find_runs_folder',
-           'output_path', 'closest_or_all', 'check_parameters', 'fill_in_command', 'forward_signals',
-           'run_name_of_output', 'resume_prefix', 'temporary_environment', 'make_kernel_class', 'GracefulEngine',
-           'is_papermill']
+           'output_path', 'closest_or_all', 'replace_parameter_aliases', 'check_parameters', 'fill_in_command',
+           'forward_signals', 'run_name_of_output', 'resume_prefix', 'temporary_environment', 'make_kernel_class',
+           'GracefulEngine', 'is_papermill']
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #6ef1c8e6
 import base64
@@ -193,31 +193,49 @@ def closest_or_all(
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known) or 'none'}"
 
+# %% ../../nbs/apps/91_papermill_engine.ipynb #780bb27e
+def replace_parameter_aliases(
+    given,  # {parameter or alias: value}
+    known,  # Names of the notebook's parameters
+) -> dict:  # {parameter: value}
+    "Replace the aliases that `lmnotes train` and `lmnotes generate` accept, for parameters that the notebook has"
+    if set(given) <= set(known):
+        return given
+    from lmnotes.core import replace_aliases  # Loads torch, so only for an alias or a mistake
+    from lmnotes.inference.generation import GENERATE_ALIASES
+    from lmnotes.runs.config import canonical_params
 
-def _suggest(name, known):
-    "Return a hint for an unknown name: the parameter that it is an alias of, or the closest one"
-    from lmnotes.runs.config import ALIASES, MODEL_PARAMS  # Loads torch, so only after a mistake
-
-    meant = ALIASES.get(name, name)
-    if meant in MODEL_PARAMS and "model_args" in known:
-        return f"pass `-p model_args {meant}=VALUE`"
-    return closest_or_all(meant if meant in known else name, known)
+    canonical = {n: canonical_params({GENERATE_ALIASES.get(n, n): value}) for n, value in given.items()}
+    usable = {n: given[n] for n in given if set(canonical[n]) <= set(known)}
+    others = {n: value for n, value in given.items() if n not in usable}
+    return others | canonical_params(replace_aliases(usable, GENERATE_ALIASES))
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #40e59aec
 def check_parameters(
     notebook,  # Path of a notebook in the project
-    parameters,  # {name: value} of the given parameters
-) -> None:
-    "Raise ValueError for a parameter that the notebook does not have, or a value of another type"
+    parameters,  # {parameter or alias: value}, as given
+) -> dict:  # {parameter: value}
+    "Replace aliases, and raise ValueError for a parameter that the notebook does not have, or a value of another type"
     known = notebook_parameters(notebook)
+    parameters = replace_parameter_aliases(parameters, known)
     for name, value in parameters.items():
         if name not in known:
-            raise ValueError(f"{name!r} is not a parameter of {Path(notebook).name}; {_suggest(name, known)}")
+            raise ValueError(f"{name!r} is not a parameter of {Path(notebook).name}; {closest_or_all(name, known)}")
         if not _is_value_of_type(known[name], value):
             kind = dict(bool="True or False", int="a whole number", float="a number")[known[name]]
             raise ValueError(f"{name}={value!r} in {Path(notebook).name} is not {kind}")
+    return parameters
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #e6a75c80
+def _replace_arguments(argv, old, new):
+    "Return a command line with the parameters `new` instead of `old`, both {name: value}"
+    words = [*argv]
+    for i in reversed(range(len(argv) - 2)):
+        if argv[i] in TWO_VALUES and old.get(argv[i + 1]) != new.get(argv[i + 1]):
+            del words[i : i + 3]
+    return words + [word for n, value in new.items() if old.get(n) != value for word in ("-p", n, str(value))]
+
+
 def _convert_arguments(argv, kinds):
     "Return a command line with `-r` for strings, and True or False for booleans. `kinds` are {parameter: annotation}"
     argv = [*argv]
@@ -239,13 +257,14 @@ def fill_in_command(
     project = find_project(argv[paths[0]]) if paths else None
     if project is None or names & {"-h", "--help", "--help-notebook", "--version"}:
         return argv, ""
-    added, words, parameters = [], "", given_parameters(options)
-    check_parameters(argv[paths[0]], parameters)
-    argv = _convert_arguments(argv, notebook_parameters(argv[paths[0]]))
+    added, words, given, notebook = [], "", given_parameters(options), argv[paths[0]]
+    parameters = check_parameters(notebook, given)
+    argv = _convert_arguments(_replace_arguments(argv, given, parameters), notebook_parameters(notebook))
+    paths = parse_command(argv)[0]
     if len(paths) > 1 and argv[paths[1]] != "-":
         Path(argv[paths[1]]).parent.mkdir(parents=True, exist_ok=True)
     if len(paths) == 1:
-        target = output_path(argv[paths[0]], project, parameters)
+        target = output_path(notebook, project, parameters)
         words = f"lmnotes: the executed notebook goes to {os.path.relpath(target)}"
         added = [str(target)]
     engine = [] if "--engine" in names else ["--engine", "lmnotes"]
