@@ -10,6 +10,8 @@ import json
 import multiprocessing
 import os
 import random
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -159,6 +161,12 @@ def run_in_process(folder, function, *args, **kwargs):
 def read_log(folder):
     "Return the output of the processes that worked in `folder`"
     return (Path(folder) / "log").read_text()
+
+
+def paste_resume_line(folder, before="esume with"):
+    "Run the only command that the processes in `folder` printed after `before` and a colon, and return the exit code"
+    (line,) = re.findall(rf"{before}: (.+)$", read_log(folder), re.M)
+    return run_in_process(folder, lmnotes_command, *shlex.split(line)[1:])
 
 
 def wait_until(condition, process=None):

@@ -12,6 +12,7 @@ from helpers import (
     DEADLINE,
     differences,
     lmnotes_command,
+    paste_resume_line,
     read_log,
     read_records,
     recipe_parameters,
@@ -140,7 +141,7 @@ def test_interrupted_and_resumed(workdir):
     last = weights(folder(workdir) / "last_model.pth")
     assert all(torch.equal(last[name], tensor) for name, tensor in stopped.lm.state_dict().items())
     assert "Saved last_model.pth" in read_log(workdir)
-    assert run_in_process(workdir, recipe, resume=True) == 0, read_log(workdir)  # Other parameters keep their values
+    assert paste_resume_line(workdir) == 0, read_log(workdir)  # Other parameters keep their values
     assert "Resumed from checkpoint" in read_log(workdir) and "from here on" not in read_log(workdir)
     assert run_in_process(workdir, recipe, **many, run="at_once") == 0, read_log(workdir)
     assert not differences(run_results(folder(workdir)), run_results(folder(workdir, "at_once")))
@@ -254,6 +255,8 @@ def test_nan_is_said_and_ends_the_run(workdir):
     assert run_in_process(workdir, diverging, **QUICK) == 3, read_log(workdir)
     assert "CRITICAL: NaN Loss at step 5. Skipping batch." in read_log(workdir)
     assert "agiformer: diverged at step 9 of 20" in read_log(workdir)
+    assert paste_resume_line(workdir, "with a lower learning rate") == 0, read_log(workdir)
+    assert lmnotes.load(folder(workdir)).config.lr == 1.5e-4
 
 
 def out_of_memory(**params):

@@ -15,11 +15,13 @@ from lmnotes.apps.cli import run_notebook, take_aliases
 from lmnotes.apps.papermill_engine import (
     check_parameters,
     fill_in_command,
+    interface_variables,
     notebook_parameters,
     replace_parameter_aliases,
+    temporary_environment,
 )
 from lmnotes.nn.lm import archs, get_arch
-from lmnotes.runs.config import ALIASES, MODEL_PARAMS, RunConfig, resolve_config
+from lmnotes.runs.config import ALIASES, MODEL_PARAMS, RunConfig, format_params, resolve_config
 from lmnotes.runs.folder import resume_command
 from lmnotes.runs.run import run
 
@@ -213,6 +215,17 @@ def test_command_line_resumes(workdir, monkeypatch):
     assert shown == 0 and "resume with: lmnotes train --resume --run r" in read_log(workdir), read_log(workdir)
     done = subprocess.run(line, shell=True, cwd=workdir, capture_output=True, text=True, env=dict(PYTHONPATH=str(ROOT)))
     assert done.returncode == 0 and "r: done at step 44 of 44" in done.stdout, done.stderr
+
+
+def test_only_a_notebook_with_these_parameters_resumes(tmp_path, monkeypatch):
+    "The line names the notebook in use, or `lmnotes train` if the notebook cannot resume a run by its name"
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("LMNOTES_OUT_DIR", str(tmp_path))
+    expected = dict(train="papermill nbs/train.ipynb -p resume True -p run r", compare="lmnotes train --resume --run r")
+    for name, line in expected.items():
+        with temporary_environment(**interface_variables("papermill {}", f"nbs/{name}.ipynb", {})):
+            assert resume_command(tmp_path / "r") == line
+            assert format_params(out_dir="there") == "-p out_dir there"
 
 
 def test_help_loads_no_torch():

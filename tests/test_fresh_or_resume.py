@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from helpers import ROOT, read_log, run_in_process, state_hash
 
+import lmnotes
 from lmnotes.core import CheckpointError
 from lmnotes.data.batches import Batch
 from lmnotes.data.tokenizer import BPETokenizer
@@ -26,7 +27,7 @@ from lmnotes.models.gpt2 import save_hf
 from lmnotes.nn.blocks import make_causal_attention_fn
 from lmnotes.nn.lm import get_arch, new_lm
 from lmnotes.nn.lora import LoRAConfig, add_lora
-from lmnotes.recipes.fresh_or_resume import from_env
+from lmnotes.recipes.fresh_or_resume import _resume_line, from_env
 from lmnotes.recipes.fresh_or_resume_config import (
     FIELD_TABLE,
     FUNCTION_TABLE,
@@ -412,7 +413,7 @@ def test_unusable_checkpoints_are_rejected(workdir):
         from_env(TINY | dict(CHECKPOINT_PATH=str(r.folder / "step_00000002"), MODEL_TYPE="gpt2"))
 
 
-def test_stopped_by_a_signal(workdir, monkeypatch):
+def test_stopped_by_a_signal(workdir, monkeypatch, capsys):
     "The run is saved even without ENABLE_CHECKPOINTS, and resumes to the same bits"
     whole = from_env(TINY | dict(TRAINING_STEPS="50"))
     as_it_is = Trainer.train_step
@@ -425,7 +426,11 @@ def test_stopped_by_a_signal(workdir, monkeypatch):
     monkeypatch.setattr(Trainer, "train_step", train_step)
     part = from_env(TINY | dict(TRAINING_STEPS="50"))
     assert (part.status, part.step) == ("interrupted", 17)
-    part = from_env(TINY | dict(CHECKPOINT_PATH=part.folder.name, RESUME_STEPS="33"))
+    (line,) = re.findall(r"esume with: (.+)$", capsys.readouterr().out, re.M)
+    monkeypatch.setenv("LMNOTES_COMMAND", "lmnotes train")
+    shell_line = f"CHECKPOINT_PATH=checkpoints/{part.folder.name} RESUME_STEPS=33 lmnotes from-env"
+    assert _resume_line(load_config_fresh_from_env(TINY | dict(TRAINING_STEPS="50")), part.folder, None) == shell_line
+    part = eval(line, dict(lmnotes=lmnotes))
     assert bits(part.folder) == bits(whole.folder) and train_losses(part.folder) == train_losses(whole.folder)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import (
     differences,
+    paste_resume_line,
     read_log,
     read_records,
     recipe_parameters,
@@ -175,8 +176,8 @@ def test_mistake_ctrl_c_saved_nothing(workdir):
     assert stop_before_step(13, workdir, recipe, max_steps=90) == 130, read_log(workdir)
     assert (workdir / "checkpoints/text_only/model_step_10.pt").exists()
     step = json.loads((workdir / "checkpoints/text_only/run.json").read_bytes())["step"]
-    assert step == 13 and f"Training is interrupted at step {step}. Resume with resume=True" in read_log(workdir)
-    assert run_in_process(workdir, recipe, max_steps=90, resume=True) == 0, read_log(workdir)
+    assert step == 13 and f"Training is interrupted at step {step}\n" in read_log(workdir)
+    assert paste_resume_line(workdir) == 0, read_log(workdir)
     assert run_in_process(workdir, recipe, max_steps=90, save_dir="at_once/text_only") == 0, read_log(workdir)
     a, b = workdir / "checkpoints/text_only", workdir / "at_once/text_only"
     assert not differences(run_results(a), run_results(b))

@@ -248,8 +248,7 @@ def run_notebook(
     cells = [c for c in json.loads(Path(path).read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
     given = check_parameters(path, given)
     names = {"__name__": "__main__"}
-    command = resume_prefix("lmnotes notebook --path", path, "--params")
-    with temporary_environment(LMNOTES_GIVEN=" ".join(given), LMNOTES_COMMAND=command):
+    with temporary_environment(**interface_variables("lmnotes notebook --path {} --params", path, given)):
         for number, cell in enumerate(cells):
             _run_cell("".join(cell["source"]), f"{Path(path).name}, code cell {number + 1}", names)
             if "parameters" in cell["metadata"].get("tags", []):

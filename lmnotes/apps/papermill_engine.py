@@ -6,7 +6,7 @@
 __all__ = ['TWO_VALUES', 'ONE_VALUE', 'PLAIN_NAME', 'find_project', 'parse_command', 'given_parameters', 'last_run',
            'make_run_folder', 'notebook_parameters', 'is_training_notebook', 'default_run_name', 'find_runs_folder',
            'output_path', 'closest_or_all', 'replace_parameter_aliases', 'check_parameters', 'fill_in_command',
-           'forward_signals', 'run_name_of_output', 'resume_prefix', 'temporary_environment', 'make_kernel_class',
+           'forward_signals', 'run_name_of_output', 'interface_variables', 'temporary_environment', 'make_kernel_class',
            'GracefulEngine', 'is_papermill']
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #6ef1c8e6
@@ -194,10 +194,7 @@ def closest_or_all(
     return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known) or 'none'}"
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #780bb27e
-def replace_parameter_aliases(
-    given,  # {parameter or alias: value}
-    known,  # Names of the notebook's parameters
-) -> dict:  # {parameter: value}
+def replace_parameter_aliases(given, known) -> dict:  # {parameter or alias: value}, the notebook's parameters
     "Replace the aliases that `lmnotes train` and `lmnotes generate` accept, for parameters that the notebook has"
     if set(given) <= set(known):
         return given
@@ -205,10 +202,8 @@ def replace_parameter_aliases(
     from lmnotes.inference.generation import GENERATE_ALIASES
     from lmnotes.runs.config import canonical_params
 
-    canonical = {n: canonical_params({GENERATE_ALIASES.get(n, n): value}) for n, value in given.items()}
-    usable = {n: given[n] for n in given if set(canonical[n]) <= set(known)}
-    others = {n: value for n, value in given.items() if n not in usable}
-    return others | canonical_params(replace_aliases(usable, GENERATE_ALIASES))
+    own = {n: v for n, v in given.items() if set(canonical_params({GENERATE_ALIASES.get(n, n): v})) <= set(known)}
+    return {n: v for n, v in given.items() if n not in own} | canonical_params(replace_aliases(own, GENERATE_ALIASES))
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #40e59aec
 def check_parameters(
@@ -314,14 +309,12 @@ def run_name_of_output(
     return folder.name if folder.parent == find_runs_folder(project, out_dir).resolve() else None
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #f415dc45
-def resume_prefix(
-    command,  # Words before the notebook, such as "papermill"
-    notebook,  # Path of a notebook
-    *after,  # Words after the notebook
-) -> str:  # For $LMNOTES_COMMAND
-    "Return the command that resumes runs of a notebook: the command itself if the notebook trains, else `lmnotes train`"
-    trains = Path(notebook or "").is_file() and is_training_notebook(notebook)
-    return " ".join([command, shlex.quote(os.path.relpath(notebook)), *after]) if trains else "lmnotes train"
+def interface_variables(command, notebook, given) -> dict:  # Command with {} for the path, path, {parameter: value}
+    "Return the environment variables that tell a notebook its command, its parameters and which of them were given"
+    if not Path(notebook or "").is_file():
+        return dict(LMNOTES_GIVEN=" ".join(given), LMNOTES_COMMAND="lmnotes train")
+    command, names = command.format(shlex.quote(os.path.relpath(notebook))), notebook_parameters(notebook)
+    return dict(LMNOTES_GIVEN=" ".join(given), LMNOTES_COMMAND=command, LMNOTES_PARAMS=" ".join(names))
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #62d448ed
 @contextmanager
@@ -390,8 +383,7 @@ class GracefulEngine:
             tempfile.TemporaryDirectory(prefix="lmnotes-") as folder,
             temporary_environment(
                 LMNOTES_RUN=run_name_of_output(input_path, output_path, given.get("out_dir")),
-                LMNOTES_GIVEN=" ".join(given),
-                LMNOTES_COMMAND=resume_prefix("papermill", input_path),
+                **interface_variables("papermill {}", input_path, given),
             ),
         ):
             kernel = make_kernel_class(folder)

@@ -10,10 +10,12 @@ __all__ = ['CONFIG_FILE', 'get_data_source_name', 'get_model_name', 'timestamp',
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #23ad2f2c
 import os
 import re
+import shlex
 import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from ..core import *
 from ..inference.evaluation import *
 from ..nn.lm import *
 from .fresh_or_resume_config import *
+from ..runs.config import *
 from ..runs.folder import *
 from ..runs.run import *
 from ..training.checkpoint import *
@@ -227,8 +230,9 @@ def _start_fresh_run(environ, at):
     at = _reserve_run_names(config, at, out_dir)
     name = make_run_name(config, at)
     hooks = _make_hooks(config, out_dir / name, at)
+    lines = LogFormat(resume=partial(_resume_line, config, out_dir / name))
     return _train_with_log(
-        config, at, lambda: run(recipe=params, hooks=hooks, log_format=LogFormat(), run=name, out_dir=str(out_dir))
+        config, at, lambda: run(recipe=params, hooks=hooks, log_format=lines, run=name, out_dir=str(out_dir))
     )
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #10c0f4ab
@@ -260,6 +264,17 @@ def _make_hooks(config, folder, at, ignore_earlier=False):
     return [SaveTrainingConfig(config, folder), ParameterReport(), LossChange(ignore_earlier), *weights]
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #a8d21d3c
+def _resume_line(config, folder, lr):
+    "Return the line that resumes a run in the interface in use"
+    command, left = os.environ.get("LMNOTES_COMMAND"), config.start_step + config.training_steps
+    left -= max((int(p.name[5:]) for p in list_checkpoints(folder)), default=0)
+    params = dict(CHECKPOINT_PATH=f"{config.checkpoint_dir}/{folder.name}", RESUME_STEPS=str(left))
+    params |= dict(LEARNING_RATE=str(lr)) if lr else {}
+    if command and command.endswith(" train"):
+        return f"{' '.join(f'{n}={shlex.quote(v)}' for n, v in params.items())} {command.removesuffix('train')}from-env"
+    return command_with(**params) if command else f"lmnotes.from_env({params})"
+
+
 def _train_with_log(config, at, train):
     "Train and generate a text, and write the printed output to the log and the output file"
     start = f"Resuming from step {config.start_step} - " if config.start_step else ""
@@ -270,9 +285,6 @@ def _train_with_log(config, at, train):
             prompt = generation_prompt(config)
             sampling = dict(temperature=config.generation_temperature, top_k=config.generation_top_k)
             print(prompt + r.generate(prompt, config.max_new_tokens, **sampling))
-        if r.status == "interrupted":
-            left = config.start_step + config.training_steps - r.step
-            print(f"resume with CHECKPOINT_PATH={config.checkpoint_dir}/{r.folder.name} RESUME_STEPS={left}")
     if config.enable_output_to_file:
         name = generate_output_filename(config, r.tokenizer.vocab_size, at)
         values = asdict(config) | model_shape(asdict(r.lm.cfg))
@@ -329,6 +341,6 @@ def _resume_run(path, environ, at):
             print(f"{folder.name} resumes from step {step} as {name}")
         if "data" in params:
             print(f"new data from step {step}: {params['data']} (same tokenizer)")
-        return run(hooks=hooks, log_format=LogFormat(), **params)
+        return run(hooks=hooks, log_format=LogFormat(resume=partial(_resume_line, config, out_dir / name)), **params)
 
     return _train_with_log(config, at, train)

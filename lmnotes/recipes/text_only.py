@@ -253,7 +253,7 @@ def print_footer(r) -> None:  # A `Run`
     "Print MultiModalCreature's closing lines"
     ends = dict(done="Training complete!", dry_run="Training complete!")
     ends["diverged"] = f"Training diverged at step {r.step}. Lower training.optimizer.lr, then resume or start again"
-    end = ends.get(r.status, f"Training is {r.status} at step {r.step}. Resume with resume=True")
+    end = ends.get(r.status, f"Training is {r.status} at step {r.step}")
     print(f"\n{SEPARATOR}\n{end}\n{SEPARATOR}")
 
 # %% ../../nbs/recipes/87_text_only.ipynb #1778ebf7

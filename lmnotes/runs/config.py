@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIXED_PARAMS', 'CHANGEABLE_PARAMS', 'ALIASES', 'MODEL_PARAMS', 'DTYPE_ALIASES', 'HINTS', 'DataConfig', 'RunConfig',
            'canonical_params', 'resolve_config', 'given_param_names', 'params_from', 'to_cli_flags', 'format_params',
-           'check_params', 'parse_names', 'check_unchanged']
+           'command_with', 'check_params', 'parse_names', 'check_unchanged']
 
 # %% ../../nbs/runs/60_config.ipynb #a0b4f076
 import os
@@ -216,6 +216,12 @@ def format_params(
         else:
             words.append(shlex.join(to_cli_flags({name: True if value is None else value})))
     return (" " if command else ", ").join(words)
+
+
+def command_with(**params) -> str:  # Parameters (None: leave it out)
+    "Return the command in use with parameters, ready to paste, or the parameters alone in JupyterLab"
+    words = format_params(**{name: value for name, value in params.items() if value is not None})
+    return f"{os.environ.get('LMNOTES_COMMAND', '')} {words}".lstrip()
 
 # %% ../../nbs/runs/60_config.ipynb #6e9e5e50
 def check_params(cfg, world) -> None:  # `RunConfig`, and the number of processes

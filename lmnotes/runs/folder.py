@@ -10,6 +10,7 @@ __all__ = ['RUN_FILES', 'runs_folder', 'last_run_name', 'find_run_folder', 'desc
 # %% ../../nbs/runs/61_folder.ipynb #9d6d6a25
 import os
 import re
+import shlex
 import shutil
 import time
 from contextlib import contextmanager
@@ -57,14 +58,16 @@ def describe_existing_runs(folder) -> str:
 
 def resume_command(
     folder,  # Run folder
-    **changes,  # Parameters to pass as well
+    **changes,  # Parameters to pass as well (None: leave it out)
 ) -> str:
     "Return the command or Python call that resumes a run, ready to paste"
     folder = Path(folder).resolve()
     elsewhere = dict(out_dir=str(folder.parent)) if folder.parent != runs_folder() else {}
-    params = format_params(resume=True, run=folder.name, **elsewhere, **changes)
-    command = os.environ.get("LMNOTES_COMMAND")
-    return f"{command} {params}" if command else f"lmnotes.run({params})"
+    changes = {name: value for name, value in changes.items() if value is not None}
+    params = dict(resume=True, run=folder.name, **elsewhere, **changes)
+    if not {"run", "resume"} <= set(os.environ.get("LMNOTES_PARAMS", "run resume").split()):
+        return shlex.join(["lmnotes", "train", *to_cli_flags(params)])  # The notebook has no such parameters
+    return command_with(**params) if os.environ.get("LMNOTES_COMMAND") else f"lmnotes.run({format_params(**params)})"
 
 # %% ../../nbs/runs/61_folder.ipynb #54ff1c5e
 RUN_FILES = (

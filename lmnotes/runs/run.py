@@ -152,14 +152,14 @@ def _final_message(trainer, folder):
     at = f"at step {trainer.step:,} of {trainer.cfg.steps:,}"
     if not trainer.step:
         return f"{trainer.status} {at}, before there was anything to save"
-    lower = float(f"{peak_lr(trainer.cfg) / 2:.2g}")
+    lower = float(f"{peak_lr(trainer.cfg) / 2:.2g}") if trainer.status == "diverged" else None
+    resume = trainer.log_format.resume or (lambda lr: resume_command(folder, lr=lr, allow_change=lr and "lr"))
     lost = trainer.counters.get("unsaved", 0)
     return (f"{lost} saves failed during training (see the warnings). " if lost else "") + dict(
-        interrupted=f"interrupted {at} and saved. Resume with: {resume_command(folder)}",
+        interrupted=f"interrupted {at} and saved. Resume with: {resume(lower)}",
         early_stop=f"stopped early {at}. The best checkpoint is from step {trainer.counters['best_step']:,}"
         + (f" ({format_params(which='best')})" if (folder / "best").exists() else ""),
-        diverged=f"diverged {at}. Resume from the last good checkpoint with a lower learning rate: "
-        + resume_command(folder, lr=lower, allow_change="lr"),
+        diverged=f"diverged {at}. Resume from the last good checkpoint with a lower learning rate: {resume(lower)}",
     ).get(trainer.status, f"{trainer.status} {at}")
 
 # %% ../../nbs/runs/67_run.ipynb #795f5654

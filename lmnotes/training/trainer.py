@@ -14,6 +14,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,7 @@ class LogFormat:
         "accum={accum}). Set accum={twice} for half the memory and the same result, or reduce batch_size, ctx_len or the "
         "model. ({why})"
     )
+    resume: Callable | None = None  # (lower learning rate or None) -> line that resumes the run (None: that of `run`)
 
 # %% ../../nbs/training/41_trainer.ipynb #de408f8b
 def autocast(device, dtype) -> torch.autocast:
