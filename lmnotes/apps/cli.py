@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
@@ -88,11 +89,11 @@ def _status_to_exit_code(r):
 # %% ../../nbs/apps/92_cli.ipynb #5b1288b4
 def train_command(argv) -> int:
     "Train a model, or resume a run"
-    from lmnotes.runs.config import ALIASES, DTYPES, HINTS, MODEL_PARAMS, RunConfig
+    from lmnotes.runs.config import ALIASES, DTYPE_ALIASES, HINTS, MODEL_PARAMS, RunConfig
 
     model = [", ".join([name, *(alias for alias, n in ALIASES.items() if n == name)]) for name in MODEL_PARAMS]
     flags = [alias for alias, name in ALIASES.items() if isinstance(getattr(RunConfig, name, ""), bool)]
-    words, aliased = take_aliases(argv, {*ALIASES, *MODEL_PARAMS, *HINTS}, {*flags, *DTYPES})
+    words, aliased = take_aliases(argv, {*ALIASES, *MODEL_PARAMS, *HINTS}, {*flags, *DTYPE_ALIASES})
     explained = "", f"{explain_fields(RunConfig).get('model_args', '')} (also as options: {'; '.join(model)})"
     args = parse_options("train", options_of(RunConfig, train_command.__doc__, ALIASES, model_args=explained), words)
     from lmnotes.runs.run import run

@@ -18,6 +18,7 @@ from ..core import DataError, project_root, sha256_json
 from .corpus import to_bytes
 from .datasets import *
 from .splits import *
+from .tokenizer import Tokenizer
 from .tokenizer_files import *
 from .tokens import *
 

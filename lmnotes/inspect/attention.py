@@ -6,11 +6,16 @@
 __all__ = ['N_ATTENTION_TOKENS', 'attention_maps', 'plot_attention', 'plot_run_attention']
 
 # %% ../../nbs/inspect/72_attention.ipynb #2d127be6
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 
 from .tokens import *
 from ..nn.attention import record_attention
+
+if TYPE_CHECKING:
+    import matplotlib.figure
 
 # %% ../../nbs/inspect/72_attention.ipynb #b7f4766b
 @torch.no_grad()

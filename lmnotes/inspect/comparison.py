@@ -8,11 +8,15 @@ __all__ = ['comparison_results', 'comparison_table', 'plot_comparison', 'save_co
 # %% ../../nbs/inspect/77_comparison.ipynb #b5df54e3
 import math
 from statistics import mean
+from typing import TYPE_CHECKING
 
 from ..core import *
 from ..inference.evaluation import *
 from ..runs.compare import standard_error
 from ..training.trainer import *
+
+if TYPE_CHECKING:
+    import matplotlib.figure
 
 # %% ../../nbs/inspect/77_comparison.ipynb #b943e44c
 def _interpolate(x, xs, ys):

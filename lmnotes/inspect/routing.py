@@ -6,13 +6,16 @@
 __all__ = ['SupportsRouting', 'router_usage', 'plot_router_usage']
 
 # %% ../../nbs/inspect/73_routing.ipynb #2361cc9a
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from ..data.batches import *
 from ..inference.evaluation import *
+
+if TYPE_CHECKING:
+    import matplotlib.figure
 
 # %% ../../nbs/inspect/73_routing.ipynb #a1c2008d
 @runtime_checkable

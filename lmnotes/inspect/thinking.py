@@ -10,13 +10,17 @@ __all__ = ['THINKING_PANELS', 'SupportsThinking', 'check_supports_thinking', 'ch
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 
 from ..data.batches import *
 from ..inference.evaluation import *
+from ..nn.lm import LM
+
+if TYPE_CHECKING:
+    import matplotlib.figure
 
 # %% ../../nbs/inspect/74_thinking.ipynb #b7fe9dd0
 @runtime_checkable

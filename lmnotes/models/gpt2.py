@@ -9,12 +9,16 @@ __all__ = ['GPT2Config', 'hf_config', 'GPT2', 'to_hf', 'save_hf']
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..nn.attention import *
 from ..nn.blocks import check_heads
 from ..nn.lm import *
+
+if TYPE_CHECKING:
+    import transformers
 
 # %% ../../nbs/models/33_gpt2.ipynb #e7fdfba1
 @dataclass

@@ -7,6 +7,8 @@ __all__ = ['check_heads', 'split_heads', 'weighted_sum', 'rope_table_at', 'Atten
            'make_rotary_block', 'apply_blocks', 'init_blocks', 'init_gpt2', 'head_logits', 'Decoder']
 
 # %% ../../nbs/nn/24_blocks.ipynb #9ba0123e
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -25,6 +25,7 @@ from ..nn.lm import *
 from .fresh_or_resume_config import *
 from ..runs.config import *
 from ..runs.folder import *
+from ..runs.load import Run
 from ..runs.run import *
 from ..training.checkpoint import *
 from ..training.trainer import *

@@ -10,6 +10,7 @@ __all__ = ['CHANGEABLE_ON_RESUME', 'ALWAYS_CHANGEABLE', 'SaveRecipeParams', 'mak
 
 # %% ../../nbs/recipes/89_nanothink.ipynb #b1406b11
 import shlex
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 

@@ -21,12 +21,16 @@ from collections import abc, deque
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..core import *
 from ..inference.evaluation import format_with_error
 from .config import *
 from .folder import *
 from ..training.trainer import *
+
+if TYPE_CHECKING:
+    import matplotlib.figure
 
 # %% ../../nbs/runs/65_monitor.ipynb #7dabf029
 def is_run_alive(folder) -> "bool | None":

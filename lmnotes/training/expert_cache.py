@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..nn.mixture import *
+from ..nn.vector_store import VectorStore
 
 # %% ../../nbs/training/44_expert_cache.ipynb #e788d29b
 def _rows_of_this_rank(cache, batch, documents, keys):
