@@ -108,8 +108,9 @@ def test_an_alias_and_its_parameter_are_an_error():
 
 def test_command_line(workdir):
     "The aliases of `train` and `generate` are in the help, and have an effect"
-    tiny = {name: value for name, value in TINY.items() if name not in ("steps", "ctx_len", "model_args")}
+    tiny = {name: value for name, value in TINY.items() if name not in ("steps", "ctx_len", "model_args", "dtype")}
     given = [
+        "--fp32",
         "--max-steps",
         "4",
         "--block-size=16",
@@ -124,6 +125,7 @@ def test_command_line(workdir):
     assert run_in_process(workdir, lmnotes_command, "train", *command_line_args(**tiny), *given) == 0, read_log(workdir)
     r = lmnotes.load(workdir / "runs/r")
     assert (r.config.steps, r.config.ctx_len, r.config.model_args) == (4, 16, "n_layers=1 n_heads=2 d_model=16")
+    assert r.config.dtype == "float32"
     output = [
         "generate",
         "--run",
