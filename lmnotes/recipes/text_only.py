@@ -277,6 +277,7 @@ def check_environment() -> list:
 def checklist(
     config,  # Path of the YAML file
     data,  # Path of the tokens
+    tokenizer="",  # Tokenizer of the tokens, as in `text_run_params`
 ) -> list:  # A dict(item, here) per row
     "Check the items of MultiModalCreature's checklist before training"
     rows = {"environment verified, dependencies installed": check_environment()[-1]["found"]}
@@ -292,11 +293,11 @@ def checklist(
 
     settings = check("configuration reviewed", lambda: load_text_config(config), lambda _: f"{config} can be read")
     fits, settings = settings is not None, settings or DEFAULT_SETTINGS
-    params = check("device", lambda: text_run_params(settings, data), lambda params: params["device"])
+    params = check("device", lambda: text_run_params(settings, data, tokenizer), lambda params: params["device"])
     opened = params and check("training data prepared", lambda: _load_data(params), _describe_tokens)
     if opened and fits:
-        tokenizer = opened.tokenizer
-        check("one vocabulary", lambda: _check_vocab(settings, data, tokenizer), lambda _: tokenizer.name)
+        tok = opened.tokenizer
+        check("one vocabulary", lambda: _check_vocab(settings, data, tok), lambda _: tok.name)
     rows["dry run"] = (
         f"papermill nbs/recipes/text_only.ipynb -p config {config} -p data {data or 'TOKENS'} -p dry_run True"
     )
