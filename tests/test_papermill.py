@@ -32,10 +32,11 @@ if mode == "listens":
     signal.signal(signal.SIGINT, lambda *args: heard.append("SIGINT"))
 if mode == "ignores":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-pathlib.Path("kernel.pid").write_text(str(os.getpid()))
+note = pathlib.Path("kernel.pid")
 end = time.time() + 900
 while mode != "quick" and not heard and time.time() < end:
     try:
+        note.exists() or note.write_text(str(os.getpid()))
         time.sleep(0.02)
     except KeyboardInterrupt:
         if pathlib.Path("interrupted").exists():
