@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ..core import *
 from ..data.batches import *
+from ..nn.lm import eval_mode
 from ..training.trainer import LN2, Hook, rank_and_world_size
 
 # %% ../../nbs/inference/51_evaluation.ipynb #1934df97
@@ -61,17 +62,15 @@ def evaluate(
 ) -> dict:  # The metrics, the same on every rank
     "Compute the metrics of a model over all targets of `batches`, divided among the ranks"
     rank, world_size = rank_and_world_size() if dist.is_initialized() else (0, 1)
-    device, training = next(lm.parameters()).device, lm.training
+    device = next(lm.parameters()).device
     lengths = None if byte_lengths is None else torch.as_tensor(byte_lengths, device=device)
     sums = torch.zeros(len(batches), 4, dtype=torch.float64)  # On the CPU: not every device has float64
-    lm.eval()
-    for i in range(rank, len(batches), world_size):
-        if signals and world_size == 1:
-            lm.train(training)
-            return None
-        seed_torch(seed, i)
-        sums[i] = torch.tensor(_batch_sums(lm, batches[i].to(device), lengths, autocast), dtype=torch.float64)
-    lm.train(training)
+    with eval_mode(lm):
+        for i in range(rank, len(batches), world_size):
+            if signals and world_size == 1:
+                return None
+            seed_torch(seed, i)
+            sums[i] = torch.tensor(_batch_sums(lm, batches[i].to(device), lengths, autocast), dtype=torch.float64)
     if world_size > 1:
         sums = sums.to(device)
         dist.all_reduce(sums)

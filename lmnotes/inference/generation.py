@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypedDict, TypeVar
 import torch
 
 from ..core import *
+from ..nn.lm import eval_mode
 from ..training.trainer import Hook
 
 if TYPE_CHECKING:
@@ -150,18 +151,15 @@ def _generate_chunks(lm, prompts, n, stop_id, stop_signal, rows, sampling):
     if not len(prompts[0]):
         raise ValueError("a prompt has no ids. Start with the tokenizer's eot_id or a newline")
     x = torch.tensor([[int(i) for i in p] for p in prompts], device=next(lm.parameters()).device)
-    sampler, training, n_new = TokenSampler(**sampling).reset(x, rows), lm.training, 0
+    sampler, n_new = TokenSampler(**sampling).reset(x, rows), 0
     done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    lm.eval()
-    try:
+    with eval_mode(lm):
         for new in lm.generate(x, n, sampler):
             n_new += new.shape[1]
             yield new
             done |= (new == stop_id).any(1) if stop_id is not None else False
             if n_new >= n or done.all() or stop_signal:
                 return
-    finally:
-        lm.train(training)
 
 # %% ../../nbs/inference/50_generation.ipynb #7a90b9e1
 def encode_prompt(tokenizer, prompt) -> list:

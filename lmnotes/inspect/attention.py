@@ -13,6 +13,7 @@ import torch
 
 from .tokens import *
 from ..nn.attention import record_attention
+from ..nn.lm import eval_mode
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -27,12 +28,8 @@ def attention_maps(
     x = torch.as_tensor(x)
     if x.ndim != 1:
         raise ValueError(f"ids of shape {tuple(x.shape)} given, expected (T,), one text. Pass a row, x[0]")
-    training = lm.training
-    try:
-        with record_attention() as weights:
-            lm.eval()(x[None].to(next(lm.parameters()).device))
-    finally:
-        lm.train(training)
+    with eval_mode(lm), record_attention() as weights:
+        lm(x[None].to(next(lm.parameters()).device))
     if not weights:
         raise ValueError(f"arch={lm.arch!r} has no attention. Use one that has, such as gpt")
     return [w[0].cpu() for w in weights]

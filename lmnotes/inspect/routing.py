@@ -13,6 +13,7 @@ import torch
 
 from ..data.batches import *
 from ..inference.evaluation import *
+from ..nn.lm import eval_mode
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -46,16 +47,15 @@ def router_usage(
         raise ValueError(
             f"arch={lm.arch!r} has no router. Use one with `experts` and `router_weights`, such as nanothink"
         )
-    device, training, rows = next(lm.parameters()).device, lm.training, []
-    lm.eval()
+    device, rows = next(lm.parameters()).device, []
     for name, (start, stop) in tokens.domains.items():
         if stop - start < 2:
             continue  # No targets
         batches = EvaluationBatches(tokens.ids, batch_size, ctx_len or lm.cfg.ctx_len, start, stop).subset(limit)
-        total = sum(_router_weight_sums(lm, batches[i].to(device)) for i in range(len(batches)))
+        with eval_mode(lm):
+            total = sum(_router_weight_sums(lm, batches[i].to(device)) for i in range(len(batches)))
         shares = (total / total.sum()).tolist()
         rows.append(dict(domain=name, **dict(zip(lm.experts, shares))))
-    lm.train(training)
     return Table(rows)
 
 # %% ../../nbs/inspect/73_routing.ipynb #6ae9b975

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from ..data.batches import *
 from ..inference.evaluation import *
-from ..nn.lm import LM
+from ..nn.lm import LM, eval_mode
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -69,13 +69,13 @@ def _loss_sums(logits, before, batch, lengths):
 @contextmanager
 def with_thinking_steps(lm, steps) -> "Iterator[LM]":
     "Context manager: the model in eval mode with another number of thinking steps"
-    before, training = lm.cfg.thinking_steps, lm.training
+    before = lm.cfg.thinking_steps
     lm.cfg.thinking_steps = steps
     try:
-        yield lm.eval()
+        with eval_mode(lm):
+            yield lm
     finally:
         lm.cfg.thinking_steps = before
-        lm.train(training)
 
 
 def _measure_batch(lm, batch, lengths):

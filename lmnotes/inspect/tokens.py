@@ -16,6 +16,7 @@ import torch
 from ..data.batches import *
 from ..inference.evaluation import *
 from ..inference.generation import encode_prompt
+from ..nn.lm import eval_mode
 from ..training.trainer import *
 
 # %% ../../nbs/inspect/70_tokens.ipynb #fdddcd14
@@ -157,16 +158,13 @@ def show_batch(
 def _log_probabilities(lm, ids, first):
     "Return (N,V) log-probabilities for the ids from index `first`, each given the ids before it"
     x = torch.tensor([ids], device=next(lm.parameters()).device)
-    training, rows = lm.training, []
-    lm.eval()
-    try:
+    rows = []
+    with eval_mode(lm):
         logits, state = lm.step(x[:, :first])
         for t in range(first, len(ids)):
             rows.append(logits[0].float().log_softmax(-1).cpu())
             if t + 1 < len(ids):
                 logits, state = lm.step(x[:, t : t + 1], state)
-    finally:
-        lm.train(training)
     return torch.stack(rows)
 
 # %% ../../nbs/inspect/70_tokens.ipynb #364a6031
