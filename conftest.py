@@ -36,7 +36,8 @@ import pytest
 HERE = Path(__file__).parent
 CELL_SECONDS = 3600  # Only ends a cell that hangs
 SLOWEST = "exact readme fresh_or_resume nanothink_recipe compare agiformer export docs guides text_only signals papermill_train"
-SHORTER = {"nbs/train.ipynb": {"LMNOTES_STEPS": "40"}}  # tests/test_readme.py trains for longer
+SHORT = dict(LMNOTES_STEPS="40", LMNOTES_BATCH_SIZE="2")
+SHORTER = {f"nbs/{name}.ipynb": SHORT for name in ("train", "generate")}  # tests/test_readme.py trains for longer
 
 
 def pytest_configure(config):

@@ -28,8 +28,13 @@ from lmnotes.training.trainer import Hook, Trainer
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("forkserver")
-PRELOAD = "lmnotes.apps.cli lmnotes.recipes.fresh_or_resume lmnotes.export.hub lmnotes.models.gpt nbformat safetensors.torch tokenizers tyro filelock torch._dynamo"
-FORK.set_forkserver_preload(PRELOAD.split())
+PRELOAD = """lmnotes.apps.cli lmnotes.recipes.fresh_or_resume lmnotes.recipes.nanothink lmnotes.recipes.agiformer lmnotes.export.hub
+    nbformat safetensors.torch tokenizers tyro filelock yaml matplotlib.pyplot matplotlib.backends.backend_agg numpy.ma numpy.ctypeslib
+    torch._dynamo torch.utils.serialization.config"""
+CHAPTERS = [
+    f"lmnotes.{path.parent.name}.{path.stem}" for path in ROOT.glob("lmnotes/[mi]*/[a-z]*.py")
+]  # models, inspect, inference
+FORK.set_forkserver_preload(PRELOAD.split() + CHAPTERS)
 STARTED = []  # Processes, so that a failed test leaves none behind
 DEADLINE = 900  # Seconds until a test stops waiting. No test needs that long, even on a slow machine
 os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(DEADLINE)  # Seconds that torchrun waits between a signal and a kill

@@ -21,7 +21,7 @@ CASES = {
 }
 CASES["early stop"] = dict(optimizer="adamw", lr=0.1, patience=2, eval_every=4)
 # After these steps, a copy of the stopped run is also resumed to the end.
-BRANCHES = [(name, range(2, 40, 4)) for name in CASES]
+BRANCHES = [(name, range(2 + i % 8, 40, 8)) for i, name in enumerate(CASES)]
 BRANCHES += [pytest.param(name, range(40), marks=pytest.mark.nightly) for name in CASES]
 
 

@@ -164,7 +164,7 @@ def test_domains_and_data_dir(workdir):
     )
 
 
-LONG = dict(max_epochs=12, patience=0, log_interval=1)
+LONG = dict(max_epochs=5, patience=0, log_interval=1)
 
 
 @pytest.mark.parametrize("name", ["transformer", "diffuser"])
@@ -173,7 +173,7 @@ def test_stopped_and_resumed(experts, tmp_path_factory, name):
     run = f"{name}_expert"
     assert stop_before_step(9, experts, expert, expert=name, **LONG) == 130, read_log(experts)
     held = load_checkpoint_file(experts, f"{run}_interrupted.pt")
-    assert held["step"] == 9 < 12 * info(experts, run)["config"]["eval_every"]
+    assert held["step"] == 9 < 5 * info(experts, run)["config"]["eval_every"]
     assert paste_resume_line(experts) == 0, read_log(experts)  # All other parameters keep their values
     assert f"Resuming from {run}_interrupted.pt: epoch {held['epoch']}, step {held['step']}" in read_log(experts)
     whole = tmp_path_factory.mktemp("whole")

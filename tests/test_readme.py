@@ -29,7 +29,8 @@ def project(tmp_path_factory):
 
 def run(command, project, **variables):
     "Run a command line with this environment's programs first, as after `. .venv/bin/activate`"
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")} | variables
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
+    environ |= dict(LMNOTES_BATCH_SIZE="2") | variables
     environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
     done = subprocess.run(command, cwd=project, env=environ, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
@@ -43,7 +44,7 @@ def shown(notebook):
     return text, {kind for output in outputs for kind in output.get("data", {})}
 
 
-@pytest.mark.parametrize("steps", ["100", pytest.param("500", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("steps", ["40", pytest.param("500", marks=pytest.mark.nightly)])
 def test_the_first_run(project, steps):
     "The first run's report has a curve and no error"
     shutil.rmtree(project / "checkpoints", ignore_errors=True)

@@ -160,6 +160,7 @@ class LiveDisplay:
 
     def __init__(self, view, seconds=2.0):  # The object to show, and the minimum seconds between two redraws
         self.view, self.seconds, self.handle, self.next, self.last, self.warned = view, seconds, None, 0.0, "", False
+        self.share = 0  # The first drawing also imports matplotlib, which delays no other
 
     def draw(self) -> None:
         "Redraw the view, and report an error once without stopping the run"
@@ -172,7 +173,8 @@ class LiveDisplay:
                 print(f"warning: the view is not shown ({type(e).__name__}: {e}). The run continues", file=sys.stderr)
             self.warned = True
         now = time.perf_counter()
-        self.next = now + max(self.seconds, 20 * (now - start))
+        self.next = now + max(self.seconds, self.share * (now - start))
+        self.share = 20
 
     def draw_if_due(self) -> None:
         "Redraw the view if enough time has passed"
