@@ -1,5 +1,6 @@
 """Write README.md and its pictures from nbs/index.ipynb and its saved outputs: `python docs/readme.py`."""
 
+import re
 from pathlib import Path
 
 from pages import cell_markdown, read_notebook
@@ -19,7 +20,9 @@ def readme():
 
     cells = read_notebook(ROOT / "nbs/index.ipynb")["cells"]
     title, *rest = [block for cell in cells for block in cell_markdown(cell, picture)]
-    return files | {"README.md": ("\n\n".join([NOTE, title, *rest]) + "\n").encode()}
+    text = "\n\n".join([NOTE, title, *rest]) + "\n"
+    text = re.sub(r"\]\((?=[\w/]+\.ipynb\))", "](nbs/", text)  # In the notebook, links are relative to nbs/
+    return files | {"README.md": text.encode()}
 
 
 if __name__ == "__main__":

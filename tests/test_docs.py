@@ -243,6 +243,15 @@ def test_links_have_targets(site, pages):
     assert not wrong
 
 
+@pytest.mark.parametrize("name", ["README", *build_docs.PROJECT_PAGES])
+def test_links_of_project_pages_have_targets(name):
+    "The pages are also read on the repository's site, where links are relative to the project's folder"
+    text = re.sub(r"(`+).*?\1", "", (ROOT / f"{name}.md").read_text(encoding="utf-8"))  # Without code
+    links = re.findall(r"\]\(([^)#\s]+)", text)
+    folder = (ROOT / name).parent
+    assert not [link for link in links if not re.match(r"https?:|mailto:", link) and not (folder / link).exists()]
+
+
 def test_ids_are_unique(site, pages):
     for path, page in pages.items():
         assert [id for id, count in Counter(page.ids).items() if count > 1] == [], path.relative_to(site)
