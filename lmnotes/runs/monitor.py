@@ -156,11 +156,10 @@ def print_in_place(last, text) -> None:
 # %% ../../nbs/runs/65_monitor.ipynb #7b5ea250
 # Long: the state between two redraws
 class LiveDisplay:
-    "A view that is redrawn in place, using at most a twentieth of the time"
+    "A view that is redrawn in place, using at most a twentieth of the time after the first drawing"
 
     def __init__(self, view, seconds=2.0):  # The object to show, and the minimum seconds between two redraws
         self.view, self.seconds, self.handle, self.next, self.last, self.warned = view, seconds, None, 0.0, "", False
-        self.share = 0  # The first drawing also imports matplotlib, which delays no other
 
     def draw(self) -> None:
         "Redraw the view, and report an error once without stopping the run"
@@ -173,8 +172,8 @@ class LiveDisplay:
                 print(f"warning: the view is not shown ({type(e).__name__}: {e}). The run continues", file=sys.stderr)
             self.warned = True
         now = time.perf_counter()
-        self.next = now + max(self.seconds, self.share * (now - start))
-        self.share = 20
+        pause = 20 * (now - start) if self.next else 0  # The first drawing also imports matplotlib
+        self.next = now + max(self.seconds, pause)
 
     def draw_if_due(self) -> None:
         "Redraw the view if enough time has passed"
