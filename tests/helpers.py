@@ -28,13 +28,13 @@ from lmnotes.training.trainer import Hook, Trainer
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("forkserver")
-PRELOAD = """lmnotes.apps.cli lmnotes.recipes.fresh_or_resume lmnotes.recipes.nanothink lmnotes.recipes.agiformer lmnotes.export.hub
-    nbformat safetensors.torch tokenizers tyro filelock yaml matplotlib.pyplot matplotlib.backends.backend_agg numpy.ma numpy.ctypeslib
-    torch._dynamo torch.utils.serialization.config"""
-CHAPTERS = [
-    f"lmnotes.{path.parent.name}.{path.stem}" for path in ROOT.glob("lmnotes/[mi]*/[a-z]*.py")
-]  # models, inspect, inference
-FORK.set_forkserver_preload(PRELOAD.split() + CHAPTERS)
+CHAPTERS = "models", "inspect", "recipes"  # Their modules are imported when they are first used
+PRELOAD = [f"lmnotes.{name}.{path.stem}" for name in CHAPTERS for path in ROOT.glob(f"lmnotes/{name}/[a-z]*.py")]
+PRELOAD += (
+    "lmnotes.apps.cli lmnotes.export.hub nbformat safetensors.torch tokenizers tyro filelock yaml torch._dynamo".split()
+)
+PRELOAD += ["matplotlib.pyplot", "matplotlib.backends.backend_agg"]
+FORK.set_forkserver_preload(PRELOAD)
 STARTED = []  # Processes, so that a failed test leaves none behind
 DEADLINE = 900  # Seconds until a test stops waiting. No test needs that long, even on a slow machine
 os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(DEADLINE)  # Seconds that torchrun waits between a signal and a kill

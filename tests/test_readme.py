@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHELL = re.findall(r"^lmnotes (?:train|watch|evaluate|generate) .*", README, re.M)
 COMMANDS = re.findall(r"^papermill .*", README, re.M)
+SMALL = dict(LMNOTES_BATCH_SIZE="2")  # For commands that give no batch size
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 
 
@@ -29,8 +30,7 @@ def project(tmp_path_factory):
 
 def run(command, project, **variables):
     "Run a command line with this environment's programs first, as after `. .venv/bin/activate`"
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
-    environ |= dict(LMNOTES_BATCH_SIZE="2") | variables
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")} | variables
     environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
     done = subprocess.run(command, cwd=project, env=environ, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
@@ -44,11 +44,14 @@ def shown(notebook):
     return text, {kind for output in outputs for kind in output.get("data", {})}
 
 
-@pytest.mark.parametrize("steps", ["40", pytest.param("500", marks=pytest.mark.nightly)])
-def test_the_first_run(project, steps):
+SHORT, WHOLE = SMALL | dict(LMNOTES_STEPS="40"), dict(LMNOTES_STEPS="500")
+
+
+@pytest.mark.parametrize("size", [SHORT, pytest.param(WHOLE, marks=pytest.mark.nightly)], ids=["short", "whole"])
+def test_the_first_run(project, size):
     "The first run's report has a curve and no error"
     shutil.rmtree(project / "checkpoints", ignore_errors=True)
-    run(["bash", "-c", COMMANDS[0]], project, LMNOTES_STEPS=steps)
+    run(["bash", "-c", COMMANDS[0]], project, **size)
     text, kinds = shown(project / "checkpoints/first/train.ipynb")
     assert "image/png" in kinds
     assert text
@@ -63,7 +66,7 @@ def test_the_last_run_is_resumed(project):
 
 def test_the_shell(project):
     "The shell commands run one after the other"
-    printed = [run(["bash", "-c", line], project).stdout for line in SHELL]
+    printed = [run(["bash", "-c", line], project, **SMALL).stdout for line in SHELL]
     assert "done at step 50 of 50" in printed[0]
     assert "small: gpt on pydocs | done at step 50 of 50" in printed[1]
     assert "bpb" in printed[2]
@@ -73,5 +76,5 @@ def test_the_shell(project):
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_the_script(project, example):
     assert len(example.strip().splitlines()) < 10
-    run([sys.executable, "-c", example], project)
+    run([sys.executable, "-c", example], project, **SMALL)
     assert (project / "checkpoints/mine/run.json").is_file()
