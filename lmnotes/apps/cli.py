@@ -94,7 +94,10 @@ def train_command(argv) -> int:
     model = [", ".join([name, *(alias for alias, n in ALIASES.items() if n == name)]) for name in MODEL_PARAMS]
     flags = [alias for alias, name in ALIASES.items() if isinstance(getattr(RunConfig, name, ""), bool)]
     words, aliased = take_aliases(argv, {*ALIASES, *MODEL_PARAMS, *HINTS}, {*flags, *DTYPE_ALIASES})
-    explained = "", f"{explain_fields(RunConfig).get('model_args', '')} (also as options: {'; '.join(model)})"
+    explained = (
+        "",
+        f"{explain_fields(RunConfig).get('model_args', '')} (or as options of their own: {'; '.join(model)})",
+    )
     args = parse_options("train", options_of(RunConfig, train_command.__doc__, ALIASES, model_args=explained), words)
     from lmnotes.runs.run import run
 

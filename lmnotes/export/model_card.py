@@ -134,7 +134,7 @@ The source code is under the [Apache License 2.0](https://www.apache.org/license
 # %% ../../nbs/export/80_model_card.ipynb #693951e2
 def _remarks(r):
     "Return remarks on training the model again, which the command cannot express"
-    remarks = ["The command has file names instead of paths. Set `--data` to the path of the text on your machine."]
+    remarks = ["`--data` shows only the name of the text. Replace it by the path of the text on your machine."]
     changed = [n for n, origin in r.info.get("origins", {}).items() if origin == "resume" and n not in _MACHINE_PARAMS]
     if changed:
         remarks.append(f"Parameters changed on resume (the command has the last values): {', '.join(changed)}.")

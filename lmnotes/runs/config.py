@@ -36,7 +36,7 @@ class DataConfig:
     ctx_len: int = 128  # Context window: tokens per sequence
     batch_size: int = 16  # Global batch size: sequences per optimizer step, over all micro-batches and processes
     sampler: str = "auto"  # Order of the data: auto | random | epochs | sequential | domains | documents
-    epochs: float = 0.0  # Length of the run in epochs, which determines steps (0: steps sets the length)
+    epochs: float = 0.0  # Length of the run in passes over the training data. Above 0, it replaces steps
     stride: int = 0  # For samplers epochs and sequential: tokens between starts of consecutive sequences (0: ctx_len)
 
 
@@ -46,7 +46,7 @@ class RunConfig(TrainConfig, DataConfig):
 
     device: str = "auto"  # auto | cuda | mps | cpu
     eval_every: int = 0  # Steps between evaluations (0: ten evaluations per run)
-    eval_batches: int = 20  # Batches per evaluation during training (0: all). The final one covers the whole split
+    eval_batches: int = 20  # Batches per evaluation during training (0: all). The one after the last step uses all
     patience: int = 0  # Early stopping: evaluations without improvement before the run stops (0: never)
     sample_every: int = 0  # Steps between samples (0: five samples per run)
     prompt: str = ""  # Prompt of the samples generated during training

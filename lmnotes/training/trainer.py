@@ -37,7 +37,7 @@ class TrainConfig(OptimConfig):
     dtype: str = "auto"  # Compute dtype of matrix products: auto | float32 | bfloat16 | float16
     compile: bool = False  # Run the training step through torch.compile
     seed: int = 0  # Seed of initial weights, batches and dropout
-    log_every: int = 0  # Steps between log lines (0: forty lines in the run)
+    log_every: int = 0  # Steps between log lines (0: about forty lines per run)
 
 # %% ../../nbs/training/41_trainer.ipynb #79503fb2
 class Objective(nn.Module):
