@@ -6,14 +6,15 @@
 __all__ = ['DTYPES', 'DataError', 'TokenizerError', 'CheckpointError', 'RunLockedError', 'OutOfMemoryError', 'did_you_mean',
            'replace_aliases', 'expand_kwargs', 'project_root', 'data_root', 'paths_to_try', 'derive_seed', 'seed_torch',
            'set_deterministic', 'pick_device', 'pick_dtype', 'describe_device', 'fsync_path', 'write_atomic',
-           'write_json', 'read_json', 'sha256_file', 'sha256_json', 'utc_now', 'RunLock', 'StopSignals', 'versions',
-           'peak_memory']
+           'finite_json', 'write_json', 'read_json', 'sha256_bytes', 'sha256_file', 'sha256_json', 'utc_now', 'RunLock',
+           'StopSignals', 'versions', 'environment', 'peak_memory']
 
 # %% ../nbs/00_core.ipynb #4775f101
 import difflib
 import hashlib
 import inspect
 import json
+import math
 import os
 import platform
 import re
@@ -233,9 +234,19 @@ def write_atomic(
         fsync_path(path.parent)
 
 # %% ../nbs/00_core.ipynb #4eb8e7e9
+def finite_json(obj) -> Any:
+    "Return nested dicts and lists with NaN and infinity replaced by None, because JSON has neither"
+    if isinstance(obj, dict):
+        return {key: finite_json(value) for key, value in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [finite_json(value) for value in obj]
+    return None if isinstance(obj, float) and not math.isfinite(obj) else obj
+
+
 def write_json(path, obj, durable=True) -> None:
     "Write `obj` to `path` as indented JSON with `write_atomic`"
-    write_atomic(path, json.dumps(obj, indent=1, ensure_ascii=False) + "\n", durable)
+    text = json.dumps(finite_json(obj), indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomic(path, text + "\n", durable)
 
 
 def read_json(
@@ -247,10 +258,17 @@ def read_json(
         return json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         raise error(f"{path}: there is no such file") from None
+    except OSError as e:
+        raise error(f"{path}: cannot be read ({e.strerror})") from None
     except (ValueError, RecursionError) as e:
         raise error(f"{path}: not valid JSON ({e})") from None
 
 # %% ../nbs/00_core.ipynb #0eb03f53
+def sha256_bytes(data) -> str:
+    "Return the SHA-256 of bytes, in hex"
+    return hashlib.sha256(data).hexdigest()
+
+
 def sha256_file(path) -> str:
     "Return the SHA-256 of a file's content, in hex"
     h = hashlib.sha256()
@@ -339,6 +357,16 @@ def versions() -> dict:
 
     packages = {module.__name__: module.__version__ for module in (lmnotes, torch, np)}
     return packages | dict(python=platform.python_version())
+
+
+def environment(
+    device="cpu",  # Device of the run
+    processes=1,  # Number of data-parallel processes
+) -> dict:  # {condition: value}
+    "Return the conditions, apart from parameters and data, under which a run computes the same bits"
+    hardware = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
+    cpu = dict(threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability())
+    return versions() | dict(device=f"{device.split(':')[0]} ({hardware})", processes=processes) | cpu
 
 # %% ../nbs/00_core.ipynb #d212ff3a
 def peak_memory(device) -> int:

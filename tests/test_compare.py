@@ -26,11 +26,12 @@ from helpers import (
 from lmnotes.apps.cli import run_notebook
 from lmnotes.core import seed_torch
 from lmnotes.data.batches import Batch
+from lmnotes.files import JsonlLog
 from lmnotes.inspect.comparison import comparison_results, comparison_table
 from lmnotes.nn.lm import archs, get_arch, new_lm
 from lmnotes.runs import compare as comparing
 from lmnotes.runs.compare import ArchMeasurement, CompareConfig, Comparison, compare, count_flops
-from lmnotes.training.trainer import JsonlLog, Trainer
+from lmnotes.training.trainer import Trainer
 
 NOTEBOOK = ROOT / "nbs/compare.ipynb"
 TINY = dict(

@@ -6,6 +6,7 @@ import shutil
 import pytest
 from helpers import TINY, differences, read_log, run_in_process, run_results, train
 
+from lmnotes import files
 from lmnotes.data.batches import EpochBatches, get_batches
 from lmnotes.runs.config import RunConfig
 from lmnotes.runs.data import load_data
@@ -124,7 +125,7 @@ ABLATIONS = {
     "learning rate": lambda: _one_later(trainer, "lr_at"),
     "dropout": lambda: setattr(trainer, "seed_torch", lambda *key: None),
     "metrics": lambda: setattr(
-        trainer.JsonlLog, "truncate_after", lambda metrics, last: metrics.path.unlink(missing_ok=True)
+        files.JsonlLog, "truncate_after", lambda metrics, last: metrics.path.unlink(missing_ok=True)
     ),
 }
 

@@ -20,6 +20,7 @@ from helpers import DEADLINE, TINY, lmnotes_command, write_corpus
 from safetensors.torch import load_file
 
 import lmnotes
+from lmnotes import files
 from lmnotes.export import export as module
 from lmnotes.export.export import export, read_manifest, source_files
 from lmnotes.export.hub import upload
@@ -310,14 +311,12 @@ def test_failed_export_changes_no_files(r, tmp_path, monkeypatch):
 
 def test_failed_rename_keeps_the_earlier_export(r, tmp_path, monkeypatch):
     folder = export(r, tmp_path / "model")
-    before, real = read_manifest(folder), os.replace
+    before = read_manifest(folder)
 
-    def replace(source, target):
-        if Path(target) == folder and "old" not in Path(source).name:
-            raise OSError("it is in use")
-        real(source, target)
+    def exchange_paths(a, b):
+        raise OSError("it is in use")
 
-    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(files, "exchange_paths", exchange_paths)
     with pytest.raises(OSError, match="in use"):
         export(r, folder, state_dict="best_model.pth")
     assert read_manifest(folder) == before

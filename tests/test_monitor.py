@@ -28,7 +28,7 @@ from helpers import (
 
 import lmnotes
 from lmnotes.core import CheckpointError
-from lmnotes.training.trainer import JsonlLog
+from lmnotes.files import JsonlLog
 
 CASE = TINY | dict(steps=60, sample_every=10)
 

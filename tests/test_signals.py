@@ -26,11 +26,11 @@ from helpers import (
     wait_until,
 )
 
-from lmnotes import core
+from lmnotes import core, files
 from lmnotes.data import prepare
 from lmnotes.inference import evaluation, generation
 from lmnotes.runs import run as run_module
-from lmnotes.training import checkpoint, trainer
+from lmnotes.training import checkpoint, saving, trainer
 
 
 def half(name):
@@ -68,30 +68,30 @@ MOMENTS = {
     "before the first step": lambda: run_before_call(trainer.Trainer, "train_step", lambda t: t.step == 0),
     "before step 8": lambda: run_before_call(trainer.Trainer, "train_step", lambda t: t.step == 7),
     "between gradient and update": lambda: run_after_call(trainer.Trainer, "_backward", lambda t, batch: t.step == 12),
-    "a line in metrics.jsonl": lambda: run_after_call(trainer.JsonlLog, "append", of_step(21, "train")),
+    "a line in metrics.jsonl": lambda: run_after_call(files.JsonlLog, "append", of_step(21, "train")),
     "an evaluation begins": lambda: run_before_call(EVALUATE, "_evaluate", lambda e, t, b: t.step == 20),
     "an evaluation's second batch": lambda: run_before_call(evaluation, "seed_torch", lambda seed, i: i == 1),
-    "an evaluation is recorded": lambda: run_after_call(trainer.JsonlLog, "append", of_step(25, "val")),
+    "an evaluation is recorded": lambda: run_after_call(files.JsonlLog, "append", of_step(25, "val")),
     "a sample begins": lambda: run_before_call(generation, "encode_prompt", lambda *args: True),
     "a sample's first token": lambda: run_after_call(generation.TokenSampler, "_sample", lambda *args: True),
-    "a sample is recorded": lambda: run_after_call(trainer.JsonlLog, "append", of_step(30, "sample")),
+    "a sample is recorded": lambda: run_after_call(files.JsonlLog, "append", of_step(30, "sample")),
     "config.json half written": lambda: half("config.json"),
     "model.safetensors half written": lambda: half("model.safetensors"),
     "state.pt half written": lambda: half("state.pt"),
     "manifest.json half written": lambda: half("manifest.json"),
     "before a checkpoint is renamed": lambda: run_before_call(os, "replace", renamed),
     "after a checkpoint is renamed": lambda: run_after_call(os, "replace", renamed),
-    "before `best` points": lambda: run_before_call(checkpoint, "write_pointer", pointed("best", 25)),
-    "before `last` points": lambda: run_before_call(checkpoint, "write_pointer", pointed("last", 30)),
+    "before `best` points": lambda: run_before_call(saving, "write_pointer", pointed("best", 25)),
+    "before `last` points": lambda: run_before_call(saving, "write_pointer", pointed("last", 30)),
     "in the middle of pruning": lambda: run_before_call(
-        checkpoint.shutil, "rmtree", lambda path, **how: Path(path).name[0] == "s"
+        saving.shutil, "rmtree", lambda path, **how: Path(path).name.startswith(".step") and Path(path).exists()
     ),
     "before the last evaluation": lambda: run_before_call(EVALUATE, "_evaluate", lambda e, t, b: t.step == 40),
-    "in the last sample": lambda: run_before_call(trainer.JsonlLog, "append", of_step(40, "sample")),
+    "in the last sample": lambda: run_before_call(files.JsonlLog, "append", of_step(40, "sample")),
     "in the last save": lambda: run_before_call(
-        checkpoint, "save_checkpoint", lambda run, lm, step, *args, **about: step == 40
+        saving, "save_checkpoint", lambda run, lm, step, *args, **about: step == 40
     ),
-    "at the end": lambda: run_after_call(checkpoint, "write_pointer", pointed("final", 40)),
+    "at the end": lambda: run_after_call(saving, "write_pointer", pointed("final", 40)),
 }
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import lmnotes
 from ..core import *
 from .model_card import *
+from ..files import *
 from ..nn.lm import *
 from ..nn.lora import merge_and_unload
 from ..runs.load import *

@@ -11,10 +11,10 @@ import shlex
 from dataclasses import asdict
 
 from ..core import *
+from ..files import JsonlLog
 from ..inference.evaluation import *
 from ..nn.lm import *
 from ..runs.config import *
-from ..training.trainer import JsonlLog
 
 # %% ../../nbs/export/80_model_card.ipynb #c72fca69
 _MACHINE_PARAMS = set("data_dir out_dir device procs resume allow_change dry_run".split())  # Not published

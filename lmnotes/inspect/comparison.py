@@ -11,6 +11,7 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from ..core import *
+from ..files import *
 from ..inference.evaluation import *
 from ..runs.compare import standard_error
 from ..training.trainer import *

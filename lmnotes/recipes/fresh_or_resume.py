@@ -153,7 +153,7 @@ class LossChange(Hook):
         elif evaluated > self.last_evaluated:
             print(self._format_line(t))
         self.last_evaluated = evaluated
-        self.last_saved = max(self.last_saved, t.counters.get("Save", 0), t.counters.get("saved_best", 0))
+        self.last_saved = max(self.last_saved, t.counters.get("Save", 0), t.counters["best_step"])
 
     def _print_first_loss(self, t):
         "Print the first loss of this session: the checkpoint's, or that of a new evaluation"
@@ -303,7 +303,7 @@ def _resolve_checkpoint_path(path, environ):
             f"CHECKPOINT_PATH={path}: no such run, checkpoint or file. Correct it, or unset it to start a fresh run."
         )
     if found.is_file() and found.name in POINTERS:
-        found = found.parent / found.read_text().strip()
+        found = find_checkpoint(found.parent, found.name)
     elif found.is_file() and (steps := re.findall(r"_step(\d{6,})_", found.name)):
         found = found.parent / checkpoint_name(int(steps[-1]))
     run_folder = found if (found / "run.json").is_file() else found.parent
@@ -324,7 +324,7 @@ def _resume_run(path, environ, at):
     "Resume from a checkpoint, in a fork of the run if it is not the newest one"
     checkpoint_folder = _resolve_checkpoint_path(path, environ)
     folder = checkpoint_folder.parent
-    metadata = read_json(checkpoint_folder / "config.json", CheckpointError)
+    metadata = read_checkpoint_config(checkpoint_folder)
     info = run_record_at_step(metadata, checkpoint_folder)  # The record at that step
     info["env"] = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else None
     config, step = load_config_from_checkpoint(info, environ), metadata["step"]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REQUIRED_KEYS', 'REQUIRED_RUN_KEYS', 'content_hash', 'read_checkpoint_file', 'check_content_hash',
-           'find_checkpoint_files', 'prepare_resume', 'write_text_files', 'unused_folder_name', 'move_files']
+           'find_checkpoint_files', 'prepare_resume', 'write_text_files', 'move_files']
 
 # %% ../../nbs/recipes/88_nanothink_checkpoints.ipynb #40f3ac53
 import hashlib
@@ -18,6 +18,7 @@ import torch
 from ..core import *
 from ..nn.lm import *
 from ..runs.config import *
+from ..runs.folder import *
 from ..training.checkpoint import *
 from ..training.trainer import *
 
@@ -235,11 +236,6 @@ def _move_run_aside(folder, files):
         with RunLock(folder):
             os.replace(folder, aside)
     return move_files(files, aside)
-
-
-def unused_folder_name(folder) -> Path:
-    "Return the first unused name FOLDER-1, FOLDER-2, …"
-    return next(p for n in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}-{n}")).exists())
 
 
 def move_files(files, to) -> Path:  # Paths, and a folder, created if it does not exist

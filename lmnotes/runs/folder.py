@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RUN_FILES', 'runs_folder', 'last_run_name', 'find_run_folder', 'describe_existing_runs', 'resume_command',
-           'move_earlier_run_aside', 'RunRecord', 'locked_run_folder', 'run_folder_name', 'fork', 'run_record_at_step',
-           'truncate_metrics']
+           'unused_folder_name', 'move_earlier_run_aside', 'RunRecord', 'read_run_record', 'locked_run_folder',
+           'run_folder_name', 'fork', 'run_record_at_step', 'truncate_metrics']
 
 # %% ../../nbs/runs/61_folder.ipynb #9d6d6a25
 import os
@@ -14,12 +14,15 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 
 from ..core import *
+from ..files import *
 from .config import *
 from ..training.checkpoint import *
+from ..training.saving import *
 from ..training.trainer import *
 
 # %% ../../nbs/runs/61_folder.ipynb #0ff5cc10
@@ -35,7 +38,12 @@ def last_run_name(folder) -> str:
     name = noted.read_text().strip() if noted.exists() else ""
     if name and (Path(folder) / name / "run.json").exists():
         return name
-    times = {p.parent.name: read_json(p).get("updated", "") for p in Path(folder).glob("[!.]*/run.json")}
+    times = {}
+    for record in Path(folder).glob("[!.]*/run.json"):
+        try:
+            times[record.parent.name] = str(read_json(record, CheckpointError).get("updated", ""))
+        except (CheckpointError, AttributeError):
+            print(f"warning: {record} is damaged. This run is skipped")
     if not times:
         raise CheckpointError(
             f"{folder}: there is no run to resume. Start one without {format_params('resume')}, "
@@ -72,24 +80,47 @@ def resume_command(
 
 # %% ../../nbs/runs/61_folder.ipynb #54ff1c5e
 RUN_FILES = (
-    *("run.json", "metrics.jsonl", "samples.jsonl", "tokenizer", "step_*", "damaged_step_*"),
+    *("run.json", "metrics.jsonl*", "samples.jsonl*", "tokenizer", "step_*", "damaged_step_*"),
     *(BASE_WEIGHTS_FILE, *POINTERS),
 )
 
+# %% ../../nbs/runs/61_folder.ipynb #3be439ec
+def unused_folder_name(folder) -> Path:
+    "Return the first unused name FOLDER-1, FOLDER-2, …"
+    return next(p for n in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}-{n}")).exists())
 
-def move_earlier_run_aside(folder, files) -> None:  # Run folder, and patterns of the files that hooks write
-    "Move the files of an earlier run of the same name to a new folder, and leave all other files"
-    old = [p for pattern in (*RUN_FILES, *files) for p in folder.glob(pattern)]
-    if not any(p.name == "run.json" or p.name.startswith("step_") for p in old):
+
+def _exchange_locked(lock, aside):
+    "Give a locked folder the name `aside`, and lock a new folder in its place, in one step"
+    folder, new = lock.folder, RunLock(aside).__enter__()
+    try:
+        exchange_paths(aside, folder)
+    except OSError as e:
+        if e.errno not in NO_EXCHANGE:
+            raise
+        empty = aside.rename(folder.with_name(f".{folder.name}.{os.getpid()}.tmp"))
+        os.replace(folder, aside)
+        os.replace(empty, folder)
+    fsync_path(folder.parent)
+    lock.lock, new.lock = new.lock, lock.lock
+    new.__exit__()
+
+
+def move_earlier_run_aside(
+    lock, files
+) -> None:  # The `RunLock` of the folder, and patterns of the files that hooks write
+    "Rename the folder of an earlier run of the same name in one step, and return all other files to the new folder"
+    folder = lock.folder
+    if not (folder / "run.json").exists() and not list_checkpoints(folder):
         return
-    n = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}-{n}").exists())
-    aside = folder.with_name(f"{folder.name}-{n}")
-    aside.mkdir()
-    for p in old:
-        os.replace(p, aside / p.name)
+    aside = unused_folder_name(folder)
+    _exchange_locked(lock, aside)
+    old = {p for pattern in (*RUN_FILES, *files, ".*") for p in aside.glob(pattern)}
+    for p in [p for p in aside.iterdir() if p not in old]:
+        os.replace(p, folder / p.name)
     print(f"{folder.name} already existed: the earlier run is now {aside.name}")
 
-
+# %% ../../nbs/runs/61_folder.ipynb #83a459c5
 class RunRecord:
     "The record of a run: `run.json`, replaced atomically at each update"
 
@@ -97,27 +128,59 @@ class RunRecord:
         self.path, self.values = Path(folder) / "run.json", values
 
     def update(self, **values) -> None:
-        self.values.update(values, updated=utc_now())
+        self.values.update(values, format=FORMAT, updated=utc_now())
         write_json(self.path, self.values)
+
+# %% ../../nbs/runs/61_folder.ipynb #9220792b
+def _wrong_entries(info):
+    "Yield a description of each entry of a record that is missing or has a wrong type"
+    if not isinstance(info, dict):
+        yield f"it holds {type(info).__name__}, not an object"
+        return
+    kinds = dict(status=str, step=int, config=dict, data=dict, tokenizer=dict, model=dict)
+    yield from (f"{name} is {info.get(name)!r}" for name, kind in kinds.items() if type(info.get(name)) is not kind)
+    if info.get("dtype") not in DTYPES:
+        yield f"dtype is {info.get('dtype')!r}"
+    for name in ("data", "tokenizer"):
+        if isinstance(info.get(name), dict) and not isinstance(info[name].get("fingerprint"), str):
+            yield f"the fingerprint of {name} is {info[name].get('fingerprint')!r}"
+    config = info["config"] if isinstance(info.get("config"), dict) else {}
+    known = {f.name: f.type for f in fields(RunConfig)}
+    yield from (f"config has an unknown parameter {name!r}" for name in config if name not in known)
+    for name, kind in known.items():
+        if name in config and type(config[name]) not in {kind, int if kind is float else kind}:
+            yield f"config has {name}={config[name]!r}, which is not of type {kind.__name__}"
+
+
+def read_run_record(folder) -> dict:
+    "Return run.json of a run, or raise `CheckpointError` naming the entry that is missing or has a wrong type"
+    path = Path(folder) / "run.json"
+    info = read_json(path, CheckpointError)
+    if isinstance(info, dict):
+        check_format(info, path)
+    if problem := next(_wrong_entries(info), None):
+        raise CheckpointError(f"{path}: damaged, or not the record of a run: {problem}. Restore it from a copy")
+    return info
 
 # %% ../../nbs/runs/61_folder.ipynb #362e5bf9
 @contextmanager
-def locked_run_folder(folder) -> "Iterator[None]":
+def locked_run_folder(folder) -> "Iterator[RunLock]":
     "Hold the lock of a run folder. At the end, remove a new folder in which no run has started"
     new = not folder.exists()
     try:
-        with RunLock(folder):
-            yield
+        with RunLock(folder) as lock:
+            remove_temporary_files(folder)
+            yield lock
     finally:
-        if new and not (folder / "run.json").exists():
-            (folder / ".lock").unlink(missing_ok=True)
-            if not any(folder.iterdir()):
-                folder.rmdir()
+        if new and folder.exists() and not (folder / "run.json").exists():
+            with suppress(OSError):  # It would hide the error that ended the run
+                (folder / ".lock").unlink(missing_ok=True)
+                folder.rmdir()  # Fails if it holds other files
 
 
 def _check_run_name(run):
-    if run and not re.fullmatch(r"[\w-][\w.-]*", run):
-        raise ValueError(f"run={run!r} is not a folder name. Use letters, digits, '_', '-' and '.'")
+    if run and not re.fullmatch(r"[\w-][\w.-]{0,199}", run):
+        raise ValueError(f"run={run[:250]!r} is not a folder name. Use up to 200 letters, digits, '_', '-' and '.'")
 
 
 def run_folder_name(cfg) -> str:  # `RunConfig`
@@ -153,11 +216,11 @@ def fork(
 # %% ../../nbs/runs/61_folder.ipynb #c9681264
 def _copy_run_at_step(checkpoint_folder, to):
     "Copy the files of a run as they were at one step"
-    old, then = checkpoint_folder.parent, read_json(checkpoint_folder / "config.json", CheckpointError)
+    old, then = checkpoint_folder.parent, read_checkpoint_config(checkpoint_folder)
     counters = read_state(checkpoint_folder)["counters"]
-    best = old / checkpoint_name(counters["best_step"])
+    best = best_checkpoint(checkpoint_folder)
     for folder in {old / "tokenizer", checkpoint_folder, best}:
-        if folder.exists():
+        if folder and folder.exists():
             shutil.copytree(folder, to / folder.name)
     settings = [p.name for p in old.glob("[!.]*.json") if p.name != "run.json"]  # Written by recipes
     for file in ("metrics.jsonl", "samples.jsonl", BASE_WEIGHTS_FILE, *settings):
@@ -165,7 +228,7 @@ def _copy_run_at_step(checkpoint_folder, to):
             shutil.copy2(old / file, to)
     truncate_metrics(to, counters)
     for name, folder in dict(last=checkpoint_folder, best=best).items():
-        if folder.exists():
+        if folder and folder.exists():
             write_pointer(to, name, folder)
     write_json(to / "run.json", run_record_at_step(then, checkpoint_folder))
 
@@ -173,7 +236,7 @@ def _copy_run_at_step(checkpoint_folder, to):
 def run_record_at_step(then, checkpoint_folder) -> dict:  # The checkpoint's config.json, and its folder
     "Return the record of a run as it was at one step, because its parameters and data may have changed later"
     run = checkpoint_folder.parent
-    info = read_json(run / "run.json", CheckpointError)
+    info = read_run_record(run)
     info.update(status="interrupted", step=then["step"], forked_from=f"{run.name}/{checkpoint_folder.name}")
     info["config"].update(then.get("params", {}))
     info["data"]["fingerprint"] = then.get("data", info["data"]["fingerprint"])

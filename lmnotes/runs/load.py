@@ -15,6 +15,7 @@ import torch
 from ..core import *
 from ..data.batches import *
 from ..data.tokenizer_files import *
+from ..files import *
 from ..inference.evaluation import *
 from ..inference.generation import *
 from ..nn.lm import *
@@ -121,12 +122,18 @@ def load(
     model_args: str = "",  # Model configuration to override, such as "thinking_steps=5"
 ) -> Run:
     "Open a trained run, with its model in evaluation mode"
-    checkpoint_folder = find_checkpoint(find_run_folder(path), which)
+    found, device = find_run_folder(path), pick_device(device)
+    checkpoint_folder, lm = read_while_training(found, lambda: _load_model(found, which, device, model_args))
     folder = checkpoint_folder.parent
-    info = read_json(folder / "run.json", CheckpointError)
+    info = read_run_record(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
     check_same_tokenizer(tokenizer, info, folder)
-    info = dict(info, step=read_json(checkpoint_folder / "config.json")["step"])
-    lm = load_lm(checkpoint_folder, device=pick_device(device), model_args=model_args)
+    info = dict(info, step=read_checkpoint_config(checkpoint_folder)["step"])
     lm.load_extra_files(folder)
-    return Run(folder, lm.to(getattr(torch, pick_dtype(pick_device(device), dtype)[0])), tokenizer, info)
+    return Run(folder, lm.to(getattr(torch, pick_dtype(device, dtype)[0])), tokenizer, info)
+
+
+def _load_model(path, which, device, model_args):
+    "Return (checkpoint folder, model)"
+    checkpoint_folder = find_checkpoint(path, which)
+    return checkpoint_folder, load_lm(checkpoint_folder, device=device, model_args=model_args)

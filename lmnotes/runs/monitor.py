@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core import *
+from ..files import *
 from ..inference.evaluation import format_with_error
 from .config import *
 from .folder import *
@@ -58,7 +59,7 @@ def seconds_per_step(
     usual = sorted(seconds for _, seconds in spans)[len(spans) // 2] + 1 if spans else 0
     spans = [(steps, seconds) for steps, seconds in spans if seconds <= 5 * usual]
     seconds, steps = sum(seconds for _, seconds in spans), sum(steps for steps, _ in spans)
-    if rs and not seconds and rs[-1]["tok_per_s"]:  # All within one second: use the training speed
+    if rs and not seconds and rs[-1].get("tok_per_s"):  # All within one second: use the training speed
         return rs[-1]["tokens"] / rs[-1]["step"] / rs[-1]["tok_per_s"]
     return seconds / max(1, steps)
 
@@ -208,7 +209,7 @@ class RunView:
         "Read the folder again, and return self"
         self.alive = is_run_alive(self.folder)  # Before the record, because a run writes its status before it exits
         record = self.folder / "run.json"
-        self.info = read_json(record, CheckpointError) if record.exists() else {}
+        self.info = read_run_record(self.folder) if record.exists() else {}
         self.metrics = JsonlLog(self.folder / "metrics.jsonl").read()
         self.samples = JsonlLog(self.folder / "samples.jsonl").read()
         return self

@@ -9,8 +9,8 @@ __all__ = ['typed_by', 'RunArguments', 'run']
 import math
 import tempfile
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ..core import *
+from ..files import *
 from ..nn.lm import *
 from ..nn.lora import lora_layers
 from .config import *
@@ -28,6 +29,7 @@ from .monitor import make_live_view
 from .setup import *
 from ..training.checkpoint import *
 from ..training.optim import *
+from ..training.saving import *
 from ..training.trainer import *
 
 if TYPE_CHECKING:
@@ -83,8 +85,8 @@ def run(
             return _dry_run(RunSetup(cfg, origins, folder, device), signals, log_format)
         live = make_live_view(folder, log_format) if view and rank == 0 else None
         signals.announce = not (live and live.quiet)
-        with locked_run_folder(folder) if rank == 0 else nullcontext(), live.show() if live else nullcontext():
-            s = RunSetup(cfg, origins, folder, device, print if rank == 0 else None)
+        with locked_run_folder(folder) if rank == 0 else nullcontext() as lock, live.show() if live else nullcontext():
+            s = RunSetup(cfg, origins, folder, device, print if rank == 0 else None, lock)
             return _train_run(s, signals, [*hooks, live] if live else hooks, log_format, make_batches)
 
 # %% ../../nbs/runs/67_run.ipynb #48547893
@@ -105,8 +107,9 @@ def _train_run(s, signals, hooks, log_format, make_batches):
 def _start_record(record, s, trainer):
     "Prepare the run folder and write the record before the first step"
     if not s.info:
-        move_earlier_run_aside(s.folder, [pattern for hook in trainer.hooks for pattern in hook.file_patterns])
-    remove_temporary_files(s.folder)
+        move_earlier_run_aside(s.lock, [pattern for hook in trainer.hooks for pattern in hook.file_patterns])
+    trained = n_params(s.lm, trainable=True)
+    check_disk_space(s.folder, 4 * (n_params(s.lm) + 2 * trained), "its final checkpoint")
     if s.lm.lora:
         if not s.checkpoint_folder:
             (s.folder / BASE_WEIGHTS_FILE).unlink(missing_ok=True)  # Left over from a start that failed
@@ -114,14 +117,26 @@ def _start_record(record, s, trainer):
     s.data.tokenizer.save(s.folder / "tokenizer")
     truncate_metrics(s.folder, trainer.counters)
     write_atomic(s.folder.parent / ".last", s.folder.name + "\n")
-    context = dict(origins=s.origins, versions=versions(), device=s.device_line, threads=torch.get_num_threads())
-    record.update(status="running", step=trainer.step, **s.run_record(), **context)
+    context = dict(origins=s.origins, environment=environment(s.device, trainer.world_size), device=s.device_line)
+    record.update(status="running", step=trainer.step, changes=_recorded_changes(s), **s.run_record(), **context)
     print(
-        f"{s.folder.name}: {s.cfg.arch}, {n_params(s.lm):,} parameters ({n_params(s.lm, trainable=True):,} trained"
+        f"{s.folder.name}: {s.cfg.arch}, {n_params(s.lm):,} parameters ({trained:,} trained"
         + (f", {len(lora_layers(s.lm))} layers adapted), " if s.lm.lora else "), ")
         + f"{s.cfg.steps:,} steps of {s.cfg.batch_size} x {s.cfg.ctx_len} tokens"
         + (f", from step {trainer.step:,}" if s.checkpoint_folder else "")
     )
+
+# %% ../../nbs/runs/67_run.ipynb #2de70323
+def _recorded_changes(s):
+    "Return the changes of parameters and data of a run so far, each as {step, name, before, after}"
+    if not s.info:
+        return []
+    before = dict(s.info["config"], data_content=s.info["data"]["fingerprint"])
+    after = dict(asdict(s.cfg), data_content=s.data.fingerprint)
+    step = int(s.checkpoint_folder.name[5:]) if s.checkpoint_folder else 0
+    names = [n for n in before if n not in CHANGEABLE_PARAMS and before[n] != after[n]]
+    new = [dict(step=step, name=n, before=before[n], after=after[n]) for n in names]
+    return s.info.get("changes", []) + new
 
 # %% ../../nbs/runs/67_run.ipynb #32f88647
 def _fit_and_record(record, s, trainer):
@@ -131,13 +146,14 @@ def _fit_and_record(record, s, trainer):
         trainer.fit()
     except BaseException as e:
         if rank == 0:
-            record.update(status="failed", step=trainer.step, error=f"{type(e).__name__}: {e}")
+            with suppress(OSError):  # A full disk must not hide the error
+                record.update(status="failed", step=trainer.step, error=f"{type(e).__name__}: {e}")
         raise
     result = dict(best=c["best"] if math.isfinite(c["best"]) else None, best_step=c["best_step"])
     if "last" in c:
         result["last"] = c["last"]
     ended = dict(status=trainer.status, step=trainer.step, result=result, tokens=c["tokens"])
-    ended.update(signal=trainer.signals.name, unsaved=c.get("unsaved", 0))
+    ended.update(signal=trainer.signals.name, unsaved=trainer.unsaved)
     if rank == 0:
         record.update(**ended)
         print(f"{s.folder.name}: {_final_message(trainer, s.folder)}")
@@ -154,8 +170,8 @@ def _final_message(trainer, folder):
         return f"{trainer.status} {at}, before there was anything to save"
     lower = float(f"{peak_lr(trainer.cfg) / 2:.2g}") if trainer.status == "diverged" else None
     resume = trainer.log_format.resume or (lambda lr: resume_command(folder, lr=lr, allow_change=lr and "lr"))
-    lost = trainer.counters.get("unsaved", 0)
-    return (f"{lost} saves failed during training (see the warnings). " if lost else "") + dict(
+    lost = f"{trainer.unsaved} saves failed during training (see the warnings). " if trainer.unsaved else ""
+    return lost + dict(
         interrupted=f"interrupted {at} and saved. Resume with: {resume(lower)}",
         early_stop=f"stopped early {at}. The best checkpoint is from step {trainer.counters['best_step']:,}"
         + (f" ({format_params(which='best')})" if (folder / "best").exists() else ""),

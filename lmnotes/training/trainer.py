@@ -4,20 +4,18 @@
 
 # %% auto #0
 __all__ = ['MAX_SKIPPED_STEPS', 'LN2', 'TrainConfig', 'Objective', 'rank_and_world_size', 'Hook', 'LogFormat', 'autocast',
-           'load_optimizer_states', 'Trainer', 'JsonlLog', 'format_duration', 'Log', 'init_distributed',
-           'broadcast_from_rank0', 'call_on_rank0_first']
+           'load_optimizer_states', 'Trainer', 'format_duration', 'Log', 'init_distributed', 'broadcast_from_rank0',
+           'call_on_rank0_first']
 
 # %% ../../nbs/training/41_trainer.ipynb #0fa51722
 import atexit
 import fnmatch
-import json
 import math
 import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -166,6 +164,7 @@ class Trainer:
         self.objective = self._wrap(Objective(lm))
         self.step, self.stop, self.status, self.last_metrics = 0, "", "new", {}
         self.seconds = 0.0  # Spent in train_step, without hooks
+        self.unsaved = 0  # Failed saves
         self.counters = dict(tokens=0, bad=0, best=math.inf, best_step=0, waits=0, sums={})
 
     def _wrap(self, objective):
@@ -272,6 +271,11 @@ class Trainer:
         if self.signals and self.world_size == 1:
             self.stop = self.stop or "interrupted"
 
+    def warn_not_saved(self, reason) -> None:
+        "Print a warning about a failed save, and count it for the run's last line"
+        self.unsaved += 1
+        print(f"warning: step {self.step} is not saved: {reason}")
+
     def state_dict(self) -> dict:
         "Return the training state without the weights: plain numbers, strings and tensors"
         optimizers, scaler = [o.state_dict() for o in self.optimizers], self.scaler.state_dict()
@@ -284,45 +288,6 @@ class Trainer:
         self.counters.update(state["counters"])
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-
-# %% ../../nbs/training/41_trainer.ipynb #6a77538f
-def _round_for_json(v):
-    "Round a float to the seven digits of float32. NaN and infinity become null"
-    return (float(f"{v:.7g}") if math.isfinite(v) else None) if isinstance(v, float) else v
-
-# %% ../../nbs/training/41_trainer.ipynb #458a079f
-class JsonlLog:
-    "An append-only file of records, one JSON object per line"
-
-    def __init__(self, path):
-        self.path = Path(path)
-
-    def append(self, **record) -> None:
-        "Append a record"
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps({k: _round_for_json(v) for k, v in record.items()}) + "\n")
-
-    def read(self) -> list:
-        "Return all complete records up to the first damaged one, and print a warning if there is one"
-        records = []
-        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else [], 1):
-            try:
-                records.append(json.loads(line.decode()))
-            except ValueError:
-                print(f"warning: {self.path}:{number} is damaged. This and all later lines are ignored")
-                break
-        return records
-
-    def truncate_after(self, last_steps) -> None:
-        "Drop the records after the last step of their split, given as {split: step}, such as dict(train=100, val=50)"
-        if self.path.exists():
-            records = [r for r in self.read() if r["step"] <= last_steps.get(r["split"], 0)]
-            write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in records))
-
-    def sync(self) -> None:
-        "Flush the file to the disk"
-        if self.path.exists():
-            fsync_path(self.path)
 
 # %% ../../nbs/training/41_trainer.ipynb #2d326eeb
 LN2 = math.log(2)  # Nats in a bit

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ..core import *
+from ..files import *
 from ..nn.lm import *
 from ..nn.lora import *
 from .checkpoint import *
@@ -77,7 +78,7 @@ class SaveWeights(Hook):
                 save_torch_file(self.make_content(t, merged_state_dict(t.lm, self.prefixes)), path)
                 print(t.log_format.saved.format(step=t.step, file=path.name))
             except OSError as e:
-                warn_not_saved(t, f"{path.name}: {e.strerror}")
+                t.warn_not_saved(explain_os_error(e, path))
 
 # %% ../../nbs/training/43_weights.ipynb #0a6da8eb
 WEIGHT_KEYS = "model_state_dict", "model_state"  # Keys of the state dict in files that hold more than weights

@@ -1,0 +1,274 @@
+"""Power cuts and kills at every file operation of a save, of a rewrite, of moving an earlier run aside, and of an export.
+
+We record the file operations. For each operation, we then rebuild the disk as it may be if the power fails right after
+it: the disk can lose any data that was not flushed, in many ways. The last completed state must be found in each of these.
+"""
+
+import shutil
+
+import pytest
+import torch
+from disk import Disk, Recorder, build, linux
+
+from lmnotes.core import CheckpointError, fsync_path, write_atomic, write_json
+from lmnotes.data.batches import RandomBatches
+from lmnotes.files import replace_folder, restore_replaced_folders
+from lmnotes.nn.lm import new_lm
+from lmnotes.nn.lora import LoRAConfig, add_lora
+from lmnotes.runs.folder import locked_run_folder, move_earlier_run_aside
+from lmnotes.training import saving
+from lmnotes.training.checkpoint import find_checkpoint, latest_checkpoint, load_lm, read_pointer, read_state
+from lmnotes.training.saving import Save, remove_temporary_files
+from lmnotes.training.trainer import TrainConfig, Trainer
+
+MODELS = "bigram", "adapters"
+
+
+def small_trainer(name):
+    lm = new_lm("gpt", vocab_size=8, ctx_len=4, d_model=8, n_layers=1, n_heads=1) if name == "adapters" else None
+    lm = add_lora(lm, LoRAConfig(rank=1, targets="qkv")) if lm else new_lm("bigram", vocab_size=8)
+    return Trainer(lm, RandomBatches(torch.arange(100).numpy() % 8, 2, 4), TrainConfig(steps=3, dtype="float32"))
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def saves(request, tmp_path_factory):
+    """Return (operations, [number of operations until a save is complete], [until its pointers are], [(step, files)])
+
+    There are four saves that keep one checkpoint. The last one writes step 3 again, with other content.
+    """
+    run, t = tmp_path_factory.mktemp("saves"), small_trainer(request.param)
+    done, pointed, written = [], [], []
+    as_it_is = saving.save_checkpoint
+
+    def noted(*args, **metadata):
+        folder = as_it_is(*args, **metadata)
+        done.append(len(recorder.operations))
+        written.append((t.step, {p.name: p.read_bytes() for p in folder.iterdir()}))
+        return folder
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        recorder = Recorder(run, monkeypatch)
+        monkeypatch.setattr(saving, "save_checkpoint", noted)
+        hook = Save(run, keep=1)
+        for step in (1, 2, 3, 3):
+            t.fit(step)
+            t.counters.update(best_step=step, waits=len(done))
+            hook.save(t)
+            pointed.append(len(recorder.operations))
+    assert [p.name for p in run.glob("step_*")] == ["step_00000003"]
+    assert written[2][1]["state.pt"] != written[3][1]["state.pt"]
+    return recorder.operations, done, pointed, written
+
+
+def failures(folder, operations, done, pointed, written):
+    "Yield (number of the operation, operation, error) for every state that does not recover, then the number of states"
+    disk, tried = Disk(), set()
+    for number, operation in enumerate(operations, 1):
+        disk.apply(*operation)
+        saved = sum(n <= number for n in done)  # Completed saves
+        pointers = sum(n <= number for n in pointed)
+        for state in disk.states():
+            key = (saved, pointers, tuple(sorted(state.items())))
+            if key in tried:
+                continue
+            tried.add(key)
+            workdir = folder / f"{len(tried)}"
+            workdir.mkdir()
+            build(workdir, state)
+            problem = recovered(workdir, saved, pointers, written)
+            shutil.rmtree(workdir)
+            if problem:
+                yield number, operation[:2], problem
+    yield len(tried)
+
+
+def recovered(workdir, saved, pointers, written):
+    "Return the problem with the state in a folder, or an empty text"
+    try:
+        remove_temporary_files(workdir)
+        found = latest_checkpoint(workdir)
+    except CheckpointError:
+        return "a completed save is lost" if saved else ""
+    expected = written[max(0, saved - 1) : saved + 1]  # The last completed save or the next one
+    content = {p.name: p.read_bytes() for p in found.iterdir()}
+    if (step := int(found.name[5:]), content) not in expected:
+        return f"{found.name} is found, and not what was written last"
+    if read_state(found)["step"] != step or load_lm(workdir, device="cpu") is None:
+        return "it does not load"
+    try:
+        if (best := find_checkpoint(workdir, "best")) != found:
+            return f"the best checkpoint is {best.name}"
+        for name in ("last", "best") if pointers else ():
+            if int((named := read_pointer(workdir, name)).name[5:]) < written[pointers - 1][0]:
+                return f"{name} names {named.name}"
+    except CheckpointError as e:
+        return str(e)
+    return ""
+
+
+@linux
+def test_power_cut_at_every_operation_of_a_save(saves, tmp_path):
+    "The last completed save or the next one is found, bit for bit, and so is the best checkpoint"
+    *wrong, states = failures(tmp_path, *saves)
+    assert not wrong, wrong[:5]
+    assert states > 900, states
+
+
+def without(what, *parts):
+    "Return a function that removes the operations `what` whose path contains all `parts` from a record"
+    return lambda ops: [op for op in ops if not (op[0] == what and all(part in op[1] for part in parts))]
+
+
+def pruned_first(operations):
+    "Yield operations that move the first checkpoint away as soon as the next one is started"
+    late = [op for op in operations if op[0] == "replace" and op[1] == "step_00000001"]
+    for op in operations:
+        if op not in late:
+            yield op
+        if op[0] == "mkdir" and "00000002" in op[1]:
+            yield from late
+
+
+def exchanged_by_renames(operations):
+    "Yield operations that replace a folder by two renames"
+    for op in operations:
+        if op[0] == "exchange":
+            yield "replace", op[2], op[1] + ".old"
+            yield "replace", op[1], op[2]
+            yield "replace", op[1] + ".old", op[1]
+        else:
+            yield op
+
+
+MUTANTS = {
+    "config.json is not flushed": without("fsync", ".step_", "config.json"),
+    "model.safetensors is not flushed": without("fsync", ".step_", "model.safetensors"),
+    "state.pt is not flushed": without("fsync", ".step_", "state.pt"),
+    "manifest.json is not flushed": without("fsync", ".step_", "manifest.json"),
+    "the names in the folder are not flushed": lambda ops: [
+        op for op in ops if not (op[0] == "fsync" and op[1].startswith(".step_") and op[1].endswith(".tmp"))
+    ],
+    "the folder's name is not flushed": lambda ops: [op for op in ops if op[:2] != ("fsync", ".")],
+    "`last` is not flushed": without("fsync", ".last."),
+    "`best` is not flushed": without("fsync", ".best."),
+    "the folder is not renamed": without("replace", ".step_"),
+    "the folder is not exchanged": without("exchange", ".step_"),
+    "the folder is exchanged by renames": exchanged_by_renames,
+    "`last` is not renamed": without("replace", ".last."),
+    "`best` is not renamed": without("replace", ".best."),
+    "pruned before the next is there": pruned_first,
+}
+
+
+@linux
+@pytest.mark.parametrize("saves", ["bigram"], indirect=True)
+@pytest.mark.parametrize("name", MUTANTS)
+def test_every_measure_against_a_power_cut_is_needed(saves, tmp_path, name):
+    "Without the measure, some state does not recover, so the test above would detect its absence"
+    operations, done, pointed, written = saves
+    marked = []  # Marks replace the numbers of operations, so that they stay in place when operations are removed
+    for number, op in enumerate(operations, 1):
+        marked += [op, *[("done",)] * done.count(number), *[("pointed",)] * pointed.count(number)]
+    mutated = list(MUTANTS[name](marked))
+    assert mutated != marked
+    at = {kind: [] for kind in ("done", "pointed")}
+    operations = []
+    for op in mutated:
+        if op[0] in at:
+            at[op[0]].append(len(operations))
+        else:
+            operations.append(op)
+    first = next(failures(tmp_path, operations, at["done"], at["pointed"], written))
+    assert isinstance(first, tuple), f"{first} states, and all recover"
+
+
+def distinct(states):
+    "Yield each state once"
+    tried = set()
+    for state in states:
+        key = tuple(sorted(state.items()))
+        if key not in tried:
+            tried.add(key)
+            yield state
+
+
+OLD = {"run.json": b'{"status": "old"}\n', "metrics.jsonl": b"old\n", "last": b"step_00000001\n"}
+OLD |= {"step_00000001/manifest.json": b"old", "tokenizer/tokenizer.json": b"old"}
+
+
+def content_of(folder):
+    "Return {relative path: content} of the files of a run, without locks and temporary files"
+    files = [p for p in folder.rglob("*") if p.is_file() and not p.relative_to(folder).parts[0].startswith(".")]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+@linux
+def test_power_cut_while_an_earlier_run_moves_aside(tmp_path, monkeypatch):
+    "The earlier run is complete in one folder, and so is the new record, at every operation"
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    with monkeypatch.context() as patched:
+        recorder = Recorder(runs, patched)
+        (runs / "r").mkdir()
+        for folder in ("step_00000001", "tokenizer"):
+            (runs / "r" / folder).mkdir()
+        for name, data in OLD.items():
+            write_atomic(runs / "r" / name, data)
+        write_atomic(runs / "r/report.ipynb", "{}")
+        fsync_path(runs)
+        begin = len(recorder.operations)
+        with locked_run_folder(runs / "r") as lock:
+            move_earlier_run_aside(lock, [])
+            aside = len(recorder.operations)
+            write_json(runs / "r/run.json", dict(status="new"))
+            end = len(recorder.operations)
+    disk, states = Disk(), 0
+    for number, operation in enumerate(recorder.operations, 1):
+        disk.apply(*operation)
+        for state in distinct(disk.states()) if number >= begin else ():
+            workdir = tmp_path / "state"
+            workdir.mkdir()
+            build(workdir, state)
+            found = [content_of(folder) for folder in workdir.iterdir() if folder.is_dir()]
+            reports = sum(1 for content in found if content.pop("report.ipynb", None) == b"{}")
+            whole = [content for content in found if content == OLD]
+            assert len(whole) == 1 and reports >= 1, (number, operation, found)
+            new = [content for content in found if b"new" in content.get("run.json", b"")]
+            if aside < number == end:
+                assert new and content_of(workdir / "r").get("run.json", b"").count(b"new"), (operation, found)
+            shutil.rmtree(workdir)
+            states += 1
+    assert states > 30, states
+
+
+@linux
+def test_power_cut_while_an_export_is_replaced(tmp_path, monkeypatch):
+    "The old or the new export is complete under its name, at every operation"
+    root = tmp_path / "exports"
+    root.mkdir()
+    with monkeypatch.context() as patched:
+        recorder, ends = Recorder(root, patched), []
+        for version in (b"old", b"new", b"newer"):
+            tmp = root / ".model.1.tmp"
+            tmp.mkdir()
+            for name in ("model.safetensors", "config.json", "README.md"):
+                write_atomic(tmp / name, version + name.encode())
+            replace_folder(tmp, root / "model")
+            ends.append(len(recorder.operations))
+    versions = [
+        {n: v + n.encode() for n in ("model.safetensors", "config.json", "README.md")}
+        for v in (b"old", b"new", b"newer")
+    ]
+    disk, states = Disk(), 0
+    for number, operation in enumerate(recorder.operations, 1):
+        disk.apply(*operation)
+        complete = sum(n <= number for n in ends)
+        for state in distinct(disk.states()) if complete else ():
+            workdir = tmp_path / "state"
+            workdir.mkdir()
+            build(workdir, state)
+            restore_replaced_folders(workdir)
+            assert content_of(workdir / "model") in versions[complete - 1 : complete + 1], (number, operation)
+            shutil.rmtree(workdir)
+            states += 1
+    assert states > 100, states
