@@ -2199,4 +2199,11 @@ d = { 'settings': { 'branch': 'main',
                                           'lmnotes.training.weights.merged_state_dict': ( 'training/weights.html#merged_state_dict',
                                                                                           'lmnotes/training/weights.py'),
                                           'lmnotes.training.weights.save_torch_file': ( 'training/weights.html#save_torch_file',
-                                                                                        'lmnotes/training/weights.py')}}}
+                                                                                        'lmnotes/training/weights.py')},
+            'lmnotes.untrusted': { 'lmnotes.untrusted.check_no_secret': ('untrusted.html#check_no_secret', 'lmnotes/untrusted.py'),
+                                   'lmnotes.untrusted.escape_html': ('untrusted.html#escape_html', 'lmnotes/untrusted.py'),
+                                   'lmnotes.untrusted.escape_markdown': ('untrusted.html#escape_markdown', 'lmnotes/untrusted.py'),
+                                   'lmnotes.untrusted.escape_terminal': ('untrusted.html#escape_terminal', 'lmnotes/untrusted.py'),
+                                   'lmnotes.untrusted.find_secret': ('untrusted.html#find_secret', 'lmnotes/untrusted.py'),
+                                   'lmnotes.untrusted.hide_secrets': ('untrusted.html#hide_secrets', 'lmnotes/untrusted.py'),
+                                   'lmnotes.untrusted.path_inside': ('untrusted.html#path_inside', 'lmnotes/untrusted.py')}}}

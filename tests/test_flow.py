@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lmnotes"
-TOP = "core", "files"  # Modules at the top level, which all chapters may import
+TOP = "core", "untrusted", "files"  # Modules at the top level, which all chapters may import
 CHAPTERS = "core data nn models training inference runs inspect export recipes apps".split()
 NOT_BESIDE = {("training", "models"), ("models", "training")}  # Chapters that do not import each other
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "_modidx.py")
@@ -26,7 +26,7 @@ MODULES = {module_name(path): path for path in FILES}
 
 
 def chapter(name):
-    "Return the chapter of a module (`apps` for `lmnotes.__main__`)"
+    "Return the chapter of a module (`apps` for `lmnotes.__main__`, and `core` for the top level)"
     part = name.split(".")[1] if "." in name else ""
     return "apps" if part == "__main__" else "core" if part in TOP else part
 
