@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
@@ -24,6 +25,7 @@ from typing import Annotated, Any, NoReturn
 
 from .papermill_engine import *
 from ..recipes.registry import *
+from ..untrusted import *
 
 # %% ../../nbs/apps/92_cli.ipynb #ab40e8ac
 def explain_fields(config) -> dict:  # A dataclass
@@ -109,7 +111,8 @@ def parse_options(command, options, argv) -> Any:
     "Parse the options of a command into its dataclass"
     import tyro
 
-    return tyro.cli(options, args=argv, prog=f"lmnotes {command}")
+    with redirect_stdout(unescaped_stdout()):  # The help has colors
+        return tyro.cli(options, args=argv, prog=f"lmnotes {command}")
 
 # %% ../../nbs/apps/92_cli.ipynb #bcaf4467
 def generate_command(argv) -> int:
@@ -293,6 +296,7 @@ def main(
 ) -> NoReturn:
     "Run a command, and exit with its code"
     sys.stdout.reconfigure(line_buffering=True)  # So that you can read a log file during the run
+    sys.excepthook = _print_traceback
     code = execute_command(sys.argv[1:] if argv is None else argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # Threads of a process group may abort while Python exits
         sys.stdout.flush()
@@ -341,20 +345,36 @@ def overview() -> str:
     lines = [f"  {name:<10}  {command.__doc__}" for name, command in COMMANDS.items()]
     return "\n".join(["usage: lmnotes COMMAND [OPTIONS]", "", *lines, "", "lmnotes COMMAND --help lists the options."])
 
-# %% ../../nbs/apps/92_cli.ipynb #fcedbb4d
+# %% ../../nbs/apps/92_cli.ipynb #ffb7bba9
 def _report_error(error, code):
     "Print an error to stderr, after the lines printed before"
     sys.stdout.flush()
-    print(f"lmnotes: {error}", file=sys.stderr)
+    print(f"lmnotes: {escape_terminal(hide_secrets(error))}", file=sys.stderr)
     return code
 
 
+def _print_traceback(*exception):
+    "Print an unexpected error. Its message may come from a file"
+    print(escape_terminal(hide_secrets("".join(traceback.format_exception(*exception)))), end="", file=sys.stderr)
+
+
+def _check_arguments(argv):
+    "Raise ValueError if a word of a command line looks like a secret. Name the option before it"
+    for before, word in zip(["the command", *argv], argv):
+        name = word.partition("=")[0] if "=" in word else before if before.startswith("-") else "an argument"
+        check_no_secrets({hide_secrets(name): word})
+
+# %% ../../nbs/apps/92_cli.ipynb #fcedbb4d
 def execute_command(argv) -> int:  # Words after `lmnotes`
     "Run a command, and return its exit code"
     name = argv[0] if argv else ""
     if name in ("", "-h", "--help"):
         print(overview())
         return 0 if name else 2
+    try:
+        _check_arguments(argv)
+    except ValueError as e:
+        return _report_error(e, 2)
     if name not in COMMANDS:
         return _report_error(f"{name!r} is not a command; {closest_or_all(name, COMMANDS)}", 2)
     import torch
@@ -362,7 +382,8 @@ def execute_command(argv) -> int:  # Words after `lmnotes`
     from lmnotes.core import OutOfMemoryError, RunLockedError
 
     try:
-        with temporary_environment(LMNOTES_COMMAND=os.environ.get("LMNOTES_COMMAND", f"{_program()} train")):
+        command = os.environ.get("LMNOTES_COMMAND", f"{_program()} train")
+        with temporary_environment(LMNOTES_COMMAND=command), EscapedOutput():
             return COMMANDS[name](argv[1:])
     except (ValueError, RunLockedError, FileNotFoundError) as e:
         return _report_error(e, 2)

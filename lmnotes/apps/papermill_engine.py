@@ -91,9 +91,11 @@ def last_run(checkpoints) -> str:  # Folder of all runs
     checkpoints = Path(checkpoints)
     noted = checkpoints / ".last"
     if noted.is_file():
-        name = noted.read_text(encoding="utf-8").strip()
-        if name and (checkpoints / name).is_dir():
-            return name
+        from lmnotes.untrusted import path_inside
+
+        if name := noted.read_text(encoding="utf-8").strip():
+            if path_inside(checkpoints, name, source=noted).is_dir():
+                return name
     times = {}
     for record in checkpoints.glob("*/run.json"):
         with suppress(ValueError, KeyError, TypeError):
@@ -211,6 +213,9 @@ def check_parameters(
     parameters,  # {parameter or alias: value}, as given
 ) -> dict:  # {parameter: value}
     "Replace aliases, and raise ValueError for a parameter that the notebook does not have, or a value of another type"
+    from lmnotes.untrusted import check_no_secrets
+
+    check_no_secrets(parameters)
     known = notebook_parameters(notebook)
     parameters = replace_parameter_aliases(parameters, known)
     for name, value in parameters.items():
@@ -377,8 +382,11 @@ class GracefulEngine:
         "Execute a notebook as papermill does, and forward signals to its kernel"
         from papermill.engines import NBClientEngine
 
+        from lmnotes.untrusted import check_no_secrets
+
         options.update(input_path=input_path, output_path=output_path, coalesce_streams=True)
         given = getattr(nb.metadata, "papermill", {}).get("parameters", {})
+        check_no_secrets(given)  # Before papermill writes the notebook
         with (
             tempfile.TemporaryDirectory(prefix="lmnotes-") as folder,
             temporary_environment(
@@ -401,6 +409,8 @@ if is_papermill(sys.argv[0]):
     try:
         sys.argv[:], _words = fill_in_command(sys.argv)
     except (ValueError, OSError) as error:
-        sys.exit(f"lmnotes: {error}")
+        from lmnotes.untrusted import escape_terminal, hide_secrets
+
+        sys.exit(f"lmnotes: {escape_terminal(hide_secrets(error))}")
     if _words:
         print(_words, file=sys.stderr)

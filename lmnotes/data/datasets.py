@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from ..core import DataError, data_root, fsync_path, paths_to_try, sha256_file
 from .corpus import *
+from ..untrusted import check_no_secrets
 
 # %% ../../nbs/data/11_datasets.ipynb #bf2d7f6c
 def _pydocs():
@@ -256,6 +257,7 @@ def get_corpus(
     recursive=False,  # Read `.txt` files in sub-folders too
 ) -> Corpus:  # Its documents are not read yet
     "Return the corpus that `data` names, or raise `DataError` with the known names, paths or domains"
+    check_no_secrets(dict(data=data, data_dir=data_dir, domains=domains))
     name, sources = _resolve_sources(str(data), data_dir, recursive)
     selected, available = domains.split(), sorted({s.domain for s in sources})
     if unknown := ", ".join(sorted(set(selected) - set(available))):

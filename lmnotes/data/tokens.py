@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..core import DataError, fsync_path, read_json, write_atomic, write_json
+from ..untrusted import escape_terminal
 
 # %% ../../nbs/data/15_tokens.ipynb #c8e6ba59
 TOKENS_FORMAT = "lmnotes.tokens"
@@ -137,7 +138,7 @@ class Tokens:
     def __repr__(self):
         name = self.path.name or "in memory"
         domains = ", ".join(filter(None, self.domains)) or "no domains"
-        return f"Tokens({name}: {len(self):,} tokens, {self.vocab_size:,} ids, {domains})"
+        return escape_terminal(f"Tokens({name}: {len(self):,} tokens, {self.vocab_size:,} ids, {domains})", keep="")
 
 # %% ../../nbs/data/15_tokens.ipynb #570ad5d5
 SCAN_CHUNK = 1 << 22  # Ids to check at a time

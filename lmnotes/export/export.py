@@ -70,7 +70,10 @@ def _collect_sources(lm):
     own = {type(part).__module__: _module_file(type(part).__module__) for part in lm.modules() if isinstance(part, LM)}
     if unknown := [module for module, path in own.items() if path is None]:
         raise ValueError(f"arch={lm.arch!r} is defined in {unknown[0]}. To export it, make it a notebook in nbs/models")
-    needed = "lmnotes.training.checkpoint", "lmnotes.inference.generation", "lmnotes.data.tokenizer_files"
+    needed = (
+        *("lmnotes.training.checkpoint", "lmnotes.inference.generation", "lmnotes.data.tokenizer_files"),
+        "lmnotes.untrusted",
+    )
     files = source_files(*own, *needed)
     imported = [*(_imports_of_file(p, everywhere=False) for p in files), *(_imports_of_file(p) for p in own.values())]
     packages = {name.split(".")[0] for name in {"torch", "numpy", "safetensors"}.union(*imported)}
@@ -95,6 +98,7 @@ from lmnotes.data.tokenizer_files import load_tokenizer
 from lmnotes.inference.generation import stream
 from lmnotes.nn.lm import new_lm, parse_model_args
 from lmnotes.training.checkpoint import load_weights
+from lmnotes.untrusted import escape_terminal
 
 
 def load(folder=HERE, model_args=""):
@@ -122,9 +126,10 @@ def main():
     args = vars(parser.parse_args())
     lm, tokenizer, config = load(model_args=args.pop("model_args"))
     prompt = args.pop("prompt")
-    print(prompt, end="")
+    shown = escape_terminal if sys.stdout.isatty() else str
+    print(shown(prompt), end="")
     for piece in stream(lm, tokenizer, prompt or config["start"], **args):
-        print(piece, end="", flush=True)
+        print(shown(piece), end="", flush=True)
     print()
 
 

@@ -12,23 +12,20 @@ from pathlib import Path
 from ..core import *
 from .export import *
 from ..inference.evaluation import *
+from ..untrusted import *
 
 # %% ../../nbs/export/82_hub.ipynb #f52242c2
 class UploadError(ValueError):
     "The Hub cannot be reached or rejects the upload"
 
 
-_TOKEN = re.compile(rb"(?<![A-Za-z0-9_])hf_[A-Za-z0-9]{16,}")
-
-
 def _check_no_token(files, token=""):
-    "Raise ValueError with the file and line if one of {name: path} contains the token or something like one"
-    pattern = re.compile(_TOKEN.pattern + b"|" + re.escape(token.encode())) if token else _TOKEN
+    "Raise ValueError with the file and line if one of {name: path} contains the token or something like a secret"
     for path in files.values():
         data = path.read_bytes()
-        if found := pattern.search(data):
-            line = data[: found.start()].count(b"\n") + 1
-            raise ValueError(f"{path}:{line}: contains something like an access token (hf_...). Remove and revoke it")
+        if found := find_secret(data, token):
+            line = data[: found[0]].count(b"\n") + 1
+            raise ValueError(f"{path}:{line}: contains something like a secret ({found[1]}). Remove and revoke it")
 
 # %% ../../nbs/export/82_hub.ipynb #e64db41b
 def _files_to_upload(folder):
@@ -74,7 +71,7 @@ def _commit_files(files, repo, private, message, token):
         api.create_repo(repo, private=private, exist_ok=True)
         return api.create_commit(repo, operations, commit_message=message).commit_url
     except Exception as error:  # huggingface_hub has no common base class
-        raise UploadError(str(_upload_error(error, repo)).replace(token, "hf_***")) from None
+        raise UploadError(hide_secrets(_upload_error(error, repo), token)) from None
 
 # %% ../../nbs/export/82_hub.ipynb #0f9f7e78
 def upload(

@@ -7,6 +7,7 @@ __all__ = ['CARD_TEMPLATE', 'public_record', 'retrain_command', 'validation_metr
 
 # %% ../../nbs/export/80_model_card.ipynb #93a910cf
 import json
+import re
 import shlex
 from dataclasses import asdict
 
@@ -15,6 +16,7 @@ from ..files import JsonlLog
 from ..inference.evaluation import *
 from ..nn.lm import *
 from ..runs.config import *
+from ..untrusted import *
 
 # %% ../../nbs/export/80_model_card.ipynb #c72fca69
 _MACHINE_PARAMS = set("data_dir out_dir device procs resume allow_change dry_run".split())  # Not published
@@ -103,9 +105,9 @@ A small language model, trained with `lmnotes`.
 
 ## Train it again
 
-```sh
+{fence}sh
 {command}
-```
+{fence}
 
 {remarks}
 """
@@ -137,9 +139,10 @@ def _remarks(r):
     remarks = ["`--data` shows only the name of the text. Replace it by the path of the text on your machine."]
     changed = [n for n, origin in r.info.get("origins", {}).items() if origin == "resume" and n not in _MACHINE_PARAMS]
     if changed:
-        remarks.append(f"Parameters changed on resume (the command has the last values): {', '.join(changed)}.")
+        names = escape_markdown(", ".join(changed))
+        remarks.append(f"Parameters changed on resume (the command has the last values): {names}.")
     if "forked_from" in r.info:
-        remarks.append(f"The run is a fork of `{r.info['forked_from']}`.")
+        remarks.append(f"The run is a fork of {escape_markdown(r.info['forked_from'])}.")
     return " ".join(remarks)
 
 
@@ -148,7 +151,7 @@ def _sample(r):
     samples = [s["prompt"] + s["text"] for s in JsonlLog(r.folder / "samples.jsonl").read() if s["step"] == r.step]
     if not samples:
         return ""
-    plain = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in samples[-1])
+    plain = escape_terminal(samples[-1])
     return "\n## Sample\n\n    " + plain.replace("\n", "\n    ") + "\n"  # Indented, because it may contain any markup
 
 # %% ../../nbs/export/80_model_card.ipynb #9cb8e455
@@ -158,12 +161,13 @@ def model_card(
     packages,  # Names of the packages to install
 ) -> str:  # Text of README.md
     "Write the model card of a run: description, metrics, training command and usage"
-    title, metrics = r.folder.name, validation_metrics_of(r)
+    title, metrics, command = r.folder.name, validation_metrics_of(r), escape_terminal(retrain_command(r.info))
     card = CARD_TEMPLATE.format(
-        title=title,
+        title=escape_markdown(title),
         description=_markdown_table(_description_rows(r, lm)),
         metrics=_markdown_table(_metric_rows(metrics)) if metrics else "The run was not evaluated at this step.",
-        command=retrain_command(r.info),
+        fence="`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0)),  # No line of the command ends it
+        command=command,
         remarks=_remarks(r),
         packages=" ".join(sorted(packages)),
     )

@@ -17,6 +17,7 @@ from ..core import *
 from ..data.batches import *
 from ..nn.lm import eval_mode
 from ..training.trainer import LN2, Hook, rank_and_world_size
+from ..untrusted import *
 
 # %% ../../nbs/inference/51_evaluation.ipynb #1934df97
 def compute_metrics(
@@ -112,7 +113,7 @@ def evaluate_domains(
 # %% ../../nbs/inference/51_evaluation.ipynb #5df06174
 def markdown_row(cells) -> str:
     "Format texts as a row of a Markdown table"
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(map(escape_markdown, cells)) + " |"
 
 
 class Table:
@@ -123,7 +124,9 @@ class Table:
         self.names = list(dict.fromkeys(name for row in self.rows for name in row))
 
     def _cells(self):
-        return [self.names] + [[_format_cell(row.get(name, "")) for name in self.names] for row in self.rows]
+        return [list(map(_format_cell, self.names))] + [
+            [_format_cell(row.get(name, "")) for name in self.names] for row in self.rows
+        ]
 
     def _repr_markdown_(self):
         head, *rows = map(markdown_row, self._cells())
@@ -138,7 +141,7 @@ class Table:
 def _format_cell(value):
     if isinstance(value, float):
         return f"{value:.4g}"
-    return f"{value:,}" if type(value) is int else str(value).replace("\n", " ")
+    return f"{value:,}" if type(value) is int else escape_terminal(str(value).replace("\n", " "), keep="")
 
 # %% ../../nbs/inference/51_evaluation.ipynb #a82328e3
 # Long: when to evaluate, which loss is the best, and when to stop are one decision

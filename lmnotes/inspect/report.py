@@ -6,7 +6,6 @@
 __all__ = ['summarize_run', 'inspect_run']
 
 # %% ../../nbs/inspect/76_report.ipynb #6c7bc02f
-import html
 from collections.abc import Iterator
 
 from ..data.batches import *
@@ -17,6 +16,7 @@ from .thinking import SupportsThinking, inspect_thinking, plot_thinking
 from .tokens import *
 from ..nn.lm import *
 from ..runs.data import *
+from ..untrusted import *
 
 # %% ../../nbs/inspect/76_report.ipynb #66be672c
 def summarize_run(r) -> Table:  # A `Run`
@@ -60,4 +60,4 @@ def _result_or_reason(make):
     try:
         return make()
     except ValueError as e:
-        return HtmlDisplay(f"<em>{html.escape(str(e))}</em>", str(e))
+        return HtmlDisplay(f"<em>{escape_html(e)}</em>", str(e))

@@ -14,6 +14,7 @@ import torch
 from ..data.batches import *
 from ..inference.evaluation import *
 from ..nn.lm import eval_mode
+from ..untrusted import *
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -66,7 +67,8 @@ def plot_router_usage(
     "Plot the mean routing weights as stacked bars, a bar for each domain"
     import matplotlib.pyplot as plt
 
-    domains, left = [row["domain"] for row in table.rows], np.zeros(len(table.rows))
+    domains = [escape_terminal(row["domain"]).replace("$", r"\$") for row in table.rows]  # `$` starts a formula
+    left = np.zeros(len(table.rows))
     fig, ax = plt.subplots(figsize=(7, 1.4 + 0.4 * len(domains)), layout="constrained")
     plt.close(fig)  # The caller displays it
     for name in table.names[1:]:

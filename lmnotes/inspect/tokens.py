@@ -8,7 +8,6 @@ __all__ = ['escape_invisible', 'token_text', 'HtmlDisplay', 'show_tokens', 'show
 
 # %% ../../nbs/inspect/70_tokens.ipynb #00c2a6ea
 import colorsys
-import html
 import math
 
 import torch
@@ -18,6 +17,7 @@ from ..inference.evaluation import *
 from ..inference.generation import encode_prompt
 from ..nn.lm import eval_mode
 from ..training.trainer import *
+from ..untrusted import *
 
 # %% ../../nbs/inspect/70_tokens.ipynb #fdddcd14
 _MARKS = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"}
@@ -50,7 +50,7 @@ class HtmlDisplay:
     "A display: HTML in a notebook, plain text elsewhere"
 
     def __init__(self, html, text):
-        self.html, self.text = html, text
+        self.html, self.text = html, escape_terminal(text)
 
     def _repr_html_(self):
         return self.html
@@ -71,7 +71,7 @@ def _background_style(hue, strength=0.3):
 
 def _span(text, style="", title=""):
     "Return an HTML span with a style; `title` is its tooltip"
-    return f'<span style="{_MONO}; {style}" title="{html.escape(title)}">{html.escape(text)}</span>'
+    return f'<span style="{_MONO}; {style}" title="{escape_html(title, attribute=True)}">{escape_html(text)}</span>'
 
 # %% ../../nbs/inspect/70_tokens.ipynb #46ac6dac
 def _wrap_columns(columns, width):
@@ -108,7 +108,7 @@ def show_tokens(
     head += f", {tokenizer.bytes_per_token(text):.2f} bytes per token" if ids else ""
     head += f", the first {n}:" if len(ids) > n else ""
     columns = [(token_text(tokenizer, i), str(i)) for i in ids[:n]]
-    body = f"{html.escape(head)}<br>{_tokens_html(tokenizer, ids[:n])}"
+    body = f"{escape_html(head)}<br>{_tokens_html(tokenizer, ids[:n])}"
     return HtmlDisplay(_BOX.format(body), f"{head}\n{_wrap_columns(columns, 100)}")
 
 # %% ../../nbs/inspect/70_tokens.ipynb #b41a4587
@@ -151,7 +151,7 @@ def show_batch(
     ids = torch.stack((batch.x, batch.y), -1)[:rows, :n].transpose(0, 1).flatten(1).tolist()  # A list per position
     table = Table(dict(zip(heads, [str(t), *_id_texts(tokenizer, line)])) for t, line in enumerate(ids))
     listed = _html_table(heads, [[str(t), *_id_spans(tokenizer, line)] for t, line in enumerate(ids)])
-    return HtmlDisplay(_BOX.format(html.escape(head) + listed), f"{head}\n{table}")
+    return HtmlDisplay(_BOX.format(escape_html(head) + listed), f"{head}\n{table}")
 
 # %% ../../nbs/inspect/70_tokens.ipynb #7e62c4bc
 @torch.no_grad()
@@ -229,9 +229,9 @@ def show_probabilities(
     body = "".join(_surprise_html(tokenizer, row) for row in rows)
     shown = "".join(r["text"] + "\n" * r["text"].endswith("↵") for r in rows)
     before = escape_invisible(context) + "│" if context else ""
-    faint = f'<span style="opacity: 0.6">{html.escape(before)}</span>'
-    listed = _html_table(table.names, [[html.escape(str(v)) for v in row.values()] for row in table.rows])
+    faint = f'<span style="opacity: 0.6">{escape_html(before)}</span>'
+    listed = _html_table(table.names, [map(escape_html, row.values()) for row in table.rows])
     return HtmlDisplay(
-        _BOX.format(f"{html.escape(head)}<br>{faint}{body}<br>The least likely:{listed}"),
+        _BOX.format(f"{escape_html(head)}<br>{faint}{body}<br>The least likely:{listed}"),
         f"{head}\n{before}{shown}\n\nThe least likely:\n{table}",
     )

@@ -30,6 +30,7 @@ from ..runs.run import *
 from ..training.checkpoint import *
 from ..training.trainer import *
 from ..training.weights import *
+from ..untrusted import *
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #420cae03
 def get_data_source_name(training_data_source) -> str:  # A path or a corpus name
@@ -219,6 +220,7 @@ def from_env(
     environ = os.environ if environ is None else environ
     if rank_and_world_size()[1] > 1:
         raise ValueError("from_env trains in one process. Start it without torchrun, or call lmnotes.run.")
+    check_no_secrets({name: environ.get(name, "") for name in VARIABLES})
     path = environ.get("CHECKPOINT_PATH", "").strip()
     return _resume_run(path, environ, timestamp()) if path else _start_fresh_run(environ, timestamp())
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL_SHAPE', 'LARGE_SHAPE', 'EVERY_500', 'MODES', 'TOKENIZERS', 'ARCHS', 'LORA_FIELDS', 'SCRATCH_FIELDS',
-           'POSITIVE_FIELDS', 'RANGES', 'FIXED_FIELDS', 'RENAMED_FIELDS', 'SHAPE_NOTE', 'FIELD_TABLE', 'FUNCTION_TABLE',
-           'TrainingConfig', 'read_variables', 'merged_environment', 'load_config_fresh_from_env',
+           'VARIABLES', 'POSITIVE_FIELDS', 'RANGES', 'FIXED_FIELDS', 'RENAMED_FIELDS', 'SHAPE_NOTE', 'FIELD_TABLE',
+           'FUNCTION_TABLE', 'TrainingConfig', 'read_variables', 'merged_environment', 'load_config_fresh_from_env',
            'load_config_from_checkpoint', 'config_from_record', 'model_shape', 'to_run_params', 'project_path',
            'generation_prompt', 'resume_params', 'is_same_path']
 
@@ -18,6 +18,7 @@ from typing import get_args
 
 from ..core import *
 from ..data.tokenizer_files import find_tokenizer_file
+from ..untrusted import *
 
 # %% ../../nbs/recipes/84_fresh_or_resume_config.ipynb #12dc0ad0
 # Long: a table of fields, a line each
@@ -89,6 +90,9 @@ def _convert(name, text, kind):
         raise ValueError(f"{name}={text!r}: expected {needed}. Correct it, or unset {name}.") from None
 
 
+VARIABLES = [*(f.name.upper() for f in fields(TrainingConfig)), "CHECKPOINT_PATH", "RESUME_STEPS"]
+
+
 def read_variables(
     environ,  # {variable: text}
 ) -> dict:  # {field: value}
@@ -107,8 +111,7 @@ def merged_environment(
     values,  # {name: value}, such as a notebook's `globals()`
 ) -> dict:  # {variable: text}
     "Merge the process's environment with the non-empty variables in `values`, which take precedence"
-    names = [f.name.upper() for f in fields(TrainingConfig)] + ["CHECKPOINT_PATH", "RESUME_STEPS"]
-    return {**os.environ, **{name: str(values[name]) for name in names if values.get(name, "") != ""}}
+    return {**os.environ, **{name: str(values[name]) for name in VARIABLES if values.get(name, "") != ""}}
 
 # %% ../../nbs/recipes/84_fresh_or_resume_config.ipynb #24f20ad1
 POSITIVE_FIELDS = (
@@ -184,6 +187,10 @@ def load_config_from_checkpoint(
     "Read the configuration of a resumed run: the checkpoint's, with the changes in the environment"
     environ = os.environ if environ is None else environ
     saved, given = config_from_record(checkpoint), read_variables(environ)
+    for name in ("checkpoint_dir", "log_dir", "output_dir"):  # env.json may be from someone else
+        if name not in given and not project_path(vars(saved)[name]).is_relative_to(project_root()):
+            value, variable = vars(saved)[name], name.upper()
+            raise ValueError(f"env.json has {name}={value!r}, outside the project. Set {variable} to write there")
     for name in _relevant_fixed_fields(saved):
         if name in given and not _is_same_value(name, given[name], vars(saved)[name]):
             raise ValueError(

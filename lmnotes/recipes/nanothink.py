@@ -10,6 +10,7 @@ __all__ = ['CHANGEABLE_ON_RESUME', 'ALWAYS_CHANGEABLE', 'SaveRecipeParams', 'mak
 
 # %% ../../nbs/recipes/89_nanothink.ipynb #b1406b11
 import shlex
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,7 @@ from ..runs.load import *
 from ..training.expert_cache import CachedExpertBatches, DocumentOfChunk, fill_store
 from ..training.trainer import *
 from ..training.weights import *
+from ..untrusted import *
 
 # %% ../../nbs/recipes/89_nanothink.ipynb #b11652ba
 class SaveRecipeParams(Hook):
@@ -115,9 +117,12 @@ def recipe_params(
 ) -> dict:  # {name: value}
     "Return a recipe's parameters; on resume, the saved ones with the given changes"
     current = {n: values[n] for n in names.split()}
+    check_no_secrets(current)
     if not is_resuming:
         return current
     saved, given_names = read_json(Path(folder) / "recipe.json", CheckpointError), given_param_names()
+    if unknown := [n for n in saved if n not in current]:  # They would become names of the notebook
+        raise CheckpointError(f"{folder}/recipe.json: {unknown[0]!r} is not a parameter of this recipe. Remove it")
     given = {n: v for n, v in current.items() if given_names is None or n in given_names}
     changeable = [n for n in CHANGEABLE_ON_RESUME if n in saved]
     check_unchanged(saved, given, set(saved) - set(changeable), ALWAYS_CHANGEABLE, " ".join(changeable))
@@ -160,7 +165,7 @@ def check_experts_share_tokenizer(experts) -> None:  # {path: content} from `rea
     for path, other in others:
         b = other["run"]["tokenizer"]
         if a["fingerprint"] != b["fingerprint"]:
-            saved = relative_to_project(runs_folder() / one["run"]["config"]["run"] / "tokenizer")
+            saved = extract_tokenizer(one)
             raise TokenizerError(
                 f"{path} was trained with the tokenizer {b['name']} ({b['fingerprint'][:12]}), and {first} with "
                 f"{a['name']} ({a['fingerprint'][:12]}); train them with the same one: -p tokenizer {saved}"
@@ -178,9 +183,13 @@ def extract_tokenizer(
     "Write a checkpoint's tokenizer to a folder, and return its path (or its name, if it is built in)"
     if (name := content["run"]["config"]["tokenizer"]) in ("bytes", "gpt2"):
         return name
-    folder = runs_folder() / "tokenizers" / content["run"]["tokenizer"]["fingerprint"][:12]
-    write_text_files(folder, content["tokenizer"])
-    return relative_to_project(folder)
+    known, folder = content["run"]["tokenizer"]["fingerprint"], runs_folder() / "tokenizers"
+    with tempfile.TemporaryDirectory() as tmp:
+        write_text_files(Path(tmp), content["tokenizer"])
+        if (found := load_tokenizer(tmp).fingerprint) != known:
+            raise TokenizerError(f"a checkpoint holds the tokenizer {found[:12]}, but its run used {str(known)[:12]!r}")
+    write_text_files(folder / found[:12], content["tokenizer"])
+    return relative_to_project(folder / found[:12])
 
 # %% ../../nbs/recipes/89_nanothink.ipynb #86fbc8a6
 def matching_tokenizer(

@@ -10,10 +10,12 @@ __all__ = ['SETTINGS', 'DEFAULT_SETTINGS', 'RANGES', 'UNUSED_SETTINGS', 'MIXED_P
 import fnmatch
 import math
 import operator
+from pathlib import Path
 
 import yaml
 
 from ..core import *
+from ..untrusted import *
 
 # %% ../../nbs/recipes/86_text_only_config.ipynb #9eaea876
 def _expand_tabs(text, path):
@@ -219,8 +221,13 @@ def _is_used(where, name, value):
     unused = next((pattern for pattern in UNUSED_SETTINGS if fnmatch.fnmatch(name, pattern)), None)
     if unused is None:
         raise ValueError(f"{where} is not a setting, {did_you_mean(name, DEFAULT_SETTINGS)}")
-    print(f"{where} is not used: {UNUSED_SETTINGS[unused]}")
+    print(escape_terminal(f"{where} is not used: {UNUSED_SETTINGS[unused]}"))
     return False
+
+
+def _is_in_project(folder):
+    "Return whether a relative or absolute path leads into the project"
+    return (project_root() / Path(folder).expanduser()).resolve().is_relative_to(project_root())
 
 # %% ../../nbs/recipes/86_text_only_config.ipynb #ce6810fe
 def load_text_config(
@@ -234,6 +241,7 @@ def load_text_config(
         if _is_used(where, name, value):
             if name == "training.mixed_precision" and value is False:
                 value = "no"  # YAML reads no as false
+            check_no_secrets({where: value})
             values[name], lines[name] = _convert_or_raise(where, value, DEFAULT_SETTINGS[name]), line
     for name, value in changes.items():
         if value:
@@ -243,4 +251,7 @@ def load_text_config(
         if name not in lines and name not in changes:
             values[name] = values[other] if "==" in RANGES[name] else min(values[name], values[other])
     _check_settings(path, values, lines)
+    if "defaults.save_dir" in lines and not _is_in_project(values["defaults.save_dir"]):
+        where = f"{path}, line {lines['defaults.save_dir']}: defaults.save_dir"
+        raise ValueError(f"{where} is outside the project. Pass it as the parameter save_dir to write there")
     return values

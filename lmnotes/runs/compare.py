@@ -32,6 +32,7 @@ from .folder import *
 from .run import *
 from .setup import *
 from ..training.trainer import *
+from ..untrusted import *
 
 # %% ../../nbs/runs/68_compare.ipynb #815ef351
 _ATEN = torch.ops.aten
@@ -318,6 +319,7 @@ class Comparison:
 # %% ../../nbs/runs/68_compare.ipynb #dcf1c755
 def compare(**params) -> Comparison:  # Fields of `CompareConfig`
     "Train all architectures of a comparison, or resume it"
+    check_no_secrets(params)
     cfg = CompareConfig(**params)
     if cfg.compute not in BUDGETS:
         raise ValueError(f"compute={cfg.compute!r} is not one of {', '.join(BUDGETS)}")

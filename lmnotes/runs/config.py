@@ -16,6 +16,7 @@ from ..core import *
 from ..nn.lm import check_minimums
 from ..training.optim import *
 from ..training.trainer import *
+from ..untrusted import *
 
 # %% ../../nbs/runs/60_config.ipynb #7588ea78
 # Long: a parameter a line
@@ -169,6 +170,7 @@ def resolve_config(
     env = {n: environ[variable] for n in known if (variable := f"LMNOTES_{n.upper()}") in environ}
     values, origins = {}, dict.fromkeys(types, "default")
     for origin, source in dict(recipe=recipe or {}, environment=env, explicit=given).items():
+        check_no_secrets(source)
         for name, value in canonical_params(source).items():
             if name not in types:
                 raise ValueError(f"{name!r} is not a parameter; {HINTS.get(name) or did_you_mean(name, types)}")

@@ -24,6 +24,7 @@ from .config import *
 from ..training.checkpoint import *
 from ..training.saving import *
 from ..training.trainer import *
+from ..untrusted import *
 
 # %% ../../nbs/runs/61_folder.ipynb #0ff5cc10
 def runs_folder(out_dir="") -> Path:
@@ -36,7 +37,7 @@ def last_run_name(folder) -> str:
     "Return the name of the most recent run in a folder of runs"
     noted = Path(folder) / ".last"
     name = noted.read_text().strip() if noted.exists() else ""
-    if name and (Path(folder) / name / "run.json").exists():
+    if name and (path_inside(folder, name, source=noted, error=CheckpointError) / "run.json").exists():
         return name
     times = {}
     for record in Path(folder).glob("[!.]*/run.json"):

@@ -6,6 +6,7 @@
 __all__ = ['Run', 'load']
 
 # %% ../../nbs/runs/64_load.ipynb #ac4bc172
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from .data import *
 from .folder import *
 from ..training.checkpoint import *
 from ..training.trainer import *
+from ..untrusted import *
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -79,9 +81,10 @@ class Run:
     def print_generated(self, config) -> None:  # `GenerateConfig`
         "Print a prompt and its completion while it is generated"
         sampling = {n: v for n, v in asdict(config).items() if n not in ("prompt", "n", "stop")}
-        print(config.prompt, end="")
+        shown = escape_terminal if sys.stdout.isatty() else str  # In a file, the text stays as it is
+        print(shown(config.prompt), end="")
         for piece in self.stream(config.prompt, config.n, [config.stop] if config.stop else [], **sampling):
-            print(piece, end="", flush=True)
+            print(shown(piece), end="", flush=True)
         print()
 
     def _default_prompt(self, prompts):
@@ -105,15 +108,23 @@ class Run:
         if part not in tokens:
             raise ValueError(f"part={part!r} is not one of {', '.join(tokens)}")
         lengths, device = self.tokenizer.byte_lengths, next(self.lm.parameters()).device
-        options = dict(autocast=lambda: autocast(device, getattr(torch, self.info["dtype"])), seed=cfg.seed)
+        options = dict(autocast=lambda: autocast(device, _recorded_dtype(self.info)), seed=cfg.seed)
         if by_domain:
             return evaluate_domains(self.lm, tokens[part], cfg.batch_size, cfg.ctx_len, lengths, **options)
         return evaluate(self.lm, EvaluationBatches(tokens[part].ids, cfg.batch_size, cfg.ctx_len), lengths, **options)
 
     def __repr__(self):
-        return f"Run({self.folder.name}: {self.config.arch}, {self.status} at step {self.step}, {n_params(self.lm):,} parameters)"
+        state = f"{self.config.arch}, {self.status} at step {self.step}, {n_params(self.lm):,} parameters"
+        return escape_terminal(f"Run({self.folder.name}: {state})", keep="")
 
 # %% ../../nbs/runs/64_load.ipynb #e7aefe57
+def _recorded_dtype(info):
+    "Return the torch dtype that run.json names, or raise if it is none of the three"
+    if info["dtype"] not in DTYPES:
+        raise CheckpointError(f"run.json has dtype={info['dtype']!r}, expected one of {', '.join(DTYPES)}")
+    return getattr(torch, info["dtype"])
+
+
 def load(
     path: "str | Path" = "",  # Run folder, or its name under checkpoints/ (empty: the most recent run)
     which: str = "",  # Checkpoint: best | last | interrupted | final (empty: the newest verified one)

@@ -29,6 +29,7 @@ from ..inference.evaluation import format_with_error
 from .config import *
 from .folder import *
 from ..training.trainer import *
+from ..untrusted import *
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -151,8 +152,9 @@ def print_in_place(last, text) -> None:
     if not sys.stdout.isatty():
         return print(text.split("\n")[0], flush=True)
     width = shutil.get_terminal_size().columns - 1
-    back = f"\x1b[{last.count(chr(10)) + 1}A\x1b[J" if last else ""
-    print(back + "\n".join(line[:width] for line in text.split("\n")), flush=True)
+    if last:
+        write_control(f"\x1b[{last.count(chr(10)) + 1}A\x1b[J")
+    print("\n".join(line[:width] for line in text.split("\n")), flush=True)
 
 # %% ../../nbs/runs/65_monitor.ipynb #7b5ea250
 # Long: the state between two redraws
@@ -252,7 +254,7 @@ class RunView:
 
     def __str__(self):
         lines = [*format_samples(self.samples), *[*self.captured_lines][-60:]]
-        return "\n".join([f"{self.title} | {self.status_line}", *lines])
+        return escape_terminal("\n".join([f"{self.title} | {self.status_line}", *lines]))
 
     __repr__ = __str__
 
@@ -289,8 +291,8 @@ def format_samples(samples) -> list:
 
 
 def _on_one_line(text):
-    "Return a text with marks for line ends and unprintable characters"
-    return "".join(c if c.isprintable() else "↵ " if c == "\n" else "□" for c in text)
+    "Return a text with marks for line ends, and control characters by their code points"
+    return escape_terminal(text.replace("\n", "↵ "), keep="")
 
 
 def figure_caption(view) -> list:

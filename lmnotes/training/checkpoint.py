@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import sys
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from ..files import *
 from ..nn.lm import *
 from ..nn.lora import *
 from .trainer import *
+from ..untrusted import *
 
 # %% ../../nbs/training/42_checkpoint.ipynb #11e454be
 def check_serializable(obj, where="state") -> None:
@@ -216,7 +216,7 @@ def verify_checkpoint(folder) -> Path:
     if not {"config.json", "state.pt"} <= set(files) or not (adapter or "model.safetensors" in files):
         raise CheckpointError(f"{folder / 'manifest.json'}: damaged, it does not list the files of a checkpoint")
     for name, (size, sha256) in files.items():
-        path = folder / Path(name).name
+        path = path_inside(folder, name, source=folder / "manifest.json", error=CheckpointError)
         if not path.is_file():
             raise CheckpointError(f"{path}: missing, though it is in the manifest")
         try:
@@ -295,12 +295,13 @@ def read_pointer(run, which) -> Path:
     try:
         name = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
-        name = ""
-    if not re.fullmatch(r"step_\d+", name):
-        raise CheckpointError(f"{path}: damaged, it does not hold the name of a checkpoint such as step_00001000")
-    if not (Path(run) / name).exists():
+        raise CheckpointError(
+            f"{path}: damaged, it should hold the name of a checkpoint such as step_00001000"
+        ) from None
+    folder = path_inside(run, name, r"step_\d+", path, CheckpointError)
+    if not folder.exists():
         raise CheckpointError(f"{path}: damaged, or {name} is missing. Delete this file to use another checkpoint")
-    return Path(run) / name
+    return folder
 
 
 def best_checkpoint(folder) -> "Path | None":

@@ -20,6 +20,7 @@ from ..nn.lm import *
 from ..nn.lora import *
 from .checkpoint import *
 from .trainer import *
+from ..untrusted import *
 
 # %% ../../nbs/training/43_weights.ipynb #dbf9b07a
 def merged_state_dict(lm, prefixes=()) -> dict:
@@ -120,7 +121,7 @@ def _match_optional_weights(lm, tensors, path):
 
 def _module_names(names):
     "Return the modules that parameters belong to, as text"
-    return ", ".join(sorted({".".join(n.split(".")[:2]) for n in names})) or "nothing"
+    return escape_terminal(", ".join(sorted({".".join(n.split(".")[:2]) for n in names})) or "nothing")
 
 # %% ../../nbs/training/43_weights.ipynb #7062e2fe
 def load_initial_weights(lm, path) -> "LM":
