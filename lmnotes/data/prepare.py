@@ -73,7 +73,7 @@ def tokenize_splits(
     out.mkdir(parents=True, exist_ok=True)
     with FileLock(str(out / ".lock")):  # Another process may be preparing the same tokens
         for temporary in out.glob(".*.tmp"):
-            temporary.unlink()
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
         split = resolve_split(corpus, split)
         for part in parts_of_split(corpus, split):
             path = out / f"{part}.bin"

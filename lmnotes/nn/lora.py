@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import *
+from ..data.untrusted_files import *
 from .layers import matmul_dtype
 
 # %% ../../nbs/nn/25_lora.ipynb #4f67a86a
@@ -203,13 +204,8 @@ def save_adapter(lm, folder) -> None:  # An adapted model, and the folder to wri
 # %% ../../nbs/nn/25_lora.ipynb #a265a31f
 def read_adapter(folder) -> tuple:  # Folder with `ADAPTER_FILES`
     "Return ({name: tensor}, content of adapter_config.json) of an adapter"
-    from safetensors.torch import load_file
-
     path, config = Path(folder) / ADAPTER_FILES[1], read_json(Path(folder) / ADAPTER_FILES[0], CheckpointError)
-    try:
-        tensors = load_file(path)
-    except Exception as e:
-        raise CheckpointError(f"{path}: cannot be read ({type(e).__name__}: {e}). Save or download it again") from None
+    tensors = read_safetensors(path)
     if unknown := [n for n in tensors if not n.startswith(_PREFIX)]:
         raise CheckpointError(f"{path}: {unknown[0]} is not a tensor of a LoRA adapter in PEFT's format")
     return {_name_from_peft(n): t for n, t in tensors.items()}, config
@@ -223,13 +219,21 @@ def _name_from_peft(name):
 def _check_supported(config, folder):
     "Raise CheckpointError for options of PEFT that change the computation"
     path = Path(folder) / ADAPTER_FILES[0]
-    if config.get("peft_type") != "LORA" or not {"r", "lora_alpha"} <= set(config):
-        raise CheckpointError(f"{path}: peft_type LORA, r and lora_alpha are needed, found {sorted(config)}")
+    found = list(config) if isinstance(config, dict) else type(config).__name__
+    if "peft_type" not in found or config["peft_type"] != "LORA" or not {"r", "lora_alpha"} <= set(found):
+        raise CheckpointError(f"{path}: peft_type LORA, r and lora_alpha are needed, found {str(found)[:200]}")
+    for name, kinds, low, high in (("r", [int], 1, 2**31), ("lora_alpha", [int, float], -1e9, 1e9)):
+        if type(config[name]) not in kinds or not low <= config[name] < high:
+            raise CheckpointError(f"{path}: {name} is {repr(config[name])[:80]}, expected a number >= {low:g}")
+    if type(p := config.get("lora_dropout", 0)) not in (int, float) or not 0 <= p < 1:
+        raise CheckpointError(f"{path}: lora_dropout is {repr(p)[:80]}, expected a number >= 0 and < 1")
     for name in ("use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "alora_invocation_tokens"):
         if config.get(name):
-            raise CheckpointError(f"{path}: {name}={config[name]!r} changes the computation and is not supported")
+            value = repr(config[name])[:80]
+            raise CheckpointError(f"{path}: {name}={value} changes the computation and is not supported")
     if config.get("bias", "none") != "none":
-        raise CheckpointError(f"{path}: bias={config['bias']!r} is not supported. Put biases in modules_to_save")
+        value = repr(config["bias"])[:80]
+        raise CheckpointError(f"{path}: bias={value} is not supported. Put biases in modules_to_save")
 
 # %% ../../nbs/nn/25_lora.ipynb #a1005857
 def _check_shapes(lm, layers, tensors, rank, folder):
@@ -243,6 +247,10 @@ def _check_shapes(lm, layers, tensors, rank, folder):
         if name not in tensors or tuple(tensors[name].shape) != shape:
             found = f"is {tuple(tensors[name].shape)}" if name in tensors else "is missing"
             raise CheckpointError(f"{Path(folder) / ADAPTER_FILES[1]}: {name} {found}, but the model needs {shape}")
+    if unknown := [n for n in tensors if n not in needed]:
+        raise CheckpointError(
+            f"{Path(folder) / ADAPTER_FILES[1]}: {unknown[0]} belongs to no adapter of a linear layer"
+        )
 
 
 def _check_matches_model(lm, layers, others, base_weights, folder):
@@ -252,7 +260,9 @@ def _check_matches_model(lm, layers, others, base_weights, folder):
     if missing := [n for n in layers if n not in linear] + [n for n in others if n not in names]:
         raise CheckpointError(f"{folder}: made for a model with {missing[0]}, which arch={lm.arch!r} does not have")
     for name, t in base_weights.items():
-        if not torch.equal(linear[name.replace(".base_layer.weight", "")].weight.detach().cpu(), t):
+        layer = linear.get(name.replace(".base_layer.weight", ""))
+        own = None if layer is None else layer.weight.detach().cpu()
+        if own is None or (own.dtype, own.shape) != (t.dtype, t.shape) or not torch.equal(own, t):
             raise CheckpointError(f"{folder}: made for other weights. Load the base model that it was trained on")
 
 # %% ../../nbs/nn/25_lora.ipynb #1165e9cd
@@ -267,6 +277,7 @@ def load_adapter(lm, folder) -> nn.Module:  # The base model, which is changed i
     others = [n for n in tensors if ".lora_" not in n]
     _check_matches_model(lm, layers, others, base_weights, folder)
     _check_shapes(lm, layers, tensors, cfg["rank"], folder)
+    check_weights(tensors, Path(folder) / ADAPTER_FILES[1], dict.fromkeys(tensors, torch.empty(0)) | lm.state_dict())
     add_lora(lm, LoRAConfig(**cfg, targets=" ".join(layers), train=" ".join(others)))
     state = lm.state_dict()
     for name, t in tensors.items():

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ..core import *
+from ..data.untrusted_files import *
 from ..nn.lm import *
 from ..runs.config import *
 from ..runs.folder import *
@@ -51,14 +52,7 @@ def read_checkpoint_file(
     path,  # A `.pt` file
 ) -> dict:  # {key: value}, with memory-mapped tensors
     "Return the content of a NanoThink checkpoint, or raise `CheckpointError` if a run cannot resume from it"
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:
-        problem = "not a whole file of tensors and plain values" if path.stat().st_size else "the file is empty"
-        raise CheckpointError(f"{path}: {problem}; give another checkpoint") from None
+    content = read_torch_file(path, mmap=True)
     top = content if isinstance(content, dict) else {}
     run = top["run"] if isinstance(top.get("run"), dict) else {}
     missing = [n for n in REQUIRED_KEYS.split() if n not in top]
