@@ -8,7 +8,7 @@ __all__ = ['TOKENIZER_FILE_NAMES', 'find_tokenizer_file', 'load_tokenizer', 'gpt
 # %% ../../nbs/data/14_tokenizer_files.ipynb #c88fa5ba
 from pathlib import Path
 
-from ..core import TokenizerError, data_root, paths_to_try, read_json
+from ..core import TokenizerError, check_regular_file, data_root, paths_to_try, read_json
 from .tokenizer import *
 
 # %% ../../nbs/data/14_tokenizer_files.ipynb #cb7c6ea0
@@ -57,6 +57,8 @@ def _load_tokenizer_json(path):
 # %% ../../nbs/data/14_tokenizer_files.ipynb #141a4add
 def _read_lines(path):
     "Return the lines of a text file"
+    if path.exists():
+        check_regular_file(path, TokenizerError)
     try:
         return path.read_bytes().decode("utf-8").split("\n")
     except FileNotFoundError:
