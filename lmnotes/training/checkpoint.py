@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ..core import *
+from ..data.untrusted_files import *
 from ..files import *
 from ..nn.lm import *
 from ..nn.lora import *
@@ -74,6 +75,7 @@ def load_weights(
     for name, t in need.items():
         if tensors[name].shape != t.shape:
             raise CheckpointError(f"{where}: {name} is {tuple(tensors[name].shape)}, the model's is {tuple(t.shape)}")
+    check_weights(tensors, where, state)
     for name in have - set(need):  # Further names of tied weights
         first = next(n for n in need if state[n].data_ptr() == state[name].data_ptr())
         if not torch.equal(tensors[name], tensors[first]):
@@ -348,23 +350,54 @@ def read_while_training(run, read) -> object:
 # %% ../../nbs/training/42_checkpoint.ipynb #e23c107f
 def read_weights(folder) -> dict:
     "Return {name: tensor} of a verified checkpoint folder, including an adapter's base weights"
-    from safetensors.torch import load_file
-
     if (Path(folder) / ADAPTER_FILES[1]).exists():
-        return {**load_file(Path(folder).parent / BASE_WEIGHTS_FILE), **read_adapter(folder)[0]}
-    return load_file(Path(folder) / "model.safetensors")
+        return {**read_safetensors(Path(folder).parent / BASE_WEIGHTS_FILE), **read_adapter(folder)[0]}
+    return read_safetensors(Path(folder) / "model.safetensors")
 
 
 def read_state(folder) -> dict:
     "Return the result of `Trainer.state_dict` from a verified checkpoint folder"
-    return torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
+    state = read_torch_file(Path(folder) / "state.pt")
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{Path(folder) / 'state.pt'}: holds a {type(state).__name__}, expected a dict")
+    return state
 
+# %% ../../nbs/training/42_checkpoint.ipynb #8f42ec11
+def _build_within(build, n_bytes):
+    "Return a model, after building it without memory to check that it has no more weights than `n_bytes` can hold"
+    try:
+        with torch.device("meta"), limit_model_size(n_bytes):
+            build()
+    except CheckpointError:
+        raise
+    except Exception:  # The class of a model of your own may need real values, so the second time decides
+        pass
+    with limit_model_size(n_bytes):
+        return build()
 
+# %% ../../nbs/training/42_checkpoint.ipynb #51505399
 def new_lm_from_checkpoint(folder, model_args="") -> "LM":
     "Build a checkpoint's model, adapters included, with random weights. `model_args` overrides configuration values"
-    saved = read_json(Path(folder) / "config.json", CheckpointError)
-    lm = new_lm(saved["arch"], **{**saved["config"], **parse_model_args(saved["arch"], model_args)})
-    return add_lora(lm, LoRAConfig(**saved["lora"])) if "lora" in saved else lm
+    path = Path(folder) / "config.json"
+    saved = read_json(path, CheckpointError)
+    parts = [saved.get(name, {}) for name in ("config", "lora")] if isinstance(saved, dict) else [None]
+    if not all(isinstance(p, dict) for p in parts) or saved.get("arch") not in archs():
+        raise CheckpointError(f"{path}: does not name an architecture and its configuration. Use a whole checkpoint")
+    check_config_types(parts[0], get_arch(saved["arch"]).Config, path)
+    check_config_types(parts[1], LoRAConfig, path)
+    changes = parse_model_args(saved["arch"], model_args)
+
+    def build():
+        lm = new_lm(saved["arch"], **parts[0] | changes)
+        return add_lora(lm, LoRAConfig(**parts[1])) if "lora" in saved else lm
+
+    files = [p for p in (*Path(folder).glob("*.safetensors"), Path(folder).parent / BASE_WEIGHTS_FILE) if p.is_file()]
+    try:
+        return _build_within(build, sum(p.stat().st_size for p in files))
+    except Exception as e:  # A model's class can raise anything for values that do not fit each other
+        if changes and isinstance(e, ValueError) and not isinstance(e, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: describes no model that can be built ({str(e)[:300]})") from None
 
 # %% ../../nbs/training/42_checkpoint.ipynb #47a344ed
 def load_lm(
