@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ..core import *
+from ..data.untrusted_files import *
 from ..files import *
 from ..nn.lm import *
 from ..nn.lora import *
@@ -87,22 +88,15 @@ WEIGHT_KEYS = "model_state_dict", "model_state"  # Keys of the state dict in fil
 
 def _read_any_weights(path):
     "Return {name: tensor} of a run, a checkpoint folder, or a .pt, .pth or .safetensors file from any program"
-    from safetensors.torch import load_file
-
     path = Path(path)
     if path.suffix not in (".pt", ".pth", ".safetensors"):
         return model_tensors(merge_and_unload(load_lm(path)))
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
-    try:
-        safe = path.suffix == ".safetensors"
-        tensors = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        why = f"{type(e).__name__}: {str(e).splitlines()[0]}"
-        raise CheckpointError(f"{path}: not a readable weights file ({why})") from None
+    tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
     if isinstance(tensors, dict):
         tensors = next((tensors[key] for key in WEIGHT_KEYS if isinstance(tensors.get(key), dict)), tensors)
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in tensors.items()
+    ):
         raise CheckpointError(f"{path}: not a state dict, which holds only names and tensors")
     return tensors
 
