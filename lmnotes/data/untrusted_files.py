@@ -20,8 +20,8 @@ from ..core import CheckpointError, check_regular_file, did_you_mean
 
 # %% ../../nbs/data/09_untrusted_files.ipynb #5460a772
 MAX_OPERATIONS = 2_000_000  # Largest number of operations in a pickle, and of values that it builds
-_ALLOWED_NAMES = {"collections OrderedDict", "builtins set", "__builtin__ set", "torch Size", "torch device"}
-_ALLOWED_NAMES |= {f"torch._utils _rebuild_{name}" for name in ("tensor_v2", "tensor_v3", "parameter")}
+_ALLOWED_NAMES = {f"torch._utils _rebuild_{name}" for name in ("tensor_v2", "tensor_v3", "parameter")}
+_ALLOWED_NAMES |= {"collections OrderedDict", "torch device"}
 
 
 class _FileProblem(Exception):
@@ -38,12 +38,28 @@ def _is_allowed_name(name):
 
 def _check_pickle(data):
     "Raise `_FileProblem` unless a pickle uses only allowed names, in at most `MAX_OPERATIONS` operations"
+    builds = 0
     for count, (operation, argument, _) in enumerate(pickletools.genops(data)):
-        if count >= MAX_OPERATIONS:
+        builds += operation.name == "BUILD"
+        if count >= MAX_OPERATIONS or count * builds > 10 * MAX_OPERATIONS:
             raise _FileProblem(f"it holds over {MAX_OPERATIONS:,} values")
         if operation.name == "GLOBAL" and not _is_allowed_name(argument):
             name = ascii(argument.replace(" ", "."))[1:-1][:80]
             raise _FileProblem(f"it holds {name}, and only dense tensors and plain values are allowed")
+    _check_ordered_dicts(data)
+
+# %% ../../nbs/data/09_untrusted_files.ipynb #03c0bb0f
+def _check_ordered_dicts(data):
+    "Raise `_FileProblem` if a pickle makes an `OrderedDict` that is not empty at first"
+    entries, is_class = set(), False  # Memo entries that are the class, and whether it is on top of the stack
+    for operation, argument, _ in pickletools.genops(data):
+        if operation.name.endswith("PUT"):
+            (entries.add if is_class else entries.discard)(argument)
+            continue
+        if is_class and operation.name != "EMPTY_TUPLE":
+            raise _FileProblem("it copies values into an OrderedDict")
+        is_class = argument == "collections OrderedDict" if operation.name == "GLOBAL" else argument in entries
+        is_class = is_class and operation.name in ("GLOBAL", "BINGET", "LONG_BINGET")
 
 # %% ../../nbs/data/09_untrusted_files.ipynb #c33ff76f
 _MAX_MEMBERS = 100_000
@@ -90,7 +106,7 @@ def _tensor_problem(t, sizes):
 # %% ../../nbs/data/09_untrusted_files.ipynb #b2bff379
 # Long: one case for each kind of value
 class _PlainCopy:
-    "Copies nested containers as dicts, lists, tuples and sets, and raises `_FileProblem` for anything unusual in them"
+    "Copies nested containers as dicts, lists and tuples, and raises `_FileProblem` for anything unusual in them"
 
     def __init__(self, sizes):
         self.sizes, self.copies, self.n_bytes = sizes, {}, 0  # {id: (copy, number of values in it)}
@@ -117,9 +133,9 @@ class _PlainCopy:
                 raise _FileProblem("it has a key that is neither text nor a number")
             parts = [self(v, f"{where}.{str(k)[:80]}".lstrip("."), depth) for k, v in items]
             content = dict(zip((key for key, _ in items), (part for part, _ in parts)))
-        elif type(obj) in (list, tuple, set, torch.Size):
+        elif type(obj) in (list, tuple):
             parts = [self(v, f"{where}[{i}]", depth) for i, v in enumerate(obj)]
-            content = {list: list, set: set}.get(type(obj), tuple)(part for part, _ in parts)
+            content = type(obj)(part for part, _ in parts)
         else:
             raise _FileProblem(f"it holds a {type(obj).__name__}, and only dense tensors and plain values are allowed")
         count = 1 + sum(count for _, count in parts)
