@@ -48,7 +48,7 @@ def _check_pickle(data):
             raise _FileProblem(f"it holds {name}, and only dense tensors and plain values are allowed")
     _check_ordered_dicts(data)
 
-# %% ../../nbs/data/09_untrusted_files.ipynb #03c0bb0f
+# %% ../../nbs/data/09_untrusted_files.ipynb #2e925dc1
 def _check_ordered_dicts(data):
     "Raise `_FileProblem` if a pickle makes an `OrderedDict` that is not empty at first"
     entries, is_class = set(), False  # Memo entries that are the class, and whether it is on top of the stack
@@ -76,6 +76,8 @@ def _check_archive(path):
     with zipfile.ZipFile(path) as archive:
         members, size = archive.infolist(), path.stat().st_size
         pickles = [m for m in members if m.filename.endswith("/data.pkl")]
+        if any(m.filename.endswith("constants.pkl") for m in members):
+            raise _FileProblem("it is a TorchScript program")
         if len(pickles) != 1 or len(members) > _MAX_MEMBERS or len({m.filename for m in members}) < len(members):
             raise _FileProblem("its archive does not have the members that torch.save writes")
         if any(m.compress_type != zipfile.ZIP_STORED or m.compress_size != m.file_size for m in members):

@@ -112,6 +112,14 @@ def test_a_pickle_is_not_run_and_no_message_says_how_to(tmp_path, monkeypatch):
     assert not Path("ran").exists()
 
 
+def test_a_torchscript_program_is_not_loaded(tmp_path):
+    torch.save(dict(w=torch.zeros(3)), tmp_path / "w.pt")
+    with zipfile.ZipFile(tmp_path / "w.pt", "a") as archive:
+        archive.writestr("w/constants.pkl", b"\x80\x02N.")
+    with pytest.raises(CheckpointError, match=r"w\.pt: cannot be read, because it is a TorchScript program"):
+        load_into_small_lm(tmp_path / "w.pt")
+
+
 def deflate(source, target):
     "Copy a file of torch.save into a compressed archive"
     with zipfile.ZipFile(source) as archive, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as out:
