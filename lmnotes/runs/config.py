@@ -53,6 +53,7 @@ class RunConfig(TrainConfig, DataConfig):
     prompt: str = ""  # Prompt of the samples generated during training
     save_every: int = 0  # Steps between checkpoints (0: a tenth of the run, at most 1000)
     keep: int = 2  # Recent checkpoints to keep, besides the best one (0: all)
+    keep_every: int = 0  # Also keep checkpoints at multiples of this step, for lmnotes verify --replay (0: none)
     resume: bool = False  # Resume the run (with an empty run: the last one)
     allow_change: str = ""  # Names of parameters that may change on resume, separated by spaces
     init_from: str = ""  # Initial weights: run, checkpoint, file, pretrained name, random, or PART=PATH for one part
@@ -70,7 +71,7 @@ class RunConfig(TrainConfig, DataConfig):
 _LORA_PARAMS = "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_train"
 FIXED_PARAMS = (*"arch preset model_args tokenizer ctx_len init_from freeze optimizer".split(), *_LORA_PARAMS)
 CHANGEABLE_PARAMS = set(
-    "run resume allow_change dry_run out_dir data_dir device procs keep save_every sample_every prompt log_every".split()
+    "run resume allow_change dry_run out_dir data_dir device procs keep keep_every save_every sample_every prompt log_every".split()
 )
 
 # %% ../../nbs/runs/60_config.ipynb #24fa8d9d
@@ -232,7 +233,7 @@ def check_params(cfg, world) -> None:  # `RunConfig`, and the number of processe
         cfg, batch_size=1, ctx_len=1, steps=1, accum=1, procs=1, seed=0, clip=0, patience=0, keep=0, epochs=0
     )
     check_minimums(cfg, stride=0, lora_rank=0, lora_alpha=0, eval_every=0, eval_batches=0, sample_every=0)
-    check_minimums(cfg, save_every=0, log_every=0)
+    check_minimums(cfg, save_every=0, keep_every=0, log_every=0)
     rows = cfg.accum * world
     if cfg.batch_size % rows:
         raise ValueError(

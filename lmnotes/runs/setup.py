@@ -269,7 +269,9 @@ class RunSetup:
             Log(metrics, self.bytes_per_token),
             Evaluate(self.val, eval_every, cfg.eval_batches, cfg.patience, tok.byte_lengths, metrics),
             Sample(tok, prompt, sample_every, samples=samples, temperature=0.8, top_p=0.95),
-            Save(folder, cfg.save_every, cfg.keep, (metrics, samples), self.checkpoint_folder, **metadata),
+            Save(
+                folder, cfg.save_every, cfg.keep, (metrics, samples), self.checkpoint_folder, cfg.keep_every, **metadata
+            ),
         ]
 
 # %% ../../nbs/runs/63_setup.ipynb #a315ce69

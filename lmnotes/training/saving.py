@@ -16,12 +16,13 @@ from .checkpoint import *
 from .trainer import *
 
 # %% ../../nbs/training/45_saving.ipynb #a04be281
-def prune_checkpoints(run, keep, protected=()) -> None:
-    "Delete the checkpoints of a run except the newest `keep` (0: all), those with a pointer and the `protected` names"
+def prune_checkpoints(run, keep, protected=(), keep_every=0) -> None:
+    "Delete checkpoints except the newest `keep` (0: all), multiples of `keep_every`, `protected` names and pointers"
     run = Path(run)
     named = {(run / p).read_text(errors="replace").strip() for p in POINTERS if (run / p).is_file()}
     for folder in list_checkpoints(run)[: -keep or None] if keep else []:
-        if folder.name not in named | set(protected):
+        is_multiple = keep_every and int(folder.name[5:]) % keep_every == 0
+        if folder.name not in named | set(protected) and not is_multiple:
             tmp = run / f".{folder.name}.{os.getpid()}.tmp"
             os.replace(folder, tmp)  # In one step, so that no half of it counts as a checkpoint
             _remove(tmp)
@@ -50,9 +51,11 @@ class Save(Hook):
         keep=2,  # Number of recent checkpoints to keep (0: all)
         logs=(),  # `JsonlLog`s to flush to the disk before each checkpoint
         start=None,  # Checkpoint folder from which the run resumes, which is never deleted
+        keep_every=0,  # Also keep the checkpoints whose step is a multiple of this (0: none)
         **metadata,  # Further entries of config.json
     ):
-        self.run, self.every, self.keep, self.logs, self.metadata = Path(run), every, keep, logs, metadata
+        self.run, self.every, self.keep, self.keep_every = Path(run), every, keep, keep_every
+        self.logs, self.metadata = logs, metadata
         self.protected = [start.name] if start else []
         best = best_checkpoint(start) if start else None
         self.best = int(best.name[5:]) if best else 0  # Step of the best checkpoint
@@ -93,7 +96,7 @@ class Save(Hook):
             write_pointer(self.run, name, target)
         if ending != "interrupted":
             (self.run / "interrupted").unlink(missing_ok=True)
-        prune_checkpoints(self.run, self.keep, self.protected)
+        prune_checkpoints(self.run, self.keep, self.protected, self.keep_every)
 
     def at_end(self, t) -> None:
         if t.step and t.status != "diverged":
