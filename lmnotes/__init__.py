@@ -8,6 +8,7 @@ if TYPE_CHECKING:  # For type checkers and editors (`as` makes a name public)
     from .data.tokens import open_tokens as open_tokens
     from .inference.evaluation import evaluate as evaluate
     from .inference.generation import generate as generate, stream as stream
+    from .inspect.diff import diff as diff
     from .inspect.verify import verify as verify
     from .nn.lm import archs as archs, new_lm as new_lm
     from .recipes.fresh_or_resume import from_env as from_env
@@ -23,6 +24,7 @@ _HOMES = dict(
     attach="runs.monitor",
     fork="runs.folder",
     verify="inspect.verify",
+    diff="inspect.diff",
     from_env="recipes.fresh_or_resume",
     generate="inference.generation",
     stream="inference.generation",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLEAN_ENDS', 'Verification', 'check_part', 'check_run_folder', 'verify']
 
-# %% ../../nbs/inspect/78_verify.ipynb #809d757e
+# %% ../../nbs/inspect/78_verify.ipynb #b11483c1
 import math
 import tempfile
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from ..runs.folder import *
 from ..runs.replay import *
 from ..training.checkpoint import *
 
-# %% ../../nbs/inspect/78_verify.ipynb #2494ea14
+# %% ../../nbs/inspect/78_verify.ipynb #3d6b9e17
 class Verification:
     "The result of `verify`: a row for each part of a run folder and for each replayed interval"
 
@@ -54,7 +54,7 @@ class Verification:
     def _repr_markdown_(self):
         return Table([*self.rows, dict(part="", result="", detail=self.conclusion)])._repr_markdown_()
 
-# %% ../../nbs/inspect/78_verify.ipynb #cfbcac3e
+# %% ../../nbs/inspect/78_verify.ipynb #362c3c28
 def check_part(part, check, *args) -> dict:  # Name, function and its arguments
     "Return the row of a part: the detail that the check returns, or the error that it raises"
     try:
@@ -69,7 +69,7 @@ def _require(condition, message):
     if not condition:
         raise CheckpointError(message)
 
-# %% ../../nbs/inspect/78_verify.ipynb #1ae6c323
+# %% ../../nbs/inspect/78_verify.ipynb #aa262b2b
 CLEAN_ENDS = "done", "interrupted", "early_stop"  # Statuses whose last checkpoint and record agree
 
 
@@ -100,7 +100,7 @@ def _check_record(run):
     run.info = info
     return f"{info['status']} at step {info['step']:,}"
 
-# %% ../../nbs/inspect/78_verify.ipynb #74497d8a
+# %% ../../nbs/inspect/78_verify.ipynb #8c1d4017
 def _check_checkpoint(run, folder):
     "Check the hashes of a checkpoint, and that its files belong to this step of this run"
     verify_checkpoint(folder)
@@ -121,7 +121,7 @@ def _check_checkpoint(run, folder):
     files = [p for p in folder.iterdir() if p.is_file()]
     return f"{len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:.1f} MB"
 
-# %% ../../nbs/inspect/78_verify.ipynb #e5f0dc17
+# %% ../../nbs/inspect/78_verify.ipynb #9a007f58
 def _check_agreement(run):
     "Check that run.json agrees with the newest checkpoint"
     info, then, c = run.info, read_json(run.newest / "config.json"), run.counters[run.newest]
@@ -143,7 +143,7 @@ def _check_agreement(run):
         f"changed on resume, in no checkpoint yet: {', '.join(sorted(pending))}" if pending else "the same parameters"
     )
 
-# %% ../../nbs/inspect/78_verify.ipynb #7886235a
+# %% ../../nbs/inspect/78_verify.ipynb #c7247c1c
 def _check_tokenizer(run):
     "Check the fingerprint of the tokenizer, and that its other files hold the same"
     folder = run.folder / "tokenizer"
@@ -178,7 +178,7 @@ def _expected_pointers(run):
     is_known = best and ("forked_from" not in run.info or (run.folder / checkpoint_name(best)).exists())
     return dict(last=run.newest.name, **ended, **(dict(best=checkpoint_name(best)) if is_known else {}))
 
-# %% ../../nbs/inspect/78_verify.ipynb #116c0d89
+# %% ../../nbs/inspect/78_verify.ipynb #886aa6cc
 def _check_records(run, name, **splits):
     "Check that a .jsonl file is readable and reaches the steps that the checkpoints have counted"
     records, last = read_all_records(run.folder / name), dict.fromkeys(splits, 0)
@@ -206,7 +206,7 @@ def _check_evaluation(record, result, folder):
         same = record.get(name) == rounded or (record.get(name) is None and rounded != value)
         _require(same, f"step {record.get('step')} has {name}={record.get(name)!r}, but {folder.name} has {value!r}")
 
-# %% ../../nbs/inspect/78_verify.ipynb #494e8f85
+# %% ../../nbs/inspect/78_verify.ipynb #e0e9230b
 def check_run_folder(
     folder,  # Run folder
 ) -> list:  # A row {part, result, detail} for each part
@@ -226,7 +226,7 @@ def check_run_folder(
     rows.append(check_part("samples.jsonl", lambda: _check_records(run, "samples.jsonl", sample="Sample")))
     return rows
 
-# %% ../../nbs/inspect/78_verify.ipynb #c79526e5
+# %% ../../nbs/inspect/78_verify.ipynb #3b35eff9
 def verify(
     path: "str | Path" = "",  # Run folder, or its name under checkpoints/ (empty: the most recent run)
     replay: int = 0,  # Number of intervals to train again, evenly spread, always with the last
