@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # For type checkers and editors (`as` makes a name public)
+    from .apps.doctor import doctor as doctor
     from .data.datasets import get_corpus as get_corpus
     from .data.tokenizer_files import get_tokenizer as get_tokenizer, load_tokenizer as load_tokenizer
     from .data.tokens import open_tokens as open_tokens
@@ -25,6 +26,7 @@ _HOMES = dict(
     fork="runs.folder",
     verify="inspect.verify",
     diff="inspect.diff",
+    doctor="apps.doctor",
     from_env="recipes.fresh_or_resume",
     generate="inference.generation",
     stream="inference.generation",

@@ -224,7 +224,7 @@ def check_run_folder(
     rows += [check_part(p, _check_pointer, run, p, expected.get(p)) for p in pointers]
     rows.append(check_part("metrics.jsonl", lambda: _check_records(run, "metrics.jsonl", train="Log", val="Evaluate")))
     rows.append(check_part("samples.jsonl", lambda: _check_records(run, "samples.jsonl", sample="Sample")))
-    return rows
+    return [row | dict(detail=row["detail"].replace(f"{run.folder}/", "")) for row in rows]
 
 # %% ../../nbs/inspect/78_verify.ipynb #3b35eff9
 def verify(
