@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'MAX_JSON_BYTES', 'DataError', 'TokenizerError', 'CheckpointError', 'RunLockedError', 'OutOfMemoryError',
-           'did_you_mean', 'replace_aliases', 'expand_kwargs', 'project_root', 'data_root', 'paths_to_try',
+           'RankError', 'did_you_mean', 'replace_aliases', 'expand_kwargs', 'project_root', 'data_root', 'paths_to_try',
            'derive_seed', 'seed_torch', 'set_deterministic', 'pick_device', 'pick_dtype', 'describe_device',
            'fsync_path', 'write_atomic', 'check_regular_file', 'finite_json', 'write_json', 'read_json', 'sha256_bytes',
            'sha256_file', 'sha256_json', 'utc_now', 'RunLock', 'StopSignals', 'versions', 'environment', 'peak_memory']
@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
@@ -52,6 +53,12 @@ class RunLockedError(RuntimeError):
 
 class OutOfMemoryError(RuntimeError):
     "A device that is out of memory. The message names the parameters to change"
+
+
+class RankError(RuntimeError):
+    "A data-parallel run that cannot continue because one of its processes ended"
+
+    exit_code = 6  # Of the command line
 
 # %% ../nbs/00_core.ipynb #3635a5c0
 def did_you_mean(
@@ -314,28 +321,47 @@ def utc_now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
+def _describe_owner(folder):
+    "Return the process, host and start time of the owner of a lock, for an error message"
+    try:
+        owner = read_json(folder / ".owner.json")
+    except DataError:  # It has just started or just ended
+        owner = dict.fromkeys(("pid", "host", "start"), "unknown")
+    return f"process {owner['pid']} on {owner['host']} since {owner['start']}"
+
+# %% ../nbs/00_core.ipynb #5f29e667
 class RunLock:
     "Context manager: lock `folder`, or raise `RunLockedError` with the process, host and start time of its owner"
 
-    def __init__(self, folder):
-        self.folder = Path(folder)
+    def __init__(
+        self, folder, wait=0.0, stop=None
+    ):  # Seconds to wait for the owner, and `StopSignals` that end the wait
+        self.folder, self.wait, self.stop = Path(folder), wait, stop
 
     def __enter__(self):
-        from filelock import FileLock, Timeout
+        from filelock import FileLock
+
+        self.lock, end = FileLock(str(self.folder / ".lock"), timeout=0), time.monotonic() + self.wait
+        while not self._acquire():
+            if self.stop:
+                raise KeyboardInterrupt
+            if time.monotonic() >= end:
+                advice = "Stop it, wait for it with wait=SECONDS, or use another run name"
+                raise RunLockedError(f"{self.folder} is in use by {_describe_owner(self.folder)}. {advice}")
+            time.sleep(0.1)
+        owner = dict(pid=os.getpid(), host=socket.gethostname(), start=utc_now())
+        write_json(self.folder / ".owner.json", owner, durable=False)
+        return self
+
+    def _acquire(self):
+        "Return True if the lock was free and is now held"
+        from filelock import Timeout
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / ".owner.json"
-        self.lock = FileLock(str(self.folder / ".lock"), timeout=0)
-        try:
+        with suppress(Timeout, FileNotFoundError):  # FileNotFoundError: another process has just removed the folder
             self.lock.acquire()
-        except Timeout:
-            owner = read_json(path) if path.exists() else dict.fromkeys(("pid", "host", "start"), "unknown")
-            process = f"process {owner['pid']} on {owner['host']} since {owner['start']}"
-            raise RunLockedError(
-                f"{self.folder} is in use by {process}. Wait, stop it, or use another run name"
-            ) from None
-        write_json(path, dict(pid=os.getpid(), host=socket.gethostname(), start=utc_now()), durable=False)
-        return self
+            return True
+        return False
 
     def __exit__(self, *exc):
         (self.folder / ".owner.json").unlink(missing_ok=True)
@@ -348,6 +374,7 @@ class StopSignals:
     def __init__(self):
         self.signum, self.last_signal_time, self.previous_handlers = 0, 0.0, {}
         self.announce = True  # Print a line to stderr when the first signal arrives
+        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # The process of torchrun
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -369,6 +396,8 @@ class StopSignals:
         self.signum = self.signum or signum
 
     def __bool__(self):
+        if self.parent and not self.signum and os.getppid() != self.parent:
+            self._handle_signal(signal.SIGHUP, None)
         return self.signum != 0
 
     @property

@@ -60,7 +60,7 @@ def options_of(
 def take_aliases(
     argv,  # Words of a command line
     aliases,  # Names to take off
-    flags=(),  # The aliases that are booleans
+    flags=(),  # Those that need no value
 ) -> tuple:  # (the other words, {alias: text})
     "Split the aliases off a command line"
     words, given, rest = [], {}, list(argv)
@@ -72,7 +72,7 @@ def take_aliases(
         elif not word.startswith("--") or name not in aliases:
             words.append(word)
         elif name in flags and not equals:
-            given[name] = rest.pop(0) if rest and rest[0].lower() in ("true", "false", "1", "0") else "true"
+            given[name] = rest.pop(0) if rest and rest[0].lower() in ("true", "false", "1", "0", "auto") else "true"
         else:
             given[name] = word.partition("=")[2] if equals else rest.pop(0) if rest else ""
     return words, given
@@ -97,7 +97,8 @@ def train_command(argv) -> int:
 
     model = [", ".join([name, *(alias for alias, n in ALIASES.items() if n == name)]) for name in MODEL_PARAMS]
     flags = [alias for alias, name in ALIASES.items() if isinstance(getattr(RunConfig, name, ""), bool)]
-    words, aliased = take_aliases(argv, {*ALIASES, *MODEL_PARAMS, *HINTS}, {*flags, *DTYPE_ALIASES})
+    flags += ["resume", *DTYPE_ALIASES]  # Tyro would not accept both `--resume` and `--resume auto`
+    words, aliased = take_aliases(argv, {*ALIASES, *MODEL_PARAMS, *HINTS, "resume"}, flags)
     explained = (
         "",
         f"{explain_fields(RunConfig).get('model_args', '')} (or as options of their own: {'; '.join(model)})",
@@ -426,6 +427,31 @@ def _check_arguments(argv):
         name = word.partition("=")[0] if "=" in word else before if before.startswith("-") else "an argument"
         check_no_secrets({hide_secrets(name): word})
 
+
+def _program():
+    "Return the words that start this program again"
+    if Path(sys.argv[0]).name == "__main__.py":
+        return f"{sys.executable} -m lmnotes"
+    return "lmnotes" if shutil.which("lmnotes") or Path(sys.argv[0]).name != "lmnotes" else sys.argv[0]
+
+
+def _run_command(command, argv):
+    "Run a command, and return its exit code or that of its error"
+    import torch
+
+    from lmnotes.core import OutOfMemoryError, RankError, RunLockedError
+
+    try:
+        words = os.environ.get("LMNOTES_COMMAND", f"{_program()} train")
+        with temporary_environment(LMNOTES_COMMAND=words), EscapedOutput():
+            return command(argv)
+    except (ValueError, RunLockedError, FileNotFoundError) as e:
+        return _report_error(e, 2)
+    except (OutOfMemoryError, torch.OutOfMemoryError) as e:
+        return _report_error(e, 4)
+    except RankError as e:
+        return _report_error(e, e.exit_code) if str(e) else e.exit_code
+
 # %% ../../nbs/apps/92_cli.ipynb #fcedbb4d
 def execute_command(argv) -> int:  # Words after `lmnotes`
     "Run a command, and return its exit code"
@@ -439,24 +465,7 @@ def execute_command(argv) -> int:  # Words after `lmnotes`
         return _report_error(e, 2)
     if name not in COMMANDS:
         return _report_error(f"{name!r} is not a command; {closest_or_all(name, COMMANDS)}", 2)
-    import torch
-
-    from lmnotes.core import OutOfMemoryError, RunLockedError
-
     try:
-        command = os.environ.get("LMNOTES_COMMAND", f"{_program()} train")
-        with temporary_environment(LMNOTES_COMMAND=command), EscapedOutput():
-            return COMMANDS[name](argv[1:])
-    except (ValueError, RunLockedError, FileNotFoundError) as e:
-        return _report_error(e, 2)
-    except (OutOfMemoryError, torch.OutOfMemoryError) as e:
-        return _report_error(e, 4)
+        return _run_command(COMMANDS[name], argv[1:])
     except KeyboardInterrupt:
         return 130
-
-
-def _program():
-    "Return the words that start this program again"
-    if Path(sys.argv[0]).name == "__main__.py":
-        return f"{sys.executable} -m lmnotes"
-    return "lmnotes" if shutil.which("lmnotes") or Path(sys.argv[0]).name != "lmnotes" else sys.argv[0]

@@ -167,7 +167,9 @@ def output_path(
         run = str(parameters["run"])
     elif default_run_name(notebook):
         run = default_run_name(notebook)
-    elif str(parameters.get("resume")) == "True":
+    elif str(parameters.get("resume")).lower() == "auto":
+        raise ValueError("resume=auto needs the name of the run. Add `-p run NAME`")
+    elif str(parameters.get("resume")).lower() in ("true", "1"):
         run = last_run(checkpoints)
     else:
         run = make_run_folder(checkpoints)

@@ -19,7 +19,7 @@ from ..runs.config import *
 from ..untrusted import *
 
 # %% ../../nbs/export/80_model_card.ipynb #c72fca69
-_MACHINE_PARAMS = set("data_dir out_dir device procs resume allow_change dry_run".split())  # Not published
+_MACHINE_PARAMS = set("data_dir out_dir device procs resume wait allow_change dry_run".split())  # Not published
 
 
 def _basename(value):

@@ -54,7 +54,8 @@ class RunConfig(TrainConfig, DataConfig):
     save_every: int = 0  # Steps between checkpoints (0: a tenth of the run, at most 1000)
     keep: int = 2  # Recent checkpoints to keep, besides the best one (0: all)
     keep_every: int = 0  # Also keep checkpoints at multiples of this step, for lmnotes verify --replay (0: none)
-    resume: bool = False  # Resume the run (with an empty run: the last one)
+    resume: bool | str = False  # Resume the run (with an empty run: the last one). auto: start it if it does not exist
+    wait: float = 0.0  # Seconds to wait if another process is using the run folder (0: end with an error)
     allow_change: str = ""  # Names of parameters that may change on resume, separated by spaces
     init_from: str = ""  # Initial weights: run, checkpoint, file, pretrained name, random, or PART=PATH for one part
     freeze: str = ""  # Parameters to freeze, as patterns such as embed* or blocks.0.*
@@ -71,7 +72,7 @@ class RunConfig(TrainConfig, DataConfig):
 _LORA_PARAMS = "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_train"
 FIXED_PARAMS = (*"arch preset model_args tokenizer ctx_len init_from freeze optimizer".split(), *_LORA_PARAMS)
 CHANGEABLE_PARAMS = set(
-    "run resume allow_change dry_run out_dir data_dir device procs keep keep_every save_every sample_every prompt log_every".split()
+    "run resume wait allow_change dry_run out_dir data_dir device procs keep keep_every save_every sample_every prompt log_every".split()
 )
 
 # %% ../../nbs/runs/60_config.ipynb #24fa8d9d
@@ -125,18 +126,31 @@ HINTS = dict.fromkeys(
 HINTS |= dict(lines="pass log_format, a LogFormat", batches="pass make_batches, a function of a RunSetup")
 
 # %% ../../nbs/runs/60_config.ipynb #e911dce3
+_BOOLS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def _convert_resume(value):
+    "Return the value of `resume`: True, False or `auto`"
+    try:
+        return {**_BOOLS, "auto": "auto", "": False, "none": False}[str(value).lower()]
+    except KeyError:
+        raise ValueError(f"resume={value!r} is not True, False or 'auto'") from None
+
+
 def _convert(name, value, kind):
     "Return `value` as the type of the parameter `name`"
+    if name == "resume":
+        return _convert_resume(value)
     try:
         if kind is bool and isinstance(value, str):
-            return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+            return _BOOLS[value.lower()]
         if kind is int and float(value) != int(float(value)):
             raise ValueError
         return kind(float(value)) if kind is int else kind(value)
     except (KeyError, ValueError, TypeError, OverflowError):
         raise ValueError(f"{name}={value!r} is not of type {kind.__name__}") from None
 
-
+# %% ../../nbs/runs/60_config.ipynb #5cfce293
 def canonical_params(given) -> dict:  # {parameter or alias: value}
     "Replace aliases by their parameters, and put the parameters of the model into `model_args`"
     flags = {n: value for n, value in given.items() if n in DTYPE_ALIASES}  # bf16=True is dtype="bfloat16"
@@ -191,7 +205,8 @@ def params_from(
 ) -> dict:  # {name: value} of the parameters that differ from their default, or that papermill was given
     "Return the parameters among `values` that the user has set"
     default, given = asdict(config()), given_param_names() or ()
-    return {n: values[n] for n in default if n in values and (values[n] != default[n] or n in given)}
+    changed = {n for n, v in default.items() if n in values and values[n] != v and (values[n] or v)}  # "" is False
+    return {n: values[n] for n in default if n in changed or (n in given and n in values)}
 
 # %% ../../nbs/runs/60_config.ipynb #90e3ff17
 def to_cli_flags(values) -> list:  # {parameter: value}
@@ -233,7 +248,7 @@ def check_params(cfg, world) -> None:  # `RunConfig`, and the number of processe
         cfg, batch_size=1, ctx_len=1, steps=1, accum=1, procs=1, seed=0, clip=0, patience=0, keep=0, epochs=0
     )
     check_minimums(cfg, stride=0, lora_rank=0, lora_alpha=0, eval_every=0, eval_batches=0, sample_every=0)
-    check_minimums(cfg, save_every=0, keep_every=0, log_every=0)
+    check_minimums(cfg, save_every=0, keep_every=0, log_every=0, wait=0)
     rows = cfg.accum * world
     if cfg.batch_size % rows:
         raise ValueError(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RUN_FILES', 'runs_folder', 'last_run_name', 'find_run_folder', 'describe_existing_runs', 'resume_command',
            'unused_folder_name', 'move_earlier_run_aside', 'RunRecord', 'read_run_record', 'locked_run_folder',
-           'run_folder_name', 'fork', 'run_record_at_step', 'truncate_metrics']
+           'run_folder_name', 'take_run_folder', 'fork', 'run_record_at_step', 'truncate_metrics']
 
 # %% ../../nbs/runs/61_folder.ipynb #9d6d6a25
 import os
@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
+from itertools import count
 from pathlib import Path
 
 from ..core import *
@@ -165,18 +166,19 @@ def read_run_record(folder) -> dict:
 
 # %% ../../nbs/runs/61_folder.ipynb #362e5bf9
 @contextmanager
-def locked_run_folder(folder) -> "Iterator[RunLock]":
+def locked_run_folder(folder, wait=0.0, stop=None) -> "Iterator[RunLock]":  # Further arguments as in `RunLock`
     "Hold the lock of a run folder. At the end, remove a new folder in which no run has started"
-    new = not folder.exists()
-    try:
-        with RunLock(folder) as lock:
+    new = not folder.exists() or not any(folder.iterdir())
+    with RunLock(folder, wait, stop) as lock:
+        try:
             remove_temporary_files(folder)
             yield lock
-    finally:
-        if new and folder.exists() and not (folder / "run.json").exists():
-            with suppress(OSError):  # It would hide the error that ended the run
-                (folder / ".lock").unlink(missing_ok=True)
-                folder.rmdir()  # Fails if it holds other files
+        finally:
+            if new and folder.exists() and not (folder / "run.json").exists():
+                with suppress(OSError):  # It would hide the error that ended the run
+                    for name in (".owner.json", ".lock"):
+                        (folder / name).unlink(missing_ok=True)
+                    folder.rmdir()  # Fails if it holds other files
 
 
 def _check_run_name(run):
@@ -187,9 +189,23 @@ def _check_run_name(run):
 def run_folder_name(cfg) -> str:  # `RunConfig`
     "Return the name of the run folder: `cfg.run`, else the most recent run with `resume`, else the current time"
     _check_run_name(cfg.run)
+    if cfg.resume == "auto" and not cfg.run:  # The most recent run can be another one when the command is repeated
+        raise ValueError(f"resume='auto' needs the name of the run. Add {format_params(run='NAME')}")
     if cfg.run or not cfg.resume:
         return cfg.run or time.strftime("%Y%m%d-%H%M%S")
     return last_run_name(runs_folder(cfg.out_dir))
+
+# %% ../../nbs/runs/61_folder.ipynb #19de9aeb
+def take_run_folder(cfg) -> Path:  # `RunConfig`
+    "Return the run folder. For a new run without a name, create a folder that no other run uses"
+    folder = runs_folder(cfg.out_dir) / run_folder_name(cfg)
+    for number in count(2) if not (cfg.run or cfg.resume) else ():
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:  # Another run started in the same second
+            folder = folder.with_name(f"{time.strftime('%Y%m%d-%H%M%S')}-{number}")
+    return folder
 
 # %% ../../nbs/runs/61_folder.ipynb #1accb3c7
 def fork(

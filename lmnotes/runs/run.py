@@ -77,17 +77,23 @@ def run(
                 "hooks, log_format and make_batches cannot be sent to other processes. Leave out procs and start this "
                 "script with torchrun"
             )
-        return launch_torchrun(cfg, origins, view)
+        return launch_ranks(cfg, origins, view)
     with StopSignals() as signals:
-        device = init_distributed(pick_device(cfg.device))
-        folder = runs_folder(cfg.out_dir) / broadcast_from_rank0(run_folder_name(cfg))
+        device, name = init_distributed(pick_device(cfg.device)), run_folder_name(cfg)
         if cfg.dry_run:
-            return _dry_run(RunSetup(cfg, origins, folder, device), signals, log_format)
+            s = RunSetup(cfg, origins, runs_folder(cfg.out_dir) / name, device)
+            return _dry_run(s, signals, log_format)
+        folder = broadcast_from_rank0(take_run_folder(cfg) if rank == 0 else None)
         live = make_live_view(folder, log_format) if view and rank == 0 else None
         signals.announce = not (live and live.quiet)
-        with locked_run_folder(folder) if rank == 0 else nullcontext() as lock, live.show() if live else nullcontext():
-            s = RunSetup(cfg, origins, folder, device, print if rank == 0 else None, lock)
-            return _train_run(s, signals, [*hooks, live] if live else hooks, log_format, make_batches)
+        with explain_lost_rank(folder), live.show() if live else nullcontext():
+            if r := load_finished(folder, cfg, origins):
+                return r
+            with locked_run_folder(folder, cfg.wait, signals) if rank == 0 else nullcontext() as lock:
+                if r := load_finished(folder, cfg, origins):  # Another process finished it while this one waited
+                    return r
+                s = RunSetup(cfg, origins, folder, device, print if rank == 0 else None, lock)
+                return _train_run(s, signals, [*hooks, live] if live else hooks, log_format, make_batches)
 
 # %% ../../nbs/runs/67_run.ipynb #48547893
 def _train_run(s, signals, hooks, log_format, make_batches):

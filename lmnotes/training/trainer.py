@@ -354,7 +354,10 @@ def init_distributed(device) -> str:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        store, rank, world = next(dist.rendezvous("env://"))
+        # torchrun keeps the store when it restarts the ranks: without a prefix, they may find the addresses of the ended ones
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
         atexit.register(dist.destroy_process_group)  # Its threads must end before the interpreter does
     return device
 

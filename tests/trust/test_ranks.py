@@ -1,0 +1,168 @@
+"""A rank that is killed ends the run with one line, and a killed launcher takes its ranks with it. Both can be resumed exactly."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import (
+    DEADLINE,
+    TINY,
+    command_line_args,
+    differences,
+    lmnotes_command,
+    read_log,
+    run_in_process,
+    run_results,
+    wait_until,
+)
+from test_distributed import torchrun
+
+import lmnotes
+from lmnotes.core import RunLock
+
+TRUST = Path(__file__).parent
+LAUNCHERS = {
+    "procs": [sys.executable, "-m", "lmnotes", "train", "--procs", "2"],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    + ["-m", "--", "lmnotes", "train"],
+}
+LONG = TINY | dict(steps=100000, patience=0, save_every=10)
+
+
+def start(workdir, launcher, **params):
+    "Start a run in two processes"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
+    with open(workdir / "log", "ab") as output:
+        command = [*LAUNCHERS[launcher], *command_line_args(**params)]
+        return subprocess.Popen(
+            command, cwd=workdir, env=clean | dict(OMP_NUM_THREADS="1"), stdout=output, stderr=output
+        )
+
+
+def wait_for_step(workdir, step, process):
+    "Wait until a run has saved a checkpoint of at least `step` steps"
+    wait_until(lambda: saved(workdir) >= step or process.poll() is not None)
+    assert process.poll() is None, read_log(workdir)
+
+
+def saved(workdir):
+    "Return the step of the newest checkpoint, 0 if there is none"
+    return max((int(path.parent.name[5:]) for path in (workdir / "runs/r").glob("step_*/manifest.json")), default=0)
+
+
+def ranks_of(launcher):
+    "Return the process ids of the ranks, in the order of their numbers"
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True)
+    ranks = {}
+    for pid in children.stdout.split():
+        environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        ranks |= {int(word[5:]): int(pid) for word in environ if word.startswith(b"RANK=")}
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def has_ended(pid):
+    "Return True if a process has ended, also if nobody has collected its exit code"
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def own_lines(workdir):
+    "Return the lines on stderr that lmnotes printed for an error"
+    return [line for line in read_log(workdir).splitlines() if line.startswith("lmnotes: ")]
+
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_rank_of_procs(workdir, rank):
+    "One line names the rank, the signal, the step and the command that resumes. The record has the reason, and no rank is left"
+    launcher = start(workdir, "procs", **LONG)
+    wait_for_step(workdir, 10, launcher)
+    ranks = ranks_of(launcher)
+    os.kill(ranks[rank], signal.SIGKILL)
+    assert launcher.wait(DEADLINE) == 5, read_log(workdir)
+    assert all(has_ended(pid) for pid in ranks)
+    assert "Traceback" not in read_log(workdir), read_log(workdir)
+    (line,) = own_lines(workdir)
+    pattern = rf"lmnotes: r: rank {rank} was killed by SIGKILL at step [\d,]+ or soon after\. Resume with: \S+ -m lmnotes train (.+)"
+    words = re.fullmatch(pattern, line)[1].split()
+    record = json.loads((workdir / "runs/r/run.json").read_bytes())
+    assert (record["status"], f"rank {rank} was killed by SIGKILL" in record["error"]) == ("failed", True)
+    more = ["--steps", str(saved(workdir) + 1), "--allow-change", "steps"]
+    assert run_in_process(workdir, lmnotes_command, "train", *words, *more) == 0, read_log(workdir)
+
+
+@pytest.mark.parametrize("way", LAUNCHERS)
+def test_killed_launcher(workdir, way):
+    "Its ranks stop by themselves, save and free the lock"
+    launcher = start(workdir, way, **LONG)
+    wait_for_step(workdir, 10, launcher)
+    ranks = ranks_of(launcher)
+    launcher.kill()
+    wait_until(lambda: all(has_ended(pid) for pid in ranks))
+    launcher.wait()
+    record = json.loads((workdir / "runs/r/run.json").read_bytes())
+    assert (record["status"], record["signal"], record["step"]) == ("interrupted", "SIGHUP", saved(workdir))
+    with RunLock(workdir / "runs/r"):
+        pass
+
+
+def test_killed_rank_of_torchrun(workdir):
+    "The other rank prints a line instead of a traceback. If rank 0 was killed, readers see that from the record and the process"
+    launcher = start(workdir, "torchrun", **LONG)
+    wait_for_step(workdir, 10, launcher)
+    os.kill(ranks_of(launcher)[0], signal.SIGKILL)
+    assert launcher.wait(DEADLINE) != 0
+    (line,) = own_lines(workdir)
+    assert re.search(r"r: rank 1 lost another rank of the run at step .+ Resume with: .+ train --resume", line)
+    assert json.loads((workdir / "runs/r/run.json").read_bytes())["status"] == "running"
+    assert lmnotes.load(workdir / "runs/r").status == "killed"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_launcher(workdir, number):
+    "A signal to `lmnotes train --procs 2` saves the run, and its last line is ours"
+    launcher = start(workdir, "procs", **LONG)
+    wait_for_step(workdir, 10, launcher)
+    launcher.send_signal(number)
+    assert launcher.wait(DEADLINE) == 128 + number, read_log(workdir)
+    last = read_log(workdir).splitlines()[-1]
+    assert last.startswith("r: interrupted at step ") and "Traceback" not in read_log(workdir), read_log(workdir)
+
+
+RESTARTED = """
+import os, signal, sys
+sys.path.insert(0, {trust!r})
+from pathlib import Path
+from helpers import lmnotes_command, run_before_call
+from lmnotes.training import trainer
+
+attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+rank, step = [(1, 14), (0, 25), (1, 33)][attempt] if attempt < 3 else (-1, 0)
+if int(os.environ["RANK"]) == rank:
+    kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    run_before_call(trainer.Trainer, "train_step", lambda t: t.step == step, kill)
+code = lmnotes_command("train", *sys.argv[1:])
+sys.stdout.flush()
+os._exit(code)
+"""
+
+
+def test_torchrun_restarts(workdir):
+    "`torchrun --max-restarts=3` and `--resume auto`: a rank is killed three times, and the run is the same as without a kill"
+    (workdir / "held.py").write_text(RESTARTED.format(trust=str(TRUST.parent)))
+    process = torchrun(workdir, "--max-restarts=3", "--", "held.py", *command_line_args(**TINY, resume="auto"))
+    assert process.wait(DEADLINE) == 0, read_log(workdir)
+    assert read_log(workdir).count("from step") == 3, read_log(workdir)
+    whole = start(workdir, "procs", **TINY | dict(run="whole"))
+    assert whole.wait(DEADLINE) == 0, read_log(workdir)
+    assert sorted(path.name for path in (workdir / "runs").glob("[!.]*")) == ["r", "whole"]
+    assert not differences(run_results(workdir / "runs/whole"), run_results(workdir / "runs/r"))
