@@ -114,6 +114,8 @@ def launch_ranks(cfg, origins, view) -> Run:  # `RunConfig`, {parameter: origin}
     folder = take_run_folder(cfg)
     live = make_live_view(folder) if view else None
     if r := load_finished(folder, cfg, origins):
+        if live:
+            live.screen.draw()
         return r
     values = {n: v for n, v in asdict(cfg).items() if origins[n] != "default"}
     values.update(run=folder.name, procs=1)

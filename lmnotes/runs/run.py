@@ -88,6 +88,8 @@ def run(
         signals.announce = not (live and live.quiet)
         with explain_lost_rank(folder), live.show() if live else nullcontext():
             if r := load_finished(folder, cfg, origins):
+                if live:
+                    live.screen.draw()
                 return r
             with locked_run_folder(folder, cfg.wait, signals) if rank == 0 else nullcontext() as lock:
                 if r := load_finished(folder, cfg, origins):  # Another process finished it while this one waited

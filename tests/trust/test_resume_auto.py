@@ -1,0 +1,202 @@
+"""One command that a scheduler repeats starts a run, resumes it as often as needed, and returns when it is finished."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from helpers import (
+    TINY,
+    command_line_args,
+    differences,
+    lmnotes_command,
+    pause_before_step,
+    read_log,
+    run_after_call,
+    run_before_call,
+    run_in_process,
+    run_results,
+    start_process,
+    wait_for_exit,
+    wait_until,
+)
+
+from lmnotes.apps import cli
+from lmnotes.apps.papermill_engine import fill_in_command
+from lmnotes.core import read_json
+from lmnotes.runs import folder as folder_module
+from lmnotes.runs import run as run_module
+from lmnotes.runs.config import resolve_config, to_cli_flags
+from lmnotes.training import checkpoint, trainer
+
+ROOT = Path(__file__).parent.parent.parent
+AUTO = command_line_args(**TINY, resume="auto")
+# Where the command is killed, one after the other
+KILLS = {
+    "before the run is recorded": lambda: run_before_call(run_module, "_start_record", lambda *args: True),
+    "before the first checkpoint": lambda: run_before_call(trainer.Trainer, "train_step", lambda t: t.step == 8),
+    "in the first checkpoint": lambda: run_after_call(
+        checkpoint, "_write_file", lambda path, data: "00000010" in str(path)
+    ),
+    "before step 27": lambda: run_before_call(trainer.Trainer, "train_step", lambda t: t.step == 26),
+    "before the run is done": lambda: run_before_call(run_module, "_final_message", lambda t, folder: True),
+}
+
+
+def paused(moment, *words):
+    "Run the command line, and pause it at a moment"
+    KILLS[moment]()
+    return lmnotes_command(*words)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, corpus):
+    "Return the folder of an uninterrupted run"
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "corpus").symlink_to(corpus)
+    assert run_in_process(folder, lmnotes_command, "train", *command_line_args(**TINY)) == 0, read_log(folder)
+    return folder
+
+
+def content(folder):
+    "Return {path: (mtime, bytes)} of everything in a folder"
+    paths = [folder, *sorted(folder.rglob("*"))]
+    return {p: (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else "") for p in paths}
+
+
+def test_requeued_run_is_bit_identical(workdir, uninterrupted):
+    "The same command, killed five times, ends with one run and the same bits"
+    for moment in KILLS:
+        process = start_process(workdir, paused, moment, "train", *AUTO)
+        wait_until((workdir / "reached").exists, process)
+        process.kill()
+        assert wait_for_exit(process) == -signal.SIGKILL
+        (workdir / "reached").unlink()
+    assert run_in_process(workdir, lmnotes_command, "train", *AUTO) == 0, read_log(workdir)
+    assert [path.name for path in (workdir / "runs").glob("[!.]*")] == ["r"]
+    assert not differences(run_results(uninterrupted / "runs/r"), run_results(workdir / "runs/r"))
+
+
+@pytest.mark.parametrize("resume", [True, "auto"])
+@pytest.mark.parametrize("more", [{}, dict(procs=2), dict(keep=1, wait=5)], ids=["alone", "procs", "keep"])
+def test_a_finished_run_is_left_alone(workdir, uninterrupted, resume, more):
+    "Every way to resume a finished run returns at once. No file or folder has other content or another time"
+    before = content(uninterrupted / "runs")
+    params = TINY | dict(resume=resume, out_dir=str(uninterrupted / "runs"), data=str(uninterrupted / "corpus")) | more
+    given = {name: value for name, value in params.items() if name != "data"}  # The run knows its data
+    assert run_in_process(workdir, lmnotes_command, "train", *command_line_args(**given)) == 0, read_log(workdir)
+    assert "r: done at step 40, so nothing is left to train" in read_log(workdir)
+    assert content(uninterrupted / "runs") == before
+
+
+def test_a_finished_run_can_be_extended(workdir):
+    "More steps, or a damaged last checkpoint, need the usual way"
+    assert run_in_process(workdir, lmnotes_command, "train", *AUTO) == 0, read_log(workdir)
+    whole = run_results(workdir / "runs/r")
+    weights = workdir / "runs/r/step_00000040/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert run_in_process(workdir, lmnotes_command, "train", *AUTO) == 0, read_log(workdir)
+    assert not differences(whole, run_results(workdir / "runs/r"))
+    given = command_line_args(**TINY | dict(resume="auto", steps=42))
+    assert run_in_process(workdir, lmnotes_command, "train", *given) == 2
+    assert "this run has steps=40, not 42" in read_log(workdir)
+    assert run_in_process(workdir, lmnotes_command, "train", *given, "--allow-change", "steps") == 0, read_log(workdir)
+    assert read_json(workdir / "runs/r/run.json")["step"] == 42
+
+
+def test_two_processes_for_one_name(workdir, uninterrupted):
+    "The second process waits until the first is killed, decides only then, and finishes the run"
+    first = start_process(workdir, pause_before_step, 15, lmnotes_command, "train", *AUTO)
+    wait_until((workdir / "reached").exists, first)
+    assert run_in_process(workdir, lmnotes_command, "train", *AUTO) == 2
+    assert "is in use by process" in read_log(workdir) and "wait=SECONDS" in read_log(workdir)
+    waiting = [start_process(workdir, announce_wait, n, "train", *AUTO, "--wait", "900") for n in range(2)]
+    wait_until(lambda: all((workdir / f"waiting {n}").exists() for n in range(2)), first)
+    first.kill()
+    assert [wait_for_exit(process) for process in waiting] == [0, 0], read_log(workdir)
+    assert read_log(workdir).count("so nothing is left to train") == 1  # The last of the three
+    assert not differences(run_results(uninterrupted / "runs/r"), run_results(workdir / "runs/r"))
+
+
+def announce_wait(number, *words):
+    "Run the command line, and create a file when it has found the lock taken"
+    run_before_call(time, "sleep", lambda seconds: True, Path(f"waiting {number}").touch)
+    return lmnotes_command(*words)
+
+
+def test_a_signal_ends_the_wait(workdir):
+    first = start_process(workdir, pause_before_step, 5, lmnotes_command, "train", *AUTO)
+    wait_until((workdir / "reached").exists, first)
+    second = start_process(workdir, announce_wait, 0, "train", *AUTO, "--wait", "900")
+    wait_until((workdir / "waiting 0").exists, second)
+    os.kill(second.pid, signal.SIGTERM)
+    assert wait_for_exit(second) == 130 and "Traceback" not in read_log(workdir), read_log(workdir)
+    first.kill()
+
+
+def unnamed(number):
+    "Start a run without a name at a fixed time. Wait for the other process after the name is chosen"
+    run_after_call(folder_module, "run_folder_name", lambda cfg: True, lambda: meet(number))
+    folder_module.time = SimpleNamespace(strftime=lambda form: "20260101-000000")
+    params = {name: value for name, value in TINY.items() if name != "run"} | dict(steps=4)
+    return lmnotes_command("train", *command_line_args(**params))
+
+
+def meet(number):
+    Path(f"at {number}").touch()
+    wait_until(lambda: Path("at 0").exists() and Path("at 1").exists())
+
+
+def test_two_runs_without_a_name_in_one_second(workdir):
+    processes = [start_process(workdir, unnamed, number) for number in range(2)]
+    assert [wait_for_exit(process) for process in processes] == [0, 0], read_log(workdir)
+    names = sorted(path.parent.name for path in (workdir / "runs").glob("*/run.json"))
+    assert names == ["20260101-000000", "20260101-000000-2"]
+
+
+def test_a_failed_start_leaves_no_folder(workdir):
+    params = {name: value for name, value in TINY.items() if name != "run"}
+    for more in ({}, dict(procs=2, batch_size=8)):
+        given = command_line_args(**params | more | dict(arch="gtp"))
+        assert run_in_process(workdir, lmnotes_command, "train", *given) == 2, read_log(workdir)
+    assert not list((workdir / "runs").glob("*"))
+
+
+def parse_slowly(*words):
+    "Run the command line, and pause it while it parses its options"
+    run_before_call(cli, "parse_options", lambda *args: True)
+    return lmnotes_command(*words)
+
+
+def test_ctrl_c_while_the_command_is_parsed(workdir):
+    process = start_process(workdir, parse_slowly, "train", *AUTO)
+    wait_until((workdir / "reached").exists, process)
+    os.kill(process.pid, signal.SIGINT)
+    assert wait_for_exit(process) == 130 and not read_log(workdir)
+
+
+def test_every_way_to_pass_resume(workdir, monkeypatch):
+    "Python, environment, command line and papermill accept the same values"
+    values = {True: True, "True": True, "1": True, False: False, "": False, "auto": "auto", "AUTO": "auto"}
+    for value, expected in values.items():
+        assert resolve_config(dict(resume=value), environ={})[0].resume == expected
+        assert resolve_config({}, environ=dict(LMNOTES_RESUME=str(value)))[0].resume == expected
+    found = []
+    monkeypatch.setattr(run_module, "run", lambda **params: found.append(params) or SimpleNamespace(status="done"))
+    ways = {"--resume": True, "--no-resume": False, "--resume auto": "auto", "--resume=auto": "auto"}
+    for words, expected in ways.items():
+        assert cli.train_command([*words.split(), "--steps", "5"]) == 0
+        assert resolve_config(found[-1], environ={})[0].resume == expected and found[-1]["steps"] == 5
+    assert [to_cli_flags(dict(resume=v)) for v in (True, False, "auto")] == [
+        ["--resume"],
+        ["--no-resume"],
+        ["--resume", "auto"],
+    ]
+    monkeypatch.setenv("LMNOTES_OUT_DIR", str(workdir / "runs"))
+    notebook = str(ROOT / "nbs/train.ipynb")
+    argv, _ = fill_in_command(["papermill", notebook, "-p", "run", "r", "-p", "resume", "auto"])
+    assert argv[2] == str(workdir / "runs/r/train.ipynb") and argv[-4:-2] == ["resume", "auto"]
+    with pytest.raises(ValueError, match="needs the name of the run. Add `-p run NAME`"):
+        fill_in_command(["papermill", notebook, "-p", "resume", "auto"])
