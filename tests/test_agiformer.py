@@ -89,7 +89,7 @@ def test_parameter_names_and_defaults_match_the_guide():
     found = recipe_parameters(NOTEBOOK)
     assert {name: found[name] for name in DEFAULTS} == DEFAULTS
     assert list(found)[: len(DEFAULTS)] == list(DEFAULTS)
-    assert found["DATA"] == "enwik8" and found["resume"] is False
+    assert found["DATA"] == "enwik8" and found["resume"] == ""
 
 
 def test_default_model_matches_the_guide(tmp_path):

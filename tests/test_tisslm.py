@@ -86,7 +86,7 @@ def test_parameter_names_and_defaults_match_the_guide():
     found = recipe_parameters(NOTEBOOK)
     assert {name: found[name] for name in DEFAULTS} == DEFAULTS
     assert list(found)[: len(DEFAULTS)] == list(DEFAULTS)
-    assert found["stride"] == 1 and found["resume"] is False
+    assert found["stride"] == 1 and found["resume"] == ""
 
 
 def test_the_guides_files(uninterrupted):

@@ -107,7 +107,7 @@ def _newest_step(folder):
 # %% ../../nbs/recipes/88_nanothink_checkpoints.ipynb #2624621f
 def prepare_resume(
     folder,  # Run folder
-    resume,  # False (start a new run), True (resume from the state with the most steps), or the path of a checkpoint
+    resume,  # False (new run), True (resume from the state with the most steps), auto (if there is one), or a path
     device="auto",  # Device of the run
 ) -> bool:  # True if there is a run to resume
     "Prepare the run folder for resuming, on rank 0"
@@ -117,6 +117,8 @@ def prepare_resume(
 
 
 def _prepare_resume_on_rank0(folder, resume):
+    if resume.lower() == "auto":
+        resume = str(bool(_newest_step(folder) or find_checkpoint_files(folder)))
     if resume.lower() in ("", "false", "0", "none"):
         return False
     newest, is_bare = _newest_step(folder), resume.lower() in ("true", "1")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RUN_FILES', 'runs_folder', 'last_run_name', 'find_run_folder', 'describe_existing_runs', 'resume_command',
            'unused_folder_name', 'move_earlier_run_aside', 'RunRecord', 'read_run_record', 'locked_run_folder',
-           'run_folder_name', 'take_run_folder', 'fork', 'run_record_at_step', 'truncate_metrics']
+           'run_folder_name', 'will_resume', 'take_run_folder', 'fork', 'run_record_at_step', 'truncate_metrics']
 
 # %% ../../nbs/runs/61_folder.ipynb #9d6d6a25
 import os
@@ -194,6 +194,12 @@ def run_folder_name(cfg) -> str:  # `RunConfig`
     if cfg.run or not cfg.resume:
         return cfg.run or time.strftime("%Y%m%d-%H%M%S")
     return last_run_name(runs_folder(cfg.out_dir))
+
+# %% ../../nbs/runs/61_folder.ipynb #92035bc0
+def will_resume(resume, folder) -> bool:  # True, False or `auto`, also as text, and run folder
+    "Return True if `resume` means to resume the run in `folder`"
+    resume = resolve_config(dict(resume=resume), environ={})[0].resume
+    return (Path(folder) / "run.json").exists() if resume == "auto" else resume
 
 # %% ../../nbs/runs/61_folder.ipynb #19de9aeb
 def take_run_folder(cfg) -> Path:  # `RunConfig`

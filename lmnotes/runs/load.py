@@ -197,7 +197,6 @@ def load_finished(folder, cfg, origins) -> "Run | None":  # Run folder, `RunConf
     r = load(folder, device=cfg.device)
     if rank == 0:
         longer = format_params(steps=2 * r.config.steps, allow_change="steps")
-        print(
-            f"{folder.name}: {r.status} at step {r.step:,}, so nothing is left to train. To train longer, add {longer}"
-        )
+        at = f"{r.status} at step {r.step:,} of {r.config.steps:,}"
+        print(f"{folder.name}: {at}, so nothing is left to train. To train longer, add {longer}")
     return r

@@ -180,7 +180,7 @@ class RunSetup:
     def __init__(self, cfg, origins, folder, device, log_fn=print, lock=None):
         self.folder, self.device, self.info, self.checkpoint_folder, self.lock = folder, device, None, None, lock
         if cfg.resume == "auto":  # Rank 0 holds the lock, so the answer stays true
-            cfg.resume = broadcast_from_rank0((folder / "run.json").exists())
+            cfg.resume = broadcast_from_rank0(will_resume("auto", folder))
         if cfg.resume:
             self.info, self.checkpoint_folder = call_on_rank0_first(lambda: _open_for_resume(folder))
             if self.checkpoint_folder:

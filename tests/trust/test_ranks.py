@@ -88,7 +88,7 @@ def test_killed_rank_of_procs(workdir, rank):
     wait_for_step(workdir, 10, launcher)
     ranks = ranks_of(launcher)
     os.kill(ranks[rank], signal.SIGKILL)
-    assert launcher.wait(DEADLINE) == 5, read_log(workdir)
+    assert launcher.wait(DEADLINE) == 6, read_log(workdir)
     assert all(has_ended(pid) for pid in ranks)
     assert "Traceback" not in read_log(workdir), read_log(workdir)
     (line,) = own_lines(workdir)

@@ -87,7 +87,7 @@ def test_a_finished_run_is_left_alone(workdir, uninterrupted, resume, more):
     params = TINY | dict(resume=resume, out_dir=str(uninterrupted / "runs"), data=str(uninterrupted / "corpus")) | more
     given = {name: value for name, value in params.items() if name != "data"}  # The run knows its data
     assert run_in_process(workdir, lmnotes_command, "train", *command_line_args(**given)) == 0, read_log(workdir)
-    assert "r: done at step 40, so nothing is left to train" in read_log(workdir)
+    assert "r: done at step 40 of 40, so nothing is left to train" in read_log(workdir)
     assert content(uninterrupted / "runs") == before
 
 
