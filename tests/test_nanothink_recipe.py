@@ -469,7 +469,7 @@ def test_experts_with_different_tokenizers_are_rejected(experts):
     assert run_in_process(experts, expert, expert="state_space", tokenizer="chars") == 0, read_log(experts)
     assert run_in_process(experts, join)
     assert re.search(r"state_space_expert.pt was trained with the tokenizer chars", read_log(experts))
-    assert "-p tokenizer checkpoints/transformer_expert/tokenizer" in read_log(experts)
+    assert "train them with the same one: -p tokenizer bytes\n" in read_log(experts)
 
 
 def test_strong_experts(workdir):
