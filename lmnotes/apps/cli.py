@@ -4,11 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'explain_fields', 'options_of', 'take_aliases', 'train_command', 'parse_options', 'generate_command',
-           'PrepareOptions', 'prepare_command', 'EvaluateOptions', 'evaluate_command', 'WatchOptions', 'watch_command',
-           'VerifyOptions', 'verify_command', 'DiffOptions', 'diff_command', 'DoctorOptions', 'doctor_command',
-           'ExportOptions', 'export_command', 'UploadOptions', 'upload_command', 'NotebookOptions', 'run_notebook',
-           'notebook_command', 'main', 'name_first_words', 'simple_command', 'recipe_command', 'overview',
-           'execute_command']
+           'NotebookOptions', 'run_notebook', 'notebook_command', 'main', 'name_first_words', 'simple_command',
+           'recipe_command', 'overview', 'execute_command']
 
 # %% ../../nbs/apps/92_cli.ipynb #d30000be
 import ast
@@ -25,6 +22,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+from .commands import *
 from .papermill_engine import *
 from ..recipes.registry import *
 from ..untrusted import *
@@ -146,145 +144,6 @@ def generate_command(argv) -> int:
     r = load(args.run, args.which, args.device, args.dtype, args.model_args)
     r.print_generated(generate_config(args.preset, **given))
     return 0
-
-# %% ../../nbs/apps/92_cli.ipynb #085bf4be
-@dataclass
-class PrepareOptions:
-    "Tokenize text into a folder of token files, or into one file"
-
-    out: str  # Folder to write, or a file such as corpus.bin
-    data: str = "pydocs"  # Corpus name, text file, folder or .jsonl
-    tokenizer: str = "bpe:2048"  # bytes | chars | bpe:SIZE | bpe | gpt2 | path of a saved tokenizer
-    data_dir: str = ""  # Folder of named corpora (empty: $LMNOTES_DATA, else data/)
-    domains: str = ""  # Domains to use, separated by spaces (empty: all)
-    split: str = "auto"  # Train/validation split: auto | hash | first90 | randperm42 | enwik8 | own
-
-
-def prepare_command(args) -> None:
-    from lmnotes.data.prepare import prepare_data
-
-    prepare_data(**vars(args))
-
-# %% ../../nbs/apps/92_cli.ipynb #47d6f955
-@dataclass
-class EvaluateOptions:
-    "Compute loss, perplexity and bits per byte of a trained model"
-
-    run: str  # Run folder, or its name under checkpoints/
-    which: str = ""  # Checkpoint: best | last | interrupted | final (empty: the newest verified one)
-    part: str = "val"  # train | val | test
-    data: str = ""  # Other data to evaluate on (empty: the data of the run)
-    by_domain: bool = False  # Print a row for each domain
-    device: str = "auto"  # auto | cuda | mps | cpu
-
-
-def _with_bound_signs(metrics):
-    "Mark the metrics of a likelihood bound with ≤"
-    bounds = ("loss", "ppl", "bpb") if metrics.get("bound") else ()
-    return {name: f"≤ {v:.4g}" if name in bounds else v for name, v in metrics.items() if name != "bound"}
-
-
-def evaluate_command(args) -> None:
-    from lmnotes.inference.evaluation import Table
-    from lmnotes.runs.load import load
-
-    r = load(args.run, args.which, args.device)
-    result = r.evaluate(args.part, args.by_domain, args.data)
-    by_domain = result if args.by_domain else {"": result}
-    rows = [(dict(domain=name) if name else {}) | _with_bound_signs(o) for name, o in by_domain.items()]
-    print(Table(dict(run=r.folder.name, step=r.step, part=args.part, **row) for row in rows))
-
-# %% ../../nbs/apps/92_cli.ipynb #fa217347
-@dataclass
-class WatchOptions:
-    "Follow a run in progress (Ctrl+C stops following, not the run)"
-
-    run: str = ""  # Run folder, or its name under checkpoints/ (empty: the most recent run)
-    seconds: float = 2.0  # Minimum seconds between two redraws
-
-
-def watch_command(args) -> None:
-    from lmnotes.runs.monitor import attach
-
-    attach(args.run).follow(args.seconds)
-
-# %% ../../nbs/apps/92_cli.ipynb #e534c365
-@dataclass
-class VerifyOptions:
-    "Check every hash of a run folder, and retrain intervals to compare the bits (exit code 5: a mismatch)"
-
-    run: str = ""  # Run folder, or its name under checkpoints/ (empty: the most recent run)
-    replay: int = 0  # Intervals between kept checkpoints to train again, evenly spread, always with the last
-
-
-def verify_command(args) -> int:
-    from lmnotes.inspect.verify import verify
-
-    report = verify(args.run, args.replay, log_fn=print)
-    print(report)
-    return report.exit_code
-
-
-@dataclass
-class DiffOptions:
-    "Show how two runs differ: parameters, data, tokenizer, environment and figures"
-
-    a: str  # Run folder, or its name under checkpoints/
-    b: str  # Another run
-
-
-def diff_command(args) -> None:
-    from lmnotes.inspect.diff import diff
-
-    print(diff(args.a, args.b))
-
-
-@dataclass
-class DoctorOptions:
-    "Report the environment and the problems of a run, with the command that repairs it (exit code 5: a problem)"
-
-    run: str = ""  # Run folder, or its name under checkpoints/ (empty: only the environment)
-
-
-def doctor_command(args) -> int:
-    from lmnotes.apps.doctor import doctor
-
-    report = doctor(args.run)
-    print(report)
-    return 5 if report.problems else 0
-
-# %% ../../nbs/apps/92_cli.ipynb #25a1cc3d
-@dataclass
-class ExportOptions:
-    "Write a trained model, its tokenizer, its source code and a model card into a folder"
-
-    to: str  # Folder to write
-    run: str = ""  # Run folder, or its name under checkpoints/ (empty: the most recent run)
-    which: str = ""  # Checkpoint: best | last | interrupted | final (empty: the newest verified one)
-    state_dict: str = ""  # Also save the weights with torch.save under this name, such as best_model.pth
-
-
-def export_command(args) -> None:
-    from lmnotes.export.export import export
-
-    print(export(args.run, args.to, args.which, args.state_dict))
-
-
-@dataclass
-class UploadOptions:
-    "Publish an exported model on the Hugging Face Hub, with the token in $HF_TOKEN or from a login"
-
-    folder: str  # Folder written by export
-    repo: str  # owner/name
-    dry_run: bool = False  # Only list what would be uploaded, without network or token
-    private: bool = True  # Make a new repository visible to its owner only
-    message: str = ""  # Commit message
-
-
-def upload_command(args) -> None:
-    from lmnotes.export.hub import upload
-
-    upload(**vars(args))
 
 # %% ../../nbs/apps/92_cli.ipynb #033ad92d
 @dataclass
@@ -420,7 +279,7 @@ def _print_traceback(*exception):
     "Print an unexpected error. Its message may come from a file"
     print(escape_terminal(hide_secrets("".join(traceback.format_exception(*exception)))), end="", file=sys.stderr)
 
-
+# %% ../../nbs/apps/92_cli.ipynb #768b7a34
 def _check_arguments(argv):
     "Raise ValueError if a word of a command line looks like a secret. Name the option before it"
     for before, word in zip(["the command", *argv], argv):

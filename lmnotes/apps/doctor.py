@@ -137,7 +137,7 @@ def check_space(folder) -> list:  # Run folder
         ]
     return [_finding("ok", "disk", detail)]
 
-
+# %% ../../nbs/apps/94_doctor.ipynb #6e3467ea
 def _is_downloaded(name, root):
     "Return True if all files of a named download are where `get_corpus` looks for them first"
     files = [item.url.rpartition("/")[2] for item in DOWNLOADS[name]]
@@ -158,7 +158,7 @@ def check_data(folder, info) -> list:  # Run folder, and run.json
         ]
     return [_finding("ok", "data", f"{cfg.data}, the same content")]
 
-
+# %% ../../nbs/apps/94_doctor.ipynb #3982e687
 def check_environment(folder, info) -> list:  # Run folder, and run.json
     "Return the finding about the environment"
     newest = list_checkpoints(folder)[-1:]

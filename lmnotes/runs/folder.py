@@ -150,8 +150,15 @@ def _wrong_entries(info):
     known = {f.name: f.type for f in fields(RunConfig)}
     yield from (f"config has an unknown parameter {name!r}" for name in config if name not in known)
     for name, kind in known.items():
-        if name in config and type(config[name]) not in {kind, int if kind is float else kind}:
-            yield f"config has {name}={config[name]!r}, which is not of type {kind.__name__}"
+        if name in config and not _has_type(config[name], kind):
+            yield f"config has {name}={config[name]!r}, which is not of type {getattr(kind, '__name__', kind)}"
+
+
+def _has_type(value, kind):
+    "Return True for a value of a type or union of types. True and False are not numbers"
+    return (
+        type(value) in (int, float) if kind is float else type(value) is int if kind is int else isinstance(value, kind)
+    )
 
 
 def read_run_record(folder) -> dict:

@@ -126,7 +126,8 @@ def _open_for_resume(folder):
     info = read_run_record(folder)
     if list_checkpoints(folder):
         return info, latest_checkpoint(folder)
-    if info["step"] or any((folder / name).exists() for name in POINTERS):
+    has_ended = info["step"] and info["status"] in ("done", "interrupted", "early_stop")
+    if has_ended or any((folder / name).exists() for name in POINTERS):
         raise CheckpointError(
             f"{folder}: this run has saved checkpoints, but none of its step_ folders is here. Restore them from a copy, "
             f"or start a new run with another name: {format_params('run')}"
