@@ -205,7 +205,7 @@ def test_a_short_validation_split(workdir):
 
 
 @pytest.mark.parametrize(
-    "name, value, words", [("MAX_STEPS", "20k", "a whole number"), ("resume", "yes", "True or False")]
+    "name, value, words", [("MAX_STEPS", "20k", "a whole number"), ("STRONG", "yes", "True or False")]
 )
 def test_wrong_types_are_rejected(workdir, name, value, words):
     assert (
