@@ -160,7 +160,7 @@ def _merge_saved_config(info, cfg, origins):
     changes = check_unchanged(saved, given, FIXED_PARAMS, CHANGEABLE_PARAMS, cfg.allow_change)
     if "steps" in changes:
         given["epochs"] = 0.0
-    if "epochs" in given and given["epochs"] != saved["epochs"]:
+    elif "epochs" in given and given["epochs"] != saved["epochs"]:
         given.pop("steps", None)
     for name, (old, new) in changes.items():
         print(f"from here on {name}={new!r} (was {old!r})")
