@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['NO_EXCHANGE', 'exchange_paths', 'replace_folder', 'restore_replaced_folders', 'explain_os_error', 'check_disk_space',
-           'JsonlLog']
+           'JsonlLog', 'check_prefix']
 
 # %% ../nbs/02_files.ipynb #4111acae
 import ctypes
 import errno
+import hashlib
+import io
 import json
 import math
 import os
@@ -104,7 +106,7 @@ class JsonlLog:
     "An append-only file of records, one JSON object per line"
 
     def __init__(self, path):
-        self.path, self.unwritten, self.size = Path(path), [], None
+        self.path, self.unwritten, self.hash, self.hashed = Path(path), [], hashlib.sha256(), 0
 
     def append(self, **record) -> None:
         "Append a record. If that fails, keep it in memory, print a warning, and try again with the next record"
@@ -158,10 +160,30 @@ class JsonlLog:
                 print(f"The damaged lines are now in {f.name}")
             records = [r for r in records if r["step"] <= last_steps.get(r["split"], 0)]
             write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in records))
+            self.hash, self.hashed = hashlib.sha256(), 0
 
-    def sync(self) -> None:
-        "Write the records in memory and flush the file to the disk"
+    def sync(self) -> list:
+        "Write the records in memory and flush the file to the disk. Return its size and SHA-256"
         if self.unwritten:
             self._write()
         if self.path.exists():
             fsync_path(self.path)
+            with open(self.path, "rb") as f:
+                f.seek(self.hashed)  # A log only grows, so we hash the new part
+                while chunk := f.read(1 << 20):
+                    self.hash.update(chunk)
+                    self.hashed += len(chunk)
+        return [self.hashed, self.hash.hexdigest()]
+
+# %% ../nbs/02_files.ipynb #9b3004b7
+def check_prefix(path, size, sha256) -> None:
+    "Raise `CheckpointError` unless the first `size` bytes of a file have this SHA-256"
+    path, h, left = Path(path), hashlib.sha256(), size
+    if size and not path.is_file():
+        raise CheckpointError(f"{path}: missing, though the run has written it")
+    with open(path, "rb") if size else io.BytesIO() as f:
+        while left and (chunk := f.read(min(left, 1 << 20))):
+            h.update(chunk)
+            left -= len(chunk)
+    if left or h.hexdigest() != sha256:
+        raise CheckpointError(f"{path}: damaged, its first {size:,} bytes are not what was written (SHA-256 differs)")

@@ -299,13 +299,19 @@ def _run_command(command, argv):
     import torch
 
     from lmnotes.core import OutOfMemoryError, RankError, RunLockedError
+    from lmnotes.files import explain_os_error
 
     try:
         words = os.environ.get("LMNOTES_COMMAND", f"{_program()} train")
         with temporary_environment(LMNOTES_COMMAND=words), EscapedOutput():
             return command(argv)
-    except (ValueError, RunLockedError, FileNotFoundError) as e:
+    except (ValueError, RunLockedError) as e:
         return _report_error(e, 2)
+    except BrokenPipeError:  # The program that reads the output has ended
+        sys.stdout = open(os.devnull, "w")
+        return 0
+    except OSError as e:
+        return _report_error(explain_os_error(e), 2)
     except (OutOfMemoryError, torch.OutOfMemoryError) as e:
         return _report_error(e, 4)
     except RankError as e:

@@ -182,6 +182,8 @@ def _expected_pointers(run):
 def _check_records(run, name, **splits):
     "Check that a .jsonl file is readable and reaches the steps that the checkpoints have counted"
     records, last = read_all_records(run.folder / name), dict.fromkeys(splits, 0)
+    if run.newest:
+        check_logs(run.newest, [name])
     for r in records:
         _require(r["split"] in splits, f"a record has split={r['split']!r}")
         _require(last[r["split"]] <= r["step"], f"step {r['step']} comes after step {last[r['split']]}")

@@ -160,7 +160,7 @@ def _has_type(value, kind):
         type(value) in (int, float) if kind is float else type(value) is int if kind is int else isinstance(value, kind)
     )
 
-
+# %% ../../nbs/runs/61_folder.ipynb #eef026aa
 def read_run_record(folder) -> dict:
     "Return run.json of a run, or raise `CheckpointError` naming the entry that is missing or has a wrong type"
     path = Path(folder) / "run.json"

@@ -28,14 +28,15 @@ from .setup import *
 from ..training.checkpoint import *
 from ..training.saving import *
 from ..training.trainer import *
+from ..untrusted import *
 
 # %% ../../nbs/runs/69_replay.ipynb #3aadcbb0
 OK, MISMATCH, BIT_EXACT, OTHER_ENVIRONMENT, NOT_REPLAYED = "ok", "MISMATCH", "bit-exact", "differs", "not replayed"
 
 
 def printable(text) -> str:
-    "Return a text on one line, without control characters"
-    return "".join(c if c.isprintable() else "�" for c in str(text).replace("\n", " "))
+    "Return a text on one line, with its control characters as code points"
+    return escape_terminal(str(text).replace("\n", " "), keep="")
 
 # %% ../../nbs/runs/69_replay.ipynb #86eb5800
 def choose_evenly(items, n) -> list:  # A list, and the number to choose
@@ -56,8 +57,7 @@ def replay_intervals(folder) -> list:
 # %% ../../nbs/runs/69_replay.ipynb #abe838ce
 def interval_environment(info, then) -> dict:  # run.json, and the config.json of the checkpoint at the end
     "Return {name: text} of the environment in which an interval was trained, as far as it is recorded"
-    old = dict(threads=info.get("threads", 0), **info.get("versions", {})) | info.get("environment", {})
-    known = old | then.get("versions", {}) | then.get("environment", {})
+    known = recorded_environment(info) | then.get("versions", {}) | then.get("environment", {})
     return {name: str(value) for name, value in known.items()}
 
 

@@ -125,7 +125,12 @@ def _open_for_resume(folder):
         raise CheckpointError(f"{folder}: there is no run here to resume. {describe_existing_runs(folder.parent)}")
     info = read_run_record(folder)
     if list_checkpoints(folder):
-        return info, latest_checkpoint(folder)
+        newest = latest_checkpoint(folder)
+        try:
+            check_logs(newest)
+        except CheckpointError as e:
+            print(f"warning: {e}. The run resumes, and keeps the records that can be read")
+        return info, newest
     has_ended = info["step"] and info["status"] in ("done", "interrupted", "early_stop")
     if has_ended or any((folder / name).exists() for name in POINTERS):
         raise CheckpointError(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BASE_WEIGHTS_FILE', 'FORMAT', 'POINTERS', 'check_serializable', 'check_finite', 'model_tensors', 'load_weights',
-           'canonical', 'write_base_weights', 'checkpoint_name', 'save_checkpoint', 'verify_checkpoint', 'check_format',
-           'read_checkpoint_config', 'list_checkpoints', 'latest_checkpoint', 'write_pointer', 'read_pointer',
-           'best_checkpoint', 'find_checkpoint', 'read_while_training', 'read_weights', 'read_state',
+           'canonical', 'write_base_weights', 'checkpoint_name', 'save_checkpoint', 'verify_checkpoint', 'check_logs',
+           'check_format', 'read_checkpoint_config', 'list_checkpoints', 'latest_checkpoint', 'write_pointer',
+           'read_pointer', 'best_checkpoint', 'find_checkpoint', 'read_while_training', 'read_weights', 'read_state',
            'new_lm_from_checkpoint', 'load_lm']
 
 # %% ../../nbs/training/42_checkpoint.ipynb #e15a37b7
@@ -234,6 +234,18 @@ def verify_checkpoint(folder) -> Path:
     return folder
 
 # %% ../../nbs/training/42_checkpoint.ipynb #68af19bc
+def check_logs(
+    folder,  # Checkpoint folder
+    names=("metrics.jsonl", "samples.jsonl"),  # Logs to check
+) -> None:
+    "Raise `CheckpointError` unless the logs of a run still hold what they held when a checkpoint was saved"
+    logs = read_checkpoint_config(folder).get("logs", {})
+    for name in names:
+        match logs.get(name) if isinstance(logs, dict) else None:
+            case [int(size), str(sha256)]:
+                check_prefix(Path(folder).parent / name, size, sha256)
+
+
 def check_format(values, path) -> None:  # Content of a JSON file, and its path
     "Raise `CheckpointError` if a newer version of lmnotes has written a file of a run"
     if values.get("format", FORMAT) != FORMAT:

@@ -49,7 +49,7 @@ class Save(Hook):
         run,  # Run folder
         every=0,  # Steps between checkpoints (0: a tenth of the run, at most 1000)
         keep=2,  # Number of recent checkpoints to keep (0: all)
-        logs=(),  # `JsonlLog`s to flush to the disk before each checkpoint
+        logs=(),  # `JsonlLog`s to flush to the disk before each checkpoint, which stores their hashes
         start=None,  # Checkpoint folder from which the run resumes, which is never deleted
         keep_every=0,  # Also keep the checkpoints whose step is a multiple of this (0: none)
         **metadata,  # Further entries of config.json
@@ -75,12 +75,11 @@ class Save(Hook):
         if t.rank:
             return
         try:
-            for log in self.logs:
-                log.sync()
+            logs = {log.path.name: log.sync() for log in self.logs}
         except OSError as e:
-            raise CheckpointError(explain_os_error(e, log.path)) from None
+            raise CheckpointError(explain_os_error(e)) from None
         best = t.step if t.counters["best_step"] == t.step else self.best
-        folder = save_checkpoint(self.run, t.lm, t.step, t.state_dict(), best=best, **self.metadata)
+        folder = save_checkpoint(self.run, t.lm, t.step, t.state_dict(), best=best, logs=logs, **self.metadata)
         self.best = best
         try:
             self._point(folder, ending)
