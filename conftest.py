@@ -48,6 +48,21 @@ def pytest_configure(config):
     settings.load_profile("any machine")
 
 
+def pytest_terminal_summary(terminalreporter, config):
+    "Print the results of the suite of trust, and write them to docs/trust.md with --trust-table"
+    import trust_table
+
+    reports = [
+        report for kind in ("passed", "failed", "skipped", "error") for report in terminalreporter.stats.get(kind, [])
+    ]
+    found = trust_table.results(report for report in reports if hasattr(report, "when"))
+    if found:
+        terminalreporter.section("trust")
+        terminalreporter.write_line("\n".join(trust_table.summary_lines(found)))
+    if config.getoption("--trust-table"):
+        trust_table.write_page(found)
+
+
 def pytest_collection_modifyitems(items):
     "Move the slowest files to the front, where two processes can share them"
     order = {f"tests/test_{name}.py": i for i, name in enumerate(SLOWEST.split())}
@@ -56,6 +71,9 @@ def pytest_collection_modifyitems(items):
 
 def pytest_addoption(parser):
     parser.addoption("--flags", default="", help="test flags whose cells run, e.g. --flags 'slow cuda'")
+    parser.addoption(
+        "--trust-table", action="store_true", help="write the results of the suite of trust to docs/trust.md"
+    )
 
 
 def pytest_collect_file(file_path, parent):

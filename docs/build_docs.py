@@ -21,7 +21,14 @@ from names import Names
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
-PROJECT_PAGES = ("CONTRIBUTING", "CHANGELOG", "SECURITY", "LOG", "docs/renamed")  # Pages of the heading "Project"
+PROJECT_PAGES = (
+    "CONTRIBUTING",
+    "CHANGELOG",
+    "SECURITY",
+    "LOG",
+    "docs/trust",
+    "docs/renamed",
+)  # Pages of the heading "Project"
 RUNNABLE = ("train", "generate", "prepare", "compare")
 CHAPTERS = {  # Folder in nbs/ -> heading in the navigation, in reading order
     "": "Core",
