@@ -112,7 +112,7 @@ LOG_FORMAT = LogFormat(
     train="Step {step}/{steps} | Loss: {loss:.3f} | loss_internal_text: {loss_internal_text:.3f} | "
     "samples/sec: {rows_per_s:.1f}",
     out_of_memory="{device} ran out of memory at step {step} with {rows} samples of {ctx_len} tokens at a time. Set training: "
-    "gradient_accumulation_steps: {twice} in the configuration for half the memory and the same result, or reduce "
+    "gradient_accumulation_steps: {twice} in the configuration for half the memory and the same global batch, or reduce "
     "training: batch_size, now {batch_size}. ({why})",
 )
 

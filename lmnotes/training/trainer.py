@@ -31,7 +31,7 @@ from .optim import *
 class TrainConfig(OptimConfig):
     "Hyperparameters of training, apart from the model and the data"
 
-    accum: int = 1  # Gradient-accumulation steps: micro-batches per optimizer step (the result is the same)
+    accum: int = 1  # Gradient-accumulation steps: micro-batches per optimizer step (dropout masks depend on it)
     dtype: str = "auto"  # Compute dtype of matrix products: auto | float32 | bfloat16 | float16
     compile: bool = False  # Run the training step through torch.compile
     seed: int = 0  # Seed of initial weights, batches and dropout
@@ -92,7 +92,7 @@ class LogFormat:
     # Error when memory runs out
     out_of_memory: str = (
         "{device} ran out of memory at step {step} with micro-batches of {rows} x {ctx_len} tokens (batch_size={batch_size}, "
-        "accum={accum}). Set accum={twice} for half the memory and the same result, or reduce batch_size, ctx_len or the "
+        "accum={accum}). Set accum={twice} for half the memory and the same global batch, or reduce batch_size, ctx_len or the "
         "model. ({why})"
     )
     resume: Callable | None = None  # (lower learning rate or None) -> line that resumes the run (None: that of `run`)
