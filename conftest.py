@@ -35,7 +35,10 @@ import pytest
 
 HERE = Path(__file__).parent
 CELL_SECONDS = 3600  # Only ends a cell that hangs
-SLOWEST = "exact readme fresh_or_resume nanothink_recipe compare agiformer export docs guides text_only signals papermill_train"
+SLOWEST = "exactness_matrix ranks readme fresh_or_resume nanothink_recipe compare agiformer export docs verify foreign_weights exact"
+SLOWEST += (
+    " guides text_only signals papermill_train resume_auto power_cuts kills damaged_runs foreign_data disk_errors"
+)
 SHORTER = "nbs/train.ipynb", "nbs/generate.ipynb"  # `-m nightly` trains as the README says, in tests/test_readme.py
 SHORT = dict(LMNOTES_STEPS="40", LMNOTES_BATCH_SIZE="2")
 
@@ -65,8 +68,8 @@ def pytest_terminal_summary(terminalreporter, config):
 
 def pytest_collection_modifyitems(items):
     "Move the slowest files to the front, where two processes can share them"
-    order = {f"tests/test_{name}.py": i for i, name in enumerate(SLOWEST.split())}
-    items.sort(key=lambda item: order.get(item.path.relative_to(HERE).as_posix(), len(order)))
+    order = {f"test_{name}.py": i for i, name in enumerate(SLOWEST.split())}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 def pytest_addoption(parser):
