@@ -6,8 +6,9 @@
 __all__ = ['DTYPES', 'MAX_JSON_BYTES', 'DataError', 'TokenizerError', 'CheckpointError', 'RunLockedError', 'OutOfMemoryError',
            'RankError', 'did_you_mean', 'replace_aliases', 'expand_kwargs', 'project_root', 'data_root', 'paths_to_try',
            'derive_seed', 'seed_torch', 'set_deterministic', 'pick_device', 'pick_dtype', 'describe_device',
-           'fsync_path', 'write_atomic', 'check_regular_file', 'finite_json', 'write_json', 'read_json', 'sha256_bytes',
-           'sha256_file', 'sha256_json', 'utc_now', 'RunLock', 'StopSignals', 'versions', 'environment', 'peak_memory']
+           'name_in_os_errors', 'fsync_path', 'write_atomic', 'check_regular_file', 'finite_json', 'write_json',
+           'read_json', 'sha256_bytes', 'sha256_file', 'sha256_json', 'utc_now', 'RunLock', 'StopSignals', 'versions',
+           'environment', 'peak_memory']
 
 # %% ../nbs/00_core.ipynb #4775f101
 import difflib
@@ -24,8 +25,8 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
@@ -211,12 +212,23 @@ def describe_device(device, dtype, reason) -> str:
         hardware = torch.cuda.get_device_name(device)
     return f"device {device} ({hardware}), {dtype}: {reason}"
 
+# %% ../nbs/00_core.ipynb #d7a1f2fa
+@contextmanager
+def name_in_os_errors(path) -> Iterator[None]:
+    "Context manager: name `path` in each `OSError` that is raised inside"
+    try:
+        yield
+    except OSError as e:
+        e.filename = str(path)
+        raise
+
 # %% ../nbs/00_core.ipynb #e7a5ab74
 def fsync_path(path) -> None:
     "Flush a file, or the directory entries of a folder, to disk"
     fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        with name_in_os_errors(path):
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -230,14 +242,17 @@ def write_atomic(
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(tmp, "wb") as f:
-            f.write(data.encode() if isinstance(data, str) else data)
-            if durable:
-                f.flush()
-                os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+        with name_in_os_errors(path):
+            with open(tmp, "wb") as f:
+                f.write(data.encode() if isinstance(data, str) else data)
+                if durable:
+                    f.flush()
+                    os.fsync(f.fileno())
+            os.replace(tmp, path)
+    except BaseException:
+        with suppress(OSError):  # It would hide the first error
+            tmp.unlink(missing_ok=True)
+        raise
     if durable:
         fsync_path(path.parent)
 
@@ -333,9 +348,7 @@ def _describe_owner(folder):
 class RunLock:
     "Context manager: lock `folder`, or raise `RunLockedError` with the process, host and start time of its owner"
 
-    def __init__(
-        self, folder, wait=0.0, stop=None
-    ):  # Seconds to wait for the owner, and `StopSignals` that end the wait
+    def __init__(self, folder, wait=0.0, stop=None):  # Seconds to wait for the owner, `StopSignals` that end the wait
         self.folder, self.wait, self.stop = Path(folder), wait, stop
 
     def __enter__(self):
@@ -364,7 +377,8 @@ class RunLock:
         return False
 
     def __exit__(self, *exc):
-        (self.folder / ".owner.json").unlink(missing_ok=True)
+        with suppress(OSError):  # It would hide the error that ended the run
+            (self.folder / ".owner.json").unlink(missing_ok=True)
         self.lock.release()
 
 # %% ../nbs/00_core.ipynb #22b761dd

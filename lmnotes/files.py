@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from .core import *
@@ -107,6 +108,7 @@ class JsonlLog:
 
     def __init__(self, path):
         self.path, self.unwritten, self.hash, self.hashed = Path(path), [], hashlib.sha256(), 0
+        self.whole = None  # Size of the file before a write that failed
 
     def append(self, **record) -> None:
         "Append a record. If that fails, keep it in memory, print a warning, and try again with the next record"
@@ -120,15 +122,19 @@ class JsonlLog:
 
     def _write(self):
         "Write the records in memory, or none of them"
-        with open(self.path, "ab", buffering=0) as f:
-            size, data = f.tell(), "".join(self.unwritten).encode()
+        with name_in_os_errors(self.path), open(self.path, "ab", buffering=0) as f:
+            if self.whole is not None:
+                f.truncate(self.whole)
+            data, self.whole = "".join(self.unwritten).encode(), f.seek(0, os.SEEK_END)
             try:
                 if f.write(data) < len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
-                f.truncate(size)
+                with suppress(OSError):  # Then the next write cuts the file
+                    f.truncate(self.whole)
                 raise
         self.unwritten.clear()
+        self.whole = None
 
     def _read(self):
         "Return (records, damaged lines), with a warning for each damaged line"

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import DataError, fsync_path, read_json, write_atomic, write_json
+from ..core import DataError, fsync_path, name_in_os_errors, read_json, write_atomic, write_json
 from .untrusted_files import read_torch_file
 from ..untrusted import escape_terminal
 
@@ -89,18 +89,24 @@ class TokenWriter:
         if starts_document:
             self.starts.append(self.count)
         data = ids.astype(self.dtype).tobytes()
-        self.file.write(data)
+        with name_in_os_errors(self.path):
+            self.file.write(data)
         self.hash.update(data)
         self.count += len(ids)
         self.n_bytes += n_bytes
         self.domains[domain][1] = self.count
 
     def __exit__(self, error, *exc):
-        with self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
+        try:
+            with name_in_os_errors(self.path), self.file:
+                self.file.flush()
+                os.fsync(self.file.fileno())
+        except OSError:
+            self.tmp.unlink(missing_ok=True)
+            if not error:
+                raise
         if error:
-            self.tmp.unlink()
+            self.tmp.unlink(missing_ok=True)
             return
         _metadata_path(self.path).unlink(missing_ok=True)
         starts = io.BytesIO()

@@ -184,7 +184,9 @@ def _is_finished(folder, cfg, origins):
         given = {n: v for n, v in asdict(cfg).items() if origins[n] != "default" and v != "auto"}
         if check_unchanged(info["config"], given, FIXED_PARAMS, CHANGEABLE_PARAMS, cfg.allow_change):
             return False
-        return bool(verify_checkpoint(folder / checkpoint_name(info["step"])))
+        end = verify_checkpoint(folder / checkpoint_name(info["step"]))
+        pointers = dict(last=end, final=end, best=best_checkpoint(end))  # A full disk may have left an old one
+        return all(read_pointer(folder, name) == target for name, target in pointers.items() if target)
     except (ValueError, KeyError, TypeError):  # `run` prints what is wrong
         return False
 

@@ -124,7 +124,10 @@ def _start_record(record, s, trainer):
         write_base_weights(s.folder, s.lm)
     s.data.tokenizer.save(s.folder / "tokenizer")
     truncate_metrics(s.folder, trainer.counters)
-    write_atomic(s.folder.parent / ".last", s.folder.name + "\n")
+    try:
+        write_atomic(s.folder.parent / ".last", s.folder.name + "\n")
+    except OSError as e:  # Only an empty run name needs it
+        print(f"warning: {explain_os_error(e)}")
     context = dict(origins=s.origins, environment=environment(s.device, trainer.world_size), device=s.device_line)
     record.update(status="running", step=trainer.step, changes=_recorded_changes(s), **s.run_record(), **context)
     print(
