@@ -5,6 +5,7 @@ no audit event, so we wrap them.
 """
 
 import builtins
+import errno
 import io
 import itertools
 import os
@@ -98,6 +99,28 @@ def kill_at(number, function, *args):
             if number == next(count) or isinstance(number, str) and f"{kind} {path}".startswith(number):
                 half()
                 os.kill(os.getpid(), signal.SIGKILL)
+
+    watch_operations("runs", act)
+    return function(*args)
+
+
+def fail_from(number, name, lasting, function, *args, kinds=(*CHANGES, "fsync")):
+    """Call a function whose `number`-th operation of `kinds` in `runs` fails with the error `name`, and all later ones if `lasting`
+
+    A write fails when half of it is written. Removals succeed on a full disk.
+    """
+    count, code = itertools.count(1), getattr(errno, name)
+
+    def act(kind, path, half):
+        if kind not in kinds or (name in ("ENOSPC", "EDQUOT") and kind in ("remove", "rmdir", "truncate")):
+            return
+        n = next(count)
+        if n == number or (lasting and n > number):
+            half()
+            names = (
+                [os.path.join("runs", path)] if kind not in ("write", "truncate", "fsync") else []
+            )  # As the system does
+            raise OSError(code, os.strerror(code), *names)
 
     watch_operations("runs", act)
     return function(*args)

@@ -1,0 +1,325 @@
+"""Errors of the file system at every file operation of a run: a full disk, a quota, damaged, read-only and forbidden storage.
+
+Training continues where it can, the messages name the path and the reason, and a later resume ends in the same bits. The errors come
+from a layer below the library, and from real small file systems where this process may mount them.
+"""
+
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from faults import CHANGES, fail_from, record_operations
+from helpers import (
+    command_line_args,
+    differences,
+    lmnotes_command,
+    read_log,
+    run_before_call,
+    run_in_process,
+    run_results,
+    train,
+)
+from test_kills import SHORT, prune_first
+
+from lmnotes import files
+from lmnotes.core import CheckpointError, read_json
+from lmnotes.training import checkpoint, saving
+from lmnotes.training.checkpoint import list_checkpoints, verify_checkpoint
+from lmnotes.training.trainer import Trainer
+
+REASONS = dict(
+    ENOSPC="disk full",
+    EDQUOT="quota exceeded",
+    EIO="Input/output error",
+    EACCES="you have no permission",
+    EROFS="the file system is read-only",
+)
+FAULTS = [(name, lasting) for name in REASONS for lasting in (False, True)]
+IDS = [f"{name} {'from there on' if lasting else 'once'}" for name, lasting in FAULTS]
+KINDS = *CHANGES, "fsync"
+FREEING = "remove", "rmdir", "truncate"  # Operations that succeed on a full disk
+CASES = 2  # By default, for each fault
+
+
+def affected(name, operations):
+    "Return the operations that can fail with an error"
+    return [op for op in operations if name not in ("ENOSPC", "EDQUOT") or op.split()[0] not in FREEING]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, corpus):
+    "Return the folder of an unbroken run, its results and its file operations"
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "corpus").symlink_to(corpus)
+    command = "train", *command_line_args(**SHORT)
+    assert run_in_process(folder, record_changes, *command) == 0, read_log(folder)
+    return folder, run_results(folder / "runs/r"), (folder / "operations").read_text().splitlines()
+
+
+def record_changes(*words, kinds=KINDS):
+    return record_operations(lmnotes_command, *words, kinds=kinds)
+
+
+def failing(mutant, *fault):
+    "Run the command line with a fault, and with a part of the library replaced by one of `MUTANTS`"
+    if mutant:
+        MUTANTS[mutant][0]()
+    number, name, lasting, kinds, *words = fault
+    return fail_from(number, name, lasting, lmnotes_command, *words, kinds=kinds)
+
+
+def problems_of_report(folder, code, reason):
+    "Yield the problems with the exit code and the messages of a run"
+    log = read_log(folder)
+    last = log.strip().rpartition("\n")[2]
+    if "Traceback" in log:
+        yield f"a traceback: {last}"
+    elif code not in (0, 2):
+        yield f"exit code {code}: {last}"
+    elif code and not (last.startswith("lmnotes: ") and "runs" in last and reason in last):
+        yield f"the last line is {last!r}"
+
+
+def problems_of_run(folder, operations):
+    "Yield the problems with a run in which the operation after `operations` has failed: lost steps, checkpoints or counts"
+    log, run = read_log(folder), folder / "runs/r"
+    if any("metrics.jsonl" in op for op in operations) and "step 12/12" not in log:
+        yield "training ended early"
+    saved = [op.split("/")[-1] for op in operations if op.startswith("rename r/step_")]
+    found = list_checkpoints(run)
+    if saved and (not found or found[-1].name < saved[-1]):
+        yield f"{saved[-1]} is lost"
+    try:
+        [verify_checkpoint(checkpoint_folder) for checkpoint_folder in found]
+    except CheckpointError as e:
+        yield str(e)
+    info = read_json(run / "run.json") if (run / "run.json").exists() else {}
+    if info.get("status") == "done" and info["unsaved"] != log.count(" is not saved: "):
+        yield f"run.json counts {info['unsaved']} failed saves"
+
+
+def problems_of_resume(folder, whole):
+    "Resume a run without a fault to the end, and yield the differences from an unbroken run"
+    if run_in_process(folder, lmnotes_command, "train", *command_line_args(**SHORT, resume="auto")):
+        yield f"it does not resume: {read_log(folder)[-500:]}"
+    elif found := differences(whole, run_results(folder / "runs/r")):
+        yield f"these differ: {found}"
+    elif left := list(folder.glob("runs/r/.*.tmp")):
+        yield f"these remain: {left}"
+
+
+def problems(tmp_path, unbroken, name, lasting, number, mutant=""):
+    "Return the problems after a fault at an operation of a run"
+    whole, results, operations = unbroken
+    folder = tmp_path / f"{name}-{lasting}-{number}"
+    folder.mkdir()
+    (folder / "corpus").symlink_to(whole / "corpus")
+    done = affected(name, operations)[: number - 1]
+    fault = number, name, lasting, KINDS
+    code = run_in_process(folder, failing, mutant, *fault, "train", *command_line_args(**SHORT))
+    found = [*problems_of_report(folder, code, REASONS[name]), *problems_of_run(folder, done)]
+    found += problems_of_resume(folder, results)
+    shutil.rmtree(folder)
+    return found and (name, "lasting" if lasting else "once", number, affected(name, operations)[number - 1], found)
+
+
+def all_problems(tmp_path, unbroken, name, lasting, numbers):
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda number: problems(tmp_path, unbroken, name, lasting, number), numbers)
+    return [problem for problem in found if problem]
+
+
+@pytest.mark.parametrize("name, lasting", FAULTS, ids=IDS)
+def test_errors(tmp_path, unbroken, name, lasting):
+    "After an error at some operations, training continues, messages name path and reason, and a resume is exact"
+    n, i = len(affected(name, unbroken[2])), FAULTS.index((name, lasting))
+    numbers = [1 + n * (len(FAULTS) * j + i) // (len(FAULTS) * CASES) for j in range(CASES)]
+    assert not all_problems(tmp_path, unbroken, name, lasting, numbers)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name, lasting", FAULTS, ids=IDS)
+def test_errors_at_every_operation(tmp_path, unbroken, name, lasting):
+    "After an error at any operation, training continues, messages name path and reason, and a resume is exact"
+    numbers = range(1, 1 + len(affected(name, unbroken[2])))
+    found = all_problems(tmp_path, unbroken, name, lasting, numbers)
+    assert not found, (len(found), len(numbers), found[:5])
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, corpus):
+    "Return the folder of a run that was stopped at step 6, and what a resume reads"
+    folder = tmp_path_factory.mktemp("stopped")
+    (folder / "corpus").symlink_to(corpus)
+    assert run_in_process(folder, train, 6, **SHORT) == 130, read_log(folder)
+    shutil.copytree(folder / "runs", folder / "kept")
+    command = "train", *command_line_args(**SHORT, resume="auto")
+    assert run_in_process(folder, record_changes, *command, kinds=("read",)) == 0, read_log(folder)
+    return folder, (folder / "operations").read_text().splitlines()
+
+
+def problems_of_reading(tmp_path, stopped, whole, name, number):
+    "Return the problems after a read that fails while a run is resumed"
+    source, operations = stopped
+    folder = tmp_path / f"{name}-{number}"
+    shutil.copytree(source / "kept", folder / "runs")
+    (folder / "corpus").symlink_to(source / "corpus")
+    fault = number, name, False, ("read",)
+    code = run_in_process(folder, failing, "", *fault, "train", *command_line_args(**SHORT, resume="auto"))
+    found = [*problems_of_report(folder, code, REASONS[name]), *problems_of_resume(folder, whole)]
+    return found and (name, number, operations[number - 1], found)
+
+
+READS = [*range(1, 80, 20), *(pytest.param(n, marks=pytest.mark.nightly) for n in range(1, 80) if n % 20 != 1)]
+
+
+@pytest.mark.parametrize("number", READS)
+def test_errors_of_reading(tmp_path, unbroken, stopped, number):
+    "After a read that fails during a resume, the message names the file and the reason, and the next resume is exact"
+    if number > len(stopped[1]):
+        pytest.skip(f"a resume reads {len(stopped[1])} times")
+    name = ("EIO", "EACCES")[number % 40 > 20]
+    assert not problems_of_reading(tmp_path, stopped, unbroken[1], name, number)
+
+
+def changed_from_outside(change, *words):
+    "Run the command line, and change the run folder before step 7"
+    run_before_call(Trainer, "train_step", lambda t: t.step == 6, CHANGES_FROM_OUTSIDE[change])
+    return lmnotes_command(*words)
+
+
+CHANGES_FROM_OUTSIDE = {
+    "deleted": lambda: shutil.rmtree("runs/r"),
+    "renamed": lambda: Path("runs/r").rename("runs/moved"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_FROM_OUTSIDE)
+def test_run_folder_changes_from_outside(tmp_path, unbroken, change):
+    "If the run folder is deleted or renamed, training continues, one line explains it, and the renamed run resumes exactly"
+    (tmp_path / "corpus").symlink_to(unbroken[0] / "corpus")
+    command = "train", *command_line_args(**SHORT)
+    code = run_in_process(tmp_path, changed_from_outside, change, *command)
+    assert code == 2 and not [*problems_of_report(tmp_path, code, "there is no such file or folder")], read_log(
+        tmp_path
+    )
+    assert "step 12/12" in read_log(tmp_path) and not (tmp_path / "runs/r").exists()
+    if change == "renamed":
+        (tmp_path / "runs/moved").rename(tmp_path / "runs/r")
+    assert not [*problems_of_resume(tmp_path, unbroken[1])]
+
+
+@pytest.mark.parametrize("name", ["EROFS", "EACCES"])
+@pytest.mark.parametrize("resume", [False, True], ids=["new", "resumed"])
+def test_read_only_folder_of_runs(tmp_path, unbroken, stopped, name, resume):
+    "A new and a resumed run in a read-only folder of runs end with one line, and nothing changes"
+    (tmp_path / "corpus").symlink_to(unbroken[0] / "corpus")
+    (tmp_path / "runs").mkdir()
+    if resume:
+        shutil.copytree(stopped[0] / "kept", tmp_path / "runs", dirs_exist_ok=True)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
+    command = "train", *command_line_args(**SHORT, resume=resume or "auto")
+    code = run_in_process(tmp_path, failing, "", 1, name, True, KINDS, *command)
+    assert code == 2 and not [*problems_of_report(tmp_path, code, REASONS[name])], read_log(tmp_path)
+    assert "step 8" not in read_log(tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")} == before
+
+
+def mount(options, folder):
+    "Mount a small file system in memory, or change it"
+    return subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path, unbroken):
+    "Return a folder whose `runs` is a file system of its own. Skip if mounting is not allowed here"
+    (tmp_path / "corpus").symlink_to(unbroken[0] / "corpus")
+    (tmp_path / "runs").mkdir()
+    try:
+        done = mount("size=1m", tmp_path / "runs")
+    except OSError as e:
+        pytest.skip(f"there is no mount: {e}")
+    if done.returncode:
+        pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
+    yield tmp_path
+    subprocess.run(["umount", "-l", tmp_path / "runs"], check=True)
+
+
+# Part of the size of an unbroken run that the disk has, or its number of files
+SIZES = {"0.3": (0.3, 0), "0.7": (0.7, 0), "0.95": (0.95, 0), "12 files": (9, 12), "25 files": (9, 25)}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_small_disk(small_disk, unbroken, size):
+    "On a real disk with too little space or too few files, messages name it, and with more space a resume is exact"
+    share, n_files = SIZES[size]
+    needed = sum(path.stat().st_size for path in (unbroken[0] / "runs").rglob("*") if path.is_file())
+    assert not mount(f"remount,size={int(share * needed)},nr_inodes={n_files}", small_disk / "runs").returncode
+    code = run_in_process(small_disk, lmnotes_command, "train", *command_line_args(**SHORT))
+    assert not [*problems_of_report(small_disk, code, "disk full"), *problems_of_run(small_disk, [])]
+    assert "disk full" in read_log(small_disk), read_log(small_disk)
+    assert not mount(f"remount,size={9 * needed},nr_inodes=0", small_disk / "runs").returncode
+    assert not [*problems_of_resume(small_disk, unbroken[1])]
+
+
+@pytest.mark.parametrize("resume", [False, True], ids=["new", "resumed"])
+def test_read_only_disk(small_disk, unbroken, stopped, resume):
+    "A new and a resumed run on a real read-only disk end with one line, and a later run is exact"
+    assert not mount("remount,size=9m", small_disk / "runs").returncode
+    if resume:
+        shutil.copytree(stopped[0] / "kept", small_disk / "runs", dirs_exist_ok=True)
+    assert not mount("remount,ro", small_disk / "runs").returncode
+    command = "train", *command_line_args(**SHORT, resume=resume or "auto")
+    code = run_in_process(small_disk, lmnotes_command, *command)
+    assert code == 2 and not [*problems_of_report(small_disk, code, REASONS["EROFS"])], read_log(small_disk)
+    assert not mount("remount,rw", small_disk / "runs").returncode
+    assert not [*problems_of_resume(small_disk, unbroken[1])]
+
+
+def end_at_a_failed_save():
+    def after_step(hook, t):
+        if t.counters["best_step"] == t.step > 0:
+            hook.save(t)
+
+    saving.Save.after_step = after_step
+
+
+def drop_records():
+    real = files.JsonlLog.append
+
+    def append(log, **record):
+        real(log, **record)
+        log.unwritten.clear()
+
+    files.JsonlLog.append = append
+
+
+def hide_errors_of_writing():
+    real = checkpoint._write_file
+
+    def write(path, data):
+        try:
+            return real(path, data)
+        except OSError:
+            return dict(size=len(data), sha256=files.hashlib.sha256(data).hexdigest())
+
+    checkpoint._write_file = write
+
+
+# {name: (function that replaces a part of the library, start of the operation that fails)}
+MUTANTS = {
+    "a failed save ends training": (end_at_a_failed_save, "write r/.step_00000006"),
+    "records that were not written are dropped": (drop_records, "write r/metrics.jsonl"),
+    "errors of writing are hidden": (hide_errors_of_writing, "write r/.step_00000009"),
+    "checkpoints are deleted before the next is written": (prune_first, "mkdir r/.step_00000006"),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_errors_detect_a_missing_measure(tmp_path, unbroken, mutant):
+    "Without the measure, an error has another result, so the tests above would detect its absence"
+    operation = MUTANTS[mutant][1]
+    number = next(n for n, op in enumerate(affected("ENOSPC", unbroken[2]), 1) if op.startswith(operation))
+    assert problems(tmp_path, unbroken, "ENOSPC", "deleted" in mutant, number, mutant)
