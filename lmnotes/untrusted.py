@@ -10,6 +10,7 @@ __all__ = ['path_inside', 'escape_terminal', 'EscapedOutput', 'unescaped_stdout'
 import html
 import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -45,21 +46,38 @@ def escape_terminal(
     "Replace the control characters of a text by their code points, such as ⟨U+001B⟩"
     return _TERMINAL.sub(lambda m: m[0] if m[0] in keep else f"⟨U+{ord(m[0]):04X}⟩", str(text))
 
+# %% ../nbs/01_untrusted.ipynb #83097ab7
+@contextmanager
+def _ignore_full_disk():
+    "Ignore an `OSError`, since a lost line of output must not stop a run, unless the reader of the output has ended"
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
+
 # %% ../nbs/01_untrusted.ipynb #a6035b2d
 class EscapedOutput:
-    "Context manager: escape all text that is printed to stdout, if that is a terminal"
+    "Context manager: escape all text that is printed to stdout, if that is a terminal, and ignore a full disk otherwise"
 
     def __enter__(self):
         self.before, self.stream = sys.stdout, unescaped_stdout()
-        if self.stream.isatty():
-            sys.stdout = self
+        self.escape = escape_terminal if self.stream.isatty() else str
+        sys.stdout = self
         return self
 
     def __exit__(self, *error):
         sys.stdout = self.before
 
     def write(self, text) -> int:
-        return self.stream.write(escape_terminal(text))
+        with _ignore_full_disk():
+            self.stream.write(self.escape(text))
+        return len(text)
+
+    def flush(self) -> None:
+        with _ignore_full_disk():
+            self.stream.flush()
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

@@ -205,6 +205,10 @@ def main(
     sys.stdout.reconfigure(line_buffering=True)  # So that you can read a log file during the run
     sys.excepthook = _print_traceback
     code = execute_command(sys.argv[1:] if argv is None else argv)
+    try:
+        sys.stdout.flush()
+    except OSError:  # The output is on a full disk. Python would try again and exit with code 120
+        sys.stdout = open(os.devnull, "w")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # Threads of a process group may abort while Python exits
         sys.stdout.flush()
         sys.stderr.flush()

@@ -4,8 +4,10 @@ Training continues where it can, the messages name the path and the reason, and 
 from a layer below the library, and from real small file systems where this process may mount them.
 """
 
+import os
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -276,6 +278,18 @@ def test_read_only_disk(small_disk, unbroken, stopped, resume):
     assert code == 2 and not [*problems_of_report(small_disk, code, REASONS["EROFS"])], read_log(small_disk)
     assert not mount("remount,rw", small_disk / "runs").returncode
     assert not [*problems_of_resume(small_disk, unbroken[1])]
+
+
+def test_output_on_a_full_disk(small_disk, unbroken):
+    "A run whose output goes to a file on a full disk trains to its end, with exit code 0 and the same bits"
+    output, place = small_disk / "runs/output", small_disk / "elsewhere"
+    (small_disk / "runs/filling").write_bytes(bytes(1 << 20))
+    command = [sys.executable, "-m", "lmnotes", "train", *command_line_args(**SHORT | dict(out_dir=place))]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
+    with open(output, "wb") as f:
+        done = subprocess.run(command, cwd=small_disk, env=environ, stdout=f, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and not output.read_bytes(), done.stderr
+    assert not differences(unbroken[1], run_results(place / "r"))
 
 
 def end_at_a_failed_save():
