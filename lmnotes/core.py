@@ -7,8 +7,8 @@ __all__ = ['DTYPES', 'MAX_JSON_BYTES', 'DataError', 'TokenizerError', 'Checkpoin
            'RankError', 'did_you_mean', 'replace_aliases', 'expand_kwargs', 'project_root', 'data_root', 'paths_to_try',
            'derive_seed', 'seed_torch', 'set_deterministic', 'pick_device', 'pick_dtype', 'describe_device',
            'name_in_os_errors', 'fsync_path', 'write_atomic', 'check_regular_file', 'finite_json', 'write_json',
-           'read_json', 'sha256_bytes', 'sha256_file', 'sha256_json', 'utc_now', 'RunLock', 'StopSignals', 'versions',
-           'environment', 'peak_memory']
+           'read_json', 'sha256_bytes', 'sha256_file', 'sha256_json', 'utc_now', 'read_owner', 'RunLock', 'StopSignals',
+           'versions', 'environment', 'peak_memory']
 
 # %% ../nbs/00_core.ipynb #4775f101
 import difflib
@@ -336,12 +336,19 @@ def utc_now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
+def read_owner(folder) -> dict:  # {pid, host, start}
+    "Return the process that holds the lock of a folder, or {} if there is none or its file is damaged"
+    try:
+        owner = read_json(Path(folder) / ".owner.json")
+    except DataError:  # It has just started or just ended
+        return {}
+    valid = isinstance(owner, dict) and all(isinstance(owner.get(name), str) for name in ("host", "start"))
+    return owner if valid and type(owner.get("pid")) is int and 0 < owner["pid"] < 2**31 else {}
+
+
 def _describe_owner(folder):
     "Return the process, host and start time of the owner of a lock, for an error message"
-    try:
-        owner = read_json(folder / ".owner.json")
-    except DataError:  # It has just started or just ended
-        owner = dict.fromkeys(("pid", "host", "start"), "unknown")
+    owner = dict.fromkeys(("pid", "host", "start"), "unknown") | read_owner(folder)
     return f"process {owner['pid']} on {owner['host']} since {owner['start']}"
 
 # %% ../nbs/00_core.ipynb #5f29e667

@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 from .core import *
@@ -70,7 +71,7 @@ def explain_os_error(
     path="",  # File or folder of the operation (empty: the one in the error)
 ) -> str:
     "Return one sentence that explains an error of the file system: the path, the reason, and the free space of a full disk"
-    path = Path(path or e.filename or ".")
+    path = Path(path or e.filename2 or e.filename or ".")
     if e.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
         folder = next(p for p in (path, *path.absolute().parents) if p.is_dir())
         kind = "quota exceeded" if e.errno == errno.EDQUOT else "disk full"
@@ -96,10 +97,22 @@ def _parse_record(line):
     "Return the record in a line, or None if the line is damaged"
     try:
         record = json.loads(line.decode())
+        return record if _is_record(record) else None
     except (ValueError, RecursionError):
         return None
-    is_record = isinstance(record, dict) and type(record.get("step")) is int and isinstance(record.get("split"), str)
-    return record if is_record else None
+
+
+def _is_record(value):
+    "Return True for an object with a step and a split, and with a number, null or a text for each name"
+    if not isinstance(value, dict) or type(value.get("step")) is not int or "split" not in value:
+        return False
+    texts = {"split", "prompt", "text"} if value["split"] == "sample" else {"split"}
+    texts |= {"time"} & set(value)
+    numbers = [v for name, v in value.items() if name not in texts and v is not None]
+    are_numbers = all(type(v) in (int, float, bool) and math.isfinite(v) and abs(v) < 2**63 for v in numbers)
+    if not are_numbers or not all(isinstance(value.get(name), str) for name in texts):
+        return False
+    return bool(datetime.fromisoformat(value["time"])) if "time" in value else True
 
 # %% ../nbs/02_files.ipynb #2c38020f
 # Long: one line of the file, from its writing to its repair

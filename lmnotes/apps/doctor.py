@@ -78,7 +78,7 @@ def check_ending(view) -> list:  # A `RunView`
     "Return the finding about the end of a run, and about a process that holds its lock"
     info, folder = view.info, view.folder
     at, resume = f"at step {info['step']:,} of {view.steps:,}", resume_command(folder)
-    owner = read_json(folder / ".owner.json") if view.alive is not False or (folder / ".owner.json").exists() else {}
+    owner = read_owner(folder)
     process = f"process {owner.get('pid')} on {owner.get('host')} since {owner.get('start')}"
     if view.alive or view.alive is None:
         unknown = "" if view.alive else ". It is another machine, so look there whether the process is alive"

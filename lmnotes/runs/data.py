@@ -109,5 +109,5 @@ def check_same_tokenizer(tokenizer, info, folder) -> None:  # Tokenizer, run.jso
     if tokenizer.fingerprint != info["tokenizer"]["fingerprint"]:
         raise TokenizerError(
             f"{folder / 'tokenizer'} ({tokenizer.fingerprint[:12]}) is not the tokenizer of the run "
-            f"({info['tokenizer']['fingerprint'][:12]}). Restore the tokenizer folder of the run"
+            f"({info['tokenizer']['fingerprint'][:12]} in run.json). Restore the tokenizer folder of the run"
         )

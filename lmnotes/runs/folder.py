@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['RUN_FILES', 'runs_folder', 'last_run_name', 'find_run_folder', 'describe_existing_runs', 'resume_command',
-           'unused_folder_name', 'move_earlier_run_aside', 'RunRecord', 'read_run_record', 'locked_run_folder',
-           'run_folder_name', 'will_resume', 'take_run_folder', 'fork', 'run_record_at_step', 'truncate_metrics']
+           'unused_folder_name', 'move_earlier_run_aside', 'RunRecord', 'read_run_record', 'check_same_record',
+           'locked_run_folder', 'run_folder_name', 'will_resume', 'take_run_folder', 'fork', 'run_record_at_step',
+           'truncate_metrics']
 
 # %% ../../nbs/runs/61_folder.ipynb #9d6d6a25
 import os
@@ -15,11 +16,12 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import asdict, fields
 from itertools import count
 from pathlib import Path
 
 from ..core import *
+from ..data.tokenizer_files import *
 from ..files import *
 from .config import *
 from ..training.checkpoint import *
@@ -37,9 +39,11 @@ def runs_folder(out_dir="") -> Path:
 def last_run_name(folder) -> str:
     "Return the name of the most recent run in a folder of runs"
     noted = Path(folder) / ".last"
-    name = noted.read_text().strip() if noted.exists() else ""
+    name = noted.read_text(encoding="utf-8", errors="replace").strip() if noted.is_file() else ""
     if name and (path_inside(folder, name, source=noted, error=CheckpointError) / "run.json").exists():
         return name
+    if noted.exists():
+        print(f"warning: {noted} does not name a run that is there. The most recently updated run is used")
     times = {}
     for record in Path(folder).glob("[!.]*/run.json"):
         try:
@@ -169,7 +173,26 @@ def read_run_record(folder) -> dict:
         check_format(info, path)
     if problem := next(_wrong_entries(info), None):
         raise CheckpointError(f"{path}: damaged, or not the record of a run: {problem}. Restore it from a copy")
-    return info
+    return info | dict(config=asdict(RunConfig(**info["config"])))  # With parameters that are newer than the run
+
+# %% ../../nbs/runs/61_folder.ipynb #aea15fec
+def check_same_record(
+    info,  # Content of run.json
+    checkpoint_folder,  # A verified one
+    allow_change="",  # Names of parameters that may differ, separated by spaces
+) -> None:
+    "Raise `CheckpointError` unless run.json and a checkpoint agree, apart from changes that run.json records"
+    saved, changes = read_checkpoint_config(checkpoint_folder), info.get("changes", [])
+    now = info["config"] | {f"{n}_content": info[n]["fingerprint"] for n in ("data", "tokenizer")}
+    then = {n: v for n, v in saved.get("params", {}).items() if n in now}
+    then |= {f"{n}_content": saved[n] for n in ("data", "tokenizer") if n in saved}
+    for name, value in then.items():
+        recorded = [change["before"] for change in changes if change["name"] == name]
+        if value != now[name] and value not in recorded and name not in parse_names(allow_change):
+            raise CheckpointError(
+                f"{checkpoint_folder.parent / 'run.json'} has {name}={now[name]!r}, but {checkpoint_folder.name} was saved with "
+                f"{value!r}. Restore run.json, or move the checkpoint away if it belongs to another run"
+            )
 
 # %% ../../nbs/runs/61_folder.ipynb #362e5bf9
 @contextmanager
@@ -239,6 +262,8 @@ def fork(
         tmp.mkdir(parents=True)
         _copy_run_at_step(checkpoint_folder, tmp)
         os.replace(tmp, new)
+    except OSError as e:
+        raise CheckpointError(f"{explain_os_error(e)}. {old} cannot be copied, and is unchanged") from None
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return name
@@ -247,20 +272,33 @@ def fork(
 def _copy_run_at_step(checkpoint_folder, to):
     "Copy the files of a run as they were at one step"
     old, then = checkpoint_folder.parent, read_checkpoint_config(checkpoint_folder)
+    check_same_record(read_run_record(old), checkpoint_folder)
     counters = read_state(checkpoint_folder)["counters"]
-    best = best_checkpoint(checkpoint_folder)
-    for folder in {old / "tokenizer", checkpoint_folder, best}:
-        if folder and folder.exists():
-            shutil.copytree(folder, to / folder.name)
+    record, best = run_record_at_step(then, checkpoint_folder), _usable_best_checkpoint(checkpoint_folder)
+    tokenizer = load_tokenizer(old / "tokenizer")
+    if tokenizer.fingerprint != record["tokenizer"]["fingerprint"]:
+        raise TokenizerError(f"{old / 'tokenizer'}: not the tokenizer of {checkpoint_folder}. Restore it from a copy")
+    tokenizer.save(to / "tokenizer")
+    for folder in {checkpoint_folder, best} - {None}:
+        shutil.copytree(folder, to / folder.name)
     settings = [p.name for p in old.glob("[!.]*.json") if p.name != "run.json"]  # Written by recipes
     for file in ("metrics.jsonl", "samples.jsonl", BASE_WEIGHTS_FILE, *settings):
         if (old / file).exists():
             shutil.copy2(old / file, to)
     truncate_metrics(to, counters)
     for name, folder in dict(last=checkpoint_folder, best=best).items():
-        if folder and folder.exists():
+        if folder:
             write_pointer(to, name, folder)
-    write_json(to / "run.json", run_record_at_step(then, checkpoint_folder))
+    write_json(to / "run.json", record)
+
+
+def _usable_best_checkpoint(checkpoint_folder):
+    "Return the best checkpoint as of a checkpoint, or None with a warning if it is damaged or missing"
+    try:
+        best = best_checkpoint(checkpoint_folder)
+        return verify_checkpoint(best) if best else None
+    except CheckpointError as e:
+        print(f"warning: {e}. The best checkpoint is not copied")
 
 
 def run_record_at_step(then, checkpoint_folder) -> dict:  # The checkpoint's config.json, and its folder
@@ -269,7 +307,9 @@ def run_record_at_step(then, checkpoint_folder) -> dict:  # The checkpoint's con
     info = read_run_record(run)
     info.update(status="interrupted", step=then["step"], forked_from=f"{run.name}/{checkpoint_folder.name}")
     info["config"].update(then.get("params", {}))
-    info["data"]["fingerprint"] = then.get("data", info["data"]["fingerprint"])
+    info["model"] = then["config"]
+    for name in ("data", "tokenizer"):
+        info[name]["fingerprint"] = then.get(name, info[name]["fingerprint"])
     return {name: value for name, value in info.items() if name not in ("result", "tokens", "error", "signal")}
 
 # %% ../../nbs/runs/61_folder.ipynb #6e53497c

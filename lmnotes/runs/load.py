@@ -122,9 +122,8 @@ class Run:
 # %% ../../nbs/runs/64_load.ipynb #93312eab
 def is_run_alive(folder) -> "bool | None":
     "Return True if the process of a run is alive, or None if it is on another machine and so unknown"
-    try:
-        owner = read_json(Path(folder) / ".owner.json")
-    except DataError:  # No process
+    owner = read_owner(folder)
+    if not owner:
         return False
     if owner["host"] != socket.gethostname() or os.name == "nt":  # On Windows os.kill would end the process
         return None
@@ -161,6 +160,7 @@ def load(
     folder = checkpoint_folder.parent
     alive = is_run_alive(folder)
     info = read_run_record(folder)
+    check_same_record(info, checkpoint_folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
     check_same_tokenizer(tokenizer, info, folder)
     step = read_checkpoint_config(checkpoint_folder)["step"]

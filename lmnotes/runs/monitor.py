@@ -38,13 +38,15 @@ def seconds_per_step(
     records,  # From metrics.jsonl
 ) -> float:  # 0 if unknown
     "Return the average time per step over the last twenty records, evaluations and checkpoints included"
-    rs = [r for r in records if r["split"] == "train"][-21:]
+    rs = [r for r in records if r["split"] == "train" and r.get("time")][-21:]
     points = [(r["step"], datetime.fromisoformat(r["time"]).timestamp()) for r in rs]
     spans = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(points, points[1:])]
     usual = sorted(seconds for _, seconds in spans)[len(spans) // 2] + 1 if spans else 0
     spans = [(steps, seconds) for steps, seconds in spans if seconds <= 5 * usual]
     seconds, steps = sum(seconds for _, seconds in spans), sum(steps for steps, _ in spans)
-    if rs and not seconds and rs[-1].get("tok_per_s"):  # All within one second: use the training speed
+    if (
+        rs and not seconds and rs[-1]["step"] and rs[-1].get("tokens") and rs[-1].get("tok_per_s")
+    ):  # All within one second: use the training speed
         return rs[-1]["tokens"] / rs[-1]["step"] / rs[-1]["tok_per_s"]
     return seconds / max(1, steps)
 
@@ -259,7 +261,7 @@ class RunView:
         parts += [f"training {key} {train[-1][key]:.3f}"] if train and train[-1].get(key) is not None else []
         error = "bpb_stderr" if key == "bpb" else "stderr"
         parts += [f"best validation {format_with_error(best, key, error)} at step {best['step']:,}"] if best else []
-        parts += [f"{train[-1]['tok_per_s']:,.0f} tokens/s"] if train else []
+        parts += [f"{train[-1]['tok_per_s']:,.0f} tokens/s"] if train and train[-1].get("tok_per_s") else []
         parts += [f"{format_duration(self.seconds_left)} left"] if self.seconds_left else []
         ended = self.status in ("interrupted", "killed", "failed")
         return " | ".join(parts + [f"resume with: {resume_command(self.folder)}"] * ended)

@@ -106,7 +106,10 @@ def _train_run(s, signals, hooks, log_format, make_batches):
     trainer.batches = make_batches(s) if make_batches else s.batches
     record = RunRecord(s.folder, **(s.info or dict(started=utc_now())))
     if trainer.rank == 0:
-        _start_record(record, s, trainer)
+        try:
+            _start_record(record, s, trainer)
+        except OSError as e:
+            raise CheckpointError(f"{explain_os_error(e)}, so this run cannot start") from None
         if s.checkpoint_folder and trainer.log_format.resumed:
             print(trainer.log_format.resumed.format(step=trainer.step))
     return _fit_and_record(record, s, trainer)

@@ -140,23 +140,6 @@ def _open_for_resume(folder):
     print(f"{folder.name} has no checkpoint yet, so it restarts from step 0")
     return info, None
 
-# %% ../../nbs/runs/63_setup.ipynb #38334999
-def _check_same_record(info, checkpoint_folder, allow_change):
-    "Raise `CheckpointError` unless run.json and a checkpoint agree, apart from changes that run.json records"
-    saved, changes = read_checkpoint_config(checkpoint_folder), info.get("changes", [])
-    now = dict(
-        info["config"], data_content=info["data"]["fingerprint"], tokenizer_content=info["tokenizer"]["fingerprint"]
-    )
-    then = {n: v for n, v in saved.get("params", {}).items() if n in now}
-    then |= {f"{n}_content": saved[n] for n in ("data", "tokenizer") if n in saved}
-    for name, value in then.items():
-        recorded = [change["before"] for change in changes if change["name"] == name]
-        if value != now[name] and value not in recorded and name not in parse_names(allow_change):
-            raise CheckpointError(
-                f"{checkpoint_folder.parent / 'run.json'} has {name}={now[name]!r}, but {checkpoint_folder.name} was saved with "
-                f"{value!r}. Restore run.json, or move the checkpoint away if it belongs to another run"
-            )
-
 # %% ../../nbs/runs/63_setup.ipynb #9e1c3fa6
 def _merge_saved_config(info, cfg, origins):
     "Return the saved configuration with the changes that `allow_change` permits, and the origins of its values"
@@ -190,7 +173,7 @@ class RunSetup:
         if cfg.resume:
             self.info, self.checkpoint_folder = call_on_rank0_first(lambda: _open_for_resume(folder))
             if self.checkpoint_folder:
-                _check_same_record(self.info, self.checkpoint_folder, cfg.allow_change)
+                check_same_record(self.info, self.checkpoint_folder, cfg.allow_change)
             cfg, origins = _merge_saved_config(self.info, cfg, origins)
         check_params(cfg, rank_and_world_size()[1])
         lm_config(cfg.arch, cfg.preset, **parse_model_args(cfg.arch, cfg.model_args))  # Find wrong names first
@@ -288,8 +271,8 @@ def _check_same_model(lm, info, checkpoint_folder):
     saved, expected = dict(asdict(lm.cfg), arch=lm.arch), dict(info["model"], arch=info["config"]["arch"])
     if names := [n for n in saved if saved[n] != expected.get(n)]:
         raise CheckpointError(
-            f"{checkpoint_folder / 'config.json'} has {names[0]}={saved[names[0]]!r}, but the run has "
-            f"{expected.get(names[0])!r}. This checkpoint belongs to another run: move it out of this folder"
+            f"{checkpoint_folder / 'config.json'} has {names[0]}={saved[names[0]]!r}, but run.json has "
+            f"{expected.get(names[0])!r}. Restore run.json, or move the checkpoint away if it belongs to another run"
         )
 
 # %% ../../nbs/runs/63_setup.ipynb #50f58964

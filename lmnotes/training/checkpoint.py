@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import asdict
@@ -212,11 +213,14 @@ def verify_checkpoint(folder) -> Path:
     manifest = read_json(folder / "manifest.json", CheckpointError)
     try:
         files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except (KeyError, TypeError, AttributeError):
-        files = {}
+        name = checkpoint_name(manifest["step"])
+    except (KeyError, TypeError, AttributeError, ValueError):
+        files, name = {}, ""
     adapter = set(ADAPTER_FILES) <= set(files)
     if not {"config.json", "state.pt"} <= set(files) or not (adapter or "model.safetensors" in files):
         raise CheckpointError(f"{folder / 'manifest.json'}: damaged, it does not list the files of a checkpoint")
+    if folder.name.startswith("step_") and folder.name != name:
+        raise CheckpointError(f"{folder / 'manifest.json'}: belongs to {name}. Give this folder its name again")
     for name, (size, sha256) in files.items():
         path = path_inside(folder, name, source=folder / "manifest.json", error=CheckpointError)
         if not path.is_file():
@@ -283,11 +287,24 @@ def latest_checkpoint(run) -> Path:
     error = "none has been saved"
     for folder in reversed(list_checkpoints(run)):
         try:
-            return verify_checkpoint(folder)
+            return _warn_if_not_last(verify_checkpoint(folder))
         except CheckpointError as e:
             error = e
             print(f"warning: {e}. Falling back to the checkpoint before it")
     raise CheckpointError(f"{run}: no complete checkpoint in this folder ({error})")
+
+
+def _warn_if_not_last(folder):
+    "Return a checkpoint folder, with a warning if `last` names a later one that is missing"
+    path = folder.parent / "last"
+    name = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+    if (
+        re.fullmatch(r"step_\d{8,}", name)
+        and int(name[5:]) > int(folder.name[5:])
+        and not (folder.parent / name).is_dir()
+    ):
+        print(f"warning: {path} names {name}, which is missing. Falling back to {folder.name}")
+    return folder
 
 # %% ../../nbs/training/42_checkpoint.ipynb #b278a443
 POINTERS = "best", "last", "interrupted", "final"
