@@ -1,0 +1,420 @@
+"""Whatever changes between two starts of a run is rejected by name, recorded, or without effect on the bits."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import StopAtSteps
+from small_runs import SMALL, attempt, hash_of, hash_of_weights, trained_runs
+from test_verify import reseal
+
+from lmnotes import core
+from lmnotes.core import CheckpointError, environment, read_json, write_json
+from lmnotes.data.prepare import prepare_data
+from lmnotes.runs import setup
+from lmnotes.runs.config import CHANGEABLE_PARAMS, FIXED_PARAMS, RunConfig
+from lmnotes.runs.folder import fork, last_run_name
+from lmnotes.runs.load import load
+from lmnotes.runs.run import run
+from lmnotes.training.checkpoint import find_checkpoint, read_state
+
+GPT = "d_model=8 n_layers=1 n_heads=1"
+ONE = dict(keep=1, eval_every=12)  # A single checkpoint folder
+RUNS = {
+    "r": ((6,), dict(**ONE)),
+    "seed": ((6,), dict(**ONE, seed=1)),
+    "larger": ((6,), dict(**ONE, model_args="d_model=16 n_layers=1 n_heads=1")),
+    "rnn": ((6,), dict(**ONE, arch="rnn", model_args="d_model=8 d_hidden=8")),
+    "bytes": ((6,), dict(**ONE, tokenizer="bytes")),
+    "adapted": ((6,), dict(**ONE, lora_rank=1, optimizer="adamw")),
+    "adapted other": ((6,), dict(**ONE, lora_rank=1, optimizer="adamw", seed=1, run="adapted_other")),
+    "tokens": ((6,), dict(**ONE, data="prepared", tokenizer="bpe:2048")),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "Return a folder with runs that were stopped at step 6 of 12, their text and prepared tokens"
+    folder = tmp_path_factory.mktemp("changes")
+    with trained_runs(folder, {name: case for name, case in RUNS.items() if name != "tokens"}):
+        for size in (270, 280):
+            prepare_data(f"prepared{size}", "corpus", f"bpe:{size}")
+        shutil.copytree("prepared270", "prepared")
+        run(hooks=[], view=False, **SMALL | ONE | dict(run="whole"))
+        run(hooks=[StopAtSteps(6)], view=False, **SMALL | RUNS["tokens"][1] | dict(run="tokens"))
+        yield folder
+
+
+@pytest.fixture
+def place(trained, tmp_path, monkeypatch):
+    "Return a copy of the folder, which is the current one"
+    shutil.copytree(trained, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
+
+
+def resume(name="r", **params):
+    return run(**dict(resume=True, run=name, out_dir="runs", view=False) | params)
+
+
+def result(r):
+    "Return the hashes of the weights and of the optimizer at the end of a run"
+    state = read_state(find_checkpoint(r.folder, "last"))
+    counters = {name: v for name, v in state["counters"].items() if name in ("tokens", "best", "best_step", "sums")}
+    return r.step, hash_of_weights(r.lm), hash_of([state["optimizers"], counters])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(trained):
+    "Return the result of the run that was not stopped"
+    return result(load(trained / "runs/whole"))
+
+
+def again(trained, name="r"):
+    "Restore a run in the current folder"
+    shutil.rmtree(f"runs/{name}", ignore_errors=True)
+    shutil.copytree(trained / "runs" / name, f"runs/{name}")
+
+
+# Parameters
+
+OTHER = dict(
+    arch="rnn", preset="small", model_args="d_model=16 n_layers=1 n_heads=1", data="prepared270", domains="sea", recursive=True,
+    split="first90", tokenizer="bytes", ctx_len=4, batch_size=4, sampler="epochs", epochs=0.5, stride=2, optimizer="adamw",
+    lr=0.5, min_lr=0.01, steps=14, warmup=0.5, schedule="linear", cooldown=0.1, weight_decay=0.5, betas="0.5 0.9", clip=0.1,
+    accum=2, dtype="bfloat16", compile=True, seed=5, eval_every=3, eval_batches=2, patience=5, init_from="runs/seed",
+    freeze="embed*", lora_rank=2, lora_alpha=3.0, lora_dropout=0.5, lora_targets="qkv", lora_train="embed*",
+    log_every=5, device="auto", sample_every=4, prompt="sea", save_every=3, keep=0, keep_every=5, wait=1.0,
+)  # fmt: skip
+ELSEWHERE = dict(
+    run="names the run", resume="is what this test is about", out_dir="names the place", data_dir="in the right combinations",
+    procs="in the environment", dry_run="trains no run", allow_change="with each parameter",
+)  # fmt: skip
+NAMES = [f.name for f in fields(RunConfig) if f.name not in ELSEWHERE]
+
+
+def test_the_table_has_every_parameter():
+    "The tables of changed values and of exceptions cover every parameter of a run"
+    assert {*OTHER, *ELSEWHERE} == {f.name for f in fields(RunConfig)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_changed_parameter(place, uninterrupted, name, capsys):
+    "A parameter given with another value on resume is rejected by name, recorded with allow_change, or without effect"
+    changed = {name: OTHER[name]}
+    if name in CHANGEABLE_PARAMS:
+        assert result(resume(**changed)) == uninterrupted
+        return
+    with pytest.raises(CheckpointError, match=f"this run has {name}="):
+        resume(**changed)
+    if name in FIXED_PARAMS:
+        with pytest.raises(CheckpointError, match=f"this run has {name}=.* cannot change"):
+            resume(**changed, allow_change=name)
+        return
+    more = (
+        dict(allow_change=f"{name} data")
+        if name in ("data", "domains", "split", "recursive")
+        else dict(allow_change=name)
+    )
+    if name == "stride":
+        changed, more = changed | dict(sampler="epochs"), dict(allow_change="stride sampler")
+    _, error, text = attempt(lambda _: resume(**changed, **more), None)
+    if name == "compile":  # Not every machine has a compiler
+        return
+    assert not error, (error, text)
+    assert f"from here on {name}=" in text
+    changes = read_json("runs/r/run.json")["changes"]
+    assert [(c["name"], c["after"], c["step"]) for c in changes if c["name"] == name] == [(name, OTHER[name], 6)]
+
+
+# run.json, changed by hand
+
+
+def another(value):
+    "Return a value of the same type"
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, (int, float)) else f"{value}x" if isinstance(value, str) else value
+
+
+def set_param(name, value, info):
+    info["config"][name] = value
+
+
+def remove_param(name, info):
+    del info["config"][name]
+
+
+def rejected_or_without_effect(trained, uninterrupted, change, name):
+    "Return what is wrong after a change of run.json (empty: nothing)"
+    again(trained)
+    info = read_json("runs/r/run.json")
+    change(info)
+    write_json("runs/r/run.json", info)
+    r, error, text = attempt(lambda _: resume(), None)
+    if error:
+        known = isinstance(error, ValueError) and "run.json" in f"{error} {text}"
+        return "" if known and name in str(error) else f"{name}: {error!r}"
+    return "" if result(r) == uninterrupted else f"{name}: other bits, {text}"
+
+
+def test_each_parameter_in_run_json(place, trained, uninterrupted):
+    "A value of the configuration in run.json that was changed by hand is rejected by name, or without effect"
+    problems = []
+    for name in [*NAMES, "procs", "data_dir"]:
+        values = [OTHER.get(name, another(getattr(RunConfig, name)))]
+        for value in [*values, another(values[0])]:
+            problems.append(rejected_or_without_effect(trained, uninterrupted, partial(set_param, name, value), name))
+    assert not [p for p in problems if p], "\n".join(filter(None, problems))
+
+
+def test_each_missing_parameter_in_run_json(place, trained, uninterrupted):
+    "A parameter removed from run.json is rejected by name, or has its default in the run"
+    problems = []
+    for name in NAMES:
+        problems.append(rejected_or_without_effect(trained, uninterrupted, partial(remove_param, name), name))
+    assert not [p for p in problems if p], "\n".join(filter(None, problems))
+
+
+def other_entries(value, path=()):
+    "Yield the paths of the numbers and texts of run.json that are not in its configuration"
+    for key, inner in value.items():
+        if isinstance(inner, dict) and key != "config":
+            yield from other_entries(inner, (*path, key))
+        elif not isinstance(inner, (dict, list)):
+            yield (*path, key)
+
+
+def test_each_other_entry_of_run_json(place, trained, uninterrupted):
+    "Every other number and text in run.json that was changed by hand is rejected by name, or without effect"
+    problems, n = [], 0
+    for *path, key in [*other_entries(read_json("runs/r/run.json"))]:
+
+        def change(info):
+            for name in path:  # noqa: B023
+                info = info[name]
+            info[key] = another(info[key]) if info[key] is not None else 1  # noqa: B023
+
+        n += 1
+        name = {"fingerprint": path[-1] if path else "", "vocab_size": "vocab_size"}.get(key, key)
+        problems.append(rejected_or_without_effect(trained, uninterrupted, change, name))
+    assert n > 40 and not [p for p in problems if p], "\n".join(filter(None, problems))
+
+
+# Environment
+
+
+@pytest.mark.parametrize("name, before, after", [("cpu", None, "DEFAULT"), ("processes", 1, 2), ("threads", 1, 3), ("torch", None, "9.0"), ("python", None, "4.0"), ("numpy", None, "1.0"), ("lmnotes", None, "9.0"), ("device", None, "cuda (H200)")])  # fmt: skip
+def test_another_environment(place, monkeypatch, name, before, after):
+    "Another processor, number of processes, version or device is printed as a change after which bits may differ"
+    before = before or environment()[name]
+    monkeypatch.setattr(setup, "environment", lambda *args: environment(*args) | {name: after})
+    _, error, text = attempt(lambda _: resume(), None)
+    assert not error and f"bits may differ from here on: {name} {before} → {after}\n" in text
+
+
+def test_two_threads(place):
+    "A resume with two threads instead of one prints the change"
+    torch.set_num_threads(2)
+    try:
+        _, error, text = attempt(lambda _: resume(), None)
+    finally:
+        torch.set_num_threads(1)
+    assert not error and "bits may differ from here on: threads 1 → 2\n" in text
+
+
+def test_another_cpu(place):
+    "A resume on a processor without vector instructions prints the change"
+    env = os.environ | dict(ATEN_CPU_CAPABILITY="default", OMP_NUM_THREADS="1")
+    command = [sys.executable, "-m", "lmnotes", "train", "--resume", "--run", "r", "--out-dir", "runs"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX"):
+        assert "bits may differ from here on: cpu " in done.stdout
+
+
+def test_the_same_environment(place, uninterrupted):
+    "A resume in the same environment prints no change, and ends with the bits of the uninterrupted run"
+    r, error, text = attempt(lambda _: resume(), None)
+    assert not error and "bits may differ" not in text and result(r) == uninterrupted
+
+
+# Combinations of data, tokenizer and checkpoints
+
+
+def step(name="r"):
+    return next(Path("runs", name).glob("step_*"))
+
+
+def put_step(other, name="r"):
+    target = step(name)
+    shutil.rmtree(target)
+    shutil.copytree(step(other), target)
+
+
+def edit_text(old=b"wave", new=b"wove"):
+    path = Path("corpus/sea/all.jsonl")
+    times = path.stat().st_mtime
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+    os.utime(path, (times, times))
+
+
+def put_tokenizer(other):
+    shutil.rmtree("runs/r/tokenizer")
+    shutil.copytree(other, "runs/r/tokenizer")
+
+
+def put_tokens(size):
+    shutil.rmtree("prepared")
+    shutil.copytree(f"prepared{size}", "prepared")
+
+
+def change_json(path, **values):
+    write_json(path, read_json(path) | values)
+
+
+def newer_checkpoint():
+    change_json(step() / "config.json", format=2)
+    reseal(step())
+
+
+WRONG = {  # {case: (change, parameters, part of the message)}
+    "text edited at the same size": (edit_text, {}, "the data has changed"),
+    "text removed": (lambda: os.remove("corpus/sea/all.jsonl"), {}, "the data has changed"),
+    "text added": (lambda: shutil.copy("corpus/sea/all.jsonl", "corpus/sea/more.jsonl"), {}, "the data has changed"),
+    "no text": (lambda: shutil.rmtree("corpus"), {}, "corpus"),
+    "other data": (lambda: None, dict(data="prepared270"), "this run has data="),
+    "tokenizer of bytes": (lambda: put_tokenizer("runs/bytes/tokenizer"), {}, "is not the tokenizer of the run"),
+    "tokenizer of another size": (lambda: put_tokenizer("prepared280/tokenizer"), {}, "is not the tokenizer of the run"),
+    "no tokenizer": (lambda: shutil.rmtree("runs/r/tokenizer"), {}, "tokenizer: there is no such file or folder"),
+    "another tokenizer given": (lambda: None, dict(tokenizer="bytes"), "this run has tokenizer="),
+    "step of another seed": (lambda: put_step("seed"), {}, "run.json has seed=0, but step_00000006 was saved with 1"),
+    "step of another size": (lambda: put_step("larger"), {}, "run.json has model_args="),
+    "step of another architecture": (lambda: put_step("rnn"), {}, "run.json has arch='gpt'"),
+    "step of another tokenizer": (lambda: put_step("bytes"), {}, "run.json has tokenizer="),
+    "step of an adapter": (lambda: put_step("adapted"), {}, "base.safetensors: the base weights of the adapter are missing"),
+    "renamed step": (lambda: step().rename("runs/r/step_00000005"), {}, "belongs to step_00000006"),
+    "record of another run": (lambda: shutil.copy("runs/seed/run.json", "runs/r"), {}, "run.json has seed=1"),
+    "record of another architecture": (lambda: shutil.copy("runs/rnn/run.json", "runs/r"), {}, "run.json has arch='rnn'"),
+    "weights of another run": (lambda: shutil.copy(step("seed") / "model.safetensors", step()), {}, "model.safetensors: damaged"),
+    "state of another run": (lambda: shutil.copy(step("seed") / "state.pt", step()), {}, "state.pt: damaged"),
+    "configuration of another run": (lambda: shutil.copy(step("seed") / "config.json", step()), {}, "config.json: damaged"),
+    "other base weights": (
+        lambda: shutil.copy("runs/adapted_other/base.safetensors", "runs/adapted"), dict(name="adapted"), "not the base weights of"),
+    "no base weights": (lambda: os.remove("runs/adapted/base.safetensors"), dict(name="adapted"), "base weights of the adapter are missing"),
+    "adapter of other base weights": (lambda: put_step("adapted_other", "adapted"), dict(name="adapted"), "not the base weights of"),
+    "tokens of another tokenizer": (lambda: put_tokens(280), dict(name="tokens"), "tokenizer"),
+    "no checkpoint": (lambda: shutil.rmtree(step()), {}, "none of its step_ folders is here"),
+    "no such run": (lambda: None, dict(name="x"), "there is no run here to resume"),
+    "newer record": (lambda: change_json("runs/r/run.json", format=2), {}, "format 2 is not the format 1 of this version of lmnotes. Update"),
+    "newer checkpoint": (newer_checkpoint, {}, "format 2 is not the format 1 of this version of lmnotes. Update"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_combination(place, case):
+    "A run with data, a tokenizer or a checkpoint that is not its own is rejected by name, and nothing is written"
+    change, params, message = WRONG[case]
+    change()
+    before = {p: p.read_bytes() for p in Path("runs").rglob("*") if p.is_file() and p.name != ".lock"}
+    _, error, text = attempt(lambda _: resume(**params), None)
+    assert isinstance(error, ValueError) and message in f"{error} {text}", (error, text)
+    assert {p: p.read_bytes() for p in Path("runs").rglob("*") if p.is_file() and p.name != ".lock"} == before
+
+
+def shuffle_times():
+    draw = random.Random(0)
+    for path in Path().rglob("*"):
+        os.utime(path, (draw.randrange(2**31),) * 2)
+
+
+def clear_caches():
+    for path in [p for p in Path("corpus").rglob(".*") if p.exists()]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def leave_lock():
+    write_json("runs/r/.owner.json", dict(pid=2**22 + 1, host="elsewhere", start="2020"))
+
+
+def to_another_folder(name="elsewhere"):
+    Path(name).mkdir()
+    shutil.move("runs/r", f"{name}/r")
+
+
+RIGHT = {  # {case: (change, parameters)}
+    "untouched": (lambda: None, {}),
+    "shuffled times": (shuffle_times, {}),
+    "renamed": (lambda: os.rename("runs/r", "runs/new"), dict(name="new")),
+    "moved": (to_another_folder, dict(out_dir="elsewhere")),
+    "moved to a name with blanks": (lambda: to_another_folder("ein Weg ü"), dict(out_dir="ein Weg ü")),
+    "copied": (lambda: shutil.copytree("runs/r", "runs/copy"), dict(name="copy")),
+    "behind a link": (lambda: os.symlink("r", "runs/link"), dict(name="link")),
+    "in a linked folder": (lambda: os.symlink("runs", "linked"), dict(out_dir="linked")),
+    "another current folder": (lambda: (Path("cwd").mkdir(), os.chdir("cwd")), dict(out_dir="../runs", data_dir="..")),
+    "moved text": (lambda: (Path("d").mkdir(), shutil.move("corpus", "d")), dict(data_dir="d")),
+    "without caches": (clear_caches, {}),
+    "without copies of the vocabulary": (lambda: [p.unlink() for p in Path("runs/r/tokenizer").glob("[vm]*")], {}),
+    "without pointers": (lambda: [Path("runs/r", p).unlink(missing_ok=True) for p in ("best", "last", "interrupted")], {}),
+    "without the last name": (lambda: os.remove("runs/.last"), {}),
+    "with the lock of a dead process": (leave_lock, {}),
+    "forked": (lambda: fork("runs/r", "fork"), dict(name="fork")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RIGHT)
+def test_a_right_combination(place, uninterrupted, case):
+    "A run that was moved, copied, linked or touched is resumed with the bits of the uninterrupted run"
+    change, params = RIGHT[case]
+    change()
+    assert result(resume(**params)) == uninterrupted
+
+
+@pytest.mark.parametrize("value", [2, 0, "1", None, [], 1.5, {}])
+def test_another_format(place, value):
+    "A run.json or config.json of another format is rejected with the advice to update"
+    change_json("runs/r/run.json", format=value)
+    for use in (resume, lambda: load("runs/r"), lambda: fork("runs/r")):
+        with pytest.raises(CheckpointError, match=r"run.json: format .* Update lmnotes"):
+            use()
+    change_json("runs/r/run.json", format=1)
+    change_json(step() / "config.json", format=value)
+    reseal(step())
+    for use in (resume, lambda: load("runs/r"), lambda: fork("runs/r")):
+        with pytest.raises(CheckpointError, match=r"config.json: format .* Update lmnotes"):
+            use()
+
+
+# The clock
+
+
+@pytest.mark.parametrize("case", ["clock set back", "another time zone", "shuffled times"])
+def test_the_clock_chooses_nothing(place, uninterrupted, monkeypatch, case):
+    "With the clock set back, another time zone or other file times, the same checkpoints and runs are chosen"
+    found = lambda: [find_checkpoint("runs/whole", which).name for which in ("", "best", "last", "final")]  # noqa: E731
+    before = found(), last_run_name("runs")
+    if case == "clock set back":
+        monkeypatch.setattr(core, "utc_now", lambda: "1990-01-01T00:00:00+00:00")
+        monkeypatch.setattr(time, "time", lambda: 0.0)
+    elif case == "another time zone":
+        monkeypatch.setenv("TZ", "Pacific/Kiritimati")
+        time.tzset()
+    else:
+        shuffle_times()
+    try:
+        assert (found(), last_run_name("runs")) == before
+        assert result(resume()) == uninterrupted
+        assert last_run_name("runs") == "r" and load("runs/r").step == 12
+        assert json.loads(Path("runs/r/run.json").read_bytes())["status"] == "done"
+    finally:
+        monkeypatch.undo()
+        time.tzset()
