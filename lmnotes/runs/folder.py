@@ -291,7 +291,7 @@ def _copy_run_at_step(checkpoint_folder, to):
             write_pointer(to, name, folder)
     write_json(to / "run.json", record)
 
-
+# %% ../../nbs/runs/61_folder.ipynb #06fb3898
 def _usable_best_checkpoint(checkpoint_folder):
     "Return the best checkpoint as of a checkpoint, or None with a warning if it is damaged or missing"
     try:

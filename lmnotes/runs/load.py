@@ -156,23 +156,22 @@ def load(
 ) -> Run:
     "Open a trained run, with its model in evaluation mode"
     found, device = find_run_folder(path), pick_device(device)
-    checkpoint_folder, lm = read_while_training(found, lambda: _load_model(found, which, device, model_args))
-    folder = checkpoint_folder.parent
-    alive = is_run_alive(folder)
-    info = read_run_record(folder)
-    check_same_record(info, checkpoint_folder)
+    folder, lm, info = read_while_training(found, lambda: _load_model(found, which, device, model_args))
     tokenizer = load_tokenizer(folder / "tokenizer")
     check_same_tokenizer(tokenizer, info, folder)
-    step = read_checkpoint_config(checkpoint_folder)["step"]
-    info = dict(info, step=step, status=actual_status(info, alive))
     lm.load_extra_files(folder)
     return Run(folder, lm.to(getattr(torch, pick_dtype(device, dtype)[0])), tokenizer, info)
 
 
 def _load_model(path, which, device, model_args):
-    "Return (checkpoint folder, model)"
+    "Return (run folder, model, record as of its checkpoint)"
     checkpoint_folder = find_checkpoint(path, which)
-    return checkpoint_folder, load_lm(checkpoint_folder, device=device, model_args=model_args)
+    lm, folder = load_lm(checkpoint_folder, device=device, model_args=model_args), checkpoint_folder.parent
+    alive = is_run_alive(folder)
+    info = read_run_record(folder)
+    check_same_record(info, checkpoint_folder)
+    step = read_checkpoint_config(checkpoint_folder)["step"]
+    return folder, lm, dict(info, step=step, status=actual_status(info, alive))
 
 # %% ../../nbs/runs/64_load.ipynb #d25f8c75
 def _is_finished(folder, cfg, origins):
