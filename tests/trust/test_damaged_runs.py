@@ -142,7 +142,8 @@ def records(folder):
 
 def use_load(folder, which=""):
     r = load(folder, which)
-    return dict(step=r.step, config=trajectory(asdict(r.config)), weights=hash_of_weights(r.lm), metrics=r.metrics)
+    found = dict(step=r.step, config=trajectory(asdict(r.config)), weights=hash_of_weights(r.lm), metrics=r.metrics)
+    return found | dict(tokenizer=r.tokenizer.fingerprint)
 
 
 def use_resume(folder, name=None):
