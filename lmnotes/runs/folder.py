@@ -124,6 +124,8 @@ def move_earlier_run_aside(
     old = {p for pattern in (*RUN_FILES, *files, ".*") for p in aside.glob(pattern)}
     for p in [p for p in aside.iterdir() if p not in old]:
         os.replace(p, folder / p.name)
+    for p in [p for p in old if not p.resolve().is_relative_to(aside.resolve())]:  # Next to the folder
+        os.replace(p, aside / p.name)
     print(f"{folder.name} already existed: the earlier run is now {aside.name}")
 
 # %% ../../nbs/runs/61_folder.ipynb #83a459c5
