@@ -553,7 +553,7 @@ def test_secrets_and_damaged_files_are_not_uploaded(exported, tmp_path, capsys):
     assert "not uploaded: .env" in capsys.readouterr().out
     with open(copy / "README.md", "a") as f:
         f.write(f"export HF_TOKEN={TOKEN}\n")
-    with pytest.raises(ValueError, match=r"README.md:\d+: contains something like an access token") as caught:
+    with pytest.raises(ValueError, match=r"README.md:\d+: contains something like a secret") as caught:
         upload(copy, "me/ok", dry_run=True)
     assert TOKEN not in str(caught.value)
     (copy / "README.md").unlink()

@@ -131,7 +131,8 @@ def _start_record(record, s, trainer):
         write_atomic(s.folder.parent / ".last", s.folder.name + "\n")
     except OSError as e:  # Only an empty run name needs it
         print(f"warning: {explain_os_error(e)}")
-    context = dict(origins=s.origins, environment=environment(s.device, trainer.world_size), device=s.device_line)
+    context = dict(origins=s.origins, versions=versions(), device=s.device_line)
+    context["environment"] = environment(s.device, trainer.world_size)
     record.update(status="running", step=trainer.step, changes=_recorded_changes(s), **s.run_record(), **context)
     print(
         f"{s.folder.name}: {s.cfg.arch}, {n_params(s.lm):,} parameters ({trained:,} trained"

@@ -158,7 +158,7 @@ def test_missing_and_changed_data(runs):
 
 def test_named_data_is_not_downloaded(runs):
     record = read_json(runs / "r/run.json")
-    record["config"]["data"] = "pydocs+tinystories"
+    record["config"]["data"] = "pydocs+enwik8"
     write_json(runs / "r/run.json", record)
     assert "A resume downloads it" in repr(doctor(runs / "r"))
 
