@@ -314,6 +314,10 @@ def test_failed_start_leaves_no_base_weights(tmp_path, base_run_folder):
     run = tmp_path / "runs/r"
     for folder in list_checkpoints(run):
         shutil.rmtree(folder)
+    for name in ("last", "interrupted"):
+        (run / name).unlink()
+    record = json.loads((run / "run.json").read_bytes())
+    (run / "run.json").write_text(json.dumps(record | dict(status="failed")))  # Before its first checkpoint
     code = run_in_process(
         tmp_path, train, **{**TINY, "run": "base", "steps": 25, "patience": 0, "resume": True, "allow_change": "steps"}
     )

@@ -18,6 +18,7 @@ import torch
 from ..core import *
 from ..data.datasets import *
 from ..data.tokenizer_files import *
+from ..files import *
 from ..inference.evaluation import *
 from ..inspect.verify import *
 from ..runs.config import *

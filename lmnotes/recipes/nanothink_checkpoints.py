@@ -17,6 +17,7 @@ import torch
 
 from ..core import *
 from ..data.untrusted_files import *
+from ..files import *
 from ..nn.lm import *
 from ..runs.config import *
 from ..runs.folder import *

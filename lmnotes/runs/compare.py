@@ -24,6 +24,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..core import *
+from ..files import *
 from ..inference.evaluation import *
 from ..inference.generation import *
 from ..nn.lm import *

@@ -18,6 +18,7 @@ from dataclasses import asdict
 import torch.distributed as dist
 
 from ..core import *
+from ..files import *
 from .config import *
 from .folder import *
 from .load import *

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from functools import partial
 
 import pytest
-from small_runs import RUNS, StopAtOnce, attempt, hash_of_weights, trained_runs, trajectory
+from small_runs import RUNS, StopAtOnce, attempt, hash_of, hash_of_weights, trained_runs, trajectory
 
 from lmnotes.core import CheckpointError, DataError, TokenizerError, write_json
 from lmnotes.inspect.verify import verify
@@ -17,6 +17,7 @@ from lmnotes.runs.load import load
 from lmnotes.runs.monitor import attach
 from lmnotes.runs.replay import MISMATCH
 from lmnotes.runs.run import run
+from lmnotes.training.checkpoint import checkpoint_name, read_state
 
 LIBRARY_ERRORS = CheckpointError, DataError, TokenizerError, ValueError
 
@@ -149,8 +150,10 @@ def use_load(folder, which=""):
 def use_resume(folder, name=None):
     hook = StopAtOnce()
     r = run(resume=True, run=folder.name if name is None else name, out_dir=folder.parent, hooks=[hook], view=False)
-    finished = dict(step=r.step, cfg=trajectory(asdict(r.config)), weights=hash_of_weights(r.lm))
-    return {**vars(hook).get("found", finished), **records(r.folder)}
+    found = dict(step=r.step, cfg=trajectory(asdict(r.config)), weights=hash_of_weights(r.lm))
+    if not hasattr(hook, "found"):  # It was finished
+        found["state"] = hash_of(read_state(r.folder / checkpoint_name(r.step)))
+    return {**found, **vars(hook).get("found", {}), **records(r.folder)}
 
 
 def use_attach(folder):

@@ -23,7 +23,7 @@ from helpers import (
 from test_distributed import torchrun
 
 import lmnotes
-from lmnotes.core import RunLock
+from lmnotes.files import RunLock
 
 TRUST = Path(__file__).parent
 LAUNCHERS = {
