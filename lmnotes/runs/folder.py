@@ -95,7 +95,7 @@ def unused_folder_name(folder) -> Path:
     "Return the first unused name FOLDER-1, FOLDER-2, …"
     return next(p for n in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}-{n}")).exists())
 
-
+# %% ../../nbs/runs/61_folder.ipynb #986ae654
 def _exchange_locked(lock, aside):
     "Give a locked folder the name `aside`, and lock a new folder in its place, in one step"
     folder, new = lock.folder, RunLock(aside).__enter__()
