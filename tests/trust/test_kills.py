@@ -23,7 +23,7 @@ from helpers import (
     run_results,
     train,
 )
-from test_exact import ARCHITECTURES
+from test_exactness_matrix import ARCHITECTURES
 
 from lmnotes import core
 from lmnotes.core import read_json
@@ -54,7 +54,7 @@ class Setting:
 
 SAMPLERS = "random", "epochs", "sequential", "domains", "documents"
 TOKENIZERS = "bytes", "chars", "bpe:300"
-NAMED = {"gpt": {}} | ARCHITECTURES
+NAMED = ARCHITECTURES
 NAMED["agiformer"] = NAMED["agiformer"] | dict(tokenizer="bytes")
 
 
