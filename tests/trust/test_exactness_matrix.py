@@ -26,9 +26,11 @@ ARCHITECTURES = {
     "lstm": dict(arch="rnn", model_args="d_model=16 d_hidden=16 cell=lstm"),
     "scratch_gpt": dict(model_args="d_model=16 n_layers=1 n_heads=2"),
     "gpt2": dict(model_args="d_model=16 n_layers=1 n_heads=2 n_positions=16", init_from="random"),
-    "bytepatch": dict(model_args="d_model=16 d_byte=16 n_layers=1 n_heads=2 ngram_rows=64"),
+    "bytepatch": dict(tokenizer="bytes", model_args="d_model=16 d_byte=16 n_layers=1 n_heads=2 ngram_rows=64"),
     "streams": dict(model_args="d_model=16 n_layers=1 n_heads=2 dropout=0.1"),
-    "agiformer": dict(arch="bytepatch", preset="agiformer", model_args="d_model=16 n_layers=1 n_heads=2"),
+    "agiformer": dict(
+        arch="bytepatch", preset="agiformer", tokenizer="bytes", model_args="d_model=16 n_layers=1 n_heads=2"
+    ),
     "ssm": dict(model_args="d_model=16 n_layers=2 head_dim=8 d_state=4 dropout=0.1"),
     "nanothink_s6": dict(arch="ssm", preset="nanothink_s6", model_args="d_model=16 d_inner=32 n_layers=1 d_state=4"),
     "diffusion": dict(model_args="d_model=16 n_layers=1 n_heads=2 dropout=0.1 causal_share=0.5"),

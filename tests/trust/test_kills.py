@@ -54,16 +54,14 @@ class Setting:
 
 SAMPLERS = "random", "epochs", "sequential", "domains", "documents"
 TOKENIZERS = "bytes", "chars", "bpe:300"
-NAMED = ARCHITECTURES
-NAMED["agiformer"] = NAMED["agiformer"] | dict(tokenizer="bytes")
 
 
 def pairwise_settings():
     "Return {name: setting}: each pair of architecture, sampler, tokenizer, `keep`, optimizer and way to resume is in one"
     settings = {}
-    for (a, arch), (s, sampler) in itertools.product(enumerate(NAMED), enumerate(SAMPLERS)):
+    for (a, arch), (s, sampler) in itertools.product(enumerate(ARCHITECTURES), enumerate(SAMPLERS)):
         values = dict(arch=arch, sampler=sampler, tokenizer=TOKENIZERS[(a + s) % 3], keep=(2, 1, 0)[(a + 2 * s) % 3])
-        values |= dict(optimizer=("muon", "adamw")[(a + a // 3 + s) % 2]) | NAMED[arch]
+        values |= dict(optimizer=("muon", "adamw")[(a + a // 3 + s) % 2]) | ARCHITECTURES[arch]
         name = f"{arch} {sampler} {values['tokenizer']}"
         settings[name] = Setting(values, ("auto", "explicit")[(a + a // 2 + s // 2) % 2])
     return settings
@@ -83,7 +81,9 @@ SETTINGS = PAIRWISE | SCENARIOS
 
 def default_settings():
     "Return a setting of each architecture, with another sampler for each, and all scenarios"
-    chosen = [list(PAIRWISE)[5 * a + a % 5] for a, name in enumerate(NAMED) if NAMED[name].get("arch", name) == name]
+    chosen = [
+        list(PAIRWISE)[5 * a + a % 5] for a, name in enumerate(ARCHITECTURES) if NAMED[name].get("arch", name) == name
+    ]
     return [*chosen, *SCENARIOS]
 
 
