@@ -82,7 +82,9 @@ SETTINGS = PAIRWISE | SCENARIOS
 def default_settings():
     "Return a setting of each architecture, with another sampler for each, and all scenarios"
     chosen = [
-        list(PAIRWISE)[5 * a + a % 5] for a, name in enumerate(ARCHITECTURES) if NAMED[name].get("arch", name) == name
+        list(PAIRWISE)[5 * a + a % 5]
+        for a, name in enumerate(ARCHITECTURES)
+        if ARCHITECTURES[name].get("arch", name) == name
     ]
     return [*chosen, *SCENARIOS]
 
