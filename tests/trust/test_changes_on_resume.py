@@ -1,4 +1,4 @@
-"""Whatever changes between two starts of a run is rejected by name, recorded, or without effect on the bits."""
+"""Every change between two starts of a run is rejected by name, recorded, or without effect on the bits."""
 
 import json
 import os

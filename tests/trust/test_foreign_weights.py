@@ -102,7 +102,8 @@ class Runs:
         return Path.touch, (Path("ran"),)
 
 
-def test_a_pickle_is_not_run_and_no_message_says_how_to(tmp_path, monkeypatch):
+def test_a_pickle_is_not_run_and_no_message_shows_how(tmp_path, monkeypatch):
+    "A pickle is not run, and no message shows how to run it"
     monkeypatch.chdir(tmp_path)
     torch.save(dict(w=Runs()), "w.pt")
     for read in (load_into_small_lm, read_checkpoint_file):
