@@ -316,12 +316,13 @@ def sha256_bytes(data) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sha256_file(path) -> str:
+def sha256_file(path, size=sys.maxsize) -> str:  # File, and the number of bytes at its start (default: all)
     "Return the SHA-256 of a file's content, in hex"
-    h = hashlib.sha256()
+    h, left = hashlib.sha256(), size
     with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
+        while chunk := f.read(min(left, 1 << 20)):
             h.update(chunk)
+            left -= len(chunk)
     return h.hexdigest()
 
 

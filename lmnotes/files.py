@@ -10,7 +10,6 @@ __all__ = ['NO_EXCHANGE', 'exchange_paths', 'replace_folder', 'restore_replaced_
 import ctypes
 import errno
 import hashlib
-import io
 import json
 import math
 import os
@@ -199,14 +198,11 @@ class JsonlLog:
 # %% ../nbs/02_files.ipynb #9b3004b7
 def check_prefix(path, size, sha256) -> None:
     "Raise `CheckpointError` unless the first `size` bytes of a file have this SHA-256"
-    path, h, left = Path(path), hashlib.sha256(), size
+    path = Path(path)
     if size and not path.is_file():
         raise CheckpointError(f"{path}: missing, though the run has written it")
-    with open(path, "rb") if size else io.BytesIO() as f:
-        while left and (chunk := f.read(min(left, 1 << 20))):
-            h.update(chunk)
-            left -= len(chunk)
-    if left or h.hexdigest() != sha256:
+    found = sha256_file(path, size) if size else sha256_bytes(b"")
+    if size and path.stat().st_size < size or found != sha256:
         raise CheckpointError(f"{path}: damaged, its first {size:,} bytes are not what was written (SHA-256 differs)")
 
 # %% ../nbs/02_files.ipynb #b2fcf191

@@ -163,7 +163,7 @@ def check_data(folder, info) -> list:  # Run folder, and run.json
 def check_environment(folder, info) -> list:  # Run folder, and run.json
     "Return the finding about the environment"
     newest = list_checkpoints(folder)[-1:]
-    then = read_json(newest[0] / "config.json", CheckpointError) if newest else {}
+    then = read_checkpoint_config(newest[0]) if newest else {}
     changes = environment_changes(interval_environment(info, then), pick_device(info["config"]["device"]))
     if changes:
         return [_finding("note", "environment", f"differs, so bits may differ after a resume: {changes}")]

@@ -31,7 +31,7 @@ def _text(value):
 def run_facts(view) -> dict:  # A `RunView`
     "Return {part: {name: value}} of the facts that a run folder records"
     info, newest = view.info, list_checkpoints(view.folder)[-1:]
-    then = read_json(newest[0] / "config.json", CheckpointError) if newest else {}
+    then = read_checkpoint_config(newest[0]) if newest else {}
     config = {name: value for name, value in info["config"].items() if name not in NOT_COMPARED}
     data = dict(description=info["data"]["what"], content=info["data"]["fingerprint"][:12], **info["data"]["tokens"])
     tokenizer = dict(info["tokenizer"], fingerprint=info["tokenizer"]["fingerprint"][:12])

@@ -182,14 +182,18 @@ def test_every_measure_against_a_power_cut_is_needed(saves, tmp_path, name):
     assert isinstance(first, tuple), f"{first} states, and all recover"
 
 
-def distinct(states):
-    "Yield each state once"
-    tried = set()
-    for state in states:
-        key = tuple(sorted(state.items()))
-        if key not in tried:
-            tried.add(key)
-            yield state
+def rebuilt_states(folder, operations, first):
+    "Yield (number, operation, folder) for each state of the disk after each operation from the `first` on"
+    disk = Disk()
+    for number, operation in enumerate(operations, 1):
+        disk.apply(*operation)
+        states = disk.states() if number >= first else ()
+        for state in {tuple(sorted(state.items())): state for state in states}.values():
+            workdir = folder / "state"
+            workdir.mkdir()
+            build(workdir, state)
+            yield number, operation, workdir
+            shutil.rmtree(workdir)
 
 
 OLD = {"run.json": b'{"status": "old"}\n', "metrics.jsonl": b"old\n", "last": b"step_00000001\n"}
@@ -222,22 +226,16 @@ def test_power_cut_while_an_earlier_run_moves_aside(tmp_path, monkeypatch):
             aside = len(recorder.operations)
             write_json(runs / "r/run.json", dict(status="new"))
             end = len(recorder.operations)
-    disk, states = Disk(), 0
-    for number, operation in enumerate(recorder.operations, 1):
-        disk.apply(*operation)
-        for state in distinct(disk.states()) if number >= begin else ():
-            workdir = tmp_path / "state"
-            workdir.mkdir()
-            build(workdir, state)
-            found = [content_of(folder) for folder in workdir.iterdir() if folder.is_dir()]
-            reports = sum(1 for content in found if content.pop("report.ipynb", None) == b"{}")
-            whole = [content for content in found if content == OLD]
-            assert len(whole) == 1 and reports >= 1, (number, operation, found)
-            new = [content for content in found if b"new" in content.get("run.json", b"")]
-            if aside < number == end:
-                assert new and content_of(workdir / "r").get("run.json", b"").count(b"new"), (operation, found)
-            shutil.rmtree(workdir)
-            states += 1
+    states = 0
+    for number, operation, workdir in rebuilt_states(tmp_path, recorder.operations, begin):
+        found = [content_of(folder) for folder in workdir.iterdir() if folder.is_dir()]
+        reports = sum(1 for content in found if content.pop("report.ipynb", None) == b"{}")
+        whole = [content for content in found if content == OLD]
+        assert len(whole) == 1 and reports >= 1, (number, operation, found)
+        new = [content for content in found if b"new" in content.get("run.json", b"")]
+        if aside < number == end:
+            assert new and content_of(workdir / "r").get("run.json", b"").count(b"new"), (operation, found)
+        states += 1
     assert states > 30, states
 
 
@@ -259,16 +257,10 @@ def test_power_cut_while_an_export_is_replaced(tmp_path, monkeypatch):
         {n: v + n.encode() for n in ("model.safetensors", "config.json", "README.md")}
         for v in (b"old", b"new", b"newer")
     ]
-    disk, states = Disk(), 0
-    for number, operation in enumerate(recorder.operations, 1):
-        disk.apply(*operation)
+    states = 0
+    for number, operation, workdir in rebuilt_states(tmp_path, recorder.operations, ends[0]):
         complete = sum(n <= number for n in ends)
-        for state in distinct(disk.states()) if complete else ():
-            workdir = tmp_path / "state"
-            workdir.mkdir()
-            build(workdir, state)
-            restore_replaced_folders(workdir)
-            assert content_of(workdir / "model") in versions[complete - 1 : complete + 1], (number, operation)
-            shutil.rmtree(workdir)
-            states += 1
+        restore_replaced_folders(workdir)
+        assert content_of(workdir / "model") in versions[complete - 1 : complete + 1], (number, operation)
+        states += 1
     assert states > 100, states
