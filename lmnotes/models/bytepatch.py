@@ -21,6 +21,7 @@ from ..nn.attention import *
 from ..nn.blocks import *
 from ..nn.layers import *
 from ..nn.lm import *
+from ..nn.row_random import *
 from ..nn.scans import *
 
 # %% ../../nbs/models/35_bytepatch.ipynb #ae802d55
@@ -95,7 +96,7 @@ class LinearAttention(nn.Module):
         q, k = (elu_plus_one(t) + 1e-4 for t in (q, k))
         y, cache.sums = linear_attention(q * q.shape[-1] ** -0.5, k, v, state=cache.sums)
         y = self.norm(self.out(y.transpose(1, 2).reshape(x.shape)))
-        return fast_dropout(y, self.dropout, self.training)
+        return row_dropout(y, self.dropout, self.training)
 
 # %% ../../nbs/models/35_bytepatch.ipynb #e6f4c587
 class HybridLayer(nn.Module):
@@ -113,7 +114,7 @@ class HybridLayer(nn.Module):
         h = self.norm1(x)
         local, _ = self.local(h, make_causal_attention_fn(self.window, cache))
         x = x + self.out(local + self.linear(h, cache))
-        return x + fast_dropout(self.ffn(self.norm2(x)), self.dropout, self.training)
+        return x + row_dropout(self.ffn(self.norm2(x)), self.dropout, self.training)
 
 # %% ../../nbs/models/35_bytepatch.ipynb #568770e7
 class GatedThinking(nn.Module):
@@ -127,7 +128,7 @@ class GatedThinking(nn.Module):
     def forward(self, z, table, cache) -> tuple:
         h = self.norm(z)
         gate = torch.sigmoid(self.gate(h))
-        return z + gate * fast_dropout(self.ffn(h), self.dropout, self.training), gate
+        return z + gate * row_dropout(self.ffn(h), self.dropout, self.training), gate
 
 # %% ../../nbs/models/35_bytepatch.ipynb #70b2ca90
 class HybridPatches(nn.Module):
@@ -143,7 +144,7 @@ class HybridPatches(nn.Module):
 
     def forward(self, x, start, caches) -> tuple:
         x = apply_rope(x.float(), rope_table_at(start, x, n_heads=1, base=10000.0))
-        x = fast_dropout(self.norm_in(x.to(self.norm_in.weight.dtype)), self.c.dropout, self.training)
+        x = row_dropout(self.norm_in(x.to(self.norm_in.weight.dtype)), self.c.dropout, self.training)
         for layer, cache in zip(self.layers, caches):
             x = layer(x, cache)
         return self.norm_out(x), None
@@ -187,7 +188,7 @@ class AttentionPatches(nn.Module):
     def draw_thinking_steps(self) -> int:
         "Return the number of thinking steps, drawn from 0 to `thinking_steps` in training"
         steps = self.c.thinking_steps
-        return int(torch.randint(steps + 1, ())) if self.training else steps
+        return int(rand_step(1) * (steps + 1)) if self.training else steps
 
 # %% ../../nbs/models/35_bytepatch.ipynb #834c7fdf
 class _GRUGates(Function):
@@ -304,7 +305,7 @@ class LocalBytes(nn.Module):
         if self.ngram_embed is not None:
             h = h + self.ngram_embed(ngram_table_indices(x, state.tail, c.ngrams, c.ngram_rows)).sum(2)
             state.tail = torch.cat([state.tail, x], 1)[:, -(c.ngrams - 1) :]
-        return self._run_byte_layers(F.dropout(rms_norm(h), c.dropout, self.training), state, slice(c.byte_layers))
+        return self._run_byte_layers(row_dropout(rms_norm(h), c.dropout, self.training), state, slice(c.byte_layers))
 
     def to_patches(self, h) -> torch.Tensor:
         "(B,N·P,d) -> (B,N,D) patches"

@@ -20,6 +20,7 @@ from ..nn.attention import *
 from ..nn.blocks import *
 from ..nn.denoising import *
 from ..nn.lm import *
+from ..nn.row_random import *
 
 # %% ../../nbs/models/36_diffusion.ipynb #12c66628
 @dataclass
@@ -151,6 +152,12 @@ def _loss_sums(lm, batch, block, draws=1, steps=0):
 def _add_sums(a, b):
     return {name: a.get(name, 0) + value for name, value in b.items()}
 
+
+def _choose_rows(share, n):
+    "Return a mask (n,) of rows of the micro-batch: a share of the global batch, evenly spread"
+    at = row_positions(n)[0] * share + rand_step(1).double()
+    return (at + share).floor() > at.floor()
+
 # %% ../../nbs/models/36_diffusion.ipynb #f4975c1f
 # Long: the model and its presets, one class
 @arch("diffusion")
@@ -165,14 +172,17 @@ class Diffusion(Denoiser):
 
     def loss(self, batch) -> dict:
         "Average over one noise draw in training, with `causal_share` in blocks of one, or over `eval_samples` draws"
-        c, B, sums = self.cfg, len(batch.x), {}
-        draws = 1 if self.training or c.block == 1 else c.eval_samples
-        causal = int(c.causal_share * B + torch.rand(())) if self.training and c.block != 1 else 0
-        if causal:
-            sums = _loss_sums(self, batch.map(lambda o: o[:causal]), 1)
-        if causal < B or not B:
-            sums = _add_sums(sums, _loss_sums(self, batch.map(lambda o: o[causal:]), c.block, draws))
-        return self.text.loss_from_sums(sums, draws)
+        c, sums = self.cfg, {}
+        if not self.training or c.block == 1 or not c.causal_share:
+            draws = 1 if self.training or c.block == 1 else c.eval_samples
+            return self.text.loss_from_sums(_loss_sums(self, batch, c.block, draws), draws)
+        causal = _choose_rows(c.causal_share, len(batch.x))
+        for chosen, block in ((causal, 1), (~causal, c.block)):
+            if chosen.any() or not len(chosen):
+                index = chosen.nonzero()[:, 0]
+                with select_rows(index):
+                    sums = _add_sums(sums, _loss_sums(self, batch.map(lambda o, i=index: o[i.to(o.device)]), block))
+        return self.text.loss_from_sums(sums, 1)
 
     @inference_step
     def step(self, x, state=None) -> tuple:

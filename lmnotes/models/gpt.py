@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..nn.blocks import *
 from ..nn.layers import *
 from ..nn.lm import *
+from ..nn.row_random import *
 
 # %% ../../nbs/models/31_gpt.ipynb #be5b6a10
 @dataclass
@@ -100,7 +100,7 @@ class GPT(Decoder):
     def embed_ids(self, x, start=0) -> torch.Tensor:
         h = super().embed_ids(x, start)
         h = rms_norm(h) if self.cfg.norm == "rms" else h
-        return F.dropout(h, self.cfg.dropout, self.training)
+        return row_dropout(h, self.cfg.dropout, self.training)
 
     def logits(self, h) -> torch.Tensor:
         return head_logits(h, self.head, self.embed, self.cfg.softcap)

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from ..nn.attention import *
 from ..nn.blocks import check_heads
 from ..nn.lm import *
+from ..nn.row_random import *
 
 if TYPE_CHECKING:
     import transformers
@@ -69,12 +71,19 @@ def _hf_attention(module, q, k, v, mask, scaling, dropout=0.0, **unused):
     return causal_attention(q, k, v, scale=scaling, dropout=dropout).transpose(1, 2), None
 
 
-def _use_our_attention(model):
-    "Replace transformers' attention with this library's"
+class _Dropout(nn.Dropout):
+    def forward(self, x):
+        return row_dropout(x, self.p, self.training)
+
+
+def _use_our_parts(model):
+    "Replace transformers' attention and dropout with this library's"
     from transformers import AttentionInterface
 
     AttentionInterface.register("lmnotes", _hf_attention)
     model.set_attn_implementation("lmnotes")
+    for module in [m for m in model.modules() if type(m) is nn.Dropout]:
+        module.__class__ = _Dropout
     return model
 
 # %% ../../nbs/models/33_gpt2.ipynb #6d0b3558
@@ -98,7 +107,7 @@ class GPT2(LM):
         check_heads(cfg.d_model, cfg.n_heads)
         if cfg.ctx_len > (n := cfg.n_positions):
             raise ValueError(f"ctx_len={cfg.ctx_len} is more than the n_positions={n} of the model. Choose at most {n}")
-        model = _use_our_attention(model or _new_hf(cfg))
+        model = _use_our_parts(model or _new_hf(cfg))
         self.transformer, self.lm_head = model.transformer, model.lm_head
 
     @classmethod

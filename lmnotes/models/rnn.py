@@ -6,13 +6,14 @@
 __all__ = ['CELLS', 'RNNConfig', 'RNN']
 
 # %% ../../nbs/models/30_rnn.ipynb #c317c613
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..nn.lm import *
+from ..nn.row_random import *
 
 # %% ../../nbs/models/30_rnn.ipynb #4a337717
 @dataclass
@@ -29,6 +30,21 @@ class RNNConfig(LMConfig):
 CELLS = dict(gru=nn.GRU, lstm=nn.LSTM)
 
 
+def _cell_autocast(cell, device):
+    "Return a context that computes an LSTM in float32 where oneDNN has no bfloat16 LSTM (CPUs without AVX-512)"
+    missing = cell == "lstm" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast("cpu", enabled=False) if missing else nullcontext()
+
+
+def _run_layer(rnn, x, weights):
+    "Run one layer of `rnn` on (B,T,d), given its weights, and return its output (B,T,h)"
+    zeros = x.new_zeros(1, len(x), rnn.hidden_size)
+    settings = weights, True, 1, 0.0, True, False, True  # With biases, one layer, no dropout, training, one direction
+    if rnn.mode == "LSTM":
+        return torch.lstm(x, (zeros, zeros), *settings)[0]
+    return torch.gru(x, zeros, *settings)[0]
+
+# %% ../../nbs/models/30_rnn.ipynb #694d03db
 @arch("rnn")
 class RNN(LM):
     "Recurrent language model: embedding, GRU or LSTM layers, LM head"
@@ -38,22 +54,23 @@ class RNN(LM):
     def __init__(self, cfg):
         super().__init__(cfg)
         check_choices(cfg, cell=CELLS)
-        between = cfg.dropout if cfg.n_layers > 1 else 0.0
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
-        self.rnn = CELLS[cfg.cell](cfg.d_model, cfg.d_hidden, cfg.n_layers, batch_first=True, dropout=between)
+        self.rnn = CELLS[cfg.cell](cfg.d_model, cfg.d_hidden, cfg.n_layers, batch_first=True)
         self.head = nn.Linear(cfg.d_hidden, cfg.vocab_size)
 
-    def _hidden_states(self, x, state):
-        "Return hidden states (B,T,H) of ids (B,T), and the state of the cells after them"
-        h = F.dropout(self.embed(x), self.cfg.dropout, self.training)
-        h, state = self.rnn(h, state)
-        return F.dropout(h, self.cfg.dropout, self.training), state
-
     def forward(self, x) -> torch.Tensor:
-        return self.head(self._hidden_states(x, None)[0])
+        h, p = self.embed(x), self.cfg.dropout
+        with _cell_autocast(self.cfg.cell, x.device):
+            if not self.training or not p:
+                h = self.rnn(h)[0]
+            else:
+                for weights in self.rnn.all_weights:
+                    h = _run_layer(self.rnn, row_dropout(h, p), weights)
+        return self.head(row_dropout(h, p, self.training))
 
     @torch.no_grad()
     def step(self, x, state=None) -> tuple:
         "Return logits (B,V) after new ids (B,k), and the cells' state, which has a constant size"
-        h, state = self._hidden_states(x, state)
+        with _cell_autocast(self.cfg.cell, x.device):
+            h, state = self.rnn(self.embed(x), state)
         return self.head(h[:, -1]), state

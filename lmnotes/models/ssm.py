@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from ..nn.blocks import *
 from ..nn.layers import *
 from ..nn.lm import *
+from ..nn.row_random import *
 from ..nn.scans import *
 
 # %% ../../nbs/models/34_ssm.ipynb #5601f26b
@@ -197,7 +198,7 @@ class SSMBlock(nn.Module):
     def forward(self, h, x0, cache=None) -> torch.Tensor:  # `x0`: the input of the first block
         h = h if self.stream_mix is None else weighted_sum(h, x0, self.stream_mix)
         y, z = self.scan(self.norm(h), cache)
-        return h + F.dropout(self.out_proj(apply_gate(y, z, self.c.gated_norm)), self.c.dropout, self.training)
+        return h + row_dropout(self.out_proj(apply_gate(y, z, self.c.gated_norm)), self.c.dropout, self.training)
 
 # %% ../../nbs/models/34_ssm.ipynb #151ef608
 def check_config(c) -> None:  # `SSMConfig`
@@ -245,7 +246,7 @@ class SSM(LM):
         _init_weights(self)
 
     def embed_ids(self, x, start=0) -> torch.Tensor:
-        return F.dropout(rms_norm(self.embed(x)), self.cfg.dropout, self.training)
+        return row_dropout(rms_norm(self.embed(x)), self.cfg.dropout, self.training)
 
     def new_cache(self) -> list:
         return [SSMCache() for _ in self.blocks]

@@ -22,6 +22,7 @@ from ..nn.layers import *
 from ..nn.lm import *
 from ..nn.lora import *
 from ..nn.modalities import *
+from ..nn.row_random import *
 
 # %% ../../nbs/models/38_streams.ipynb #95929262
 @dataclass
@@ -211,7 +212,7 @@ def run_blocks(
     "Run all blocks and normalize the hidden states"
     c = lm.cfg
     table = rope_table(positions, c.d_model // c.n_heads, c.rope_base)
-    return rms_norm(apply_blocks(lm.blocks, F.dropout(h, c.dropout, lm.training), attention_fns, table))
+    return rms_norm(apply_blocks(lm.blocks, row_dropout(h, c.dropout, lm.training), attention_fns, table))
 
 
 def hidden_states_by_stream(lm, x, streams, frames) -> dict:  # As for `build_parts`

@@ -15,6 +15,8 @@ from functools import lru_cache, wraps
 import torch
 import torch.nn.functional as F
 
+from .row_random import *
+
 # %% ../../nbs/nn/22_attention.ipynb #e8963782
 def check_rope(d) -> None:  # Width of a head
     "Raise ValueError if RoPE cannot rotate heads of this width"
@@ -61,8 +63,7 @@ def _matmul_attention(q, k, v, window, dropout):
     T, S = q.shape[-2], k.shape[-2]
     bias = _causal_bias(T, S, window, q.device, q.dtype).expand(q.shape[0] * q.shape[1], T, S)
     a = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).softmax(-1, dtype=q.dtype)
-    a = F.dropout(a, dropout) if dropout else a
-    return torch.bmm(a, v.flatten(0, 1)).view(*q.shape[:-1], v.shape[-1])
+    return torch.bmm(row_dropout(a, dropout), v.flatten(0, 1)).view(*q.shape[:-1], v.shape[-1])
 
 # %% ../../nbs/nn/22_attention.ipynb #883ce323
 @lru_cache(maxsize=8)
@@ -81,8 +82,7 @@ def _blockwise_attention(q, k, v, window, dropout):
     q, k, v = (F.pad(t, (0, 0, 0, n * window - T)).flatten(0, 1).unflatten(1, (n, window)) for t in (q, k, v))
     k, v = (torch.cat([F.pad(t, (0, 0, 0, 0, 1, 0))[:, :-1], t], 2) for t in (k, v))
     a = (q @ k.mT + _block_bias(n, window, q.device, q.dtype)).softmax(-1, dtype=q.dtype)
-    a = F.dropout(a, dropout) if dropout else a
-    return (a @ v).flatten(1, 2)[:, :T].unflatten(0, (-1, H))
+    return (row_dropout(a, dropout) @ v).flatten(1, 2)[:, :T].unflatten(0, (-1, H))
 
 # %% ../../nbs/nn/22_attention.ipynb #f81b0038
 def not_compiled(function) -> Callable:  # A function that `torch.compile` should not trace
@@ -134,11 +134,11 @@ def masked_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if _recorders:
         _record_attention_weights(q, k, mask, scale)
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or k.shape[2] > 768:
+    if q.device.type != "cpu" or not dropout and (q.dtype != torch.bfloat16 or k.shape[2] > 768):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout)
     a = (q * scale) @ k.mT
     a = a if mask is None else a.masked_fill(~mask, -torch.inf)
-    return F.dropout(a.softmax(-1), dropout) @ v
+    return row_dropout(a.softmax(-1), dropout) @ v
 
 # %% ../../nbs/nn/22_attention.ipynb #4c230cb1
 def causal_attention(
@@ -157,7 +157,7 @@ def causal_attention(
     if window and T == S > 2 * window:
         return _blockwise_attention(q * scale, k, v, window, dropout)
     unmasked = T == 1 and (not window or S <= window)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= 768 and not unmasked:
+    if q.device.type == "cpu" and (dropout or q.dtype == torch.bfloat16 and S <= 768 and not unmasked):
         return _matmul_attention(q * scale, k, v, window, dropout)
     if unmasked or (T == S and (not window or window >= S)):
         return F.scaled_dot_product_attention(q, k, v, is_causal=not unmasked, scale=scale, dropout_p=dropout)

@@ -16,6 +16,7 @@ from torch import nn
 from .attention import *
 from .layers import *
 from .lm import *
+from .row_random import *
 
 # %% ../../nbs/nn/24_blocks.ipynb #f78a3db8
 def check_heads(d_model, n_heads, rotary=False) -> None:  # Model width, number of heads, and whether RoPE rotates them
@@ -79,7 +80,7 @@ class Attention(nn.Module):
         q, k = qk.to(dtype, memory_format=torch.contiguous_format)
         y = attention_fn(q, k, v, self.scale, self.dropout if self.training else 0.0)
         y = self.out(y.transpose(1, 2).reshape(x.shape).to(x.dtype))
-        return F.dropout(y, self.dropout, self.training), v if first_layer_values is None else first_layer_values
+        return row_dropout(y, self.dropout, self.training), v if first_layer_values is None else first_layer_values
 
 # %% ../../nbs/nn/24_blocks.ipynb #ef701a80
 def make_causal_attention_fn(

@@ -21,6 +21,7 @@ from ..data.batches import *
 from .attention import *
 from .blocks import *
 from .layers import *
+from .row_random import *
 
 # %% ../../nbs/nn/28_denoising.ipynb #d613270b
 class MaskedBlock(Block):
@@ -47,7 +48,7 @@ class NoiseConditionedBlock(nn.Module):
         h = torch.addcmul(shift, self.norm1(x), 1 + scale)
         y, first_layer_values = self.attn(h, attention_fn, table, first_layer_values)
         x = x + y
-        return x + F.dropout(self.ffn(self.norm2(x)), self.dropout, self.training), first_layer_values
+        return x + row_dropout(self.ffn(self.norm2(x)), self.dropout, self.training), first_layer_values
 
 # %% ../../nbs/nn/28_denoising.ipynb #d377e083
 class Backbone(nn.Module):
@@ -116,8 +117,9 @@ class BlockAttention:
 # %% ../../nbs/nn/28_denoising.ipynb #dd7b990a
 def noise_levels(rows, columns, draw=0, draws=1, device=None) -> torch.Tensor:  # Index and number of draws
     "Draw noise levels (rows,columns) in (0,1]: in each column evenly spread over the rows and all draws"
-    spread = torch.arange(rows, device=device)[:, None] / rows
-    return (draw + 1 - (spread + torch.rand(columns, device=device)) % 1) / draws
+    positions, batch_size = row_positions(rows)
+    spread = (positions[:, None] / batch_size).to(device)
+    return (draw + 1 - (spread + rand_step(columns, device)) % 1) / draws
 
 
 def mask_ids(
@@ -133,7 +135,7 @@ def mask_ids(
     k = (t * n).ceil().long().clamp(min=1)
     if steps:
         k = -(-n * ((k - 1) * steps // n + 1) // steps)
-    rank = torch.rand(groups.shape, device=t.device).masked_fill(~groups, 2).argsort(-1).argsort(-1)
+    rank = rand_rows(groups.shape, t.device).masked_fill(~groups, 2).argsort(-1).argsort(-1)
     hidden = groups & (rank < k[..., None])
     weight = hidden * (n / k)[..., None]
     return hidden.flatten(1)[:, :T], weight.flatten(1)[:, :T]
@@ -159,7 +161,7 @@ class MaskedObjective(nn.Module):
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
 
     def embed_ids(self, ids) -> torch.Tensor:
-        return F.dropout(rms_norm(self.embed(ids)), self.c.dropout, self.training)
+        return row_dropout(rms_norm(self.embed(ids)), self.c.dropout, self.training)
 
     def query_embeddings(self, B, T) -> torch.Tensor:
         "Return embeddings (B,T,D) of positions whose id is to be predicted"
@@ -235,7 +237,7 @@ class EmbeddingObjective(nn.Module):
         return rms_norm(self.table(ids))
 
     def embed_ids(self, ids) -> torch.Tensor:
-        return F.dropout(self.embed_clean(ids), self.c.dropout, self.training)
+        return row_dropout(self.embed_clean(ids), self.c.dropout, self.training)
 
     def query_embeddings(self, B, T) -> torch.Tensor:
         "Return embeddings (B,T,D) of positions whose id is to be predicted: always the same noise"
@@ -260,11 +262,11 @@ class GaussianObjective(EmbeddingObjective):
         "Return embeddings to denoise (B,T,D), which positions are noisy (B,T), and the noise level (B,)"
         if block == 1:
             return self.query_embeddings(*targets.shape), targets, None
-        given = (2 * torch.rand(len(ids), 1, device=ids.device) - 1) * targets.shape[1]
+        given = (2 * rand_rows((len(ids), 1), ids.device) - 1) * targets.shape[1]
         is_noisy = targets & (torch.arange(targets.shape[1], device=ids.device) >= given)
         t = (t[:, 0] * self.c.training_steps).ceil().long()
         a, x = self.alpha_bar()[t][:, None, None], self.embed_clean(ids[:, 1:])
-        noised = a.sqrt() * x + (1 - a).sqrt() * torch.randn_like(x)
+        noised = a.sqrt() * x + (1 - a).sqrt() * randn_rows(x.shape, x.device)
         return torch.where(is_noisy[..., None], noised.to(x.dtype), x), is_noisy, t
 
     def loss_sums(self, ids, targets, denoise, block, t, steps) -> dict:

@@ -22,6 +22,7 @@ from torch import nn
 from ..core import *
 from ..data.untrusted_files import *
 from .layers import matmul_dtype
+from .row_random import *
 
 # %% ../../nbs/nn/25_lora.ipynb #4f67a86a
 @dataclass
@@ -70,7 +71,7 @@ class LoRALinear(nn.Module):
             return F.linear(x, self.merged, self.bias)
         dtype = matmul_dtype(x)
         y = F.linear(x, self._base_weight(dtype), self.casts("bias", self.bias, dtype))
-        ax = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)
+        ax = F.linear(row_dropout(x, self.dropout, self.training), self.lora_A)
         return torch.addmm(y.flatten(0, -2), ax.flatten(0, -2), self.lora_B.t(), alpha=self.scale).view(y.shape)
 
     def _base_weight(self, dtype=None):

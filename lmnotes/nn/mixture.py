@@ -19,6 +19,7 @@ from ..data.batches import *
 from .attention import *
 from .layers import *
 from .lm import *
+from .row_random import *
 
 # %% ../../nbs/nn/27_mixture.ipynb #2fbdd3c0
 def new_expert(
@@ -157,7 +158,7 @@ class PlainAttention(nn.Module):
         dropout = c.dropout if self.training else 0.0
         attention_fn = _make_attention_fn(c.ctx_len, retrieved, q.shape[-1] ** -0.5, dropout)
         y = (self.attend_expanded if cache is None else self.attend_absorbed)(q, entries, attention_fn)
-        return F.dropout(self.out(y.transpose(1, 2).flatten(2).to(x.dtype)), c.dropout, self.training)
+        return row_dropout(self.out(y.transpose(1, 2).flatten(2).to(x.dtype)), c.dropout, self.training)
 
 # %% ../../nbs/nn/27_mixture.ipynb #7052dbd8
 class LatentAttention(PlainAttention):

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..core import *
 from ..data.batches import *
+from ..nn.row_random import *
 from .optim import *
 
 # %% ../../nbs/training/41_trainer.ipynb #14079008
@@ -31,7 +32,7 @@ from .optim import *
 class TrainConfig(OptimConfig):
     "Hyperparameters of training, apart from the model and the data"
 
-    accum: int = 1  # Gradient-accumulation steps: micro-batches per optimizer step (dropout masks depend on it)
+    accum: int = 1  # Gradient-accumulation steps: micro-batches per optimizer step
     dtype: str = "auto"  # Compute dtype of matrix products: auto | float32 | bfloat16 | float16
     compile: bool = False  # Run the training step through torch.compile
     seed: int = 0  # Seed of initial weights, batches and dropout
@@ -184,12 +185,14 @@ class Trainer:
         "Compute this rank's part of the gradient. Return {name: value averaged over the global batch}"
         total, sums = batch.n_targets, {}
         micro_batches = batch.rank_slice(self.rank, self.world_size).micro_batches(self.cfg.accum)
+        rows = torch.arange(len(batch.x))[self.rank :: self.world_size].split([len(micro.x) for micro in micro_batches])
+        key = derive_seed(self.cfg.seed, self.step)
         for i, micro in enumerate(micro_batches):
-            seed_torch(self.cfg.seed, self.step, i, self.rank)
+            seed_torch(self.cfg.seed, self.step, i, self.rank)  # For random numbers that a model does not draw by row
             share = micro.n_targets / total if total else len(micro.x) / len(batch.x)
             no_sync = self.world_size > 1 and i < len(micro_batches) - 1
             with self.objective.no_sync() if no_sync else nullcontext():
-                with self.autocast():
+                with self.autocast(), row_streams(key, rows[i], len(batch.x), self.device):
                     out = self.objective(*micro.to(self.device))
                 self.scaler.scale(out["loss"] * (share * self.world_size)).backward()
             for name, value in out.items():
