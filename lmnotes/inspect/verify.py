@@ -92,13 +92,8 @@ class _Checked:
 
 def _check_record(run):
     "Read run.json"
-    info = read_json(run.folder / "run.json", CheckpointError)
-    kinds = dict(status=str, step=int, config=dict, origins=dict, data=dict, tokenizer=dict, model=dict)
-    for name, kind in kinds.items():
-        _require(isinstance(info, dict) and isinstance(info.get(name), kind), f"run.json: damaged, no {name}")
-    RunConfig(**info["config"])
-    run.info = info
-    return f"{info['status']} at step {info['step']:,}"
+    run.info = read_run_record(run.folder)
+    return f"{run.info['status']} at step {run.info['step']:,}"
 
 # %% ../../nbs/inspect/78_verify.ipynb #8c1d4017
 def _check_checkpoint(run, folder):

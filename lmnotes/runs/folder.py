@@ -145,7 +145,7 @@ def _wrong_entries(info):
     if not isinstance(info, dict):
         yield f"it holds {type(info).__name__}, not an object"
         return
-    kinds = dict(status=str, step=int, config=dict, data=dict, tokenizer=dict, model=dict)
+    kinds = dict(status=str, step=int, config=dict, origins=dict, data=dict, tokenizer=dict, model=dict)
     yield from (f"{name} is {info.get(name)!r}" for name, kind in kinds.items() if type(info.get(name)) is not kind)
     if info.get("dtype") not in DTYPES:
         yield f"dtype is {info.get('dtype')!r}"

@@ -50,7 +50,7 @@ def replay_intervals(folder) -> list:
     found = list_checkpoints(folder)
     if not found:
         return []
-    cfg = RunConfig(**read_json(Path(folder) / "run.json", CheckpointError)["config"])
+    cfg = RunConfig(**read_run_record(folder)["config"])
     at_random = cfg.init_from == "random" or not (cfg.init_from or get_arch(cfg.arch).pretrained_names)
     return list(zip([None, *found], found))[0 if at_random else 1 :]
 
@@ -224,7 +224,7 @@ def replay_interval(
     first = int(start.name[5:]) if start else 0
     row = dict(part=f"steps {first} to {int(end.name[5:])}")
     try:
-        info, then = read_json(end.parent / "run.json", CheckpointError), read_json(end / "config.json")
+        info, then = read_run_record(end.parent), read_json(end / "config.json")
         device, known = _replay_device(info), interval_environment(info, then)
         with _same_threads(known), tempfile.TemporaryDirectory() as place, redirect_stdout(io.StringIO()):
             new = environment_changes(known, device)
