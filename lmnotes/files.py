@@ -150,7 +150,7 @@ class JsonlLog:
         self.unwritten.clear()
         self.whole = None
 
-    def _read(self):
+    def _read(self, strict=False):
         "Return (records, damaged lines), with a warning for each damaged line"
         records, damaged = [], []
         try:
@@ -159,16 +159,18 @@ class JsonlLog:
             raise DataError(f"{explain_os_error(e, self.path)}. It should be a file of JSON lines") from None
         for number, line in enumerate(lines, 1):
             record = _parse_record(line)
-            if record is None:
+            if record is not None:
+                records.append(record)
+            elif strict:
+                raise CheckpointError(f"{self.path}:{number} is damaged: not a record with a step and a split")
+            else:
                 print(f"warning: {self.path}:{number} is damaged and is skipped")
                 damaged.append(line + b"\n")
-            else:
-                records.append(record)
         return records, damaged
 
-    def read(self) -> list:
-        "Return all records. Skip damaged lines with a warning"
-        return self._read()[0]
+    def read(self, strict=False) -> list:
+        "Return all records. Skip damaged lines with a warning, or raise `CheckpointError` at the first if `strict`"
+        return self._read(strict)[0]
 
     def truncate_after(self, last_steps) -> None:
         "Drop the records after the last step of their split, given as {split: step}, such as dict(train=100, val=50)"

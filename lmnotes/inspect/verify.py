@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..core import *
 from ..data.tokenizer_files import *
+from ..files import *
 from ..inference.evaluation import *
 from ..runs.config import *
 from ..runs.data import *
@@ -176,7 +177,7 @@ def _expected_pointers(run):
 # %% ../../nbs/inspect/78_verify.ipynb #886aa6cc
 def _check_records(run, name, **splits):
     "Check that a .jsonl file is readable and reaches the steps that the checkpoints have counted"
-    records, last = read_all_records(run.folder / name), dict.fromkeys(splits, 0)
+    records, last = JsonlLog(run.folder / name).read(strict=True), dict.fromkeys(splits, 0)
     if run.newest:
         check_logs(run.newest, [name])
     for r in records:

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['OK', 'MISMATCH', 'BIT_EXACT', 'OTHER_ENVIRONMENT', 'NOT_REPLAYED', 'SPLIT_COUNTERS', 'printable', 'choose_evenly',
-           'replay_intervals', 'interval_environment', 'environment_changes', 'largest_difference', 'read_all_records',
-           'interval_records', 'replay_interval']
+           'replay_intervals', 'interval_environment', 'environment_changes', 'largest_difference', 'interval_records',
+           'replay_interval']
 
 # %% ../../nbs/runs/69_replay.ipynb #e3c5a4c4
 import io
-import json
 import math
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 
 from ..core import *
+from ..files import *
 from ..inference.evaluation import *
 from ..inference.generation import *
 from ..nn.lm import *
@@ -122,18 +122,6 @@ def largest_difference(a, b) -> tuple:  # Nested dicts and lists
     name = max(sizes, key=sizes.get, default="")
     return sizes.get(name, 0), name, sum(size > 0 for size in sizes.values()), len(sizes)
 
-# %% ../../nbs/runs/69_replay.ipynb #4ed7c807
-def read_all_records(path) -> list:
-    "Return the records of a .jsonl file, or raise `CheckpointError` with the number of the first damaged line"
-    path, records = Path(path), []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
-        try:
-            record = json.loads(line)
-            records.append((record["step"] + 0, record["split"] + "", record)[2])
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise CheckpointError(f"{path.name}:{number} is damaged: not a record with a step and a split") from None
-    return records
-
 # %% ../../nbs/runs/69_replay.ipynb #50c3ec1e
 def _setup_replay(start, end, place, device):
     "Return the `RunSetup` that trains an interval in the folder `place`"
@@ -160,7 +148,8 @@ SPLIT_COUNTERS = dict(train="Log", val="Evaluate", sample="Sample")
 
 def interval_records(folder, before, after) -> list:  # Run folder, and the counters at both ends
     "Return the records of an interval, without the times"
-    records = read_all_records(Path(folder) / "metrics.jsonl") + read_all_records(Path(folder) / "samples.jsonl")
+    logs = [JsonlLog(Path(folder) / name) for name in ("metrics.jsonl", "samples.jsonl")]
+    records = [record for log in logs for record in log.read(strict=True)]
     keys = [(r, SPLIT_COUNTERS.get(r["split"])) for r in records]
     inside = [r for r, key in keys if before.get(key, 0) < r["step"] <= after.get(key, 0)]
     return [{name: v for name, v in r.items() if name not in ("time", "tok_per_s")} for r in inside]
