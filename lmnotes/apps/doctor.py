@@ -26,6 +26,7 @@ from ..runs.data import *
 from ..runs.folder import *
 from ..runs.monitor import *
 from ..runs.replay import *
+from ..runs.setup import *
 from ..training.checkpoint import *
 from ..training.optim import *
 from ..training.trainer import rank_and_world_size
@@ -164,7 +165,7 @@ def check_environment(folder, info) -> list:  # Run folder, and run.json
     "Return the finding about the environment"
     newest = list_checkpoints(folder)[-1:]
     then = read_checkpoint_config(newest[0]) if newest else {}
-    changes = environment_changes(interval_environment(info, then), pick_device(info["config"]["device"]))
+    changes = environment_changes(recorded_environment(info, then), pick_device(info["config"]["device"]))
     if changes:
         return [_finding("note", "environment", f"differs, so bits may differ after a resume: {changes}")]
     return [_finding("ok", "environment", "the same as in training")]

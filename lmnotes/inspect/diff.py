@@ -14,6 +14,7 @@ from ..inference.evaluation import *
 from ..runs.config import *
 from ..runs.monitor import *
 from ..runs.replay import *
+from ..runs.setup import *
 from ..training.checkpoint import *
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def run_facts(view) -> dict:  # A `RunView`
     result = dict(status=info["status"], step=info["step"], **info.get("result", {}).get("last", {}))
     model = dict(info["model"], parameters=info["n_params"])
     facts = dict(parameter=config, model=model, data=data, tokenizer=tokenizer)
-    return facts | dict(environment=interval_environment(info, then), result=result)
+    return facts | dict(environment=recorded_environment(info, then), result=result)
 
 # %% ../../nbs/inspect/79_diff.ipynb #41fe6f06
 def _numbered(records):

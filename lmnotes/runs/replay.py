@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['OK', 'MISMATCH', 'BIT_EXACT', 'OTHER_ENVIRONMENT', 'NOT_REPLAYED', 'SPLIT_COUNTERS', 'printable', 'choose_evenly',
-           'replay_intervals', 'interval_environment', 'environment_changes', 'largest_difference', 'interval_records',
-           'replay_interval']
+           'replay_intervals', 'largest_difference', 'interval_records', 'replay_interval']
 
 # %% ../../nbs/runs/69_replay.ipynb #e3c5a4c4
 import io
@@ -55,22 +54,6 @@ def replay_intervals(folder) -> list:
     return list(zip([None, *found], found))[0 if at_random else 1 :]
 
 # %% ../../nbs/runs/69_replay.ipynb #abe838ce
-def interval_environment(info, then) -> dict:  # run.json, and the config.json of the checkpoint at the end
-    "Return {name: text} of the environment in which an interval was trained, as far as it is recorded"
-    known = recorded_environment(info) | then.get("versions", {}) | then.get("environment", {})
-    return {name: str(value) for name, value in known.items()}
-
-
-def environment_changes(
-    before,  # Environment from `interval_environment`
-    device,  # Device of this process
-) -> str:  # Empty if nothing differs
-    "Describe the differences between a recorded environment and that of this process"
-    now = {name: str(value) for name, value in environment(device, rank_and_world_size()[1]).items()}
-    changes = [f"{n}: {before.get(n, 'unknown')}, now {now[n]}" for n in now if before.get(n) != now[n]]
-    return ", ".join(changes)
-
-
 @contextmanager
 def _same_threads(recorded):
     "Compute with the number of threads of a run"
@@ -214,7 +197,7 @@ def replay_interval(
     row = dict(part=f"steps {first} to {int(end.name[5:])}")
     try:
         info, then = read_run_record(end.parent), read_json(end / "config.json")
-        device, known = _replay_device(info), interval_environment(info, then)
+        device, known = _replay_device(info), recorded_environment(info, then)
         with _same_threads(known), tempfile.TemporaryDirectory() as place, redirect_stdout(io.StringIO()):
             new = environment_changes(known, device)
             old, again, changed = _train_interval(start, end, Path(place).resolve(), device, make_batches)

@@ -24,7 +24,7 @@ from helpers import (
 from lmnotes.apps import doctor as module
 from lmnotes.apps.doctor import doctor
 from lmnotes.core import CheckpointError, read_json, write_json
-from lmnotes.runs.replay import environment_changes
+from lmnotes.runs.setup import environment_changes
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_another_environment(runs):
         then = read_json(path)
         change(path, environment=then["environment"] | dict(torch="1.0"))
     (row,) = [row for row in doctor(runs / "r").findings if row["about"] == "environment"]
-    assert row["state"] == "note" and "torch: 1.0, now" in row["detail"]
+    assert row["state"] == "note" and "torch 1.0 → " in row["detail"]
     assert environment_changes(then["environment"] | dict(torch="1.0"), "cpu")
 
 

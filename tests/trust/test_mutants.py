@@ -81,7 +81,7 @@ MUTANTS = {  # {mutant: (owner, name, mutated function, test)}
     "any line is a record": (files, "_is_record", lambda value: True, damage("samples.jsonl", edit_sample, "attach")),
     "any owner": (load_module, "read_owner", lambda folder: read_json(folder / ".owner.json"), lambda place: attach_with_a_bad_owner(place)),
     "pointers to anywhere": (checkpoint, "path_inside", lambda folder, name, *args, **kwargs: folder / name, lambda place: pointer_outside(place)),
-    "the environment is not compared": (setup, "recorded_environment", lambda info: {}, changes.test_two_threads),
+    "the environment is not compared": (setup, "environment_changes", lambda before, device: "", changes.test_two_threads),
 }  # fmt: skip
 
 

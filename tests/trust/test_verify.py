@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lmnotes.core import CheckpointError, environment, read_json, sha256_file, write_json
 from lmnotes.inspect.verify import verify
-from lmnotes.runs import replay
+from lmnotes.runs import setup
 from lmnotes.runs.replay import BIT_EXACT, MISMATCH, NOT_REPLAYED, OTHER_ENVIRONMENT
 from lmnotes.runs.run import run
 from lmnotes.training.checkpoint import list_checkpoints
@@ -371,7 +371,7 @@ def test_other_data(r):
 
 
 def test_another_environment(r, monkeypatch):
-    monkeypatch.setattr(replay, "environment", lambda *args: environment(*args) | dict(torch="9.0"))
+    monkeypatch.setattr(setup, "environment", lambda *args: environment(*args) | dict(torch="9.0"))
     assert verify(r, replay=1).parts(BIT_EXACT) == ["steps 30 to 40"]  # Equal bits are equal bits
     path = r / STEPS[-1] / "model.safetensors"
     tensors = load_file(path)
@@ -380,7 +380,7 @@ def test_another_environment(r, monkeypatch):
     reseal(path.parent)
     report = verify(r, replay=1)
     assert (report.exit_code, report.parts(OTHER_ENVIRONMENT)) == (0, ["steps 30 to 40"])
-    assert "differ by at most 0.25" in repr(report) and "now 9.0" in report.conclusion
+    assert "differ by at most 0.25" in repr(report) and "→ 9.0" in report.conclusion
 
 
 def test_the_threads_of_the_run_are_used(r):
