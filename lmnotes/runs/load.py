@@ -166,7 +166,7 @@ def load(
 def _load_model(path, which, device, model_args):
     "Return (run folder, model, record as of its checkpoint)"
     checkpoint_folder = find_checkpoint(path, which)
-    lm, folder = load_lm(checkpoint_folder, device=device, model_args=model_args), checkpoint_folder.parent
+    lm, folder = read_lm(checkpoint_folder, device, model_args), checkpoint_folder.parent
     alive = is_run_alive(folder)
     info = read_run_record(folder)
     check_same_record(info, checkpoint_folder)

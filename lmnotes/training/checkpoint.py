@@ -7,7 +7,7 @@ __all__ = ['BASE_WEIGHTS_FILE', 'FORMAT', 'POINTERS', 'check_serializable', 'che
            'canonical', 'write_base_weights', 'checkpoint_name', 'save_checkpoint', 'verify_checkpoint', 'check_logs',
            'check_format', 'read_checkpoint_config', 'list_checkpoints', 'latest_checkpoint', 'write_pointer',
            'read_pointer', 'best_checkpoint', 'find_checkpoint', 'read_while_training', 'read_weights', 'read_state',
-           'new_lm_from_checkpoint', 'load_lm']
+           'new_lm_from_checkpoint', 'read_lm', 'load_lm']
 
 # %% ../../nbs/training/42_checkpoint.ipynb #e15a37b7
 import hashlib
@@ -357,8 +357,8 @@ def find_checkpoint(
         raise ValueError(f"which={which!r} is not one of {', '.join(POINTERS)}")
     if which in ("", "last"):
         return latest_checkpoint(path)
-    if which == "best" and (best := best_checkpoint(latest_checkpoint(path))):
-        return verify_checkpoint(best)
+    if which == "best" and (best := best_checkpoint(newest := latest_checkpoint(path))):
+        return newest if best == newest else verify_checkpoint(best)
     return verify_checkpoint(read_pointer(path, which))
 
 # %% ../../nbs/training/42_checkpoint.ipynb #ee836277
@@ -429,6 +429,11 @@ def new_lm_from_checkpoint(folder, model_args="") -> "LM":
         raise CheckpointError(f"{path}: describes no model that can be built ({str(e)[:300]})") from None
 
 # %% ../../nbs/training/42_checkpoint.ipynb #47a344ed
+def read_lm(folder, device="cpu", model_args="") -> "LM":  # Arguments as in `load_lm`
+    "Return the model of a verified checkpoint folder, in evaluation mode"
+    return load_weights(new_lm_from_checkpoint(folder, model_args), read_weights(folder), folder).to(device).eval()
+
+
 def load_lm(
     path,  # A run folder or a checkpoint folder
     which="",  # best | last | interrupted | final (empty: the newest verified one)
@@ -436,5 +441,4 @@ def load_lm(
     model_args="",  # Configuration values that override the saved ones (not those that change shapes)
 ) -> "LM":  # In eval mode
     "Load a model from its checkpoint"
-    folder = find_checkpoint(path, which)
-    return load_weights(new_lm_from_checkpoint(folder, model_args), read_weights(folder), folder).to(device).eval()
+    return read_lm(find_checkpoint(path, which), device, model_args)

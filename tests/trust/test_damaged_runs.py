@@ -10,13 +10,14 @@ from functools import partial
 import pytest
 from small_runs import RUNS, StopAtOnce, attempt, hash_of, hash_of_weights, trained_runs, trajectory
 
-from lmnotes.core import CheckpointError, DataError, TokenizerError, write_json
+from lmnotes.core import CheckpointError, DataError, TokenizerError, sha256_file, write_json
 from lmnotes.inspect.verify import verify
 from lmnotes.runs.folder import fork
 from lmnotes.runs.load import load
 from lmnotes.runs.monitor import attach
 from lmnotes.runs.replay import MISMATCH
 from lmnotes.runs.run import run
+from lmnotes.training import checkpoint
 from lmnotes.training.checkpoint import checkpoint_name, read_state
 
 LIBRARY_ERRORS = CheckpointError, DataError, TokenizerError, ValueError
@@ -356,6 +357,14 @@ def test_step_folders(trained, runs, harm):
                 problems.append(f"{name}, {use}: {verdicts[0]}")
             restore(trained, folder)
         assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("which", ["", "best"])
+def test_load_hashes_each_file_once(runs, monkeypatch, which):
+    hashed = []
+    monkeypatch.setattr(checkpoint, "sha256_file", lambda path: hashed.append(path) or sha256_file(path))
+    load(runs / "done", which)
+    assert len(hashed) == len(set(hashed)) and {path.name for path in hashed} >= {"model.safetensors", "state.pt"}
 
 
 LAST = {
