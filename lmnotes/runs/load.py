@@ -110,7 +110,7 @@ class Run:
         if part not in tokens:
             raise ValueError(f"part={part!r} is not one of {', '.join(tokens)}")
         lengths, device = self.tokenizer.byte_lengths, next(self.lm.parameters()).device
-        options = dict(autocast=lambda: autocast(device, _recorded_dtype(self.info)), seed=cfg.seed)
+        options = dict(autocast=lambda: autocast(device, getattr(torch, self.info["dtype"])), seed=cfg.seed)
         if by_domain:
             return evaluate_domains(self.lm, tokens[part], cfg.batch_size, cfg.ctx_len, lengths, **options)
         return evaluate(self.lm, EvaluationBatches(tokens[part].ids, cfg.batch_size, cfg.ctx_len), lengths, **options)
@@ -140,13 +140,6 @@ def actual_status(info, alive) -> str:  # Record, and the result of `is_run_aliv
     return "killed" if status == "running" and alive is False else status
 
 # %% ../../nbs/runs/64_load.ipynb #e7aefe57
-def _recorded_dtype(info):
-    "Return the torch dtype that run.json names, or raise if it is none of the three"
-    if info["dtype"] not in DTYPES:
-        raise CheckpointError(f"run.json has dtype={info['dtype']!r}, expected one of {', '.join(DTYPES)}")
-    return getattr(torch, info["dtype"])
-
-
 def load(
     path: "str | Path" = "",  # Run folder, or its name under checkpoints/ (empty: the most recent run)
     which: str = "",  # Checkpoint: best | last | interrupted | final (empty: the newest verified one)
