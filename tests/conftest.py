@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from helpers import STARTED, write_corpus
+from helpers import STARTED, TINY, command_line_args, lmnotes_command, read_log, run_in_process, write_corpus
 
 
 @pytest.fixture(autouse=True)
@@ -27,3 +27,12 @@ def workdir(tmp_path, corpus):
     "Return a temporary folder with the corpus"
     shutil.copytree(corpus, tmp_path / "corpus")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def uninterrupted_run(tmp_path_factory, corpus):
+    "Return the run folder of an uninterrupted run of `TINY`"
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "corpus").symlink_to(corpus)
+    assert run_in_process(folder, lmnotes_command, "train", *command_line_args(**TINY)) == 0, read_log(folder)
+    return folder / "runs/r"

@@ -102,15 +102,6 @@ def command_held(moment, *command_line_args):
     return lmnotes_command(*command_line_args)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, corpus):
-    "Return the results of an uninterrupted run"
-    folder = tmp_path_factory.mktemp("whole")
-    (folder / "corpus").symlink_to(corpus)
-    assert run_in_process(folder, lmnotes_command, "train", *command_line_args(**TINY)) == 0, read_log(folder)
-    return run_results(folder / "runs/r")
-
-
 def command_by_a_clock(moment, *command_line_args):
     "Run the command line with a fake clock: the file `clock` holds the time at which a signal arrives"
     core.time = SimpleNamespace(monotonic=lambda: float(Path("clock").read_text()))
@@ -118,7 +109,7 @@ def command_by_a_clock(moment, *command_line_args):
 
 
 @pytest.mark.parametrize("pause, code, step", [(0.99, 143, 13), (1.01, 130, None)])
-def test_two_signals(workdir, uninterrupted, pause, code, step):
+def test_two_signals(workdir, uninterrupted_run, pause, code, step):
     "Two signals at about the same time count as one. A later one ends the run within the step"
     (workdir / "clock").write_text("100")
     process = start_process(
@@ -135,7 +126,7 @@ def test_two_signals(workdir, uninterrupted, pause, code, step):
     assert (workdir / "runs/r/interrupted").exists() == bool(step)
     (workdir / "go").touch()
     assert resume(workdir) == 0, read_log(workdir)
-    assert not differences(uninterrupted, run_results(workdir / "runs/r"))
+    assert not differences(run_results(uninterrupted_run), run_results(workdir / "runs/r"))
 
 
 def send(workdir, moment, number):
@@ -160,7 +151,7 @@ CUTS += [(moment, (signal.SIGINT, signal.SIGTERM)[n % 2]) for n, moment in enume
 
 
 @pytest.mark.parametrize("moment, number", CUTS, ids=[f"{number.name} {moment}" for moment, number in CUTS])
-def test_signal_at_each_moment(workdir, uninterrupted, moment, number):
+def test_signal_at_each_moment(workdir, uninterrupted_run, moment, number):
     code = send(workdir, moment, number)
     record = core.read_json(workdir / "runs/r/run.json") if (workdir / "runs/r/run.json").exists() else None
     if moment == "at the end" and number != signal.SIGKILL:  # Too late to interrupt anything
@@ -174,7 +165,5 @@ def test_signal_at_each_moment(workdir, uninterrupted, moment, number):
     else:
         assert record["status"] == ("running" if number == signal.SIGKILL else "interrupted")
         assert resume(workdir) == 0, read_log(workdir)
-    assert not differences(uninterrupted, run_results(workdir / "runs/r")), differences(
-        uninterrupted, run_results(workdir / "runs/r")
-    )
+    assert not differences(run_results(uninterrupted_run), run_results(workdir / "runs/r"))
     assert not list((workdir / "runs/r").glob(".*.tmp"))

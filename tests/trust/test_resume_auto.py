@@ -51,22 +51,13 @@ def paused(moment, *words):
     return lmnotes_command(*words)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, corpus):
-    "Return the folder of an uninterrupted run"
-    folder = tmp_path_factory.mktemp("whole")
-    (folder / "corpus").symlink_to(corpus)
-    assert run_in_process(folder, lmnotes_command, "train", *command_line_args(**TINY)) == 0, read_log(folder)
-    return folder
-
-
 def content(folder):
     "Return {path: (mtime, bytes)} of everything in a folder"
     paths = [folder, *sorted(folder.rglob("*"))]
     return {p: (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else "") for p in paths}
 
 
-def test_requeued_run_is_bit_identical(workdir, uninterrupted):
+def test_requeued_run_is_bit_identical(workdir, uninterrupted_run):
     "The same command, killed five times, ends with one run and the same bits"
     for moment in KILLS:
         process = start_process(workdir, paused, moment, "train", *AUTO)
@@ -76,19 +67,20 @@ def test_requeued_run_is_bit_identical(workdir, uninterrupted):
         (workdir / "reached").unlink()
     assert run_in_process(workdir, lmnotes_command, "train", *AUTO) == 0, read_log(workdir)
     assert [path.name for path in (workdir / "runs").glob("[!.]*")] == ["r"]
-    assert not differences(run_results(uninterrupted / "runs/r"), run_results(workdir / "runs/r"))
+    assert not differences(run_results(uninterrupted_run), run_results(workdir / "runs/r"))
 
 
 @pytest.mark.parametrize("resume", [True, "auto"])
 @pytest.mark.parametrize("more", [{}, dict(procs=2), dict(keep=1, wait=5)], ids=["alone", "procs", "keep"])
-def test_a_finished_run_is_left_alone(workdir, uninterrupted, resume, more):
+def test_a_finished_run_is_left_alone(workdir, uninterrupted_run, resume, more):
     "Every way to resume a finished run returns at once. No file or folder has other content or another time"
-    before = content(uninterrupted / "runs")
-    params = TINY | dict(resume=resume, out_dir=str(uninterrupted / "runs"), data=str(uninterrupted / "corpus")) | more
+    runs = uninterrupted_run.parent
+    before = content(runs)
+    params = TINY | dict(resume=resume, out_dir=str(runs), data=str(runs.parent / "corpus")) | more
     given = {name: value for name, value in params.items() if name != "data"}  # The run knows its data
     assert run_in_process(workdir, lmnotes_command, "train", *command_line_args(**given)) == 0, read_log(workdir)
     assert "r: done at step 40 of 40, so nothing is left to train" in read_log(workdir)
-    assert content(uninterrupted / "runs") == before
+    assert content(runs) == before
 
 
 def test_a_finished_run_can_be_extended(workdir):
@@ -106,7 +98,7 @@ def test_a_finished_run_can_be_extended(workdir):
     assert read_json(workdir / "runs/r/run.json")["step"] == 42
 
 
-def test_two_processes_for_one_name(workdir, uninterrupted):
+def test_two_processes_for_one_name(workdir, uninterrupted_run):
     "The second process waits until the first is killed, decides only then, and finishes the run"
     first = start_process(workdir, pause_before_step, 15, lmnotes_command, "train", *AUTO)
     wait_until((workdir / "reached").exists, first)
@@ -117,7 +109,7 @@ def test_two_processes_for_one_name(workdir, uninterrupted):
     first.kill()
     assert [wait_for_exit(process) for process in waiting] == [0, 0], read_log(workdir)
     assert read_log(workdir).count("so nothing is left to train") == 1  # The last of the three
-    assert not differences(run_results(uninterrupted / "runs/r"), run_results(workdir / "runs/r"))
+    assert not differences(run_results(uninterrupted_run), run_results(workdir / "runs/r"))
 
 
 def announce_wait(number, *words):
