@@ -98,20 +98,23 @@ def unused_folder_name(folder) -> Path:
 # %% ../../nbs/runs/61_folder.ipynb #986ae654
 def _exchange_locked(lock, aside):
     "Give a locked folder the name `aside`, and lock a new folder in its place, in one step"
-    folder, new = lock.folder, RunLock(aside).__enter__()
-    try:
-        exchange_paths(aside, folder)
-    except OSError as e:
-        if e.errno not in NO_EXCHANGE:
-            raise
-        empty = aside.rename(folder.with_name(f".{folder.name}.{os.getpid()}.tmp"))
-        os.replace(folder, aside)
-        os.replace(empty, folder)
-    fsync_path(folder.parent)
-    lock.lock, new.lock = new.lock, lock.lock
-    new.__exit__()
+    folder = lock.folder
+    with locked_run_folder(aside) as new:
+        try:
+            exchange_paths(aside, folder)
+        except OSError as e:
+            if e.errno not in NO_EXCHANGE:
+                raise
+            empty = aside.rename(folder.with_name(f".{folder.name}.{os.getpid()}.tmp"))
+            try:
+                os.replace(folder, aside)
+                os.replace(empty, folder)
+            finally:
+                shutil.rmtree(empty, ignore_errors=True)
+        fsync_path(folder.parent)
+        lock.lock, new.lock = new.lock, lock.lock
 
-
+# %% ../../nbs/runs/61_folder.ipynb #bd23c659
 def move_earlier_run_aside(
     lock, files
 ) -> None:  # The `RunLock` of the folder, and patterns of the files that hooks write

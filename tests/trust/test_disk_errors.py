@@ -4,11 +4,13 @@ Training continues where it can, the messages name the path and the reason, and 
 from a layer below the library, and from real small file systems where this process may mount them.
 """
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,8 @@ from helpers import (
 from test_kills import SHORT, prune_first
 
 from lmnotes import files
-from lmnotes.core import CheckpointError, read_json
+from lmnotes.core import CheckpointError, read_json, write_json
+from lmnotes.runs import folder as runs_folder
 from lmnotes.training import checkpoint, saving
 from lmnotes.training.checkpoint import list_checkpoints, verify_checkpoint
 from lmnotes.training.trainer import Trainer
@@ -148,6 +151,28 @@ def test_errors_at_every_operation(tmp_path, unbroken, name, lasting):
     numbers = range(1, 1 + len(affected(name, unbroken[2])))
     found = all_problems(tmp_path, unbroken, name, lasting, numbers)
     assert not found, (len(found), len(numbers), found[:5])
+
+
+@pytest.mark.parametrize("fails", ["exchange", "rename"])
+def test_an_earlier_run_that_cannot_move_aside(tmp_path, monkeypatch, fails):
+    "If an earlier run cannot be renamed, it keeps its name, and no empty folder remains"
+    folder, replace = tmp_path / "r", os.replace
+
+    def fail(code, source, target):
+        raise OSError(code, os.strerror(code), str(target))
+
+    def fail_to_move_the_run(source, target):
+        fail(errno.EIO, source, target) if Path(source) == folder else replace(source, target)
+
+    monkeypatch.setattr(
+        runs_folder, "exchange_paths", partial(fail, errno.EIO if fails == "exchange" else errno.ENOSYS)
+    )
+    monkeypatch.setattr(os, "replace", fail_to_move_the_run)
+    folder.mkdir()
+    write_json(folder / "run.json", {})
+    with pytest.raises(OSError), runs_folder.locked_run_folder(folder) as lock:
+        runs_folder.move_earlier_run_aside(lock, [])
+    assert [p.name for p in tmp_path.iterdir()] == ["r"] and (folder / "run.json").is_file()
 
 
 @pytest.fixture(scope="module")
