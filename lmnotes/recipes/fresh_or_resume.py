@@ -28,6 +28,7 @@ from ..runs.folder import *
 from ..runs.load import Run
 from ..runs.run import *
 from ..training.checkpoint import *
+from ..training.saving import *
 from ..training.trainer import *
 from ..training.weights import *
 from ..untrusted import *
@@ -190,18 +191,17 @@ class LossChange(Hook):
 CONFIG_FILE = "env.json"
 
 
-class SaveTrainingConfig(Hook):
+class SaveTrainingConfig(WriteOnce):
     "Hook that writes the configuration into the run folder, for a later resume"
 
     file_patterns = (CONFIG_FILE,)
 
     def __init__(self, config, folder):
-        self.config, self.path = config, Path(folder) / CONFIG_FILE
+        super().__init__(folder)
+        self.config = config
 
-    def after_step(self, t) -> None:
-        if self.config:
-            write_json(self.path, asdict(self.config))
-            self.config = None
+    def write(self, t) -> None:
+        write_json(self.path, asdict(self.config))
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #a21b3c9c
 def val_losses(metrics) -> dict:

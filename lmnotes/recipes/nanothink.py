@@ -20,6 +20,7 @@ import torch
 from ..core import *
 from ..data.batches import get_batches
 from ..data.tokenizer_files import load_tokenizer
+from ..files import explain_os_error
 from ..inference.evaluation import *
 from ..nn.lm import *
 from ..nn.vector_store import VectorStore
@@ -29,12 +30,13 @@ from ..runs.data import *
 from ..runs.folder import *
 from ..runs.load import *
 from ..training.expert_cache import CachedExpertBatches, DocumentOfChunk, fill_store
+from ..training.saving import *
 from ..training.trainer import *
 from ..training.weights import *
 from ..untrusted import *
 
 # %% ../../nbs/recipes/89_nanothink.ipynb #b11652ba
-class SaveRecipeParams(Hook):
+class SaveRecipeParams(WriteOnce):
     "Hook that writes a recipe's parameters into the run folder, and moves files of an earlier run aside"
 
     file_patterns = ("recipe.json",)
@@ -44,15 +46,18 @@ class SaveRecipeParams(Hook):
         folder,  # Run folder
         params,  # {name: value} of the recipe
     ):
-        self.folder, self.params, self.written = Path(folder), params, False
+        super().__init__(folder)
+        self.params = params
 
-    def after_step(self, t) -> None:
-        if t.rank == 0 and not self.written:
-            if t.step == 0 and (old_files := find_checkpoint_files(self.folder)):
-                aside = move_files(old_files, unused_folder_name(self.folder))
-                print(f"files of an earlier run {self.folder.name} are now in {aside.name}")
-            write_json(self.folder / self.file_patterns[0], self.params)
-        self.written = True
+    def write(self, t) -> None:
+        folder = self.path.parent
+        if t.step == 0 and (old_files := find_checkpoint_files(folder)):
+            try:
+                aside = move_files(old_files, unused_folder_name(folder))
+            except OSError as e:  # The run would overwrite them
+                raise CheckpointError(f"{explain_os_error(e)}, so this run cannot start") from None
+            print(f"files of an earlier run {folder.name} are now in {aside.name}")
+        write_json(self.path, self.params)
 
 # %% ../../nbs/recipes/89_nanothink.ipynb #c6106051
 def make_content_fn(folder) -> "Callable":
@@ -216,18 +221,14 @@ def format_init_from(
     return shlex.quote(f"{part}={path.relative_to(runs_folder()) if path.is_relative_to(runs_folder()) else path}")
 
 # %% ../../nbs/recipes/89_nanothink.ipynb #4e124e37
-class SaveVectorStore(Hook):
+class SaveVectorStore(WriteOnce):
     "Hook that writes the vector store into the run folder"
 
     file_patterns = ("memory.safetensors",)
 
-    def __init__(self, folder):  # Run folder
-        self.path, self.written = Path(folder) / self.file_patterns[0], False
-
-    def after_step(self, t) -> None:
-        if t.rank == 0 and t.lm.store is not None and not self.written:
+    def write(self, t) -> None:
+        if t.lm.store is not None:
             t.lm.store.save(self.path)
-        self.written = True
 
 
 def make_cached_batches(

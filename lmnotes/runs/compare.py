@@ -232,7 +232,10 @@ class RecordPeakMemory(Hook):
 
     def at_end(self, t) -> None:
         earlier = read_json(self.path)["bytes"] if self.path.exists() else 0  # From before an interruption
-        write_json(self.path, dict(bytes=max(earlier, peak_memory("cpu") - self.before)))
+        try:
+            write_json(self.path, dict(bytes=max(earlier, peak_memory("cpu") - self.before)))
+        except OSError as e:  # The table needs this file, so the next comparison repeats the end of the run
+            raise CheckpointError(f"{explain_os_error(e, self.path)}. Run the comparison again") from None
 
 
 def _child_main(values):

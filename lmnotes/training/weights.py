@@ -81,6 +81,8 @@ class SaveWeights(Hook):
                 print(t.log_format.saved.format(step=t.step, file=path.name))
             except OSError as e:
                 t.warn_not_saved(explain_os_error(e, path))
+            except CheckpointError as e:  # Of a file that `make_content` reads
+                t.warn_not_saved(e)
 
 # %% ../../nbs/training/43_weights.ipynb #0a6da8eb
 WEIGHT_KEYS = "model_state_dict", "model_state"  # Keys of the state dict in files that hold more than weights

@@ -10,8 +10,10 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import make_dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from faults import CHANGES, fail_from, record_operations
@@ -29,7 +31,9 @@ from test_kills import SHORT, prune_first
 
 from lmnotes import files
 from lmnotes.core import CheckpointError, read_json, write_json
+from lmnotes.recipes import fresh_or_resume, nanothink
 from lmnotes.runs import folder as runs_folder
+from lmnotes.runs.compare import RecordPeakMemory
 from lmnotes.training import checkpoint, saving
 from lmnotes.training.checkpoint import list_checkpoints, verify_checkpoint
 from lmnotes.training.trainer import Trainer
@@ -173,6 +177,50 @@ def test_an_earlier_run_that_cannot_move_aside(tmp_path, monkeypatch, fails):
     with pytest.raises(OSError), runs_folder.locked_run_folder(folder) as lock:
         runs_folder.move_earlier_run_aside(lock, [])
     assert [p.name for p in tmp_path.iterdir()] == ["r"] and (folder / "run.json").is_file()
+
+
+SMALL_FILES = {
+    "env.json": lambda folder: fresh_or_resume.SaveTrainingConfig(make_dataclass("Config", [])(), folder),
+    "recipe.json": lambda folder: nanothink.SaveRecipeParams(folder, dict(lr=0.1)),
+    "memory.safetensors": nanothink.SaveVectorStore,
+}
+
+
+@pytest.mark.parametrize("name", SMALL_FILES)
+def test_a_full_disk_when_a_recipe_writes_a_small_file(tmp_path, monkeypatch, capsys, name):
+    "A file of a recipe that cannot be written is a single warning, and is written when there is room again"
+    store = SimpleNamespace(save=lambda path: write_json(path, {}))
+    t = SimpleNamespace(rank=0, step=0, lm=SimpleNamespace(store=store))
+    hook = SMALL_FILES[name](tmp_path)
+    with monkeypatch.context() as full:
+        full.setattr(os, "replace", full_disk)
+        hook.after_step(t)
+        hook.after_step(t)
+    (warning,) = capsys.readouterr().out.splitlines()
+    assert warning.startswith(f"warning: {tmp_path / name}: disk full") and not list(tmp_path.iterdir())
+    hook.after_step(t)
+    assert (tmp_path / name).is_file() and not capsys.readouterr().out
+
+
+def full_disk(source, target):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+
+def test_a_full_disk_when_the_peak_memory_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(CheckpointError, match=r"memory.json: disk full, .* Run the comparison again"):
+        RecordPeakMemory(tmp_path).at_end(None)
+
+
+def test_a_full_disk_when_files_of_an_earlier_run_move_aside(tmp_path, monkeypatch):
+    "A run does not start if it would overwrite the files of an earlier one"
+    folder, old = tmp_path / "r", tmp_path / "r.pt"
+    folder.mkdir()
+    old.write_bytes(b"old")
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(CheckpointError, match="disk full, .* so this run cannot start"):
+        nanothink.SaveRecipeParams(folder, {}).after_step(SimpleNamespace(rank=0, step=0))
+    assert old.read_bytes() == b"old"
 
 
 @pytest.fixture(scope="module")
