@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RUN_FILES', 'runs_folder', 'last_run_name', 'find_run_folder', 'describe_existing_runs', 'resume_command',
            'unused_folder_name', 'move_earlier_run_aside', 'RunRecord', 'read_run_record', 'check_same_record',
-           'locked_run_folder', 'run_folder_name', 'will_resume', 'take_run_folder', 'fork', 'run_record_at_step',
-           'truncate_metrics']
+           'remove_abandoned_folders', 'locked_run_folder', 'run_folder_name', 'will_resume', 'take_run_folder', 'fork',
+           'run_record_at_step', 'truncate_metrics']
 
 # %% ../../nbs/runs/61_folder.ipynb #9d6d6a25
 import os
@@ -199,6 +199,14 @@ def check_same_record(
                 f"{value!r}. Restore run.json, or move the checkpoint away if it belongs to another run"
             )
 
+# %% ../../nbs/runs/61_folder.ipynb #71495aec
+def remove_abandoned_folders(runs) -> None:
+    "Remove the temporary folders of killed processes from a folder of runs"
+    for tmp in Path(runs).glob(".*.tmp"):
+        if (tmp / ".lock").is_file():
+            with suppress(RunLockedError, OSError), RunLock(tmp):
+                shutil.rmtree(tmp)
+
 # %% ../../nbs/runs/61_folder.ipynb #362e5bf9
 @contextmanager
 def locked_run_folder(folder, wait=0.0, stop=None) -> "Iterator[RunLock]":  # Further arguments as in `RunLock`
@@ -207,6 +215,7 @@ def locked_run_folder(folder, wait=0.0, stop=None) -> "Iterator[RunLock]":  # Fu
     with RunLock(folder, wait, stop) as lock:
         try:
             remove_temporary_files(folder)
+            remove_abandoned_folders(folder.parent)
             yield lock
         finally:
             if new and folder.exists() and not (folder / "run.json").exists():
@@ -263,9 +272,12 @@ def fork(
     new, tmp = runs / name, runs / f".{name}.{os.getpid()}.tmp"
     if new.exists():
         raise CheckpointError(f"{new} exists. Choose another name, or resume it: {resume_command(new)}")
+    remove_abandoned_folders(runs)
     try:
-        tmp.mkdir(parents=True)
-        _copy_run_at_step(checkpoint_folder, tmp)
+        with RunLock(tmp):
+            _copy_run_at_step(checkpoint_folder, tmp)
+            with suppress(OSError):  # Windows deletes it at the end
+                (tmp / ".lock").unlink()
         os.replace(tmp, new)
     except OSError as e:
         raise CheckpointError(f"{explain_os_error(e)}. {old} cannot be copied, and is unchanged") from None

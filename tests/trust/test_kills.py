@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 import shutil
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -19,14 +20,20 @@ from helpers import (
     differences,
     lmnotes_command,
     read_log,
+    run_after_call,
     run_in_process,
     run_results,
+    start_process,
     train,
+    wait_for_exit,
+    wait_until,
 )
 from test_exactness_matrix import ARCHITECTURES
 
 from lmnotes import core
 from lmnotes.core import read_json
+from lmnotes.inspect.verify import verify
+from lmnotes.runs import folder as folder_module
 from lmnotes.runs import run as run_module
 from lmnotes.training import saving
 
@@ -290,3 +297,23 @@ def test_kills_detect_a_missing_measure(unbroken, mutant):
     _, name, operation = MUTANTS[mutant]
     case = unbroken[name]
     assert case.kill([operation], mutant)
+
+
+def copy_slowly(run):
+    "Fork a run, and pause when its files are copied"
+    run_after_call(folder_module, "_copy_run_at_step", lambda *args: True)
+    folder_module.fork(run, "copy", "runs")
+
+
+def test_a_fork_that_is_killed(tmp_path, uninterrupted_run):
+    "The copy of a killed fork is removed, but not that of a living one"
+    process, runs = start_process(tmp_path, copy_slowly, uninterrupted_run), tmp_path / "runs"
+    wait_until((tmp_path / "reached").exists, process)
+    folder_module.remove_abandoned_folders(runs)
+    (copy,) = runs.iterdir()
+    process.kill()
+    assert wait_for_exit(process) == -signal.SIGKILL and (copy / "metrics.jsonl").is_file()
+    with folder_module.locked_run_folder(runs / "another"):
+        assert not copy.exists()
+    folder_module.fork(uninterrupted_run, "copy", runs)
+    assert verify(runs / "copy").exit_code == 0 and not (runs / "copy/.lock").exists()
