@@ -180,6 +180,10 @@ def _check_records(run, name, **splits):
     records, last = JsonlLog(run.folder / name).read(strict=True), dict.fromkeys(splits, 0)
     if run.newest:
         check_logs(run.newest, [name])
+        known, path = read_checkpoint_config(run.newest).get("logs", {}), run.folder / name
+        if name in known and run.info.get("status") in ("done", "early_stop"):
+            found = path.stat().st_size if path.exists() else 0
+            _require(found == known[name][0], f"has {found:,} bytes, but the run wrote {known[name][0]:,}")
     for r in records:
         _require(r["split"] in splits, f"a record has split={r['split']!r}")
         _require(last[r["split"]] <= r["step"], f"step {r['step']} comes after step {last[r['split']]}")

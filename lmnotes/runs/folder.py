@@ -6,7 +6,7 @@
 __all__ = ['RUN_FILES', 'runs_folder', 'last_run_name', 'find_run_folder', 'describe_existing_runs', 'resume_command',
            'unused_folder_name', 'move_earlier_run_aside', 'RunRecord', 'read_run_record', 'check_same_record',
            'remove_abandoned_folders', 'locked_run_folder', 'run_folder_name', 'will_resume', 'take_run_folder', 'fork',
-           'run_record_at_step', 'truncate_metrics']
+           'run_record_at_step', 'warn_of_damaged_logs', 'truncate_metrics']
 
 # %% ../../nbs/runs/61_folder.ipynb #9d6d6a25
 import os
@@ -292,6 +292,7 @@ def _copy_run_at_step(checkpoint_folder, to):
     check_same_record(read_run_record(old), checkpoint_folder)
     counters = read_state(checkpoint_folder)["counters"]
     record, best = run_record_at_step(then, checkpoint_folder), _usable_best_checkpoint(checkpoint_folder)
+    warn_of_damaged_logs(checkpoint_folder)
     tokenizer = load_tokenizer(old / "tokenizer")
     if tokenizer.fingerprint != record["tokenizer"]["fingerprint"]:
         raise TokenizerError(f"{old / 'tokenizer'}: not the tokenizer of {checkpoint_folder}. Restore it from a copy")
@@ -330,6 +331,14 @@ def run_record_at_step(then, checkpoint_folder) -> dict:  # The checkpoint's con
     return {name: value for name, value in info.items() if name not in ("result", "tokens", "error", "signal")}
 
 # %% ../../nbs/runs/61_folder.ipynb #6e53497c
+def warn_of_damaged_logs(checkpoint_folder) -> None:
+    "Print a warning unless the logs of a run still hold what they held when a checkpoint was saved"
+    try:
+        check_logs(checkpoint_folder)
+    except CheckpointError as e:
+        print(f"warning: {e}. The records that can be read are kept")
+
+
 def truncate_metrics(folder, counters) -> None:  # Run folder, and the counters of the checkpoint
     "Drop the records of steps that a resumed run repeats"
     c = counters

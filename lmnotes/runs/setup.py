@@ -126,10 +126,7 @@ def _open_for_resume(folder):
     info = read_run_record(folder)
     if list_checkpoints(folder):
         newest = latest_checkpoint(folder)
-        try:
-            check_logs(newest)
-        except CheckpointError as e:
-            print(f"warning: {e}. The run resumes, and keeps the records that can be read")
+        warn_of_damaged_logs(newest)
         return info, newest
     has_ended = info["step"] and info["status"] in ("done", "interrupted", "early_stop")
     if has_ended or any((folder / name).exists() for name in POINTERS):
