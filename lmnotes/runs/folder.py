@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RUN_FILES', 'runs_folder', 'last_run_name', 'find_run_folder', 'describe_existing_runs', 'resume_command',
-           'unused_folder_name', 'move_earlier_run_aside', 'RunRecord', 'read_run_record', 'check_same_record',
-           'remove_abandoned_folders', 'locked_run_folder', 'run_folder_name', 'will_resume', 'take_run_folder', 'fork',
-           'run_record_at_step', 'warn_of_damaged_logs', 'truncate_metrics']
+           'has_checkpoints', 'no_run_error', 'unused_folder_name', 'move_earlier_run_aside', 'RunRecord',
+           'read_run_record', 'check_same_record', 'remove_abandoned_folders', 'locked_run_folder', 'run_folder_name',
+           'will_resume', 'take_run_folder', 'fork', 'run_record_at_step', 'warn_of_damaged_logs', 'truncate_metrics']
 
 # %% ../../nbs/runs/61_folder.ipynb #9d6d6a25
 import os
@@ -84,6 +84,22 @@ def resume_command(
         return shlex.join(["lmnotes", "train", *to_cli_flags(params)])  # The notebook has no such parameters
     return command_with(**params) if os.environ.get("LMNOTES_COMMAND") else f"lmnotes.run({format_params(**params)})"
 
+
+def has_checkpoints(folder) -> bool:
+    "Return True if a run folder has checkpoints, or pointers to them"
+    return bool(list_checkpoints(folder)) or any((Path(folder) / name).exists() for name in POINTERS)
+
+
+def no_run_error(folder, purpose) -> CheckpointError:  # Run folder, and what you wanted, such as "to show"
+    "Return the error for a folder without run.json"
+    if not has_checkpoints(folder):
+        return CheckpointError(f"{folder}: there is no run here {purpose}. {describe_existing_runs(folder.parent)}")
+    weights = format_params(run="NAME", init_from=str(folder), tokenizer=str(folder / "tokenizer"))
+    return CheckpointError(
+        f"{folder / 'run.json'}: missing, though {len(list_checkpoints(folder))} checkpoints are here. Restore it from a copy, "
+        f"or start a new run from the weights of the newest checkpoint: {weights}"
+    )
+
 # %% ../../nbs/runs/61_folder.ipynb #54ff1c5e
 RUN_FILES = (
     *("run.json", "metrics.jsonl*", "samples.jsonl*", "tokenizer", "step_*", "damaged_step_*"),
@@ -120,7 +136,7 @@ def move_earlier_run_aside(
 ) -> None:  # The `RunLock` of the folder, and patterns of the files that hooks write
     "Rename the folder of an earlier run of the same name in one step, and return all other files to the new folder"
     folder = lock.folder
-    if not (folder / "run.json").exists() and not list_checkpoints(folder):
+    if not (folder / "run.json").exists() and not has_checkpoints(folder):
         return
     aside = unused_folder_name(folder)
     _exchange_locked(lock, aside)
@@ -243,7 +259,7 @@ def run_folder_name(cfg) -> str:  # `RunConfig`
 def will_resume(resume, folder) -> bool:  # True, False or `auto`, also as text, and run folder
     "Return True if `resume` means to resume the run in `folder`"
     resume = resolve_config(dict(resume=resume), environ={})[0].resume
-    return (Path(folder) / "run.json").exists() if resume == "auto" else resume
+    return (Path(folder) / "run.json").exists() or has_checkpoints(folder) if resume == "auto" else resume
 
 # %% ../../nbs/runs/61_folder.ipynb #19de9aeb
 def take_run_folder(cfg) -> Path:  # `RunConfig`

@@ -302,7 +302,7 @@ def attach(
     "Return a view of a run, in progress or ended"
     folder = find_run_folder(path)
     if not (folder / "run.json").exists() and not is_run_alive(folder):  # A run that just started has no record yet
-        raise CheckpointError(f"{folder}: there is no run here to show. {describe_existing_runs(folder.parent)}")
+        raise no_run_error(folder, "to show")
     return RunView(folder).refresh()
 
 # %% ../../nbs/runs/65_monitor.ipynb #02a53e68

@@ -122,7 +122,7 @@ def _build_model(cfg, tokenizer, checkpoint_folder=None):
 def _open_for_resume(folder):
     "Return (record, newest verified checkpoint or None) of a run"
     if not (folder / "run.json").exists():
-        raise CheckpointError(f"{folder}: there is no run here to resume. {describe_existing_runs(folder.parent)}")
+        raise no_run_error(folder, "to resume")
     info = read_run_record(folder)
     if list_checkpoints(folder):
         newest = latest_checkpoint(folder)

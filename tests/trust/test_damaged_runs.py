@@ -8,7 +8,7 @@ from dataclasses import asdict
 from functools import partial
 
 import pytest
-from small_runs import RUNS, StopAtOnce, attempt, hash_of, hash_of_weights, trained_runs, trajectory
+from small_runs import RUNS, SMALL, StopAtOnce, attempt, hash_of, hash_of_weights, trained_runs, trajectory
 
 from lmnotes.core import CheckpointError, DataError, TokenizerError, sha256_file, write_json
 from lmnotes.inspect.verify import verify
@@ -148,9 +148,9 @@ def use_load(folder, which=""):
     return found | dict(tokenizer=r.tokenizer.fingerprint)
 
 
-def use_resume(folder, name=None):
+def use_resume(folder, name=None, resume=True):
     hook = StopAtOnce()
-    r = run(resume=True, run=folder.name if name is None else name, out_dir=folder.parent, hooks=[hook], view=False)
+    r = run(resume=resume, run=folder.name if name is None else name, out_dir=folder.parent, hooks=[hook], view=False)
     found = dict(step=r.step, cfg=trajectory(asdict(r.config)), weights=hash_of_weights(r.lm))
     if not hasattr(hook, "found"):  # It was finished
         found["state"] = hash_of(read_state(r.folder / checkpoint_name(r.step)))
@@ -185,6 +185,7 @@ USES = {
     "load last": lambda folder: use_load(folder, "last"),
     "load ended": lambda folder: use_load(folder, "interrupted" if folder.name == "stopped" else "final"),
     "resume": use_resume,
+    "resume auto": partial(use_resume, resume="auto"),
     "attach": use_attach,
     "fork": use_fork,
     "verify": use_verify,
@@ -201,8 +202,6 @@ OF_THE_LAST_RUN = {
 
 def is_named(path, folder, text):
     "Return True if a text names a file or, inside a run, its checkpoint or tokenizer"
-    if path.name == "run.json" and f"{folder}: there is no run here" in text:
-        return True
     part = path.relative_to(folder).parts[0] if folder in path.parents else path.name
     return (
         part in text
@@ -334,6 +333,23 @@ def whole_and_damaged(trained, folder, harm, use):
     restore(trained, folder)
     harm()
     return whole[0], attempt(use, folder)
+
+
+@pytest.mark.parametrize("left", ["checkpoints", "pointers"])
+def test_a_missing_record(trained, runs, left):
+    "If run.json is lost, no run starts in its place, and the error has the way to go on"
+    folder = runs / "done"
+    (folder / "run.json").unlink()
+    for path in folder.glob("step_*") if left == "pointers" else [folder / name for name in checkpoint.POINTERS]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    before = [p for p in files_of(runs) if p.name != ".owner.json"]
+    for use in ("resume", "resume auto", "attach"):
+        with pytest.raises(CheckpointError, match=r"run\.json: missing, though \d checkpoints are here\. Restore it"):
+            USES[use](folder)
+    assert [p for p in files_of(runs) if p.name != ".owner.json"] == before
+    if left == "checkpoints":
+        given = dict(init_from=str(folder), tokenizer=str(folder / "tokenizer"))
+        assert run(**SMALL | dict(run="new", out_dir=str(runs), view=False) | given).status == "done"
 
 
 HARMS = {
