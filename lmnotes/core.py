@@ -381,15 +381,35 @@ def versions() -> dict:
     packages = {module.__name__: module.__version__ for module in (lmnotes, torch, np)}
     return packages | dict(python=platform.python_version())
 
+# %% ../nbs/00_core.ipynb #eae61f72
+@lru_cache
+def _cpu_model():
+    "Return the name of the CPU's model, as far as the system knows it"
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return named[1] if named else platform.processor()
+
+
+# Environment variables that choose the algorithms of MKL, oneDNN and, on a GPU, cuBLAS
+_SWITCHES = "MKL_CBWR MKL_ENABLE_INSTRUCTIONS ONEDNN_MAX_CPU_ISA DNNL_MAX_CPU_ISA ONEDNN_DEFAULT_FPMATH_MODE".split()
+_CUDA_SWITCHES = "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE"
+
 
 def environment(
     device="cpu",  # Device of the run
     processes=1,  # Number of data-parallel processes
 ) -> dict:  # {condition: value}
     "Return the conditions, apart from parameters and data, under which a run computes the same bits"
-    hardware = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
-    cpu = dict(threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability())
-    return versions() | dict(device=f"{device.split(':')[0]} ({hardware})", processes=processes) | cpu
+    cuda = device.startswith("cuda")
+    hardware = torch.cuda.get_device_name(device) if cuda else platform.machine()
+    found = versions() | dict(device=f"{device.split(':')[0]} ({hardware})", processes=processes)
+    found |= dict(threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability(), cpu_model=_cpu_model())
+    found |= dict(mkldnn=torch.backends.mkldnn.enabled, deterministic=torch.are_deterministic_algorithms_enabled())
+    matmul = torch.backends.cuda.matmul if cuda else torch.backends.mkldnn.matmul
+    found["matmul_precision"] = matmul.fp32_precision  # Also allows TF32
+    if cuda:
+        found |= dict(conv_precision=torch.backends.cudnn.conv.fp32_precision, cudnn=torch.backends.cudnn.version())
+    return found | {name: os.environ.get(name, "unset") for name in (*_SWITCHES, *(_CUDA_SWITCHES if cuda else ()))}
 
 # %% ../nbs/00_core.ipynb #d212ff3a
 def peak_memory(device) -> int:

@@ -156,16 +156,19 @@ def _merge_saved_config(info, cfg, origins):
 # %% ../../nbs/runs/63_setup.ipynb #9002b44b
 def recorded_environment(info, then) -> dict:  # run.json, and config.json of a checkpoint ({}: none)
     "Return {condition: text} of the environment in which a checkpoint was trained, as far as it is recorded"
-    known = info.get("environment") or dict(info.get("versions") or {}, threads=info.get("threads"))  # Version 0.1
-    known = known | then.get("versions", {}) | then.get("environment", {})
+    known = then.get("environment")
+    if not known:  # The last start, whose environment run.json has, may have saved nothing
+        known = info.get("environment") or dict(info.get("versions") or {}, threads=info.get("threads"))  # Version 0.1
+        known = known | then.get("versions", {})
     return {name: str(value) for name, value in known.items() if value is not None}
 
 
 def environment_changes(before, device) -> str:  # Recorded environment, and device of this process
     "Describe the differences between a recorded environment and that of this process (empty: there are none)"
+    set_deterministic(device)  # As a run does
     now = environment(device, rank_and_world_size()[1])
-    changed = [name for name, value in now.items() if before.get(name) != str(value)]
-    return ", ".join(f"{name} {before.get(name, 'unknown')} → {now[name]}" for name in changed)
+    changed = [name for name, value in now.items() if before.get(name, str(value)) != str(value)]  # As far as recorded
+    return ", ".join(f"{name} {before[name]} → {now[name]}" for name in changed)
 
 # %% ../../nbs/runs/63_setup.ipynb #c9c97d0f
 # Long: the order in which a run is built, in one place

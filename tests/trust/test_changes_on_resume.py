@@ -242,6 +242,32 @@ def test_another_cpu(place):
         assert "bits may differ from here on: cpu " in done.stdout
 
 
+@pytest.mark.parametrize("switch", ["MKL_CBWR", "ATEN_CPU_CAPABILITY"])
+def test_a_resume_that_saved_nothing(place, switch):
+    "The environment is that of the checkpoint, and not that of a later start that was killed before it saved anything"
+    value, name = ("default", "cpu") if switch == "ATEN_CPU_CAPABILITY" else ("COMPATIBLE", switch)
+    first = resume_elsewhere({switch: value}, "kill")
+    assert resume_elsewhere({}, "kill") == ""
+    assert first == resume_elsewhere({switch: value})
+    if torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX") or name == switch:
+        assert first.startswith(f"bits may differ from here on: {name} ") and first.count("→") == 1
+
+
+def resume_elsewhere(env, *kill):
+    "Resume in a process with other environment variables, which can be killed before it saves. Return the line on bits"
+    code = """if True:
+        import os, sys
+        from lmnotes.apps.cli import execute_command
+        from lmnotes.training.trainer import Trainer
+        if "kill" in sys.argv:
+            Trainer.train_step = lambda t: (sys.stdout.flush(), os._exit(9))
+        sys.exit(execute_command("train --resume --run r --out-dir runs".split()))"""
+    env = os.environ | dict(OMP_NUM_THREADS="1") | env
+    done = subprocess.run([sys.executable, "-c", code, *kill], env=env, capture_output=True, text=True)
+    assert done.returncode == (9 if kill else 0), done.stderr
+    return next((line for line in done.stdout.splitlines() if line.startswith("bits may differ")), "")
+
+
 def test_the_same_environment(place, uninterrupted):
     "A resume in the same environment prints no change, and ends with the bits of the uninterrupted run"
     r, error, text = attempt(lambda _: resume(), None)
