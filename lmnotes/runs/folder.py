@@ -149,13 +149,14 @@ def move_earlier_run_aside(
 
 # %% ../../nbs/runs/61_folder.ipynb #83a459c5
 class RunRecord:
-    "The record of a run: `run.json`, replaced atomically at each update"
+    "The record of a run: `run.json`, replaced atomically at each update. `saved` notes that there was a checkpoint"
 
     def __init__(self, folder, **values):
         self.path, self.values = Path(folder) / "run.json", values
 
     def update(self, **values) -> None:
-        self.values.update(values, format=FORMAT, updated=utc_now())
+        saved = self.values.get("saved") or (self.path.parent / "last").exists()
+        self.values.update(values, format=FORMAT, updated=utc_now(), saved=saved)
         write_json(self.path, self.values)
 
 # %% ../../nbs/runs/61_folder.ipynb #9220792b
@@ -344,7 +345,7 @@ def run_record_at_step(then, checkpoint_folder) -> dict:  # The checkpoint's con
     info["model"] = then["config"]
     for name in ("data", "tokenizer"):
         info[name]["fingerprint"] = then.get(name, info[name]["fingerprint"])
-    return {name: value for name, value in info.items() if name not in ("result", "tokens", "error", "signal")}
+    return {name: value for name, value in info.items() if name not in ("result", "tokens", "error", "signal", "saved")}
 
 # %% ../../nbs/runs/61_folder.ipynb #6e53497c
 def warn_of_damaged_logs(checkpoint_folder) -> None:

@@ -128,8 +128,8 @@ def _open_for_resume(folder):
         newest = latest_checkpoint(folder)
         warn_of_damaged_logs(newest)
         return info, newest
-    has_ended = info["step"] and info["status"] in ("done", "interrupted", "early_stop")
-    if has_ended or any((folder / name).exists() for name in POINTERS):
+    has_saved = info["step"] and info["status"] in ("running", "done", "interrupted", "early_stop")  # Older records
+    if info.get("saved") or has_saved or has_checkpoints(folder):
         raise CheckpointError(
             f"{folder}: this run has saved checkpoints, but none of its step_ folders is here. Restore them from a copy, "
             f"or start a new run with another name: {format_params('run')}"

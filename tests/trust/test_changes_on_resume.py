@@ -25,7 +25,9 @@ from lmnotes.runs.config import CHANGEABLE_PARAMS, FIXED_PARAMS, RunConfig
 from lmnotes.runs.folder import fork, last_run_name
 from lmnotes.runs.load import load
 from lmnotes.runs.run import run
+from lmnotes.training import saving
 from lmnotes.training.checkpoint import find_checkpoint, read_state
+from lmnotes.training.trainer import Hook
 
 GPT = "d_model=8 n_layers=1 n_heads=1"
 ONE = dict(keep=1, eval_every=12)  # A single checkpoint folder
@@ -418,6 +420,71 @@ def test_another_format(place, value):
     for use in (resume, lambda: load("runs/r"), lambda: fork("runs/r")):
         with pytest.raises(CheckpointError, match=r"config.json: format .* Update lmnotes"):
             use()
+
+
+# Runs without checkpoints
+
+
+class KillAt(Hook):
+    "Hook that raises an error at a step, as if the process was killed there"
+
+    def __init__(self, step):
+        self.step = step
+
+    def after_step(self, t):
+        if t.step == self.step:
+            raise SystemExit
+
+
+def killed_at(step, **params):
+    "Train a new run until it is killed, and return its folder, whose record has the status of a killed run"
+    with pytest.raises(SystemExit):
+        run(hooks=[KillAt(step)], view=False, **SMALL | ONE | dict(run="killed") | params)
+    change_json("runs/killed/run.json", status="running", step=0)
+    return Path("runs/killed")
+
+
+@pytest.mark.parametrize("ending", ["killed", "resumed and killed", "failed", "diverged"])
+def test_a_run_that_has_saved_never_starts_over(place, ending):
+    "Without its checkpoints and pointers, a run that has saved is not started over, and its records stay"
+    folder = killed_at(7)
+    if ending == "resumed and killed":  # In a version that did not note the first save
+        change_json(folder / "run.json", step=4, saved=False)
+    elif ending != "killed":
+        change_json(folder / "run.json", status=ending, step=7)
+    for path in [*folder.glob("step_*"), folder / "last", folder / "best"]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    records = (folder / "metrics.jsonl").read_bytes()
+    for value in (True, "auto"):
+        with pytest.raises(CheckpointError, match="none of its step_ folders is here"):
+            resume("killed", resume=value)
+    assert records and (folder / "metrics.jsonl").read_bytes() == records
+
+
+@pytest.mark.parametrize("status", ["running", "failed", "diverged"])
+def test_a_run_that_has_not_saved_starts_over(place, uninterrupted, status):
+    "A run that ended before its first save starts over by itself, with the bits of the uninterrupted run"
+    folder = killed_at(3)
+    change_json(folder / "run.json", status=status, step=3 if status != "running" else 0)
+    assert result(resume("killed", resume="auto")) == uninterrupted
+
+
+def test_the_best_checkpoint_of_an_early_stop(place, monkeypatch, capsys):
+    "If the best step could not be saved, the last line names the step that `which='best'` loads"
+    as_it_is, best = saving.save_checkpoint, []
+
+    def save(folder, lm, step, state, **metadata):
+        if step == state["counters"]["best_step"] and best:
+            raise CheckpointError("disk full")
+        best.append(step)
+        return as_it_is(folder, lm, step, state, **metadata)
+
+    monkeypatch.setattr(saving, "save_checkpoint", save)
+    params = dict(run="early", patience=1, eval_every=1, steps=200, lr=0.05, save_every=100, keep=0)
+    r = run(view=False, **SMALL | params)
+    saved = int(find_checkpoint(r.folder, "best").name[5:])
+    assert r.status == "early_stop" and saved < r.result["best_step"]
+    assert f"The best checkpoint is from step {saved:,} (which='best')" in capsys.readouterr().out
 
 
 # The clock
