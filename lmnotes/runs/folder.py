@@ -172,12 +172,21 @@ def _wrong_entries(info):
     for name in ("data", "tokenizer"):
         if isinstance(info.get(name), dict) and not isinstance(info[name].get("fingerprint"), str):
             yield f"the fingerprint of {name} is {info[name].get('fingerprint')!r}"
+    changes = info.get("changes", [])
+    if not isinstance(changes, list) or not all(map(_is_change, changes)):
+        yield f"changes is {changes!r}"
     config = info["config"] if isinstance(info.get("config"), dict) else {}
     known = {f.name: f.type for f in fields(RunConfig)}
     yield from (f"config has an unknown parameter {name!r}" for name in config if name not in known)
     for name, kind in known.items():
         if name in config and not _has_type(config[name], kind):
             yield f"config has {name}={config[name]!r}, which is not of type {getattr(kind, '__name__', kind)}"
+
+
+def _is_change(value):
+    "Return True for a recorded change of a parameter"
+    has_values = isinstance(value, dict) and {"before", "after"} <= set(value)
+    return has_values and type(value.get("step")) is int and isinstance(value.get("name"), str)
 
 
 def _has_type(value, kind):
@@ -204,17 +213,24 @@ def check_same_record(
     allow_change="",  # Names of parameters that may differ, separated by spaces
 ) -> None:
     "Raise `CheckpointError` unless run.json and a checkpoint agree, apart from changes that run.json records"
-    saved, changes = read_checkpoint_config(checkpoint_folder), info.get("changes", [])
-    now = info["config"] | {f"{n}_content": info[n]["fingerprint"] for n in ("data", "tokenizer")}
+    saved, now = read_checkpoint_config(checkpoint_folder), _recorded_values(info)
     then = {n: v for n, v in saved.get("params", {}).items() if n in now}
     then |= {f"{n}_content": saved[n] for n in ("data", "tokenizer") if n in saved}
     for name, value in then.items():
-        recorded = [change["before"] for change in changes if change["name"] == name]
-        if value != now[name] and value not in recorded and name not in parse_names(allow_change):
+        changes = [change for change in info.get("changes", []) if change["name"] == name]
+        chain = [*(change["before"] for change in changes), changes[-1]["after"] if changes else value]
+        linked = [change["after"] for change in changes] == chain[1:] and chain[-1] == now[name]
+        if not (linked and value in chain) and name not in parse_names(allow_change):
+            changed = f" and then changed: {' → '.join(map(repr, chain))}" if changes else ""
             raise CheckpointError(
                 f"{checkpoint_folder.parent / 'run.json'} has {name}={now[name]!r}, but {checkpoint_folder.name} was saved with "
-                f"{value!r}. Restore run.json, or move the checkpoint away if it belongs to another run"
+                f"{value!r}{changed}. Restore run.json, or move the checkpoint away if it belongs to another run"
             )
+
+
+def _recorded_values(info):
+    "Return {name: value} of the parameters and of the hashes of data and tokenizer in a record"
+    return info["config"] | {f"{n}_content": info[n]["fingerprint"] for n in ("data", "tokenizer")}
 
 # %% ../../nbs/runs/61_folder.ipynb #71495aec
 def remove_abandoned_folders(runs) -> None:
@@ -345,7 +361,18 @@ def run_record_at_step(then, checkpoint_folder) -> dict:  # The checkpoint's con
     info["model"] = then["config"]
     for name in ("data", "tokenizer"):
         info[name]["fingerprint"] = then.get(name, info[name]["fingerprint"])
+    info["changes"] = _changes_until(then["step"], info)
     return {name: value for name, value in info.items() if name not in ("result", "tokens", "error", "signal", "saved")}
+
+# %% ../../nbs/runs/61_folder.ipynb #7f6a3b29
+def _changes_until(step, info):
+    "Return the changes up to a step, of each parameter those that end at its value in a record"
+    values, kept = _recorded_values(info), []
+    for change in reversed(info.get("changes", [])):
+        later = any(c["name"] == change["name"] for c in kept)
+        if change["step"] <= step and (later or change["after"] == values.get(change["name"])):
+            kept.insert(0, change)
+    return kept
 
 # %% ../../nbs/runs/61_folder.ipynb #6e53497c
 def warn_of_damaged_logs(checkpoint_folder) -> None:

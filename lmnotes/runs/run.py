@@ -160,6 +160,7 @@ def _recorded_changes(s):
     if not s.info:
         return []
     before = dict(s.info["config"], data_content=s.info["data"]["fingerprint"])
+    before |= {c["name"]: c["after"] for c in s.info.get("changes", []) if c["name"] in before}  # Without edits
     after = dict(asdict(s.cfg), data_content=s.data.fingerprint)
     step = int(s.checkpoint_folder.name[5:]) if s.checkpoint_folder else 0
     names = [n for n in before if n not in CHANGEABLE_PARAMS and before[n] != after[n]]

@@ -422,6 +422,73 @@ def test_another_format(place, value):
             use()
 
 
+# Recorded changes
+
+
+def changed_and_killed(**params):
+    "Resume the run with changed parameters, and end before it saves. Return run.json"
+    with pytest.raises(SystemExit):
+        resume(hooks=[KillAt(7)], allow_change=" ".join(params), **params)
+    return read_json("runs/r/run.json")
+
+
+def edit_value(info):
+    info["config"]["lr"] = 0.05
+
+
+def edit_before(info):
+    info["changes"][-1]["before"] = 0.02
+
+
+def remove_change(info):
+    del info["changes"][0]
+
+
+@pytest.mark.parametrize("edit", [edit_value, edit_before, remove_change])
+@pytest.mark.parametrize("use", [resume, lambda: load("runs/r"), lambda: fork("runs/r", "fork")])
+def test_recorded_changes_are_a_chain(place, edit, use):
+    "A value in run.json that its recorded changes do not lead to is rejected by name"
+    changed_and_killed(lr=0.003)
+    info = changed_and_killed(lr=0.004)
+    assert [(c["before"], c["after"]) for c in info["changes"]][1:] == [(0.003, 0.004)]
+    edit(info)
+    write_json("runs/r/run.json", info)
+    with pytest.raises(CheckpointError, match=r"run\.json has lr=.* was saved with"):
+        use()
+
+
+@pytest.mark.parametrize("changes", [None, "lr", {}, [5], [{}], [dict(step="6", name="lr", before=0.0, after=0.1)], [dict(step=6, name=["lr"], before=0.0, after=0.1)]])  # fmt: skip
+def test_damaged_changes(place, changes):
+    "Changes of another type are rejected by name"
+    change_json("runs/r/run.json", changes=changes)
+    for use in (resume, lambda: load("runs/r"), lambda: fork("runs/r", "fork")):
+        with pytest.raises(CheckpointError, match=r"run\.json: damaged, or not the record of a run: changes is "):
+            use()
+
+
+def test_an_edited_value_that_is_allowed(place):
+    "A value that was edited, and is allowed, becomes a recorded change, so the next resume accepts it"
+    info = changed_and_killed(lr=0.003)
+    edit_value(info)
+    write_json("runs/r/run.json", info)
+    with pytest.raises(SystemExit):
+        resume(hooks=[KillAt(7)], allow_change="lr")
+    assert [c["after"] for c in read_json("runs/r/run.json")["changes"]] == [0.003, 0.05]
+    assert resume().status == "done"
+
+
+def test_a_fork_has_the_changes_until_its_step(place):
+    "Forks before, at and after changes have the changes that lead to their values, and can be resumed and forked"
+    resume(lr=0.003, allow_change="lr", hooks=[StopAtSteps(8)], keep=0)
+    resume(lr=0.004, clip=0.5, allow_change="lr clip", keep=0)
+    for number, changes in {6: [], 8: [("lr", 0.003)], 12: [("lr", 0.003), ("lr", 0.004), ("clip", 0.5)]}.items():
+        name = fork(f"runs/r/step_{number:08d}", f"from{number}")
+        info = read_json(f"runs/{name}/run.json")
+        assert [(c["name"], c["after"]) for c in info["changes"]] == changes
+        assert fork(f"runs/{name}", f"again{number}") and load(f"runs/{name}").step == number
+        assert resume(name, steps=14, allow_change="steps").step == 14
+
+
 # Runs without checkpoints
 
 
