@@ -6,9 +6,9 @@
 __all__ = ['DTYPES', 'MAX_JSON_BYTES', 'DataError', 'TokenizerError', 'CheckpointError', 'RunLockedError', 'OutOfMemoryError',
            'RankError', 'did_you_mean', 'replace_aliases', 'expand_kwargs', 'project_root', 'data_root', 'paths_to_try',
            'derive_seed', 'seed_torch', 'set_deterministic', 'pick_device', 'pick_dtype', 'describe_device',
-           'name_in_os_errors', 'fsync_path', 'write_atomic', 'check_regular_file', 'finite_json', 'write_json',
-           'read_json', 'sha256_bytes', 'sha256_file', 'sha256_json', 'StopSignals', 'utc_now', 'versions',
-           'environment', 'peak_memory']
+           'name_in_os_errors', 'fsync_path', 'write_atomic', 'check_regular_file', 'read_regular_file', 'read_line',
+           'finite_json', 'write_json', 'read_json', 'sha256_bytes', 'sha256_file', 'sha256_json', 'StopSignals',
+           'utc_now', 'versions', 'environment', 'peak_memory']
 
 # %% ../nbs/00_core.ipynb #4775f101
 import difflib
@@ -273,6 +273,32 @@ def check_regular_file(
         raise error(f"{path}: is {kind}, expected a file. Give the path of a file")
     return path
 
+
+def read_regular_file(
+    path,  # File to read, possibly from someone else
+    max_bytes,  # Largest size that is expected
+    error=DataError,  # Exception type to raise
+) -> bytes:
+    "Return the content of a regular file of up to `max_bytes`, or raise `error`"
+    content = _read_start(path, max_bytes + 1, error)
+    if len(content) > max_bytes:
+        raise error(f"{path}: has over {max_bytes:,} bytes, more than such a file can have")
+    return content
+
+
+def read_line(path, error=DataError) -> str:  # Arguments as in `read_regular_file`
+    "Return the text of a file of one line, up to 4,096 bytes of it"
+    return _read_start(path, 4096, error).decode("utf-8", "replace")
+
+
+def _read_start(path, size, error):
+    "Return the first `size` bytes of a regular file"
+    try:
+        with open(check_regular_file(path, error), "rb") as f:
+            return f.read(size)
+    except OSError as e:
+        raise error(f"{path}: cannot be read ({e})") from None
+
 # %% ../nbs/00_core.ipynb #4eb8e7e9
 MAX_JSON_BYTES = 1 << 28
 
@@ -297,16 +323,9 @@ def read_json(
     error=DataError,  # Exception type to raise if the file is missing or is not JSON
 ) -> Any:
     "Return the object in a JSON file of up to `MAX_JSON_BYTES`"
+    content = read_regular_file(path, MAX_JSON_BYTES, error)
     try:
-        with open(check_regular_file(path, error), "rb") as f:
-            content = f.read(MAX_JSON_BYTES + 1)
-        if len(content) > MAX_JSON_BYTES:
-            raise ValueError(f"it has over {MAX_JSON_BYTES:,} bytes")
         return json.loads(content)
-    except error:
-        raise
-    except OSError as e:
-        raise error(f"{path}: cannot be read ({e})") from None
     except (ValueError, RecursionError) as e:
         raise error(f"{path}: not valid JSON ({e})") from None
 

@@ -97,7 +97,7 @@ def last_run(checkpoints) -> str:  # Folder of all runs
             if path_inside(checkpoints, name, source=noted).is_dir():
                 return name
     times = {}
-    for record in checkpoints.glob("*/run.json"):
+    for record in filter(Path.is_file, checkpoints.glob("*/run.json")):
         with suppress(ValueError, KeyError, TypeError):
             times[record.parent.name] = json.loads(record.read_bytes())["updated"]
     if not times:
@@ -176,7 +176,10 @@ def output_path(
     if not PLAIN_NAME.fullmatch(run):
         raise ValueError(f"run={run!r} is not a folder name. Use letters, digits, `_`, `-` and `.`")
     (checkpoints / run).mkdir(parents=True, exist_ok=True)
-    return checkpoints / run / Path(notebook).name
+    path = checkpoints / run / Path(notebook).name
+    if path.is_symlink():
+        raise ValueError(f"{path}: is a symbolic link. Replace it by a copy of its file, or remove it")
+    return path
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #62c22d27
 def _is_value_of_type(kind, value):

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from ..core import DataError, data_root, fsync_path, paths_to_try, sha256_file
 from .corpus import *
+from ..files import open_for_append
 from ..untrusted import check_no_secrets
 
 # %% ../../nbs/data/11_datasets.ipynb #bf2d7f6c
@@ -150,7 +151,7 @@ def _download_part(url, part, dest, size):
     "Download `url` to the file `part`, resuming the bytes in it. Return whether the response has at most `size` bytes"
     offset = part.stat().st_size if part.exists() else 0
     response, resumes = _open_url(url, offset)
-    with response, open(part, "ab" if resumes else "wb") as f:
+    with response, open_for_append(part) if resumes else open(part, "wb") as f:
         missing = size - (offset if resumes else 0)
         print(f"downloading {dest.name}" + (f" from byte {offset:,}" if resumes else "") + f", {size:,} bytes")
         while missing and (data := response.read(min(missing, 1 << 20))):

@@ -158,7 +158,7 @@ def _check_tokenizer(run):
 
 def _check_pointer(run, name, expected):
     "Check that a pointer names a checkpoint, and the expected one"
-    text = (run.folder / name).read_text()
+    text = read_line(run.folder / name)
     names = [p.name for p in list_checkpoints(run.folder)]
     _require(text.removesuffix("\n") in names, f"names {text.strip()!r}, which is not a checkpoint of this run")
     _require(not expected or text.strip() == expected, f"names {text.strip()}, but the run saved {expected}")

@@ -261,7 +261,7 @@ def _start_child(cfg, names, log, **values):
     values |= dict(cfg=asdict(cfg), modules=sorted({*modules.values()}))
     program = "import json, sys; from lmnotes.runs.compare import _child_main; _child_main(json.loads(sys.argv[1]))"
     environ = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
-    with open(log, "ab") as output:
+    with open_for_append(log) as output:
         words = [sys.executable, "-c", program, json.dumps(values)]
         return subprocess.Popen(words, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
 

@@ -39,7 +39,7 @@ def runs_folder(out_dir="") -> Path:
 def last_run_name(folder) -> str:
     "Return the name of the most recent run in a folder of runs"
     noted = Path(folder) / ".last"
-    name = noted.read_text(encoding="utf-8", errors="replace").strip() if noted.is_file() else ""
+    name = read_line(noted).strip() if noted.is_file() else ""
     if name and (path_inside(folder, name, source=noted, error=CheckpointError) / "run.json").exists():
         return name
     if noted.exists():
@@ -244,6 +244,7 @@ def remove_abandoned_folders(runs) -> None:
 @contextmanager
 def locked_run_folder(folder, wait=0.0, stop=None) -> "Iterator[RunLock]":  # Further arguments as in `RunLock`
     "Hold the lock of a run folder. At the end, remove a new folder in which no run has started"
+    check_no_links(folder)
     new = not folder.exists() or not any(folder.iterdir())
     with RunLock(folder, wait, stop) as lock:
         try:
@@ -300,6 +301,7 @@ def fork(
     _check_run_name(run)
     checkpoint_folder = find_checkpoint(find_run_folder(path))
     old = checkpoint_folder.parent
+    check_no_links(old)  # A copy follows them
     name = run or f"{old.name}-from-{int(checkpoint_folder.name[5:])}"
     runs = Path(out_dir).resolve() if out_dir else old.parent
     new, tmp = runs / name, runs / f".{name}.{os.getpid()}.tmp"

@@ -173,6 +173,7 @@ def _is_finished(folder, cfg, origins):
         info = read_json(folder / "run.json", CheckpointError)
         if info["status"] not in ("done", "early_stop"):
             return False
+        check_no_links(folder)
         given = {n: v for n, v in asdict(cfg).items() if origins[n] != "default" and v != "auto"}
         if check_unchanged(info["config"], given, FIXED_PARAMS, CHANGEABLE_PARAMS, cfg.allow_change):
             return False

@@ -9,7 +9,6 @@ __all__ = ['OK', 'MISMATCH', 'BIT_EXACT', 'OTHER_ENVIRONMENT', 'NOT_REPLAYED', '
 # %% ../../nbs/runs/69_replay.ipynb #e3c5a4c4
 import io
 import math
-import shutil
 import tempfile
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ..core import *
+from ..data.tokenizer_files import *
 from ..files import *
 from ..inference.evaluation import *
 from ..inference.generation import *
@@ -113,7 +113,7 @@ def _setup_replay(start, end, place, device):
         fork(start, "replay", place)
         before = read_json(start / "config.json", CheckpointError)
     else:
-        shutil.copytree(end.parent / "tokenizer", place / "replay/tokenizer")
+        load_tokenizer(end.parent / "tokenizer").save(place / "replay/tokenizer")
         write_json(place / "replay/run.json", run_record_at_step(dict(then, step=0), end))
     params, old = then.get("params", {}), before.get("params", {})
     changed = {name: value for name, value in params.items() if old.get(name, value) != value}

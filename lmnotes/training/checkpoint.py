@@ -297,7 +297,7 @@ def latest_checkpoint(run) -> Path:
 def _warn_if_not_last(folder):
     "Return a checkpoint folder, with a warning if `last` names a later one that is missing"
     path = folder.parent / "last"
-    name = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+    name = read_line(path).strip() if path.is_file() else ""
     if (
         re.fullmatch(r"step_\d{8,}", name)
         and int(name[5:]) > int(folder.name[5:])
@@ -312,9 +312,9 @@ POINTERS = "best", "last", "interrupted", "final"
 
 def write_pointer(run, which, folder) -> None:
     "Write the one-line file `run/which` that holds the name of a checkpoint folder, unless it has this content"
-    path = Path(run) / which
-    if not path.is_file() or path.read_bytes() != f"{folder.name}\n".encode():
-        write_atomic(path, folder.name + "\n")
+    path, data = Path(run) / which, f"{folder.name}\n".encode()
+    if not path.is_file() or path.stat().st_size != len(data) or path.read_bytes() != data:
+        write_atomic(path, data)
 
 
 def read_pointer(run, which) -> Path:
@@ -323,12 +323,7 @@ def read_pointer(run, which) -> Path:
     if not path.exists():
         names = ", ".join(p.name for p in list_checkpoints(run))
         raise CheckpointError(f"{run}: this run has no {which!r} checkpoint, only {names or 'none'}")
-    try:
-        name = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        raise CheckpointError(
-            f"{path}: damaged, it should hold the name of a checkpoint such as step_00001000"
-        ) from None
+    name = read_line(path, CheckpointError).strip()
     folder = path_inside(run, name, r"step_\d+", path, CheckpointError)
     if not folder.exists():
         raise CheckpointError(f"{path}: damaged, or {name} is missing. Delete this file to use another checkpoint")

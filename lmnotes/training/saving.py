@@ -19,7 +19,7 @@ from .trainer import *
 def prune_checkpoints(run, keep, protected=(), keep_every=0) -> None:
     "Delete checkpoints except the newest `keep` (0: all), multiples of `keep_every`, `protected` names and pointers"
     run = Path(run)
-    named = {(run / p).read_text(errors="replace").strip() for p in POINTERS if (run / p).is_file()}
+    named = {read_line(run / p).strip() for p in POINTERS if (run / p).is_file()}
     for folder in list_checkpoints(run)[: -keep or None] if keep else []:
         is_multiple = keep_every and int(folder.name[5:]) % keep_every == 0
         if folder.name not in named | set(protected) and not is_multiple:

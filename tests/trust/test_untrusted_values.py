@@ -726,6 +726,8 @@ def sinks(name, source):
                 found += [(line, text)] * (computed and text not in COMPUTED.get(name, ()))
             if function.endswith("joinpath") and any(map(from_a_file, node.args)):
                 found.append((line, f"{text} needs path_inside"))
+            if function == "open" and re.search(r"'a[bt+]*'", text) and "opener=" not in text:
+                found.append((line, f"{text} needs open_for_append"))
             if function.endswith(".replace") and node.args and ast.unparse(node.args[0]) in ("'|'", "'<'", "'&'"):
                 found.append((line, f"{text} needs escape_markdown"))
             if function.split(".")[-1] in ("HTML", "Markdown", "Javascript", "JSON", "SVG", "Latex"):
@@ -766,6 +768,7 @@ def test_values_from_files_pass_through_the_functions(name):
         "getattr(torch, info['x'])",
         "import_module(info['x'])",
         "globals().update(saved)",
+        "open(path, 'ab' if resumes else 'wb')",
     ],
 )
 def test_sinks_are_found(source):
