@@ -49,6 +49,9 @@ _FIXED = {
 }
 
 
+_CHECKED = {*_HF_NAMES.values(), *_FIXED, "n_inner", "embd_pdrop", "attn_pdrop"}  # All that we read of a file
+
+
 def hf_config(cfg) -> "transformers.GPT2Config":  # `GPT2Config`
     "Return transformers' configuration of the same model"
     from transformers import GPT2Config as HFConfig
@@ -196,8 +199,8 @@ def _read_hf_config(source):
         raise ValueError(f"{where}: no such file. A GPT-2 folder needs config.json and model.safetensors")
     try:
         values, _ = HFConfig.get_config_dict(source)
-        kind = values.get("model_type")
-        hf_cfg = HFConfig.from_dict(values if kind == "gpt2" else {})
+        kind, known = values.get("model_type"), {*_CHECKED, *HFConfig.attribute_map}
+        hf_cfg = HFConfig.from_dict({n: v for n, v in values.items() if n in known} if kind == "gpt2" else {})
     except Exception as error:  # Invalid JSON, not an object, or not numbers
         _raise_unreadable(source, where, error)
     if kind != "gpt2":
@@ -227,6 +230,22 @@ def _config_from_source(source, given):
     values["ctx_len"] = values["n_positions"]
     return lm_config("gpt2", **{**values, **given, "vocab_size": values["vocab_size"]})
 
+# %% ../../nbs/models/33_gpt2.ipynb #35922d50
+def _check_folder(source, cfg):
+    "Raise ValueError if a folder holds a pipe or a device, or if its files are too small for the weights that it declares"
+    check_minimums(cfg, vocab_size=1, n_positions=1, d_model=1, n_layers=1, n_heads=1)
+    paths = sorted(Path(source).iterdir())
+    if unusual := [p for p in paths if not p.is_file() and not p.is_dir()]:
+        raise ValueError(f"{unusual[0]}: is a device, a pipe or a broken link. Remove it")
+    n_bytes = sum(p.stat().st_size for p in paths if p.suffix in (".safetensors", ".bin"))
+    layer = 12 * cfg.d_model**2 + 1000  # Weights, and the names of the tensors
+    declared = (cfg.vocab_size + cfg.n_positions) * cfg.d_model + cfg.n_layers * layer
+    if declared > n_bytes + (1 << 20):
+        raise ValueError(
+            f"{Path(source) / 'config.json'}: declares more weights than the files of this folder hold ({n_bytes:,} bytes "
+            "in *.safetensors and *.bin). Add the missing files, or choose another source"
+        )
+
 # %% ../../nbs/models/33_gpt2.ipynb #43f0b0e4
 def _load_hf_model(source, cfg):
     "Return a `GPT2LMHeadModel` with the weights of a source"
@@ -249,6 +268,8 @@ def _load_hf_model(source, cfg):
 def _load_pretrained(source, given):
     "Return (configuration, `GPT2LMHeadModel`) of a source, with as many tokens as the tokenizer has"
     cfg = _config_from_source(source, given)
+    if _is_folder(source):
+        _check_folder(source, cfg)
     model = _load_hf_model(source, cfg)
     cfg.vocab_size = given.get("vocab_size", cfg.vocab_size)
     if cfg.vocab_size < len(model.lm_head.weight):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from lmnotes.core import CheckpointError
 from lmnotes.data.untrusted_files import read_torch_file
+from lmnotes.models.gpt2 import GPT2, save_hf
 from lmnotes.nn.lm import LM, arch, new_lm
 from lmnotes.nn.lora import LoRAConfig, add_lora, load_adapter, save_adapter
 from lmnotes.recipes.nanothink_checkpoints import read_checkpoint_file
@@ -296,6 +298,49 @@ def test_state_with_code_names_the_file(tmp_path):
     with pytest.raises(CheckpointError, match=r"state\.pt: cannot be read") as e:
         read_state(folder)
     assert "weights_only" not in str(e.value)
+
+
+# GPT-2 in the layout of Hugging Face
+
+
+def gpt2_folder(folder, **changes):
+    "Write a small GPT-2 whose config.json has other values"
+    save_hf(new_lm("gpt2", vocab_size=32, ctx_len=8, n_positions=8, d_model=8, n_layers=1, n_heads=2), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+DECLARED_GPT2 = {
+    "width and layers": dict(n_embd=10**6, n_layer=10**4, n_head=1),
+    "layers": dict(n_layer=10**8),
+    "layers of width 1": dict(n_layer=10**8, n_embd=1, n_head=1),
+    "the other name of the layers": dict(num_hidden_layers=10**8, n_layer=10**8),
+    "positions": dict(n_positions=10**9),
+    "vocabulary": dict(vocab_size=10**9),
+    "a negative width": dict(n_embd=-8, n_layer=10**8),
+}
+
+
+@pytest.mark.parametrize("name", DECLARED_GPT2)
+def test_a_declared_size_of_gpt2_is_compared_with_the_files(name, tmp_path):
+    gpt2_folder(tmp_path, **DECLARED_GPT2[name])
+    kind, found = call(GPT2.pretrained, tmp_path)
+    expected = "d_model=-8" if "negative" in name else "config.json: declares more weights than the files"
+    assert kind == "ValueError" and expected in found, (kind, found)
+
+
+def test_gpt2_with_many_labels_is_loaded(tmp_path):
+    "transformers would make a table of the labels, which GPT-2 does not use"
+    gpt2_folder(tmp_path, num_labels=10**9)
+    assert call(GPT2.pretrained, tmp_path)[0] == ""
+
+
+def test_gpt2_with_a_pipe(tmp_path):
+    gpt2_folder(tmp_path)
+    os.mkfifo(tmp_path / "generation_config.json.new")
+    (tmp_path / "generation_config.json.new").replace(tmp_path / "generation_config.json")
+    kind, found = call(GPT2.pretrained, tmp_path)
+    assert kind == "ValueError" and "generation_config.json: is a device, a pipe or a broken link" in found
 
 
 # Adapters
