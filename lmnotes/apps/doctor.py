@@ -30,6 +30,7 @@ from ..runs.setup import *
 from ..training.checkpoint import *
 from ..training.optim import *
 from ..training.trainer import rank_and_world_size
+from ..untrusted import *
 
 # %% ../../nbs/apps/94_doctor.ipynb #0cbb5c67
 PACKAGES = "tokenizers safetensors transformers papermill matplotlib jupyterlab faiss-cpu huggingface_hub".split()
@@ -201,6 +202,7 @@ def _findings(about, check, *args):
         return [_finding("PROBLEM", about, f"cannot be checked: {type(e).__name__}: {e}")]
 
 
+@escape_printed
 def doctor(
     path: "str | Path" = "",  # Run folder, or its name under checkpoints/ (empty: only the machine)
 ) -> Checkup:

@@ -16,6 +16,7 @@ from ..runs.monitor import *
 from ..runs.replay import *
 from ..runs.setup import *
 from ..training.checkpoint import *
+from ..untrusted import *
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -155,6 +156,7 @@ def plot_two_runs(
     return fig
 
 # %% ../../nbs/inspect/79_diff.ipynb #12517f59
+@escape_printed
 def diff(
     a: "str | Path",  # Run folder, or its name under checkpoints/
     b: "str | Path",  # Another run

@@ -20,6 +20,7 @@ from ..runs.data import *
 from ..runs.folder import *
 from ..runs.replay import *
 from ..training.checkpoint import *
+from ..untrusted import *
 
 # %% ../../nbs/inspect/78_verify.ipynb #3d6b9e17
 class Verification:
@@ -229,6 +230,7 @@ def check_run_folder(
     return [row | dict(detail=row["detail"].replace(f"{run.folder}/", "")) for row in rows]
 
 # %% ../../nbs/inspect/78_verify.ipynb #3b35eff9
+@escape_printed
 def verify(
     path: "str | Path" = "",  # Run folder, or its name under checkpoints/ (empty: the most recent run)
     replay: int = 0,  # Number of intervals to train again, evenly spread, always with the last

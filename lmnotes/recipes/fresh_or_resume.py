@@ -213,6 +213,7 @@ def val_losses(metrics) -> dict:
     return losses
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #4f3b5378
+@escape_printed
 def from_env(
     environ=None,  # {variable: text} (None: the process's environment)
 ) -> "Run":  # A `Run`

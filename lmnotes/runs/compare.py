@@ -321,6 +321,7 @@ class Comparison:
         return f"Comparison({self.folder.name}: {len(self.steps)} architectures, {n} of {len(self.steps) * self.cfg.seeds} runs done)"
 
 # %% ../../nbs/runs/68_compare.ipynb #dcf1c755
+@escape_printed
 def compare(**params) -> Comparison:  # Fields of `CompareConfig`
     "Train all architectures of a comparison, or resume it"
     check_no_secrets(params)

@@ -36,6 +36,7 @@ def runs_folder(out_dir="") -> Path:
     return Path(out_dir).expanduser().resolve() if out_dir else project_root() / "checkpoints"
 
 
+@escape_printed
 def last_run_name(folder) -> str:
     "Return the name of the most recent run in a folder of runs"
     noted = Path(folder) / ".last"
@@ -292,6 +293,7 @@ def take_run_folder(cfg) -> Path:  # `RunConfig`
     return folder
 
 # %% ../../nbs/runs/61_folder.ipynb #1accb3c7
+@escape_printed
 def fork(
     path: "str | Path",  # Checkpoint folder, or a run for its newest checkpoint
     run: str = "",  # Name of the new run (empty: the old name and the step)

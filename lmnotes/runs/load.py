@@ -140,6 +140,7 @@ def actual_status(info, alive) -> str:  # Record, and the result of `is_run_aliv
     return "killed" if status == "running" and alive is False else status
 
 # %% ../../nbs/runs/64_load.ipynb #e7aefe57
+@escape_printed
 def load(
     path: "str | Path" = "",  # Run folder, or its name under checkpoints/ (empty: the most recent run)
     which: str = "",  # Checkpoint: best | last | interrupted | final (empty: the newest verified one)
@@ -184,6 +185,7 @@ def _is_finished(folder, cfg, origins):
         return False
 
 
+@escape_printed
 def load_finished(folder, cfg, origins) -> "Run | None":  # Run folder, `RunConfig`, {parameter: origin}
     "Return the run that `cfg` resumes if it is finished, else None. Rank 0 decides for all ranks"
     rank, _ = rank_and_world_size()

@@ -158,7 +158,8 @@ class LiveDisplay:
             self._draw_in_notebook() if is_notebook() else self._draw_in_terminal()
         except Exception as e:
             if not self.warned:
-                print(f"warning: the view is not shown ({type(e).__name__}: {e}). The run continues", file=sys.stderr)
+                problem = escape_terminal(f"{type(e).__name__}: {e}")
+                print(f"warning: the view is not shown ({problem}). The run continues", file=sys.stderr)
             self.warned = True
         now = time.perf_counter()
         pause = 20 * (now - start) if self.next else 0  # The first drawing also imports matplotlib
@@ -296,6 +297,7 @@ def _png(figure):
         return print_figure(figure, bbox_inches=None, base64=True, dpi=100, metadata=dict(Software=None))
 
 # %% ../../nbs/runs/65_monitor.ipynb #f1bf565f
+@escape_printed
 def attach(
     path: "str | Path" = "",  # Run folder, or its name under checkpoints/ (empty: the most recent run)
 ) -> RunView:  # `follow()` shows it until the run ends

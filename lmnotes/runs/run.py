@@ -31,6 +31,7 @@ from ..training.checkpoint import *
 from ..training.optim import *
 from ..training.saving import *
 from ..training.trainer import *
+from ..untrusted import *
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -128,6 +129,7 @@ def _train_run(s, signals, hooks, log_format, make_batches):
     return _fit_and_record(record, s, trainer)
 
 # %% ../../nbs/runs/67_run.ipynb #004d9898
+@escape_printed
 def _start_record(record, s, trainer):
     "Prepare the run folder and write the record before the first step"
     if not s.info:

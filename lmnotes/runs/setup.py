@@ -27,6 +27,7 @@ from ..training.optim import *
 from ..training.saving import *
 from ..training.trainer import *
 from ..training.weights import *
+from ..untrusted import *
 
 # %% ../../nbs/runs/63_setup.ipynb #743ffa17
 def _initial_weights_source(cfg):
@@ -175,6 +176,7 @@ def environment_changes(before, device) -> str:  # Recorded environment, and dev
 class RunSetup:
     "Data, tokenizer, batches, model and hooks of a run, built from its configuration"
 
+    @escape_printed
     def __init__(self, cfg, origins, folder, device, log_fn=print, lock=None):
         self.folder, self.device, self.info, self.checkpoint_folder, self.lock = folder, device, None, None, lock
         if cfg.resume == "auto":  # Rank 0 holds the lock, so the answer stays true

@@ -23,7 +23,7 @@ from helpers import DEADLINE, ROOT, TINY, read_log, run_in_process, run_recipe, 
 import lmnotes
 from lmnotes.apps import cli, papermill_engine
 from lmnotes.apps.cli import execute_command
-from lmnotes.core import CheckpointError, TokenizerError
+from lmnotes.core import CheckpointError, TokenizerError, sha256_file
 from lmnotes.data.batches import get_batches
 from lmnotes.data.tokenizer import CharTokenizer
 from lmnotes.export.export import export
@@ -446,11 +446,11 @@ def terminal(command, **options):
         os.close(ours)
 
 
-def on_terminal(work, *words, code=0):
-    "Run a command of lmnotes in a terminal, and return what it printed, without our own redrawing"
+def on_terminal(work, *words, code=0, program=("-m", "lmnotes")):
+    "Run a command of lmnotes or a program in a terminal, and return what it printed, without our own redrawing"
     environ = os.environ | dict(LMNOTES_OUT_DIR=str(work / "runs"), PYTHONPATH=str(ROOT), TERM="xterm", COLUMNS="200")
     environ.pop("PYTEST_CURRENT_TEST", None)
-    with terminal([sys.executable, "-m", "lmnotes", *words], cwd=work, env=environ) as (process, read_all):
+    with terminal([sys.executable, *program, *words], cwd=work, env=environ) as (process, read_all):
         shown = read_all()
         assert process.wait(DEADLINE) == code, shown
     return re.sub(r"\x1b\[\d+A\x1b\[J", "", shown)
@@ -496,6 +496,38 @@ def test_unexpected_errors_send_no_escape_sequence_of_a_file(work, capsys):
         cli._print_traceback(type(e), e, e.__traceback__)
     shown = capsys.readouterr().err
     assert "⟨U+001B⟩" in shown and escape_terminal(shown) == shown, repr(shown)
+
+
+PROGRAM = """
+import lmnotes
+from lmnotes.training.trainer import Hook
+
+class Colors(Hook):
+    def at_end(self, trainer):
+        print("\\x1b[1mYOURS\\x1b[0m")
+
+folder = "runs/r"
+print(lmnotes.attach(folder), lmnotes.load(folder, device="cpu"), lmnotes.verify(folder), lmnotes.doctor(folder))
+print(lmnotes.diff(folder, folder))
+lmnotes.fork(folder, "forked")
+lmnotes.run(run="r", resume=True, steps=12, allow_change="steps", hooks=[Colors()])
+"""
+
+
+def test_python_sends_no_escape_sequence_of_a_file(work):
+    "The functions of the library print a file's values as text in a terminal, and a hook of yours can print colors"
+    changed = {"cpu": "\x1b[2Jattacked", "torch": HOSTILE}
+    edit_json(work / "runs/r/run.json", lambda info: info | dict(environment=info["environment"] | changed))
+    for path in (work / "runs/r").glob("step_*"):
+        edit_json(path / "config.json", lambda saved: saved | dict(environment=saved["environment"] | changed))
+        edit_json(path / "config.json", lambda saved: saved | dict(versions=saved["versions"] | dict(torch=HOSTILE)))
+        sizes = {p.name: dict(size=p.stat().st_size, sha256=sha256_file(p)) for p in path.iterdir()}
+        edit_json(path / "manifest.json", lambda m, sizes=sizes: m | dict(files={n: sizes[n] for n in m["files"]}))
+    shown = on_terminal(work, program=["-c", PROGRAM])
+    assert "bits may differ from here on" in shown and "cpu ⟨U+001B⟩[2Jattacked" in shown, shown
+    assert shown.count("\x1b[1mYOURS\x1b[0m") == 1, shown
+    shown = shown.replace("\x1b[1mYOURS\x1b[0m", "")
+    assert escape_terminal(shown) == shown, repr(shown)
 
 
 def test_output_in_a_file_stays_as_it_is(work):
@@ -657,7 +689,7 @@ COMPUTED = {
     "runs/compare.py": {"getattr(_ATEN, name)", "getattr(p, o)", "import_module(module)"},
     "training/trainer.py": {"getattr(torch, pick_dtype(device, cfg.dtype)[0])"},
     "runs/load.py": {
-        "getattr(torch, info['dtype'])",  # Checked in the lines above it
+        "getattr(torch, self.info['dtype'])",  # `read_run_record` has checked it
         "getattr(torch, pick_dtype(device, dtype)[0])",
     },
     "data/untrusted_files.py": {"getattr(torch, attribute, None)"},  # Only compared with torch.dtype
