@@ -5,6 +5,7 @@ therefore arrives exactly at the intended moment, on a busy machine too.
 """
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,7 +85,7 @@ MOMENTS = {
     "before `best` points": lambda: run_before_call(saving, "write_pointer", pointed("best", 25)),
     "before `last` points": lambda: run_before_call(saving, "write_pointer", pointed("last", 30)),
     "in the middle of pruning": lambda: run_before_call(
-        saving.shutil, "rmtree", lambda path, **how: Path(path).name.startswith(".step") and Path(path).exists()
+        shutil, "rmtree", lambda path, **how: Path(path).name.startswith(".step") and Path(path).exists()
     ),
     "before the last evaluation": lambda: run_before_call(EVALUATE, "_evaluate", lambda e, t, b: t.step == 40),
     "in the last sample": lambda: run_before_call(files.JsonlLog, "append", of_step(40, "sample")),

@@ -213,6 +213,8 @@ def export(
     if state_dict and (Path(state_dict).name != state_dict or Path(state_dict).suffix not in (".pt", ".pth")):
         raise ValueError(f"state_dict={state_dict!r} is not the name of a .pt or .pth file, such as best_model.pth")
     folder = Path(folder).resolve()
+    finish_replacing(folder)
+    remove_leftovers(folder)
     _check_target(folder)
     r = run if isinstance(run, Run) and not which else load(run.folder if isinstance(run, Run) else run, which, "cpu")
     if r.status == "dry_run" or not (r.folder / "run.json").exists():

@@ -6,8 +6,6 @@
 __all__ = ['Run', 'is_run_alive', 'actual_status', 'load', 'load_finished']
 
 # %% ../../nbs/runs/64_load.ipynb #ac4bc172
-import os
-import socket
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -123,15 +121,7 @@ class Run:
 def is_run_alive(folder) -> "bool | None":
     "Return True if the process of a run is alive, or None if it is on another machine and so unknown"
     owner = read_owner(folder)
-    if not owner:
-        return False
-    if owner["host"] != socket.gethostname() or os.name == "nt":  # On Windows os.kill would end the process
-        return None
-    try:
-        os.kill(owner["pid"], 0)
-    except OSError as e:
-        return isinstance(e, PermissionError)  # A process of another user
-    return True
+    return is_process_alive(owner["pid"], owner["host"]) if owner else False
 
 
 def actual_status(info, alive) -> str:  # Record, and the result of `is_run_alive` before the record was read

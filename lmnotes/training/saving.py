@@ -7,7 +7,6 @@ __all__ = ['prune_checkpoints', 'remove_temporary_files', 'Save', 'WriteOnce', '
 
 # %% ../../nbs/training/45_saving.ipynb #703d0e67
 import os
-import shutil
 from pathlib import Path
 
 from ..core import *
@@ -25,19 +24,15 @@ def prune_checkpoints(run, keep, protected=(), keep_every=0) -> None:
         if folder.name not in named | set(protected) and not is_multiple:
             tmp = run / f".{folder.name}.{os.getpid()}.tmp"
             os.replace(folder, tmp)  # In one step, so that no half of it counts as a checkpoint
-            _remove(tmp)
-
-
-def _remove(path):
-    "Delete a file, a folder, or a link but not its target"
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            remove_path(tmp)
 
 # %% ../../nbs/training/45_saving.ipynb #ba27fffa
 def remove_temporary_files(run) -> None:
     "Remove the files of interrupted saves. Call it only while you own the run folder"
-    restore_replaced_folders(run)
+    for old in Path(run).glob(".*.replaced"):
+        finish_replacing(old.with_name(old.name[1:].removesuffix(".replaced")))
     for tmp in Path(run).glob(".*.tmp"):
-        _remove(tmp)
+        remove_path(tmp)
 
 # %% ../../nbs/training/45_saving.ipynb #dbec79c1
 # Long: the condition for a save and the pointers it writes depend on each other

@@ -4,15 +4,21 @@ We record the file operations. For each operation, we then rebuild the disk as i
 it: the disk can lose any data that was not flushed, in many ways. The last completed state must be found in each of these.
 """
 
+import errno
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from disk import Disk, Recorder, build, linux
 
+from lmnotes import files
 from lmnotes.core import CheckpointError, fsync_path, write_atomic, write_json
 from lmnotes.data.batches import RandomBatches
-from lmnotes.files import replace_folder, restore_replaced_folders
+from lmnotes.export import export as export_module
+from lmnotes.files import exchange_paths, finish_replacing, replace_folder
 from lmnotes.nn.lm import new_lm
 from lmnotes.nn.lora import LoRAConfig, add_lora
 from lmnotes.runs.folder import locked_run_folder, move_earlier_run_aside
@@ -21,7 +27,12 @@ from lmnotes.training.checkpoint import find_checkpoint, latest_checkpoint, load
 from lmnotes.training.saving import Save, remove_temporary_files
 from lmnotes.training.trainer import TrainConfig, Trainer
 
-MODELS = "bigram", "adapters"
+MODELS = "bigram", "adapters", "bigram, no exchange"
+
+
+def no_exchange(a, b):
+    "Fail like a file system that cannot exchange two paths"
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(b))
 
 
 def small_trainer(name):
@@ -36,7 +47,7 @@ def saves(request, tmp_path_factory):
 
     There are four saves that keep one checkpoint. The last one writes step 3 again, with other content.
     """
-    run, t = tmp_path_factory.mktemp("saves"), small_trainer(request.param)
+    run, t = tmp_path_factory.mktemp("saves"), small_trainer(request.param.split(",")[0])
     done, pointed, written = [], [], []
     as_it_is = saving.save_checkpoint
 
@@ -47,6 +58,8 @@ def saves(request, tmp_path_factory):
         return folder
 
     with pytest.MonkeyPatch.context() as monkeypatch:
+        if "no exchange" in request.param:
+            monkeypatch.setattr(files, "exchange_paths", no_exchange)
         recorder = Recorder(run, monkeypatch)
         monkeypatch.setattr(saving, "save_checkpoint", noted)
         hook = Save(run, keep=1)
@@ -240,11 +253,13 @@ def test_power_cut_while_an_earlier_run_moves_aside(tmp_path, monkeypatch):
 
 
 @linux
-def test_power_cut_while_an_export_is_replaced(tmp_path, monkeypatch):
-    "The old or the new export is complete under its name, at every operation"
+@pytest.mark.parametrize("exchange", [exchange_paths, no_exchange])
+def test_power_cut_while_an_export_is_replaced(tmp_path, monkeypatch, exchange):
+    "The old or the new export is complete under its name, at every operation, when the next export starts"
     root = tmp_path / "exports"
     root.mkdir()
     with monkeypatch.context() as patched:
+        patched.setattr(files, "exchange_paths", exchange)
         recorder, ends = Recorder(root, patched), []
         for version in (b"old", b"new", b"newer"):
             tmp = root / ".model.1.tmp"
@@ -257,10 +272,43 @@ def test_power_cut_while_an_export_is_replaced(tmp_path, monkeypatch):
         {n: v + n.encode() for n in ("model.safetensors", "config.json", "README.md")}
         for v in (b"old", b"new", b"newer")
     ]
-    states = 0
+    states, restored = 0, 0
     for number, operation, workdir in rebuilt_states(tmp_path, recorder.operations, ends[0]):
         complete = sum(n <= number for n in ends)
-        restore_replaced_folders(workdir)
+        restored += not (workdir / "model").exists()
+        finish_replacing(workdir / "model")
         assert content_of(workdir / "model") in versions[complete - 1 : complete + 1], (number, operation)
         states += 1
     assert states > 100, states
+    assert bool(restored) == (exchange is no_exchange)
+
+
+def test_an_export_finishes_a_killed_one(tmp_path, monkeypatch):
+    "An export returns the old folder that a killed one moved away, and removes temporary folders of ended processes only"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    old, new = tmp_path / ".model.replaced", tmp_path / f".model.{ended.pid}.tmp"
+    other, alive = tmp_path / f".other.{ended.pid}.tmp", tmp_path / f".model.{os.getpid()}.tmp"
+    for folder in (old, new, other, alive):
+        (folder / "tokenizer").mkdir(parents=True)
+        (folder / "config.json").write_text(folder.name)
+
+    def check_target(folder):
+        assert (folder / "config.json").read_text() == ".model.replaced"
+        assert {p.name for p in tmp_path.iterdir()} == {"model", other.name, alive.name}
+        raise ValueError("enough")
+
+    monkeypatch.setattr(export_module, "_check_target", check_target)
+    with pytest.raises(ValueError, match="enough"):
+        export_module.export("r", tmp_path / "model")
+
+
+def test_a_leftover_of_a_killed_replacement_does_not_prevent_the_next(tmp_path, monkeypatch):
+    "An old folder that a killed replacement did not delete is deleted by the next one"
+    monkeypatch.setattr(files, "exchange_paths", no_exchange)
+    for name in ("model", ".model.replaced", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "content.txt").write_text(name)
+    replace_folder(tmp_path / "new", tmp_path / "model")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model/content.txt").read_text() == "new"
