@@ -80,7 +80,7 @@ def run(
             )
         return launch_ranks(cfg, origins, view)
     with StopSignals() as signals:
-        device, name = init_distributed(pick_device(cfg.device)), run_folder_name(cfg)
+        device, name = init_distributed(pick_device(cfg.device), cfg.wait), run_folder_name(cfg)
         if cfg.dry_run:
             s = RunSetup(cfg, origins, runs_folder(cfg.out_dir) / name, device)
             return _dry_run(s, signals, log_format)

@@ -16,10 +16,12 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core import *
@@ -348,7 +350,7 @@ class Log(Hook):
         return dict(step=t.step, split="train", loss=loss, **means, tokens=c["tokens"], tok_per_s=tok_per_s), extras
 
 # %% ../../nbs/training/41_trainer.ipynb #786f918c
-def init_distributed(device) -> str:
+def init_distributed(device, wait=0.0) -> str:  # Device, and seconds that rank 0 may wait longer than usual
     "Join torchrun's process group, if there is one. Return the device of this rank"
     if rank_and_world_size()[1] == 1:
         return device
@@ -360,7 +362,9 @@ def init_distributed(device) -> str:
         store, rank, world = next(dist.rendezvous("env://"))
         # torchrun keeps the store when it restarts the ranks: without a prefix, they may find the addresses of the ended ones
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+        # The other ranks also wait while rank 0 waits for the lock of the run, or downloads data
+        timeout = default_pg_timeout + timedelta(seconds=min(wait, 1e9))
+        dist.init_process_group("nccl" if cuda else "gloo", None, timeout, world, rank, store)
         atexit.register(dist.destroy_process_group)  # Its threads must end before the interpreter does
     return device
 

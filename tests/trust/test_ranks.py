@@ -1,14 +1,17 @@
 """A rank that is killed ends the run with one line, and a killed launcher takes its ranks with it. Both can be resumed exactly."""
 
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from helpers import (
     DEADLINE,
     TINY,
@@ -24,6 +27,8 @@ from test_distributed import torchrun
 
 import lmnotes
 from lmnotes.files import RunLock
+from lmnotes.runs import run as run_module
+from lmnotes.training import trainer
 
 TRUST = Path(__file__).parent
 LAUNCHERS = {
@@ -166,3 +171,25 @@ def test_torchrun_restarts(workdir):
     assert whole.wait(DEADLINE) == 0, read_log(workdir)
     assert sorted(path.name for path in (workdir / "runs").glob("[!.]*")) == ["r", "whole"]
     assert not differences(run_results(workdir / "runs/whole"), run_results(workdir / "runs/r"))
+
+
+@pytest.mark.parametrize("wait", [0, 7200, math.inf])
+def test_ranks_wait_for_rank_0(monkeypatch, wait):
+    "While rank 0 waits for the lock of the run, the other ranks wait at least `wait` seconds for it"
+    for name, value in dict(RANK="1", WORLD_SIZE="2").items():
+        monkeypatch.setenv(name, value)
+    joined = []
+    monkeypatch.setattr(trainer.dist, "rendezvous", lambda url: iter([(dist.HashStore(), 1, 2)]))
+    monkeypatch.setattr(trainer.dist, "init_process_group", lambda *args: joined.append(args))
+    monkeypatch.setattr(trainer.atexit, "register", lambda function: None)
+    trainer.init_distributed("cpu", wait)
+    (timeout,) = [value for value in joined[0] if isinstance(value, timedelta)]
+    assert timeout.total_seconds() == 1800 + min(wait, 1e9)
+
+
+def test_a_run_passes_its_wait_to_the_ranks(monkeypatch):
+    "`wait` reaches the process group"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(run_module, "init_distributed", lambda device, wait: pytest.fail(f"wait={wait}"))
+    with pytest.raises(pytest.fail.Exception, match="wait=7200"):
+        lmnotes.run(wait=7200, run="r", device="cpu")
