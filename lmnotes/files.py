@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NO_EXCHANGE', 'MAX_LOG_BYTES', 'exchange_paths', 'replace_folder', 'finish_replacing', 'is_process_alive',
-           'remove_leftovers', 'remove_path', 'explain_os_error', 'check_disk_space', 'open_for_append',
-           'check_no_links', 'JsonlLog', 'check_prefix', 'read_owner', 'RunLock']
+           'remove_leftovers', 'file_identity', 'remove_path', 'explain_os_error', 'check_disk_space',
+           'open_for_append', 'check_no_links', 'JsonlLog', 'check_prefix', 'read_owner', 'RunLock']
 
 # %% ../nbs/02_files.ipynb #4111acae
 import ctypes
@@ -98,6 +98,15 @@ def remove_leftovers(path) -> None:
         if pid.isdecimal() and is_process_alive(int(pid)) is False:
             with suppress(OSError):  # What cannot be removed does no harm
                 remove_path(tmp)
+
+
+def file_identity(path) -> "tuple | None":
+    "Return a value that changes when a file or folder is replaced by another one, None if there is none"
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def remove_path(path) -> None:

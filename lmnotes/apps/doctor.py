@@ -24,6 +24,7 @@ from ..inspect.verify import *
 from ..runs.config import *
 from ..runs.data import *
 from ..runs.folder import *
+from ..runs.load import is_run_alive
 from ..runs.monitor import *
 from ..runs.replay import *
 from ..runs.setup import *
@@ -121,7 +122,8 @@ def check_files(folder) -> list:  # Run folder
             found.append(_finding("PROBLEM", row["part"], f"{row['detail']}. {advice}", command))
     for path in sorted(Path(folder).glob("damaged_step_*")):
         found.append(_finding("note", path.name, "set aside as damaged. You can delete it", f"rm -r {path}"))
-    if left := [p.name for p in Path(folder).glob(".*.tmp")]:
+    left = [p.name for p in Path(folder).glob(".*.tmp")]
+    if left and is_run_alive(folder) is False:
         found.append(
             _finding("note", "temporary files", f"{len(left)} left by a save that was killed. A resume removes them")
         )
@@ -213,9 +215,10 @@ def doctor(
         if not folder.is_dir() or not any(folder.glob("[rsm]*")):
             raise CheckpointError(f"{folder}: there is no run here. {describe_existing_runs(folder.parent)}")
         findings += _findings("status", lambda: check_ending(attach(folder)))
-        findings += _findings("files", check_files, folder) + _findings("disk", check_space, folder)
+        findings += _findings("files", check_files, folder)
+        findings += _findings("disk", read_while_training, folder, lambda: check_space(folder))
         info = _findings("run.json", lambda: [read_json(folder / "run.json", CheckpointError)])[0]
         if isinstance(info, dict) and "config" in info:
             findings += _findings("data", check_data, folder, info)
-            findings += _findings("environment", check_environment, folder, info)
+            findings += _findings("environment", read_while_training, folder, lambda: check_environment(folder, info))
     return Checkup(machine_facts(), findings)

@@ -67,6 +67,15 @@ def check_part(part, check, *args) -> dict:  # Name, function and its arguments
         return dict(part=printable(part), result=MISMATCH, detail=printable(text))
 
 
+def _check_path(path, check, *args):
+    "Return the row of a file or folder. Check it again if a process that trains replaces it meanwhile"
+    while True:
+        before = file_identity(path)
+        row = check_part(path.name, check, *args)
+        if row["result"] == OK or file_identity(path) == before:
+            return row
+
+
 def _require(condition, message):
     if not condition:
         raise CheckpointError(message)
@@ -82,6 +91,7 @@ class _Checked:
     folder: Path
     info: dict = field(default_factory=dict)  # run.json
     counters: dict = field(default_factory=dict)  # {checkpoint folder: counters in its state.pt}
+    configs: dict = field(default_factory=dict)  # {checkpoint folder: its config.json}
 
     @property
     def newest(self):
@@ -114,14 +124,23 @@ def _check_checkpoint(run, folder):
             _require(
                 value == known.get(name), f"config.json has {name}={value!r}, but run.json has {known.get(name)!r}"
             )
-    run.counters[folder] = state["counters"]
-    files = [p for p in folder.iterdir() if p.is_file()]
-    return f"{len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:.1f} MB"
+    sizes = [p.stat().st_size for p in folder.iterdir() if p.is_file()]
+    run.counters[folder], run.configs[folder] = state["counters"], then
+    return f"{len(sizes)} files, {sum(sizes) / 1e6:.1f} MB"
+
+
+def _check_checkpoints(run):
+    "Return a row for each checkpoint, apart from those that a process that trains deletes meanwhile"
+    while True:
+        rows = [_check_path(p, _check_checkpoint, run, p) for p in list_checkpoints(run.folder)]
+        rows = [row for row in rows if row["result"] == OK or (run.folder / row["part"]).exists()]
+        if rows or not list_checkpoints(run.folder):
+            return rows
 
 # %% ../../nbs/inspect/78_verify.ipynb #9a007f58
 def _check_agreement(run):
     "Check that run.json agrees with the newest checkpoint"
-    info, then, c = run.info, read_json(run.newest / "config.json"), run.counters[run.newest]
+    info, then, c = run.info, run.configs[run.newest], run.counters[run.newest]
     origins = {} if run.is_clean else info["origins"]
     pending = {n for n, origin in origins.items() if origin == "resume"}  # Changed for steps that are not saved yet
     pending |= {"steps"} if pending and info["config"]["epochs"] else set()
@@ -180,8 +199,8 @@ def _check_records(run, name, **splits):
     "Check that a .jsonl file is readable and reaches the steps that the checkpoints have counted"
     records, last = JsonlLog(run.folder / name).read(strict=True), dict.fromkeys(splits, 0)
     if run.newest:
-        check_logs(run.newest, [name])
-        known, path = read_checkpoint_config(run.newest).get("logs", {}), run.folder / name
+        check_logs(run.newest, [name], config := run.configs[run.newest])
+        known, path = config.get("logs", {}), run.folder / name
         if name in known and run.info.get("status") in ("done", "early_stop"):
             found = path.stat().st_size if path.exists() else 0
             _require(found == known[name][0], f"has {found:,} bytes, but the run wrote {known[name][0]:,}")
@@ -216,7 +235,7 @@ def check_run_folder(
     "Check every file of a run folder, as far as hashes and agreement can show"
     run = _Checked(Path(folder))
     rows = [check_part("run.json", _check_record, run)]
-    rows += [check_part(p.name, _check_checkpoint, run, p) for p in list_checkpoints(folder)]
+    rows += _check_checkpoints(run)
     saved = len(rows) > 1 or not run.info.get("step")
     rows += [] if saved else [dict(part="checkpoints", result=MISMATCH, detail="missing: there is none")]
     if run.info and run.newest:
@@ -224,7 +243,7 @@ def check_run_folder(
     rows.append(check_part("tokenizer", _check_tokenizer, run))
     expected = _expected_pointers(run)
     pointers = [p for p in POINTERS if (run.folder / p).exists() or p in expected]
-    rows += [check_part(p, _check_pointer, run, p, expected.get(p)) for p in pointers]
+    rows += [_check_path(run.folder / p, _check_pointer, run, p, expected.get(p)) for p in pointers]
     rows.append(check_part("metrics.jsonl", lambda: _check_records(run, "metrics.jsonl", train="Log", val="Evaluate")))
     rows.append(check_part("samples.jsonl", lambda: _check_records(run, "samples.jsonl", sample="Sample")))
     return [row | dict(detail=row["detail"].replace(f"{run.folder}/", "")) for row in rows]

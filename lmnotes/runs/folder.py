@@ -301,7 +301,12 @@ def fork(
 ) -> str:  # Name of the new run
     "Copy a run as it was at one of its steps, to resume from that step with `run(resume=True, run=...)`"
     _check_run_name(run)
-    checkpoint_folder = find_checkpoint(find_run_folder(path))
+    path = find_run_folder(path)
+    return read_while_training(path, lambda: _fork_once(find_checkpoint(path), run, out_dir))
+
+
+def _fork_once(checkpoint_folder, run, out_dir):
+    "Copy a run as it was at a checkpoint. Return the name of the new run"
     old = checkpoint_folder.parent
     check_no_links(old)  # A copy follows them
     name = run or f"{old.name}-from-{int(checkpoint_folder.name[5:])}"
@@ -328,14 +333,16 @@ def _copy_run_at_step(checkpoint_folder, to):
     old, then = checkpoint_folder.parent, read_checkpoint_config(checkpoint_folder)
     check_same_record(read_run_record(old), checkpoint_folder)
     counters = read_state(checkpoint_folder)["counters"]
-    record, best = run_record_at_step(then, checkpoint_folder), _usable_best_checkpoint(checkpoint_folder)
+    record = run_record_at_step(then, checkpoint_folder)
     warn_of_damaged_logs(checkpoint_folder)
     tokenizer = load_tokenizer(old / "tokenizer")
     if tokenizer.fingerprint != record["tokenizer"]["fingerprint"]:
         raise TokenizerError(f"{old / 'tokenizer'}: not the tokenizer of {checkpoint_folder}. Restore it from a copy")
     tokenizer.save(to / "tokenizer")
-    for folder in {checkpoint_folder, best} - {None}:
-        shutil.copytree(folder, to / folder.name)
+    shutil.copytree(checkpoint_folder, to / checkpoint_folder.name)
+    best = _usable_best_checkpoint(checkpoint_folder)
+    if best not in (None, checkpoint_folder):
+        shutil.copytree(best, to / best.name)
     settings = [p.name for p in old.glob("[!.]*.json") if p.name != "run.json"]  # Written by recipes
     for file in ("metrics.jsonl", "samples.jsonl", BASE_WEIGHTS_FILE, *settings):
         if (old / file).exists():
@@ -353,6 +360,8 @@ def _usable_best_checkpoint(checkpoint_folder):
         best = best_checkpoint(checkpoint_folder)
         return verify_checkpoint(best) if best else None
     except CheckpointError as e:
+        if not checkpoint_folder.exists():  # A process that trains has deleted both
+            raise
         print(f"warning: {e}. The best checkpoint is not copied")
 
 

@@ -203,7 +203,8 @@ def replay_interval(
             old, again, changed = _train_interval(start, end, Path(place).resolve(), device, make_batches)
             found = {part: largest_difference(old[part], again[part]) for part in old}
     except Exception as e:  # Anything, because a forged file can raise anything
-        cannot = isinstance(e, (ValueError, OSError, OutOfMemoryError)) and not isinstance(e, CheckpointError)
+        gone = not all(p.exists() for p in (start, end) if p)  # A process that trains has deleted it
+        cannot = isinstance(e, (ValueError, OSError, OutOfMemoryError)) and (gone or not isinstance(e, CheckpointError))
         result = NOT_REPLAYED if cannot else MISMATCH
         return dict(row, result=result, detail=printable(f"{type(e).__name__}: {e}")), ""
     wrong = {part: f for part, f in found.items() if f[0]}

@@ -241,9 +241,10 @@ def verify_checkpoint(folder) -> Path:
 def check_logs(
     folder,  # Checkpoint folder
     names=("metrics.jsonl", "samples.jsonl"),  # Logs to check
+    saved=None,  # Content of the checkpoint's config.json (None: read it)
 ) -> None:
     "Raise `CheckpointError` unless the logs of a run still hold what they held when a checkpoint was saved"
-    logs = read_checkpoint_config(folder).get("logs", {})
+    logs = (saved or read_checkpoint_config(folder)).get("logs", {})
     for name in names:
         match logs.get(name) if isinstance(logs, dict) else None:
             case [int(size), str(sha256)]:
@@ -361,7 +362,7 @@ def read_while_training(run, read) -> object:
     "Return `read()`. Repeat it if it fails and the checkpoints of the run have changed since"
 
     def checkpoints():
-        return [(p.name, p.stat().st_ino) for p in sorted(Path(run).glob("step_*")) if p.exists()]
+        return [(p.name, file_identity(p)) for p in sorted(Path(run).glob("step_*"))]
 
     while True:
         try:

@@ -1,18 +1,37 @@
 """A run that trains can be loaded at any moment, and of two processes that want one run exactly one gets it."""
 
+import itertools
 import json
 import os
+import shutil
+import socket
 from pathlib import Path
 
 import pytest
-from helpers import TINY, lmnotes_command, read_log, read_records, start_process, train, wait_for_exit, wait_until
+from helpers import (
+    TINY,
+    lmnotes_command,
+    read_log,
+    read_records,
+    run_after_call,
+    start_process,
+    train,
+    wait_for_exit,
+    wait_until,
+)
 from helpers import command_line_args as words
 
-from lmnotes.core import read_json
+from lmnotes.apps import doctor as doctor_module
+from lmnotes.apps.doctor import check_files, doctor
+from lmnotes.core import CheckpointError, read_json, write_json
+from lmnotes.inspect import verify as verify_module
 from lmnotes.inspect.verify import verify
 from lmnotes.runs import folder as folder_module
+from lmnotes.runs.folder import fork
 from lmnotes.runs.load import load
-from lmnotes.training.checkpoint import list_checkpoints
+from lmnotes.runs.replay import MISMATCH, OK
+from lmnotes.training import checkpoint as checkpoint_module
+from lmnotes.training.checkpoint import list_checkpoints, write_pointer
 
 FAST = TINY | dict(model_args="d_model=8 n_layers=1 n_heads=1", ctx_len=8, batch_size=2, accum=1, patience=0)
 FAST |= dict(keep=1, save_every=1, eval_every=1, eval_batches=1, steps=100_000, sample_every=100_000, log_every=1000)
@@ -41,6 +60,91 @@ def test_loading_never_fails(workdir, n):
     process.kill()
     assert all(steps == sorted(steps) for steps in seen.values()), "An older checkpoint than before"
     assert sum(map(len, seen.values())) >= n and len(set(seen[""])) >= 20
+
+
+def problems_of_uses(folder, n, uses):
+    "Fork, verify and check a run up to `n` times, and return what went wrong"
+    problems = []
+    for i in range(n):
+        for use in uses:
+            try:
+                problems += [f"{use.__name__}: {found}" for found in use(folder, i)]
+            except (CheckpointError, OSError) as e:
+                problems.append(f"{use.__name__}: {e}")
+    return problems
+
+
+def forked(folder, i):
+    "Fork a run, and return the problems of the copy"
+    name = fork(folder, f"fork-{i}", folder.parent.parent / "forks")
+    report = verify(folder.parent.parent / "forks" / name)
+    return report.parts(MISMATCH)
+
+
+def verified(folder, i):
+    report = verify(folder)
+    assert report.parts(OK)
+    return [row for row in report.rows if row["result"] == MISMATCH]
+
+
+def checked(folder, i):
+    return [*doctor(folder).problems, *(row for row in check_files(folder) if row["about"] == "temporary files")]
+
+
+def test_other_uses_never_fail(workdir, monkeypatch):
+    "A run that saves at every step and keeps one checkpoint can be forked, verified and checked at any moment"
+    monkeypatch.chdir(workdir)
+    process = start_process(workdir, lmnotes_command, "train", *words(**FAST))
+    wait_until((workdir / "runs/r/best").exists, process)
+    assert not problems_of_uses(workdir / "runs/r", 8, (forked, verified, checked))
+    assert process.exitcode is None, read_log(workdir)
+    process.kill()
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory, corpus):
+    "Return the folder of a run that seems to train in this process and has two checkpoints"
+    workdir = tmp_path_factory.mktemp("two")
+    (workdir / "corpus").symlink_to(corpus)
+    params = FAST | dict(keep=2, eval_every=1000, patience=0)
+    assert wait_for_exit(start_process(workdir, train, 5, **params)) == 130, read_log(workdir)
+    folder = workdir / "runs/r"
+    write_json(folder / "run.json", read_json(folder / "run.json") | dict(status="running"))
+    (folder / "interrupted").unlink()
+    write_json(folder / ".owner.json", dict(pid=os.getpid(), host=socket.gethostname(), start="now"))
+    assert [p.name for p in list_checkpoints(folder)] == ["step_00000004", "step_00000005"]
+    return workdir
+
+
+MOMENTS = [
+    (forked, checkpoint_module, "sha256_file", 1),
+    (forked, folder_module, "read_state", 1),
+    (verified, checkpoint_module, "sha256_file", 1),
+    (verified, verify_module, "_check_checkpoint", 1),
+    (checked, checkpoint_module, "sha256_file", 1),
+    (checked, doctor_module, "list_checkpoints", 1),
+    (checked, doctor_module, "list_checkpoints", 2),
+]
+
+
+@pytest.mark.parametrize("use, module, name, number", MOMENTS)
+def test_a_checkpoint_is_deleted_while_it_is_used(tmp_path, two_steps, monkeypatch, use, module, name, number):
+    "If training saves a step and deletes the checkpoint that is read, the use finds no problem"
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    folder, count = tmp_path / "runs/r", itertools.count(1)
+    old, new = folder / "step_00000004", folder / "step_00000005"
+    new.rename(tmp_path / new.name)
+    (folder / "last").write_text(f"{old.name}\n")
+
+    def train_a_step():
+        (tmp_path / new.name).rename(new)
+        write_pointer(folder, "last", new)
+        shutil.rmtree(old)
+
+    monkeypatch.setattr(module, name, getattr(module, name))  # To restore it at the end
+    run_after_call(module, name, lambda *args: next(count) == number, train_a_step)
+    assert not use(folder, 0) and not old.exists()
 
 
 def at_one_moment(number, name, *args):
