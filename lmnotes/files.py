@@ -263,6 +263,8 @@ class JsonlLog:
             self._write()
         if self.path.exists():
             fsync_path(self.path)
+            if not self.hashed:
+                fsync_path(self.path.parent)  # The name of a new file
             with open(self.path, "rb") as f:
                 f.seek(self.hashed)  # A log only grows, so we hash the new part
                 while chunk := f.read(1 << 20):

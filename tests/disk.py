@@ -40,9 +40,10 @@ class Recorder:
         self.operations.append((what, os.path.relpath(path, self.folder), *rest))
 
     def open(self, path, mode="r", **how):
-        if "w" not in mode:
+        if mode[0] not in "wa":
             return self.real["open"](path, mode, **how)
-        self.note("create", path)
+        if mode[0] == "w" or not os.path.exists(path):
+            self.note("create", path)
         file = self.real["open"](path, mode, buffering=0)
         recorder = self
 
@@ -56,6 +57,9 @@ class Recorder:
 
             def fileno(self):
                 return file.fileno()
+
+            def seek(self, *where):
+                return file.seek(*where)
 
             def __enter__(self):
                 return self
@@ -174,11 +178,14 @@ class Disk:
             for changes in itertools.compress(self.pending, kept):
                 _change(names, changes)
             for spoil in SPOIL:
-                found = {
-                    f: d if self.flushed.get(f) == d else spoil(self.flushed.get(f, b""), d)
-                    for f, d in self.data.items()
-                }
-                yield dict(_paths(names, found))
+                yield dict(_paths(names, {f: self.content(f, spoil) for f in self.data}))
+
+    def content(self, file, spoil):
+        "Return what a power cut may leave of a file. Data that was flushed before an append stays"
+        flushed, written = self.flushed.get(file, b""), self.data[file]
+        if written.startswith(flushed):
+            return flushed + (spoil(b"", written[len(flushed) :]) if written != flushed else b"")
+        return spoil(flushed, written)
 
 
 # Possible contents of a file that was not flushed, computed from its flushed and its written content.

@@ -18,16 +18,24 @@ from lmnotes import files
 from lmnotes.core import CheckpointError, fsync_path, write_atomic, write_json
 from lmnotes.data.batches import RandomBatches
 from lmnotes.export import export as export_module
-from lmnotes.files import exchange_paths, finish_replacing, replace_folder
+from lmnotes.files import JsonlLog, exchange_paths, finish_replacing, replace_folder
 from lmnotes.nn.lm import new_lm
 from lmnotes.nn.lora import LoRAConfig, add_lora
 from lmnotes.runs.folder import locked_run_folder, move_earlier_run_aside
 from lmnotes.training import saving
-from lmnotes.training.checkpoint import find_checkpoint, latest_checkpoint, load_lm, read_pointer, read_state
+from lmnotes.training.checkpoint import (
+    check_logs,
+    find_checkpoint,
+    latest_checkpoint,
+    load_lm,
+    read_pointer,
+    read_state,
+)
 from lmnotes.training.saving import Save, remove_temporary_files
 from lmnotes.training.trainer import TrainConfig, Trainer
 
 MODELS = "bigram", "adapters", "bigram, no exchange"
+LOGS = "metrics.jsonl", "samples.jsonl"
 
 
 def no_exchange(a, b):
@@ -45,7 +53,8 @@ def small_trainer(name):
 def saves(request, tmp_path_factory):
     """Return (operations, [number of operations until a save is complete], [until its pointers are], [(step, files)])
 
-    There are four saves that keep one checkpoint. The last one writes step 3 again, with other content.
+    There are four saves that keep one checkpoint. The last one writes step 3 again, with other content. Before each save,
+    both logs of a run get a record.
     """
     run, t = tmp_path_factory.mktemp("saves"), small_trainer(request.param.split(",")[0])
     done, pointed, written = [], [], []
@@ -62,9 +71,12 @@ def saves(request, tmp_path_factory):
             monkeypatch.setattr(files, "exchange_paths", no_exchange)
         recorder = Recorder(run, monkeypatch)
         monkeypatch.setattr(saving, "save_checkpoint", noted)
-        hook = Save(run, keep=1)
+        metrics, samples = logs = [JsonlLog(run / name) for name in LOGS]
+        hook = Save(run, keep=1, logs=logs)
         for step in (1, 2, 3, 3):
             t.fit(step)
+            metrics.append(step=step, split="train", loss=0.5)
+            samples.append(step=step, split="sample", prompt="a", text="b")
             t.counters.update(best_step=step, waits=len(done))
             hook.save(t)
             pointed.append(len(recorder.operations))
@@ -109,6 +121,7 @@ def recovered(workdir, saved, pointers, written):
     if read_state(found)["step"] != step or load_lm(workdir, device="cpu") is None:
         return "it does not load"
     try:
+        check_logs(found, LOGS)
         if (best := find_checkpoint(workdir, "best")) != found:
             return f"the best checkpoint is {best.name}"
         for name in ("last", "best") if pointers else ():
@@ -167,6 +180,8 @@ MUTANTS = {
     "the folder is not renamed": without("replace", ".step_"),
     "the folder is not exchanged": without("exchange", ".step_"),
     "the folder is exchanged by renames": exchanged_by_renames,
+    "metrics.jsonl is not flushed": without("fsync", "metrics.jsonl"),
+    "samples.jsonl is not flushed": without("fsync", "samples.jsonl"),
     "`last` is not renamed": without("replace", ".last."),
     "`best` is not renamed": without("replace", ".best."),
     "pruned before the next is there": pruned_first,
