@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import StopAtSteps
-from small_runs import SMALL, attempt, hash_of, hash_of_weights, trained_runs
+from small_runs import SMALL, StopAtOnce, attempt, hash_of, hash_of_weights, trained_runs
 from test_verify import reseal
 
 from lmnotes import core
@@ -357,6 +357,20 @@ def test_a_wrong_combination(place, case):
     _, error, text = attempt(lambda _: resume(**params), None)
     assert isinstance(error, ValueError) and message in f"{error} {text}", (error, text)
     assert {p: p.read_bytes() for p in Path("runs").rglob("*") if p.is_file() and p.name != ".lock"} == before
+
+
+def test_an_edited_log(place):
+    "A record that a checkpoint counts and that was edited is named when the run is resumed"
+    for name, old, new in (
+        ("metrics.jsonl", b'"loss": ', b'"loss": 1'),
+        ("samples.jsonl", b'"text": "', b'"text": "x'),
+    ):
+        path = place / "runs/r" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole.replace(old, new, 1))
+        _, error, text = attempt(lambda _: resume(hooks=[StopAtOnce()]), None)
+        assert not error and f"{name}: damaged, its first " in text, (error, text)
+        path.write_bytes(whole)
 
 
 def shuffle_times():

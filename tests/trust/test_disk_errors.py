@@ -27,6 +27,7 @@ from helpers import (
     run_results,
     train,
 )
+from small_runs import SMALL
 from test_kills import SHORT, prune_first
 
 from lmnotes import files
@@ -34,9 +35,10 @@ from lmnotes.core import CheckpointError, read_json, write_json
 from lmnotes.recipes import fresh_or_resume, nanothink
 from lmnotes.runs import folder as runs_folder
 from lmnotes.runs.compare import RecordPeakMemory
+from lmnotes.runs.run import run
 from lmnotes.training import checkpoint, saving
 from lmnotes.training.checkpoint import list_checkpoints, verify_checkpoint
-from lmnotes.training.trainer import Trainer
+from lmnotes.training.trainer import Hook, Trainer
 
 REASONS = dict(
     ENOSPC="disk full",
@@ -396,6 +398,26 @@ def hide_errors_of_writing():
 
 
 # {name: (function that replaces a part of the library, start of the operation that fails)}
+class CountSteps(Hook):
+    "Hook that counts the steps of a run"
+
+    steps = 0
+
+    def after_step(self, t):
+        self.steps += 1
+
+
+def test_no_space_for_the_final_checkpoint(workdir):
+    "A run without space for its final checkpoint ends before its first step, and its message names it"
+    hook, usage = CountSteps(), shutil.disk_usage(workdir)._replace(free=1000)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(workdir)
+        patched.setattr(shutil, "disk_usage", lambda folder: usage)
+        with pytest.raises(CheckpointError, match=r"disk full: .*/runs/full needs .* MB for its final checkpoint"):
+            run(hooks=[hook], view=False, **SMALL | dict(run="full"))
+    assert not hook.steps and not list(Path(workdir, "runs/full").glob("*.jsonl"))
+
+
 MUTANTS = {
     "a failed save ends training": (end_at_a_failed_save, "write r/.step_00000006"),
     "records that were not written are dropped": (drop_records, "write r/metrics.jsonl"),

@@ -1,19 +1,29 @@
-"""Each check that protects a run is removed in turn, and a test of this folder fails."""
+"""Each check that protects a run or its reader is removed in turn, and a test of this folder fails."""
 
 import json
+import os
 import shutil
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import test_changes_on_resume as changes
 import test_damaged_runs as damaged
-from small_runs import attempt
+import test_disk_errors as disk_errors
+import test_foreign_weights as foreign_weights
+import test_untrusted_values as untrusted
+from small_runs import SMALL, attempt
 
 from lmnotes import core, files
-from lmnotes.core import read_json
+from lmnotes.core import CheckpointError, DataError, read_json
+from lmnotes.data import datasets
 from lmnotes.runs import folder as folder_module
 from lmnotes.runs import load as load_module
+from lmnotes.runs import run as run_module
 from lmnotes.runs import setup
-from lmnotes.training import checkpoint
+from lmnotes.runs.config import resolve_config
+from lmnotes.training import checkpoint, trainer
 
 trained, place, uninterrupted = changes.trained, changes.place, changes.uninterrupted
 
@@ -22,9 +32,20 @@ def unchecked(*args, **kwargs):
     "Check nothing"
 
 
+def as_text(value, *args, **kwargs):
+    return str(value)
+
+
+def with_args(function, *args):
+    "Return a test with its arguments after the first, which is the folder of the runs"
+    call = lambda place: function(place, *args)  # noqa: E731
+    call.__name__, call.__module__ = function.__name__, function.__module__
+    return call
+
+
 def wrong(case):
     "Return a test of a wrong combination"
-    return lambda place: changes.test_a_wrong_combination(place, case)
+    return with_args(changes.test_a_wrong_combination, case)
 
 
 def damage(name, way, use="load"):
@@ -61,30 +82,6 @@ def edit_sample(data):
     return data + b'{"step": 6, "split": "sample"}\n'
 
 
-MUTANTS = {  # {mutant: (owner, name, mutated function, test)}
-    "hashes of equal length": (checkpoint, "sha256_file", lambda path: Same(), damage("step_*/model.safetensors", flip)),
-    "verify_checkpoint reads nothing": (checkpoint, "verify_checkpoint", lambda folder: folder, damage("step_*/model.safetensors", flip)),
-    "a step folder of any name": (checkpoint, "checkpoint_name", lambda step: Same(), wrong("renamed step")),
-    "any base weights": (checkpoint, "_verify_base_weights", unchecked, wrong("other base weights")),
-    "a missing last step": (checkpoint, "_warn_if_not_last", lambda folder: folder, lambda place: last_step_missing(place)),
-    "any format of a checkpoint": (checkpoint, "check_format", unchecked, wrong("newer checkpoint")),
-    "any format of a record": (folder_module, "check_format", unchecked, wrong("newer record")),
-    "a record without types": (folder_module, "_wrong_entries", lambda info: iter(()), damage("run.json", edit(data=5))),
-    "a record with unknown parameters": (folder_module, "_wrong_entries", lambda info: iter(()), damage("run.json", edit_config(unknown=1))),
-    "load of any record": (load_module, "check_same_record", unchecked, damage("run.json", edit_config(lr=0.5))),
-    "resume of any record": (setup, "check_same_record", unchecked, wrong("record of another run")),
-    "fork of any record": (folder_module, "check_same_record", unchecked, lambda place: fork_of_another_step(place)),
-    "any tokenizer": (setup, "check_same_tokenizer", unchecked, wrong("tokenizer of bytes")),
-    "any tokenizer in load": (load_module, "check_same_tokenizer", unchecked, lambda place: load_with_another_tokenizer(place)),
-    "any data": (setup, "check_same_data", unchecked, wrong("text edited at the same size")),
-    "any parameters": (setup, "check_unchanged", lambda *args: {}, wrong("another tokenizer given")),
-    "any line is a record": (files, "_is_record", lambda value: True, damage("samples.jsonl", edit_sample, "attach")),
-    "any owner": (load_module, "read_owner", lambda folder: read_json(folder / ".owner.json"), lambda place: attach_with_a_bad_owner(place)),
-    "pointers to anywhere": (checkpoint, "path_inside", lambda folder, name, *args, **kwargs: folder / name, lambda place: pointer_outside(place)),
-    "the environment is not compared": (setup, "environment_changes", lambda before, device: "", changes.test_two_threads),
-}  # fmt: skip
-
-
 class Same(str):
     "A text that is equal to every other"
 
@@ -99,7 +96,7 @@ class Same(str):
 
 def fork_of_another_step(place):
     changes.put_step("seed")
-    with pytest.raises(core.CheckpointError, match=r"run\.json has seed=0"):
+    with pytest.raises(CheckpointError, match=r"run\.json has seed=0"):
         folder_module.fork("runs/r", "new")
 
 
@@ -121,18 +118,115 @@ def attach_with_a_bad_owner(place):
 
 def pointer_outside(place):
     (place / "runs/r/interrupted").write_text("../seed/step_00000006\n")
-    with pytest.raises(core.CheckpointError, match="would not name a file"):
+    with pytest.raises(CheckpointError, match="would not name a file"):
         load_module.load("runs/r", "interrupted")
+
+
+def other_download(place):
+    part = place / "input.txt.part"
+    for content in (b"another", b"changed text"):
+        part.write_bytes(content)
+        with pytest.raises(DataError, match="the download has .*, needs .* and was deleted"):
+            datasets.download("http://127.0.0.1:1/input.txt", place / "input.txt", len(content), "0" * 64)
+    assert not part.exists() and not (place / "input.txt").exists()
+
+
+def replaced_while_read(place):
+    "A checkpoint that is replaced while it is read, as by a run that keeps one"
+    read, folder, reads = checkpoint.read_weights, changes.step(), []
+
+    def read_late(path):
+        reads.append(path)
+        if len(reads) > 1:
+            return read(path)
+        shutil.copytree(folder, place / "new")
+        shutil.rmtree(folder)
+        os.replace(place / "new", folder)
+        raise CheckpointError("it was deleted")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(checkpoint, "read_weights", read_late)
+        assert load_module.load("runs/r").step == 6
+
+
+def larger_than_its_file(place):
+    folder = foreign_weights.save_small(place / "small")
+    foreign_weights.with_config(folder, d_model=1024)
+    with pytest.raises(CheckpointError, match="has more weights than its file"):
+        checkpoint.load_lm(folder)
+
+
+def weights_of(place, name):
+    foreign_weights.test_values_in_a_checkpoint(name, place / "small")
+
+
+def parent_ends(place):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TORCHELASTIC_RUN_ID", "x")
+        signals = core.StopSignals()
+        signals.announce = False
+        assert not signals
+        patched.setattr(os, "getppid", lambda: 1)
+        assert signals and signals.name == "SIGHUP"
+
+
+def decision_of_rank0(place):
+    "A rank that comes late finds the record that rank 0 has just written for a new run"
+    decisions = iter([False])
+    ranks = SimpleNamespace(is_initialized=lambda: True, barrier=unchecked)
+    ranks.broadcast_object_list = lambda values: values.__setitem__(0, next(decisions, values[0]))
+    params = SMALL | dict(resume="auto", run="r")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trainer, "dist", ranks)
+        assert setup.RunSetup(*resolve_config(params, environ={}), place / "runs/r", "cpu", None).info is None
+
+
+MUTANTS = {  # {mutant: (owner, name, mutated function, test)}
+    "hashes of equal length": (checkpoint, "sha256_file", lambda path: Same(), damage("step_*/model.safetensors", flip)),
+    "verify_checkpoint reads nothing": (checkpoint, "verify_checkpoint", lambda folder: folder, damage("step_*/model.safetensors", flip)),
+    "a step folder of any name": (checkpoint, "checkpoint_name", lambda step: Same(), wrong("renamed step")),
+    "any base weights": (checkpoint, "_verify_base_weights", unchecked, wrong("other base weights")),
+    "a missing last step": (checkpoint, "_warn_if_not_last", lambda folder: folder, last_step_missing),
+    "any format of a checkpoint": (checkpoint, "check_format", unchecked, wrong("newer checkpoint")),
+    "any format of a record": (folder_module, "check_format", unchecked, wrong("newer record")),
+    "a record without types": (folder_module, "_wrong_entries", lambda info: iter(()), damage("run.json", edit(data=5))),
+    "a record with unknown parameters": (folder_module, "_wrong_entries", lambda info: iter(()), damage("run.json", edit_config(unknown=1))),
+    "load of any record": (load_module, "check_same_record", unchecked, damage("run.json", edit_config(lr=0.5))),
+    "resume of any record": (setup, "check_same_record", unchecked, wrong("record of another run")),
+    "fork of any record": (folder_module, "check_same_record", unchecked, fork_of_another_step),
+    "any tokenizer": (setup, "check_same_tokenizer", unchecked, wrong("tokenizer of bytes")),
+    "any tokenizer in load": (load_module, "check_same_tokenizer", unchecked, load_with_another_tokenizer),
+    "any data": (setup, "check_same_data", unchecked, wrong("text edited at the same size")),
+    "any parameters": (setup, "check_unchanged", lambda *args: {}, wrong("another tokenizer given")),
+    "any line is a record": (files, "_is_record", lambda value: True, damage("samples.jsonl", edit_sample, "attach")),
+    "any owner": (load_module, "read_owner", lambda folder: read_json(folder / ".owner.json"), attach_with_a_bad_owner),
+    "pointers to anywhere": (checkpoint, "path_inside", lambda folder, name, *args, **kwargs: folder / name, pointer_outside),
+    "the environment is not compared": (setup, "environment_changes", lambda before, device: "", changes.test_two_threads),
+    "any logs": (setup, "check_logs", unchecked, changes.test_an_edited_log),
+    "any space on the disk": (run_module, "check_disk_space", unchecked, disk_errors.test_no_space_for_the_final_checkpoint),
+    "HTML as it is": (None, "escape_html", as_text, untrusted.test_record_is_text_in_tables_and_views),
+    "Markdown as it is": (None, "escape_markdown", as_text, untrusted.test_names_and_values_are_text_in_tables),
+    "terminal sequences as they are": (None, "escape_terminal", as_text, untrusted.test_names_and_values_are_text_in_tables),
+    "any secret": (None, "check_no_secrets", unchecked, untrusted.test_parameters_reject_secrets),
+    "downloads of any size and hash": (datasets, "_file_problem", lambda *args: "", other_download),
+    "one attempt to read a run that trains": (load_module, "read_while_training", lambda run, read: read(), replaced_while_read),
+    "models of any size": (checkpoint, "limit_model_size", nullcontext, larger_than_its_file),
+    "any values as weights": (checkpoint, "check_weights", unchecked, with_args(weights_of, "NaN")),
+    "a rank without a parent": (core.StopSignals, "parent", property(unchecked, unchecked), parent_ends),
+    "each rank decides about resume": (setup, "broadcast_from_rank0", lambda value: value, decision_of_rank0),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_mutant_is_caught(place, monkeypatch, mutant):
     "A test that passes fails when one check of the library is removed"
     owner, name, function, test = MUTANTS[mutant]
+    everywhere = [module for key, module in sys.modules.items() if key.startswith("lmnotes") and name in vars(module)]
     again = place.parent / "again"
     shutil.copytree(place, again)
     test(place)
     monkeypatch.chdir(again)
-    monkeypatch.setattr(owner, name, function)
+    for module in [owner] if owner else everywhere:
+        monkeypatch.setattr(module, name, function, raising=False)
     with pytest.raises((Exception, pytest.fail.Exception)):
         test(again)

@@ -313,11 +313,15 @@ def test_record_is_text_in_tables_and_views(work):
     r = lmnotes.load(work / "runs/r", device="cpu")
     r.tokenizer.name = HOSTILE
     view = lmnotes.attach(work / "runs/r")
-    for obj in (r, view, summarize_run(r), show_tokens(r.tokenizer, HOSTILE), Table([{HOSTILE: HOSTILE}])):
+    for obj in (r, view, summarize_run(r), show_tokens(r.tokenizer, HOSTILE)):
         check_rich_output(obj)
     assert set(view._repr_mimebundle_()) == {"image/png", "text/plain"}
     for obj in inspect_run_of(work, r):
         check_rich_output(obj)
+
+
+def test_names_and_values_are_text_in_tables(work):
+    check_rich_output(Table([{HOSTILE: HOSTILE}]))
 
 
 def inspect_run_of(work, r):
@@ -574,6 +578,14 @@ def test_run_rejects_secrets(work, kind, name, capsys):
     with pytest.raises(ValueError, match=f"{name} looks like a secret") as error:
         lmnotes.run(**RUN | dict(run="new") | {name: TOKENS[kind]})
     assert TOKENS[kind] not in str(error.value) + capsys.readouterr().out and files_in(work) == before
+
+
+def test_parameters_reject_secrets(work):
+    for token in TOKENS.values():
+        with pytest.raises(ValueError, match="prompt looks like a secret"):
+            resolve_config(dict(prompt=token), environ={})
+        with pytest.raises(ValueError, match="prompt looks like a secret"):
+            resolve_config({}, environ=dict(LMNOTES_PROMPT=token))
 
 
 def test_environment_and_recipe_parameters_reject_secrets(work, monkeypatch):
