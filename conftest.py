@@ -64,7 +64,7 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("trust")
         terminalreporter.write_line("\n".join(trust_table.summary_lines(found)))
     if config.getoption("--trust-table"):
-        trust_table.write_page(found)
+        terminalreporter.write_line(trust_table.write_page(found))
 
 
 def pytest_collection_modifyitems(items):

@@ -215,7 +215,13 @@ def test_each_other_entry_of_run_json(place, trained, uninterrupted):
 # Environment
 
 
-@pytest.mark.parametrize("name, before, after", [("cpu", None, "DEFAULT"), ("processes", 1, 2), ("threads", 1, 3), ("torch", None, "9.0"), ("python", None, "4.0"), ("numpy", None, "1.0"), ("lmnotes", None, "9.0"), ("device", None, "cuda (H200)")])  # fmt: skip
+ENVIRONMENTS = [  # [(condition, before, after)]
+    ("cpu", None, "DEFAULT"), ("processes", 1, 2), ("threads", 1, 3), ("torch", None, "9.0"), ("python", None, "4.0"), ("numpy", None, "1.0"),
+    ("lmnotes", None, "9.0"), ("device", None, "cuda (H200)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, before, after", ENVIRONMENTS)
 def test_another_environment(place, monkeypatch, name, before, after):
     "Another processor, number of processes, version or device is printed as a change after which bits may differ"
     before = before or environment()[name]
@@ -571,7 +577,10 @@ def test_the_best_checkpoint_of_an_early_stop(place, monkeypatch, capsys):
 # The clock
 
 
-@pytest.mark.parametrize("case", ["clock set back", "another time zone", "shuffled times"])
+CLOCKS = "clock set back", "another time zone", "other times of the files"
+
+
+@pytest.mark.parametrize("case", CLOCKS)
 def test_the_clock_chooses_nothing(place, uninterrupted, monkeypatch, case):
     "With the clock set back, another time zone or other file times, the same checkpoints and runs are chosen"
     found = lambda: [find_checkpoint("runs/whole", which).name for which in ("", "best", "last", "final")]  # noqa: E731

@@ -39,7 +39,7 @@ def as_text(value, *args, **kwargs):
 def with_args(function, *args):
     "Return a test with its arguments after the first, which is the folder of the runs"
     call = lambda place: function(place, *args)  # noqa: E731
-    call.__name__, call.__module__ = function.__name__, function.__module__
+    call.__name__, call.__module__ = f"{function.__name__}[{'-'.join(args)}]", function.__module__
     return call
 
 
@@ -63,6 +63,7 @@ def damage(name, way, use="load"):
         problem = damaged.judge(path, folder, use, whole, attempt(damaged.USES[use], folder))
         assert not problem, problem
 
+    test.__name__, test.__module__ = damaged.test_every_file_of_a_run.__name__, damaged.__name__
     return test
 
 
