@@ -273,7 +273,7 @@ def check_regular_file(
         raise error(f"{path}: is {kind}, expected a file. Give the path of a file")
     return path
 
-
+# %% ../nbs/00_core.ipynb #53d6156e
 def read_regular_file(
     path,  # File to read, possibly from someone else
     max_bytes,  # Largest size that is expected

@@ -39,12 +39,12 @@ class Recorder:
     def note(self, what, path, *rest):
         self.operations.append((what, os.path.relpath(path, self.folder), *rest))
 
-    def open(self, path, mode="r", **how):
-        if mode[0] not in "wa":
-            return self.real["open"](path, mode, **how)
-        if mode[0] == "w" or not os.path.exists(path):
+    def open(self, path, mode="r", buffering=-1, **how):
+        if mode[0] not in "wax":
+            return self.real["open"](path, mode, buffering, **how)
+        if mode[0] in "wx" or not os.path.exists(path):
             self.note("create", path)
-        file = self.real["open"](path, mode, buffering=0)
+        file = self.real["open"](path, mode, buffering=0, opener=how.get("opener"))
         recorder = self
 
         class File:

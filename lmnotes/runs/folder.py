@@ -304,7 +304,7 @@ def fork(
     path = find_run_folder(path)
     return read_while_training(path, lambda: _fork_once(find_checkpoint(path), run, out_dir))
 
-
+# %% ../../nbs/runs/61_folder.ipynb #5c2431ae
 def _fork_once(checkpoint_folder, run, out_dir):
     "Copy a run as it was at a checkpoint. Return the name of the new run"
     old = checkpoint_folder.parent
