@@ -202,6 +202,7 @@ class RunSetup:
             cfg.steps = math.ceil(cfg.epochs * self.batches.steps_per_epoch)
         self.val = EvaluationBatches(self.data.tokens["val"].ids, cfg.batch_size, cfg.ctx_len)
         self.lm = _build_model(cfg, self.data.tokenizer, self.checkpoint_folder)
+        self.initial_weights = self._hash_initial_weights()
         if self.checkpoint_folder:
             _check_same_model(self.lm, self.info, self.checkpoint_folder)
             if cfg.steps < (done := int(self.checkpoint_folder.name[5:])):
@@ -221,6 +222,18 @@ class RunSetup:
         if (changes := environment_changes(recorded_environment(self.info, then), self.device)) and log_fn:
             log_fn(f"bits may differ from here on: {changes}")
         return data
+
+    def _hash_initial_weights(self):
+        "Return the SHA-256 of the initial weights (empty: they come from no file), which a run that starts over must find unchanged"
+        recorded = (self.info or {}).get("initial_weights", "")
+        if self.checkpoint_folder or not _initial_weights_source(self.cfg)[0]:
+            return recorded
+        if (found := hash_weights(self.lm)) != recorded and recorded:
+            raise CheckpointError(
+                f"the initial weights have changed: this run started from content {str(recorded)[:12]}, but init_from="
+                f"{self.cfg.init_from!r} has {found[:12]}. Restore them, or start a new run. This one has saved no checkpoint yet"
+            )
+        return found
 
     def _load_data_for_new_run(self, log_fn):
         "Load tokens and tokenizer of a new run, with the tokenizer of its initial weights"
@@ -248,7 +261,9 @@ class RunSetup:
         data = dict(fingerprint=found.fingerprint, start=found.default_prompt, what=found.description, tokens=tokens)
         tokenizer = dict(name=tok.name, vocab_size=tok.vocab_size, fingerprint=tok.fingerprint)
         model = dict(dtype=self.cfg.dtype, n_params=n_params(self.lm), model=asdict(self.lm.cfg))
-        return dict(data=data, tokenizer=tokenizer, config=asdict(self.cfg), **model)
+        return dict(
+            data=data, tokenizer=tokenizer, config=asdict(self.cfg), initial_weights=self.initial_weights, **model
+        )
 
     @property
     def bytes_per_token(self) -> float:

@@ -556,6 +556,22 @@ def test_a_run_that_has_not_saved_starts_over(place, uninterrupted, status):
     assert result(resume("killed", resume="auto")) == uninterrupted
 
 
+@pytest.mark.parametrize("params", [{}, dict(lora_rank=1, optimizer="adamw")], ids=["weights", "base of adapters"])
+def test_replaced_initial_weights(place, params):
+    "If a run starts over, and the run that it started from was replaced, it is rejected, and nothing is written"
+    shutil.copytree("runs/seed", "runs/base")
+    folder = killed_at(3, init_from="base", **params)
+    shutil.rmtree("runs/base")
+    shutil.copytree("runs/whole", "runs/base")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in (".lock", ".owner.json")}
+    with pytest.raises(CheckpointError, match="the initial weights have changed.* init_from='base' has "):
+        resume("killed")
+    assert {p: p.read_bytes() for p in before} == before
+    shutil.rmtree("runs/base")
+    shutil.copytree("runs/seed", "runs/base")
+    assert resume("killed").status == "done"
+
+
 def test_the_best_checkpoint_of_an_early_stop(place, monkeypatch, capsys):
     "If the best step could not be saved, the last line names the step that `which='best'` loads"
     as_it_is, best = saving.save_checkpoint, []
