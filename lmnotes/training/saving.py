@@ -7,6 +7,7 @@ __all__ = ['prune_checkpoints', 'remove_temporary_files', 'Save', 'WriteOnce', '
 
 # %% ../../nbs/training/45_saving.ipynb #703d0e67
 import os
+import re
 from pathlib import Path
 
 from ..core import *
@@ -28,11 +29,27 @@ def prune_checkpoints(run, keep, protected=(), keep_every=0) -> None:
 
 # %% ../../nbs/training/45_saving.ipynb #ba27fffa
 def remove_temporary_files(run) -> None:
-    "Remove the files of interrupted saves. Call it only while you own the run folder"
+    "Remove the files of interrupted saves, and name complete checkpoints again. Call it only while you own the run folder"
     for old in Path(run).glob(".*.replaced"):
         finish_replacing(old.with_name(old.name[1:].removesuffix(".replaced")))
     for tmp in Path(run).glob(".*.tmp"):
-        remove_path(tmp)
+        if not _name_again(tmp):
+            remove_path(tmp)
+
+
+def _name_again(tmp):
+    "Return True if a temporary folder was a complete checkpoint, and has its name again"
+    name = re.fullmatch(r"\.(step_\d{8,})\.\d+\.tmp", tmp.name)
+    if not name or not tmp.is_dir() or tmp.is_symlink() or (folder := tmp.with_name(name[1])).exists():
+        return False
+    try:
+        verify_checkpoint(tmp)
+    except CheckpointError:
+        return False
+    os.replace(tmp, folder)
+    fsync_path(folder.parent)
+    print(f"{tmp.name} is a complete checkpoint, and is {folder.name} again")
+    return True
 
 # %% ../../nbs/training/45_saving.ipynb #dbec79c1
 # Long: the condition for a save and the pointers it writes depend on each other

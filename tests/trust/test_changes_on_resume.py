@@ -556,6 +556,19 @@ def test_a_run_that_has_not_saved_starts_over(place, uninterrupted, status):
     assert result(resume("killed", resume="auto")) == uninterrupted
 
 
+def test_complete_checkpoints_with_temporary_names(place, uninterrupted, capsys):
+    "A complete checkpoint with a temporary name is named again, and one that is not complete is removed"
+    folder = Path("runs/r")
+    shutil.copytree(step(), folder / ".step_00000004.77.tmp")
+    (folder / ".step_00000004.77.tmp/state.pt").write_bytes(b"")
+    step().rename(folder / ".step_00000006.77.tmp")
+    for name in ("last", "best", "interrupted"):
+        (folder / name).unlink(missing_ok=True)
+    assert result(resume()) == uninterrupted
+    assert ".step_00000006.77.tmp is a complete checkpoint, and is step_00000006 again" in capsys.readouterr().out
+    assert not list(folder.glob(".*.tmp")) and not list(folder.glob("step_00000004"))
+
+
 @pytest.mark.parametrize("params", [{}, dict(lora_rank=1, optimizer="adamw")], ids=["weights", "base of adapters"])
 def test_replaced_initial_weights(place, params):
     "If a run starts over, and the run that it started from was replaced, it is rejected, and nothing is written"
