@@ -213,12 +213,12 @@ def describe_device(device, dtype, reason) -> str:
 
 # %% ../nbs/00_core.ipynb #d7a1f2fa
 @contextmanager
-def name_in_os_errors(path) -> Iterator[None]:
-    "Context manager: name `path` in each `OSError` that is raised inside"
+def name_in_os_errors(path, size=0) -> Iterator[None]:  # File or folder, and the bytes to write into it (0: unknown)
+    "Context manager: name `path` in each `OSError` that is raised inside, and note the size in its attribute `needed`"
     try:
         yield
     except OSError as e:
-        e.filename = str(path)
+        e.filename, e.needed = str(path), size
         raise
 
 # %% ../nbs/00_core.ipynb #e7a5ab74
@@ -240,10 +240,11 @@ def write_atomic(
     "Write `data` to `path` atomically: the file has its old content or the new, never a mixture"
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    data = data.encode() if isinstance(data, str) else data
     try:
-        with name_in_os_errors(path):
+        with name_in_os_errors(path, len(data)):
             with open(tmp, "wb") as f:
-                f.write(data.encode() if isinstance(data, str) else data)
+                f.write(data)
                 if durable:
                     f.flush()
                     os.fsync(f.fileno())

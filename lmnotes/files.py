@@ -118,23 +118,34 @@ def explain_os_error(
     e,  # `OSError`
     path="",  # File or folder of the operation (empty: the one in the error)
 ) -> str:
-    "Return one sentence that explains an error of the file system: the path, the reason, and the free space of a full disk"
-    path = Path(path or e.filename2 or e.filename or ".")
-    if e.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-        folder = next(p for p in (path, *path.absolute().parents) if p.is_dir())
-        kind = "quota exceeded" if e.errno == errno.EDQUOT else "disk full"
-        return f"{path}: {kind}, {shutil.disk_usage(folder).free:,} bytes are free"
+    "Return one sentence that explains an error of the file system: the path, the reason, and for a full disk the bytes"
+    path, needed = Path(path or e.filename2 or e.filename or "."), vars(e).get("needed", 0)
+    if e.errno == errno.ENOSPC:
+        return _describe_full_disk(path, needed)
     reasons = {errno.EACCES: "you have no permission", errno.EPERM: "you have no permission"}
     reasons |= {errno.EROFS: "the file system is read-only", errno.ENOENT: "there is no such file or folder"}
     reasons |= {errno.ELOOP: "it is a symbolic link. Replace it by a copy of its file"}
-    return f"{path}: {reasons.get(e.errno, e.strerror or str(e))}"
+    reasons |= {errno.EDQUOT: "quota exceeded", errno.EFBIG: "file too large"}
+    size = f", needs {needed:,} bytes" if needed and e.errno in (errno.EDQUOT, errno.EFBIG) else ""
+    return f"{path}: {reasons.get(e.errno, e.strerror or str(e))}{size}"
 
 
-def check_disk_space(folder, size, purpose="a checkpoint") -> None:
-    "Raise `CheckpointError` unless `size` bytes fit into `folder`, with a margin of 10%"
-    needed, free = size / 1e6, shutil.disk_usage(folder).free / 1e6  # MB
-    if free < 1.1 * needed + 2**16 / 1e6:
-        raise CheckpointError(f"disk full: {folder} needs {needed:.1f} MB for {purpose} and has {free:.1f} MB free")
+def _free_bytes(path):
+    "Return the free bytes of the disk of a path, which need not exist"
+    path = Path(path).absolute()
+    return shutil.disk_usage(next(p for p in (path, *path.parents) if p.is_dir())).free
+
+
+def _describe_full_disk(path, needed, purpose=""):
+    needs = f"needs {needed:,} bytes{purpose} and has {_free_bytes(path):,}"
+    return f"{path}: disk full, {needs if needed else f'{_free_bytes(path):,} bytes are free'}"
+
+
+def check_disk_space(path, size, purpose="") -> None:  # Such as " for its final checkpoint"
+    "Raise `CheckpointError` unless the disk of `path` has space for `size` bytes, with a margin of 10%"
+    needed = int(1.1 * size) + 2**16
+    if _free_bytes(path) < needed:
+        raise CheckpointError(_describe_full_disk(path, needed, purpose))
 
 # %% ../nbs/02_files.ipynb #2e8b6d4e
 def open_for_append(path, buffering=-1) -> BinaryIO:  # File, and the size of the buffer as for `open`
@@ -212,10 +223,11 @@ class JsonlLog:
 
     def _write(self):
         "Write the records in memory, or none of them"
-        with name_in_os_errors(self.path), open_for_append(self.path, buffering=0) as f:
+        data = "".join(self.unwritten).encode()
+        with name_in_os_errors(self.path, len(data)), open_for_append(self.path, buffering=0) as f:
             if self.whole is not None:
                 f.truncate(self.whole)
-            data, self.whole = "".join(self.unwritten).encode(), f.seek(0, os.SEEK_END)
+            self.whole = f.seek(0, os.SEEK_END)
             try:
                 if f.write(data) < len(data):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -375,7 +375,8 @@ def run_record_at_step(then, checkpoint_folder) -> dict:  # The checkpoint's con
     for name in ("data", "tokenizer"):
         info[name]["fingerprint"] = then.get(name, info[name]["fingerprint"])
     info["changes"] = _changes_until(then["step"], info)
-    return {name: value for name, value in info.items() if name not in ("result", "tokens", "error", "signal", "saved")}
+    later = "result", "tokens", "error", "signal", "saved", "unsaved", "failed_saves"
+    return {name: value for name, value in info.items() if name not in later}
 
 # %% ../../nbs/runs/61_folder.ipynb #7f6a3b29
 def _changes_until(step, info):

@@ -111,11 +111,26 @@ class RecordFirstSave(Hook):
                 self.record.update()
 
 # %% ../../nbs/runs/67_run.ipynb #48547893
+class _RecordingTrainer(Trainer):
+    "A trainer that adds each failed save to the record of its run"
+
+    def __init__(self, record, *args):
+        super().__init__(*args)
+        self.record = record
+
+    def warn_not_saved(self, reason) -> None:
+        super().warn_not_saved(reason)
+        failed = self.record.values.get("failed_saves", []) + [dict(step=self.step, reason=str(reason))]
+        if self.rank == 0:
+            with suppress(OSError):  # On a full disk, a later update writes it
+                self.record.update(failed_saves=failed[-100:])
+
+
 def _train_run(s, signals, hooks, log_format, make_batches):
     "Train a `RunSetup`, from its checkpoint if there is one"
     record = RunRecord(s.folder, **(s.info or dict(started=utc_now())))
     hooks = [*s.hooks(), RecordFirstSave(record), *hooks]
-    trainer = Trainer(s.lm, s.batches, s.cfg, hooks, s.device, signals, log_format)
+    trainer = _RecordingTrainer(record, s.lm, s.batches, s.cfg, hooks, s.device, signals, log_format)
     if s.checkpoint_folder:
         restore_trainer(trainer, s.checkpoint_folder)
     trainer.batches = make_batches(s) if make_batches else s.batches
@@ -135,7 +150,7 @@ def _start_record(record, s, trainer):
     if not s.info:
         move_earlier_run_aside(s.lock, [pattern for hook in trainer.hooks for pattern in hook.file_patterns])
     trained = n_params(s.lm, trainable=True)
-    check_disk_space(s.folder, 4 * (n_params(s.lm) + 2 * trained), "its final checkpoint")
+    check_disk_space(s.folder, 4 * (n_params(s.lm) + 2 * trained), " for its final checkpoint")
     if s.lm.lora:
         if not s.checkpoint_folder:
             (s.folder / BASE_WEIGHTS_FILE).unlink(missing_ok=True)  # Left over from a start that failed

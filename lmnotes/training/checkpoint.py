@@ -87,7 +87,7 @@ def load_weights(
 # %% ../../nbs/training/42_checkpoint.ipynb #4d69be7a
 def _write_file(path, data):
     "Write a file and flush it to the disk. Return its size and SHA-256"
-    with name_in_os_errors(path), open(path, "wb") as f:
+    with open(path, "wb") as f:
         f.write(data)
         f.flush()
         os.fsync(f.fileno())
@@ -138,7 +138,7 @@ def write_base_weights(run, lm) -> str:
     data = _safetensors(tensors)
     sha256 = hashlib.sha256(data).hexdigest()
     if not path.exists():
-        check_disk_space(run, len(data))
+        check_disk_space(path, len(data))
         write_atomic(path, data)
     elif sha256_file(path) != sha256:
         raise CheckpointError(f"{path}: holds different base weights from this model's. Use another run folder")
@@ -199,11 +199,13 @@ def save_checkpoint(
             metadata.update(lora=asdict(lm.lora), base=write_base_weights(run, lm))
         files = _serialize(lm, state or {}, metadata)
         if not _is_already_saved(run / name, files):
-            check_disk_space(run, sum(len(d) for d in files.values()))
-            _write_folder_atomic(run, name, step, files)
+            size = sum(len(data) for data in files.values())
+            check_disk_space(run / name, size)
+            with name_in_os_errors(run / name, size):
+                _write_folder_atomic(run, name, step, files)
     except OSError as e:
-        why = explain_os_error(e)
-        raise CheckpointError(f"{run / name} could not be written: {why}. Earlier checkpoints are untouched") from None
+        why = f"{explain_os_error(e)}, so it could not be written"
+        raise CheckpointError(f"{why}. Earlier checkpoints are untouched") from None
     return run / name
 
 # %% ../../nbs/training/42_checkpoint.ipynb #6d4d96f2

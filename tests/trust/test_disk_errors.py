@@ -6,7 +6,9 @@ from a layer below the library, and from real small file systems where this proc
 
 import errno
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -91,6 +93,13 @@ def problems_of_report(folder, code, reason):
         yield f"exit code {code}: {last}"
     elif code and not (last.startswith("lmnotes: ") and "runs" in last and reason in last):
         yield f"the last line is {last!r}"
+    for text in re.findall(r"step_\d+: ((?:disk full|quota exceeded).*)", log):
+        if not re.match(r"disk full, needs [\d,]+ bytes and has [\d,]+|quota exceeded, needs [\d,]+ bytes", text):
+            yield f"the sizes are not in {text!r}"
+    if "quota exceeded" in log and " free" in log:
+        yield "the free space of the disk, not of the quota"
+    if re.search(r"step_\d+\.\d+\.tmp.* could not be written", log):
+        yield "a temporary name"
 
 
 def problems_of_run(folder, operations):
@@ -107,8 +116,10 @@ def problems_of_run(folder, operations):
     except CheckpointError as e:
         yield str(e)
     info = read_json(run / "run.json") if (run / "run.json").exists() else {}
-    if info.get("status") == "done" and info["unsaved"] != log.count(" is not saved: "):
-        yield f"run.json counts {info['unsaved']} failed saves"
+    failed = re.findall(r"warning: step (\d+) is not saved: (.+)", log)
+    recorded = [(str(save["step"]), save["reason"]) for save in info.get("failed_saves", [])]
+    if info.get("status") == "done" and (info["unsaved"], recorded) != (len(failed), failed):
+        yield f"run.json has {info['unsaved']} failed saves: {recorded}"
 
 
 def problems_of_resume(folder, whole):
@@ -157,6 +168,28 @@ def test_errors_at_every_operation(tmp_path, unbroken, name, lasting):
     numbers = range(1, 1 + len(affected(name, unbroken[2])))
     found = all_problems(tmp_path, unbroken, name, lasting, numbers)
     assert not found, (len(found), len(numbers), found[:5])
+
+
+def killed_after_a_failed_save(number, *words):
+    "Run the command line. A write of step 6 fails, and the process is killed before step 8"
+    run_before_call(Trainer, "train_step", lambda t: t.step == 7, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return fail_from(number, "ENOSPC", False, lmnotes_command, *words)
+
+
+def test_failed_save_is_recorded_at_once(tmp_path, unbroken):
+    "The record of a run that is killed later holds the step, the path and the bytes of each failed save, and a fork does not"
+    (tmp_path / "corpus").symlink_to(unbroken[0] / "corpus")
+    operations = affected("ENOSPC", unbroken[2])
+    number = next(n for n, op in enumerate(operations, 1) if op.startswith("write r/.step_00000006"))
+    assert run_in_process(tmp_path, killed_after_a_failed_save, number, "train", *command_line_args(**SHORT)) == -9
+    (failed,) = read_json(tmp_path / "runs/r/run.json")["failed_saves"]
+    assert failed["step"] == 6
+    pattern = r"\S*runs/r/step_00000006: disk full, needs [\d,]+ bytes and has [\d,]+, so it could not be written\..+"
+    assert re.fullmatch(pattern, failed["reason"])
+    assert not [*problems_of_resume(tmp_path, unbroken[1])]
+    assert read_json(tmp_path / "runs/r/run.json")["failed_saves"] == [failed]
+    runs_folder.fork(tmp_path / "runs/r", "fork")
+    assert "failed_saves" not in read_json(tmp_path / "runs/fork/run.json")
 
 
 @pytest.mark.parametrize("fails", ["exchange", "rename"])
