@@ -6,9 +6,9 @@
 __all__ = ['DTYPES', 'MAX_JSON_BYTES', 'DataError', 'TokenizerError', 'CheckpointError', 'RunLockedError', 'OutOfMemoryError',
            'RankError', 'did_you_mean', 'replace_aliases', 'expand_kwargs', 'project_root', 'data_root', 'paths_to_try',
            'derive_seed', 'seed_torch', 'set_deterministic', 'pick_device', 'pick_dtype', 'describe_device',
-           'name_in_os_errors', 'fsync_path', 'write_atomic', 'check_regular_file', 'read_regular_file', 'read_line',
-           'finite_json', 'write_json', 'read_json', 'sha256_bytes', 'sha256_file', 'sha256_json', 'StopSignals',
-           'utc_now', 'versions', 'environment', 'peak_memory']
+           'name_in_os_errors', 'fsync_path', 'open_new', 'write_atomic', 'check_regular_file', 'read_regular_file',
+           'read_line', 'finite_json', 'write_json', 'read_json', 'sha256_bytes', 'sha256_file', 'sha256_json',
+           'StopSignals', 'utc_now', 'versions', 'environment', 'peak_memory']
 
 # %% ../nbs/00_core.ipynb #4775f101
 import difflib
@@ -29,7 +29,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -232,6 +232,12 @@ def fsync_path(path) -> None:
         os.close(fd)
 
 
+def open_new(path) -> BinaryIO:
+    "Open a new file to write bytes. A file or a link with this name is deleted, and the target of the link stays as it is"
+    Path(path).unlink(missing_ok=True)
+    return open(path, "xb")
+
+
 def write_atomic(
     path,  # File to write
     data,  # Its new content, str or bytes
@@ -243,7 +249,7 @@ def write_atomic(
     data = data.encode() if isinstance(data, str) else data
     try:
         with name_in_os_errors(path, len(data)):
-            with open(tmp, "wb") as f:
+            with open_new(tmp) as f:
                 f.write(data)
                 if durable:
                     f.flush()

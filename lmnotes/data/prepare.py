@@ -73,7 +73,8 @@ def tokenize_splits(
     out.mkdir(parents=True, exist_ok=True)
     with FileLock(str(out / ".lock")):  # Another process may be preparing the same tokens
         for temporary in out.glob(".*.tmp"):
-            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+            is_folder = temporary.is_dir() and not temporary.is_symlink()
+            shutil.rmtree(temporary) if is_folder else temporary.unlink()
         split = resolve_split(corpus, split)
         for part in parts_of_split(corpus, split):
             path = out / f"{part}.bin"
@@ -120,6 +121,8 @@ def record_batches(
     name, size = getattr(function, "__qualname__", type(function).__name__), (batch_size, seq_len)
     tmp = Path(out) / f".{os.getpid()}.tmp"
     try:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
         for part, n in dict(train=steps, val=val_steps).items():
             source = dict(function=name, part=part)
             with TokenWriter(tmp / f"{part}.bin", tokenizer.vocab_size, tokenizer.fingerprint, source) as writer:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import DataError, fsync_path, name_in_os_errors, read_json, write_atomic, write_json
+from ..core import DataError, fsync_path, name_in_os_errors, open_new, read_json, write_atomic, write_json
 from .untrusted_files import read_torch_file
 from ..untrusted import escape_terminal
 
@@ -69,7 +69,7 @@ class TokenWriter:
             if path.is_dir():
                 raise DataError(f"{path}: is a folder, expected a token file. Delete or rename it")
         self.tmp = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        self.file = open(self.tmp, "wb")
+        self.file = open_new(self.tmp)
         return self
 
     def add(

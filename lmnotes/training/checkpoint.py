@@ -87,7 +87,7 @@ def load_weights(
 # %% ../../nbs/training/42_checkpoint.ipynb #4d69be7a
 def _write_file(path, data):
     "Write a file and flush it to the disk. Return its size and SHA-256"
-    with open(path, "wb") as f:
+    with open_new(path) as f:
         f.write(data)
         f.flush()
         os.fsync(f.fileno())
