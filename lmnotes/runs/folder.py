@@ -260,14 +260,10 @@ def locked_run_folder(folder, wait=0.0, stop=None) -> "Iterator[RunLock]":  # Fu
                     folder.rmdir()  # Fails if it holds other files
 
 
-def _check_run_name(run):
-    if run and not re.fullmatch(r"[\w-][\w.-]{0,199}", run):
-        raise ValueError(f"run={run[:250]!r} is not a folder name. Use up to 200 letters, digits, '_', '-' and '.'")
-
-
 def run_folder_name(cfg) -> str:  # `RunConfig`
     "Return the name of the run folder: `cfg.run`, else the most recent run with `resume`, else the current time"
-    _check_run_name(cfg.run)
+    if cfg.run:
+        check_run_name(cfg.run)
     if cfg.resume == "auto" and not cfg.run:  # The most recent run can be another one when the command is repeated
         raise ValueError(f"resume='auto' needs the name of the run. Add {format_params(run='NAME')}")
     if cfg.run or not cfg.resume:
@@ -300,7 +296,8 @@ def fork(
     out_dir: "str | Path" = "",  # Folder for the new run (empty: the folder that holds the old one)
 ) -> str:  # Name of the new run
     "Copy a run as it was at one of its steps, to resume from that step with `run(resume=True, run=...)`"
-    _check_run_name(run)
+    if run:
+        check_run_name(run)
     path = find_run_folder(path)
     return read_while_training(path, lambda: _fork_once(find_checkpoint(path), run, out_dir))
 

@@ -221,7 +221,7 @@ def verify_checkpoint(folder) -> Path:
     adapter = set(ADAPTER_FILES) <= set(files)
     if not {"config.json", "state.pt"} <= set(files) or not (adapter or "model.safetensors" in files):
         raise CheckpointError(f"{folder / 'manifest.json'}: damaged, it does not list the files of a checkpoint")
-    if folder.name.startswith("step_") and folder.name != name:
+    if is_checkpoint_name(folder.name) and folder.name != name:
         raise CheckpointError(f"{folder / 'manifest.json'}: belongs to {name}. Give this folder its name again")
     for name, (size, sha256) in files.items():
         path = path_inside(folder, name, source=folder / "manifest.json", error=CheckpointError)
@@ -282,7 +282,7 @@ def _verify_base_weights(folder):
 # %% ../../nbs/training/42_checkpoint.ipynb #9a1dcf4d
 def list_checkpoints(run) -> list:
     "Return the checkpoint folders of a run, oldest first, unverified"
-    return sorted(p for p in Path(run).glob("step_*") if p.is_dir() and p.name[5:].isdigit())
+    return sorted(p for p in Path(run).glob("step_*") if p.is_dir() and is_checkpoint_name(p.name))
 
 
 def latest_checkpoint(run) -> Path:
@@ -349,7 +349,8 @@ def find_checkpoint(
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such run or checkpoint")
-    if (path / "manifest.json").exists() or path.name.startswith("step_"):
+    is_run = (path / "run.json").exists()  # Its folder may have any name
+    if (path / "manifest.json").exists() or (is_checkpoint_name(path.name) and not is_run):
         return verify_checkpoint(path)
     if which not in ("", *POINTERS):
         raise ValueError(f"which={which!r} is not one of {', '.join(POINTERS)}")

@@ -2,15 +2,36 @@
 the library elsewhere."""
 
 import os
+import shutil
 
+import pytest
+from small_runs import RUNS, trained_runs
+
+import lmnotes
 from lmnotes.core import write_atomic
 from lmnotes.data.prepare import record_batches
 from lmnotes.data.tokenizer import ByteTokenizer
 from lmnotes.data.tokens import TokenWriter, open_tokens
 from lmnotes.nn.lm import new_lm
-from lmnotes.training.checkpoint import save_checkpoint
+from lmnotes.runs.load import load
+from lmnotes.training.checkpoint import find_checkpoint, list_checkpoints, save_checkpoint
 
 SIZES = dict(n_layers=1, d_model=8, n_heads=1, vocab_size=256, ctx_len=8)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "Return the folder of two small runs"
+    with trained_runs(tmp_path_factory.mktemp("foreign"), {name: RUNS[name] for name in ("done", "stopped")}) as runs:
+        yield runs
+
+
+@pytest.fixture
+def runs(trained, tmp_path, monkeypatch):
+    "Return the folder of a copy of the runs, which has the place of all runs"
+    shutil.copytree(trained, tmp_path / "runs")
+    monkeypatch.setenv("LMNOTES_OUT_DIR", str(tmp_path / "runs"))
+    return tmp_path / "runs"
 
 
 def write_tokens(path):
@@ -52,3 +73,21 @@ def test_no_folder_is_written_through_a_link_with_a_temporary_name(tmp_path):
         except (ValueError, OSError):  # The name is taken
             pass
         assert [(p.name, p.read_text()) for p in victim.iterdir()] == [("train.bin", "precious")]
+
+
+def test_the_name_of_a_run_is_no_name_of_a_checkpoint(runs):
+    os.rename(runs / "done", runs / "step_of_someone")
+    shutil.copytree(runs / "stopped", runs / "step_5")  # Renamed by hand
+    for name in ("step_of_someone", "step_5"):
+        assert load(runs / name).folder.name == name
+        newest = find_checkpoint(runs / name)
+        assert newest.parent.name == name and find_checkpoint(newest) == newest
+    (runs / "step_²").mkdir()  # A digit, but not of a number
+    assert list_checkpoints(runs) == [runs / "step_5"]
+
+
+@pytest.mark.parametrize("name", ["step_5", "step_00000010", "日" * 67, "é" * 101, "a/b", "\udce9"])
+def test_a_name_that_a_run_cannot_have(tmp_path, name):
+    with pytest.raises(ValueError, match="is not a folder name for a run"):
+        lmnotes.run(run=name, data="none", out_dir=str(tmp_path))
+    assert not any(tmp_path.iterdir())
