@@ -1,21 +1,26 @@
 """A run folder from someone else may hold links, names and entries of any kind. None of them leads a write, a command or a choice of
 the library elsewhere."""
 
+import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from small_runs import RUNS, trained_runs
 
 import lmnotes
+from lmnotes.apps.papermill_engine import output_path
 from lmnotes.core import write_atomic
 from lmnotes.data.prepare import record_batches
 from lmnotes.data.tokenizer import ByteTokenizer
 from lmnotes.data.tokens import TokenWriter, open_tokens
 from lmnotes.nn.lm import new_lm
+from lmnotes.runs.folder import last_run_name
 from lmnotes.runs.load import load
 from lmnotes.training.checkpoint import find_checkpoint, list_checkpoints, save_checkpoint
 
+ROOT = Path(lmnotes.__file__).parent.parent
 SIZES = dict(n_layers=1, d_model=8, n_heads=1, vocab_size=256, ctx_len=8)
 
 
@@ -91,3 +96,48 @@ def test_a_name_that_a_run_cannot_have(tmp_path, name):
     with pytest.raises(ValueError, match="is not a folder name for a run"):
         lmnotes.run(run=name, data="none", out_dir=str(tmp_path))
     assert not any(tmp_path.iterdir())
+
+
+def notebook_path(**parameters):
+    return output_path(ROOT / "nbs/train.ipynb", ROOT, parameters)
+
+
+@pytest.mark.parametrize("kind", ["link", "broken link", "pipe", "folder", "linked folder"])
+def test_papermill_writes_the_notebook_through_no_link(runs, tmp_path, kind):
+    target, victim = runs / "done/train.ipynb", tmp_path / "victim"
+    if kind == "linked folder":
+        os.rename(runs / "done", tmp_path / "done")
+        (runs / "done").symlink_to(tmp_path / "done")
+    elif "link" in kind:
+        target.symlink_to(victim)
+        victim.write_text("precious") if kind == "link" else None
+    else:
+        os.mkfifo(target) if kind == "pipe" else target.mkdir()
+    with pytest.raises(ValueError, match="link"):
+        notebook_path(run="done", resume="True")
+
+
+RECORDS = dict(number=b'{"updated": 5}', deep=b"[" * 200_000, text=b"x", list=b"[]", null=b"null", utf16=b"\xff\xfe{")
+
+
+@pytest.mark.parametrize("kind", [*RECORDS, "folder", "pipe", "hidden", "bad .last", "no run"])
+def test_papermill_resumes_the_same_run_as_the_command_line(runs, kind):
+    record, last, newer = runs / "stopped/run.json", runs / ".last", runs / "done/run.json"
+    newer.write_text(json.dumps(json.loads(newer.read_bytes()) | dict(updated="2999")))
+    last.unlink()
+    if kind in ("folder", "pipe"):
+        record.unlink()
+        record.mkdir() if kind == "folder" else os.mkfifo(record)
+    elif kind == "hidden":
+        os.rename(runs / "stopped", runs / ".trash")
+        record = runs / ".trash/run.json"
+        record.write_text(json.dumps(json.loads(record.read_bytes()) | dict(updated="9999")))
+    elif kind == "bad .last":
+        last.write_bytes(b"\xff")
+    elif kind == "no run":
+        (runs / "empty").mkdir()
+        last.write_text("empty")
+    else:
+        record.write_bytes(RECORDS[kind])
+    expected = "stopped" if kind == "number" else "done"
+    assert notebook_path(resume="True").parent.name == last_run_name(runs) == expected
