@@ -59,6 +59,7 @@ class RankError(RuntimeError):
     "A data-parallel run that cannot continue because one of its processes ended"
 
     exit_code = 6  # Of the command line
+    is_reported = False  # True if another process prints the message
 
 # %% ../nbs/00_core.ipynb #3635a5c0
 def did_you_mean(

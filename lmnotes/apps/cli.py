@@ -319,7 +319,7 @@ def _run_command(command, argv):
     except (OutOfMemoryError, torch.OutOfMemoryError) as e:
         return _report_error(e, 4)
     except RankError as e:
-        return _report_error(e, e.exit_code) if str(e) else e.exit_code
+        return e.exit_code if e.is_reported else _report_error(e, e.exit_code)
 
 # %% ../../nbs/apps/92_cli.ipynb #fcedbb4d
 def execute_command(argv) -> int:  # Words after `lmnotes`

@@ -155,7 +155,7 @@ def output_path(
         run = make_run_folder(checkpoints)
     return _path_without_links(checkpoints, run, Path(notebook).name)
 
-
+# %% ../../nbs/apps/91_papermill_engine.ipynb #9fd16414
 def _path_without_links(checkpoints, run, name):
     "Return the path of a notebook in a run folder, which is created, or raise ValueError if it leads elsewhere"
     from lmnotes.untrusted import check_run_name

@@ -8,12 +8,14 @@ __all__ = ['LAUNCHED', 'GRACE', 'NORMAL_EXIT_CODES', 'explain_lost_rank', 'launc
 # %% ../../nbs/runs/66_launch.ipynb #60591738
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
+from functools import cache
 
 import torch.distributed as dist
 
@@ -37,17 +39,70 @@ def _describe_position(folder):
     return f"{where}. Resume with: {resume_command(folder)}"
 
 
-@contextmanager
-def explain_lost_rank(folder) -> "Iterator[None]":  # Run folder
-    "Replace the error of an exchange that failed because another rank ended"
+@cache
+def _rank_processes():
+    "Return (process number, machine) of each rank"
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (os.getpid(), socket.gethostname()))
+    return found
+
+
+def _find_lost_ranks(processes, seconds=10):
+    "Describe the ranks that have ended, or else those that may have ended on another machine"
+    rank, world = rank_and_world_size()
+    end = time.monotonic() + seconds  # A killed process has a number until its parent notices
+    while True:
+        alive = [is_process_alive(*process) for process in processes]
+        if lost := [str(other) for other, state in enumerate(alive) if state is False]:
+            return f"rank{'s' * (len(lost) > 1)} {', '.join(lost)} ended"
+        if not processes or time.monotonic() > end:
+            break
+        time.sleep(0.01)
+    lost = [str(other) for other in range(world) if other != rank and (None not in alive or alive[other] is None)]
+    return f"rank {rank} lost contact with rank{'s' * (len(lost) > 1)} {', '.join(lost)}"
+
+# %% ../../nbs/runs/66_launch.ipynb #57457ddd
+def _record_failure(folder, reason):
+    "Write a failure to the record of a run that no process uses. Return True if the record had the status `running`"
+    with suppress(RunLockedError, DataError, OSError), RunLock(folder):
+        record = RunRecord(folder, **read_json(folder / "run.json"))
+        before = record.values["status"]
+        if before in ("running", "failed"):
+            record.update(status="failed", error=reason)
+        return before == "running"
+    return False
+
+
+def _report_lost_rank(folder, processes, started):
+    "Return the error of a run that has lost a rank. One of the ranks reports it"
+    rank, found = rank_and_world_size()[0], _find_lost_ranks(processes)
     try:
+        store, mine = dist.distributed_c10d._get_default_store(), f"{rank} {found}"
+        first = store.compare_set("lost ranks", "", mine).decode()
+        is_first, found = first == mine, first.partition(" ")[2]
+    except RuntimeError:  # Rank 0 held the store
+        is_first = None
+    recorded = started and is_first is not False and _record_failure(folder, found)
+    error = RankError(f"{folder.name}: {found} {_describe_position(folder)}")
+    launched = os.environ.get("TORCHELASTIC_RUN_ID") == LAUNCHED  # The process that launched the rank prints a line
+    error.is_reported = launched or not (is_first or recorded)
+    return error
+
+
+@contextmanager
+def explain_lost_rank(
+    folder, started=False
+) -> "Iterator[None]":  # Run folder, and True if its record is that of this run
+    "Replace the error of an exchange that failed because another rank ended"
+    processes = []
+    try:
+        processes = _rank_processes() if dist.is_initialized() else []
         yield
     except RuntimeError as e:
-        if not dist.is_initialized() or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
+        lost = isinstance(e, dist.DistError) or "gloo" in str(e)
+        if not dist.is_initialized() or not lost or isinstance(e, RankError):
             raise
-        rank, launched = rank_and_world_size()[0], os.environ.get("TORCHELASTIC_RUN_ID") == LAUNCHED
-        lines = f"{folder.name}: rank {rank} lost another rank of the run {_describe_position(folder)}"
-        raise RankError("" if launched else lines) from None  # The process that launched the rank prints a line
+        raise _report_lost_rank(folder, processes, started) from None
 
 # %% ../../nbs/runs/66_launch.ipynb #d93b9549
 def _start_ranks(n, flags, store, out):
@@ -101,10 +156,7 @@ def _explain_failure(folder, rank, code, started):
         error.exit_code = code
     if not started:
         return error
-    with suppress(RunLockedError), RunLock(folder):
-        record = RunRecord(folder, **read_json(folder / "run.json"))
-        if record.values["status"] in ("running", "failed"):
-            record.update(status="failed", error=str(error))
+    _record_failure(folder, str(error))
     error.args = (f"{folder.name}: rank {rank} {end} {_describe_position(folder)}",)
     return error
 
@@ -132,8 +184,8 @@ def launch_ranks(cfg, origins, view) -> Run:  # `RunConfig`, {parameter: origin}
         try:
             failed = _wait_for_ranks(ranks, signals, redraw)
         finally:
+            _signal_ranks(ranks, signal.SIGTERM)
             for process in ranks:
-                process.terminate()
                 process.wait()
     started = _last_modified(folder) != before
     with suppress(OSError):

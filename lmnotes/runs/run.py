@@ -189,7 +189,8 @@ def _fit_and_record(record, s, trainer):
     "Train, and write the result or the error to the record"
     c, rank = trainer.counters, trainer.rank
     try:
-        trainer.fit()
+        with explain_lost_rank(s.folder, started=True):
+            trainer.fit()
     except BaseException as e:
         if rank == 0:
             with suppress(OSError):  # A full disk must not hide the error

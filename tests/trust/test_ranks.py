@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,6 +37,7 @@ LAUNCHERS = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     + ["-m", "--", "lmnotes", "train"],
 }
+LAUNCHERS["torchrun of 3"] = [word.replace("node=2", "node=3") for word in LAUNCHERS["torchrun"]]
 LONG = TINY | dict(steps=100000, patience=0, save_every=10)
 
 
@@ -105,7 +107,7 @@ def test_killed_rank_of_procs(workdir, rank):
     assert run_in_process(workdir, lmnotes_command, "train", *words, *more) == 0, read_log(workdir)
 
 
-@pytest.mark.parametrize("way", LAUNCHERS)
+@pytest.mark.parametrize("way", ["procs", "torchrun"])
 def test_killed_launcher(workdir, way):
     "Its ranks stop by themselves, save and free the lock"
     launcher = start(workdir, way, **LONG)
@@ -120,16 +122,23 @@ def test_killed_launcher(workdir, way):
         pass
 
 
-def test_killed_rank_of_torchrun(workdir):
-    "The other rank prints a line instead of a traceback. If rank 0 was killed, readers see that from the record and the process"
-    launcher = start(workdir, "torchrun", **LONG)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_rank_of_torchrun(workdir, rank):
+    "Of the two ranks that remain, one prints one line that names the killed one, and the record has the reason"
+    launcher = start(workdir, "torchrun of 3", **LONG | dict(batch_size=6))
     wait_for_step(workdir, 10, launcher)
-    os.kill(ranks_of(launcher)[0], signal.SIGKILL)
+    ranks = ranks_of(launcher)
+    os.kill(ranks[rank], signal.SIGKILL)
     assert launcher.wait(DEADLINE) != 0
+    assert all(has_ended(pid) for pid in ranks)
+    assert len(own_lines(workdir)) == 1, read_log(workdir)
     (line,) = own_lines(workdir)
-    assert re.search(r"r: rank 1 lost another rank of the run at step .+ Resume with: .+ train --resume", line)
-    assert json.loads((workdir / "runs/r/run.json").read_bytes())["status"] == "running"
-    assert lmnotes.load(workdir / "runs/r").status == "killed"
+    pattern = rf"lmnotes: r: rank {rank} ended at step [\d,]+ or soon after\. Resume with: .+ train --resume .+"
+    assert re.fullmatch(pattern, line), line
+    record = json.loads((workdir / "runs/r/run.json").read_bytes())
+    assert (record["status"], f"rank {rank} ended" in record["error"]) == ("failed", True)
+    with RunLock(workdir / "runs/r"):
+        pass
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -141,6 +150,56 @@ def test_stopped_launcher(workdir, number):
     assert launcher.wait(DEADLINE) == 128 + number, read_log(workdir)
     last = read_log(workdir).splitlines()[-1]
     assert last.startswith("r: interrupted at step ") and "Traceback" not in read_log(workdir), read_log(workdir)
+
+
+# Startup code of the processes: the first rank that comes to step 12 waits there.
+PAUSED = """
+import os, sys
+if "RANK" in os.environ:
+    sys.path.insert(0, {tests!r})
+    from helpers import pause_process, run_before_call
+    from lmnotes.training.trainer import Trainer
+    run_before_call(Trainer, "train_step", lambda trainer: trainer.step == 11)
+"""
+SIGNALS = {
+    "two signals to procs": ("procs", signal.SIGTERM, signal.SIGTERM),
+    "two signals to torchrun": ("torchrun", signal.SIGTERM, signal.SIGINT),
+    "SIGINT to a rank of procs": ("procs", signal.SIGINT),
+    "SIGTERM to a rank of torchrun": ("torchrun", signal.SIGTERM),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, corpus):
+    "Return the results of a run in two processes that nothing stops"
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "corpus").symlink_to(corpus)
+    assert start(folder, "procs", **TINY).wait(DEADLINE) == 0, read_log(folder)
+    return run_results(folder / "runs/r")
+
+
+@pytest.mark.parametrize("case", SIGNALS)
+def test_signals(workdir, monkeypatch, whole, case):
+    "After two signals to the launcher, or one to a rank, no process remains, and the resumed run ends in the same bits"
+    way, first, *second = SIGNALS[case]
+    (workdir / "sitecustomize.py").write_text(PAUSED.format(tests=str(TRUST.parent)))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(workdir), os.environ.get("PYTHONPATH", "")]))
+    launcher = start(workdir, way, **TINY)
+    wait_until(lambda: (workdir / "reached").exists() or launcher.poll() is not None)
+    assert launcher.poll() is None, read_log(workdir)
+    ranks = ranks_of(launcher)
+    os.kill(ranks[1] if "to a rank" in case else launcher.pid, first)
+    wait_until(lambda: f"{first.name}: stopping" in read_log(workdir))
+    for number in second:
+        time.sleep(1.1)  # An earlier one would count as the same signal
+        launcher.send_signal(number)
+    (workdir / "go").touch()
+    assert launcher.wait(DEADLINE) != 0, read_log(workdir)
+    wait_until(lambda: all(has_ended(pid) for pid in ranks))
+    record = json.loads((workdir / "runs/r/run.json").read_bytes())
+    assert second or (record["status"], record["step"]) == ("interrupted", 12), read_log(workdir)
+    assert start(workdir, way, run="r", out_dir="runs", resume=True).wait(DEADLINE) == 0, read_log(workdir)
+    assert not differences(whole, run_results(workdir / "runs/r"))
 
 
 RESTARTED = """
@@ -161,16 +220,14 @@ os._exit(code)
 """
 
 
-def test_torchrun_restarts(workdir):
+def test_torchrun_restarts(workdir, whole):
     "`torchrun --max-restarts=3` and `--resume auto`: a rank is killed three times, and the run is the same as without a kill"
     (workdir / "held.py").write_text(RESTARTED.format(trust=str(TRUST.parent)))
     process = torchrun(workdir, "--max-restarts=3", "--", "held.py", *command_line_args(**TINY, resume="auto"))
     assert process.wait(DEADLINE) == 0, read_log(workdir)
     assert read_log(workdir).count("from step") == 3, read_log(workdir)
-    whole = start(workdir, "procs", **TINY | dict(run="whole"))
-    assert whole.wait(DEADLINE) == 0, read_log(workdir)
-    assert sorted(path.name for path in (workdir / "runs").glob("[!.]*")) == ["r", "whole"]
-    assert not differences(run_results(workdir / "runs/whole"), run_results(workdir / "runs/r"))
+    assert [path.name for path in (workdir / "runs").glob("[!.]*")] == ["r"]
+    assert not differences(whole, run_results(workdir / "runs/r"))
 
 
 @pytest.mark.parametrize("wait", [0, 7200, math.inf])
