@@ -126,6 +126,17 @@ def test_a_signal_to_papermill(workdir, uninterrupted, number):
     assert not differences(uninterrupted, run_results(workdir / "runs/r"))
 
 
+def test_a_signal_to_the_kernel(workdir, uninterrupted):
+    "The run stops after its step and the notebook continues, so papermill ends as usual"
+    process = start_paused(workdir, *parameters(**CASE | dict(out_dir=workdir / "runs")))
+    os.kill(int((workdir / "kernel.pid").read_text()), signal.SIGTERM)
+    (workdir / "go").touch()
+    assert process.wait(DEADLINE) == 0, read_log(workdir)
+    assert left_status(workdir) == ("interrupted", 8)
+    check(workdir, "r: interrupted at step 8 of 40 and saved. Resume with: papermill ")
+    resume_and_compare(workdir, uninterrupted)
+
+
 def left_status(workdir):
     record = json.loads((workdir / "runs/r/run.json").read_bytes())
     return record["status"], record["step"]
