@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NO_EXCHANGE', 'MAX_LOG_BYTES', 'exchange_paths', 'replace_folder', 'finish_replacing', 'is_process_alive',
-           'remove_leftovers', 'file_identity', 'remove_path', 'explain_os_error', 'check_disk_space',
-           'open_for_append', 'check_no_links', 'JsonlLog', 'check_prefix', 'read_owner', 'RunLock']
+           'remove_leftovers', 'file_identity', 'remove_path', 'explain_os_error', 'explain_read_errors',
+           'check_disk_space', 'open_for_append', 'check_no_links', 'JsonlLog', 'check_prefix', 'read_owner', 'RunLock']
 
 # %% ../nbs/02_files.ipynb #4111acae
 import ctypes
@@ -20,7 +20,8 @@ import socket
 import stat
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -128,6 +129,15 @@ def explain_os_error(
     reasons |= {errno.EDQUOT: "quota exceeded", errno.EFBIG: "file too large"}
     size = f", needs {needed:,} bytes" if needed and e.errno in (errno.EDQUOT, errno.EFBIG) else ""
     return f"{path}: {reasons.get(e.errno, e.strerror or str(e))}{size}"
+
+
+@contextmanager
+def explain_read_errors(path) -> Iterator[None]:  # File that is read
+    "Context manager that raises `CheckpointError` in place of `OSError` while a file is verified"
+    try:
+        yield
+    except OSError as e:
+        raise CheckpointError(f"{explain_os_error(e, path)}, so it cannot be verified") from None
 
 
 def _free_bytes(path):
@@ -290,7 +300,8 @@ def check_prefix(path, size, sha256) -> None:
     path = Path(path)
     if size and not path.is_file():
         raise CheckpointError(f"{path}: missing, though the run has written it")
-    found = sha256_file(path, size) if size else sha256_bytes(b"")
+    with explain_read_errors(path):
+        found = sha256_file(path, size) if size else sha256_bytes(b"")
     if size and path.stat().st_size < size or found != sha256:
         raise CheckpointError(f"{path}: damaged, its first {size:,} bytes are not what was written (SHA-256 differs)")
 

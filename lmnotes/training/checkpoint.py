@@ -227,10 +227,8 @@ def verify_checkpoint(folder) -> Path:
         path = path_inside(folder, name, source=folder / "manifest.json", error=CheckpointError)
         if not path.is_file():
             raise CheckpointError(f"{path}: missing, though it is in the manifest")
-        try:
+        with explain_read_errors(path):
             found = path.stat().st_size, sha256_file(path)
-        except OSError as e:
-            raise CheckpointError(f"{explain_os_error(e, path)}, so it cannot be verified") from None
         if found[0] != size:
             raise CheckpointError(f"{path}: damaged, has {found[0]} bytes instead of {size}")
         if found[1] != sha256:
@@ -276,7 +274,9 @@ def _verify_base_weights(folder):
     path, sha256 = folder.parent / BASE_WEIGHTS_FILE, read_checkpoint_config(folder).get("base")
     if not path.is_file():
         raise CheckpointError(f"{path}: the base weights of the adapter are missing. Copy the whole run folder")
-    if sha256_file(path) != sha256:
+    with explain_read_errors(path):
+        found = sha256_file(path)
+    if found != sha256:
         raise CheckpointError(f"{path}: damaged, or not the base weights of {folder.name} (SHA-256 differs)")
 
 # %% ../../nbs/training/42_checkpoint.ipynb #9a1dcf4d
@@ -300,7 +300,8 @@ def latest_checkpoint(run) -> Path:
 def _warn_if_not_last(folder):
     "Return a checkpoint folder, with a warning if `last` names a later one that is missing"
     path = folder.parent / "last"
-    name = read_line(path).strip() if path.is_file() else ""
+    with explain_read_errors(path):
+        name = read_line(path).strip() if path.is_file() else ""
     if (
         re.fullmatch(r"step_\d{8,}", name)
         and int(name[5:]) > int(folder.name[5:])

@@ -1,9 +1,12 @@
 """Every file of a run folder is damaged in every way: each use of the run names the file or has the result of the undamaged run."""
 
+import ctypes
 import json
 import random
 import shutil
 import socket
+import sys
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 
@@ -139,7 +142,11 @@ def damage(path, way, draw, other):
 
 def records(folder):
     paths = [folder / name for name in ("metrics.jsonl", "samples.jsonl")]
-    return {path.name: path.read_bytes() if path.is_file() else None for path in paths}
+    found = dict.fromkeys(path.name for path in paths)
+    for path in paths:
+        with suppress(FileNotFoundError, IsADirectoryError, PermissionError):
+            found[path.name] = path.read_bytes()
+    return found
 
 
 def use_load(folder, which=""):
@@ -325,6 +332,46 @@ def test_every_file_of_a_run_in_more_ways(trained, runs, name):
     n, problems = check_run(trained, runs, name, *NIGHTLY[name])
     assert not problems, "\n".join(problems)
     assert n > 10_000
+
+
+@contextmanager
+def without_rights_of_root():
+    "Let the modes of files hold for this thread, also if it belongs to root"
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    libc, header = ctypes.CDLL(None, use_errno=True), (ctypes.c_uint32 * 2)(0x20080522, 0)
+    before = (ctypes.c_uint32 * 6)()  # Effective, permitted and inheritable capabilities, in two halves
+    assert libc.capget(header, before) == 0
+    fewer = (ctypes.c_uint32 * 6)(*before)
+    fewer[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+    assert libc.capset(header, fewer) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, before) == 0
+
+
+@pytest.mark.parametrize("name", ["stopped", "adapted"])
+def test_files_without_permission(trained, runs, name):
+    "Each file of a run that this user may not read is named, or the result is that of the whole run"
+    folder, problems = runs / name, []
+    whole = {}
+    for use, fn in USES.items():
+        whole[use], error, text = attempt(fn, folder)
+        assert not error, (use, error, text)
+        restore(trained, folder)
+    for path in files_of(folder):
+        for use in random.Random(path.name).sample([*USES], 4):
+            path.chmod(0)
+            with without_rights_of_root():
+                with pytest.raises(PermissionError):
+                    path.read_bytes()
+                found = attempt(USES[use], folder)
+            if problem := judge(path, folder, use, whole[use], found):
+                problems.append(f"{path.relative_to(runs)} {use}: {problem}")
+            restore(trained, folder)
+    assert not problems, "\n".join(problems)
 
 
 def whole_and_damaged(trained, folder, harm, use):
