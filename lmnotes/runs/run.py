@@ -194,7 +194,8 @@ def _fit_and_record(record, s, trainer):
     except BaseException as e:
         if rank == 0:
             with suppress(OSError):  # A full disk must not hide the error
-                record.update(status="failed", step=trainer.step, error=f"{type(e).__name__}: {e}")
+                error = hide_secrets(f"{type(e).__name__}: {e}")
+                record.update(status="failed", step=trainer.step, error=error)
         raise
     result = dict(best=c["best"] if math.isfinite(c["best"]) else None, best_step=c["best_step"])
     if "last" in c:

@@ -11,7 +11,7 @@ import select
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -41,6 +41,7 @@ from lmnotes.runs.config import resolve_config
 from lmnotes.runs.data import load_data
 from lmnotes.runs.folder import last_run_name, runs_folder
 from lmnotes.training.checkpoint import find_checkpoint
+from lmnotes.training.trainer import Hook
 from lmnotes.training.weights import load_initial_weights
 from lmnotes.untrusted import escape_terminal, find_secret
 
@@ -584,6 +585,27 @@ def test_parameters_reject_secrets(work):
             resolve_config(dict(prompt=token), environ={})
         with pytest.raises(ValueError, match="prompt looks like a secret"):
             resolve_config({}, environ=dict(LMNOTES_PROMPT=token))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_tokens_of_the_environment_are_in_no_file(work, monkeypatch, capsys, fails):
+    "Access tokens in the environment, and in the message of an error, are in no file of a run and in no output"
+    for name, kind in dict(HF_TOKEN="hf", WANDB_API_KEY="wandb", GITHUB_TOKEN="ghp").items():
+        monkeypatch.setenv(name, TOKENS[kind])
+
+    class Fails(Hook):
+        def after_step(self, t):
+            if fails and t.step == 3:
+                raise RuntimeError(f"401 for {TOKENS['url']} with {os.environ['HF_TOKEN']}")
+
+    with pytest.raises(RuntimeError) if fails else nullcontext():
+        lmnotes.run(hooks=[Fails()], view=False, **RUN | dict(run="new"))
+        export("runs/new", work / "out")
+    info = json.loads((work / "runs/new/run.json").read_bytes())
+    assert info["status"] == ("failed" if fails else "done") and ("***" in info.get("error", "")) == fails
+    shown = "".join(capsys.readouterr())
+    for kind in ("hf", "wandb", "ghp", "url"):
+        assert not contains(work, TOKENS[kind]) and TOKENS[kind] not in shown
 
 
 def test_environment_and_recipe_parameters_reject_secrets(work, monkeypatch):
