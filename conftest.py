@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -49,6 +50,12 @@ def pytest_configure(config):
 
     settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("any machine")
+
+
+def pytest_report_header(config):
+    "Print the seed of the long tests of mutated files"
+    if "nightly" in config.option.markexpr and "not nightly" not in config.option.markexpr:
+        return f"FUZZ_SEED={os.environ.setdefault('FUZZ_SEED', time.strftime('%Y%m%d'))}"
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -219,6 +219,22 @@ def _relevant_fixed_fields(config):
     idle |= set() if config.use_lora else {*LORA_FIELDS}
     return [name for name in FIXED_FIELDS if name not in idle]
 
+# %% ../../nbs/recipes/84_fresh_or_resume_config.ipynb #02801c72
+def _check_saved_fields(values, known):
+    "Raise `CheckpointError`, naming the field, unless env.json holds valid values of fields, apart from the `known` ones"
+    if not isinstance(values, dict):
+        raise CheckpointError(f"env.json holds a {type(values).__name__}, expected an object. Remove the file")
+    types = {f.name: f.type for f in fields(TrainingConfig)}
+    for name, value in values.items():
+        kinds = get_args(types.get(name)) or (types.get(name),)
+        if type(value) not in (*kinds, *[int] * (float in kinds)):
+            raise CheckpointError(f"env.json has {name[:80]}={repr(value)[:80]}, which is no valid setting. Remove it")
+    try:
+        _check_fields({name: value for name, value in values.items() if name not in known})
+        [project_path(value) for name, value in values.items() if name.endswith("_dir")]  # No null byte or surrogate
+    except ValueError as e:
+        raise CheckpointError(f"env.json: {e}") from None
+
 # %% ../../nbs/recipes/84_fresh_or_resume_config.ipynb #3fd2d0d3
 def config_from_record(
     checkpoint,  # Record of a run (run.json)
@@ -243,9 +259,11 @@ def config_from_record(
         use_lr_warmup=c["warmup"] > 0,
     )
     lora = {name: c[name] for name in LORA_FIELDS} if own["use_lora"] else {}
-    before = dict(test_mode=False) | (checkpoint.get("env") or dict(checkpoint_interval=c["save_every"] or 500))
     renamed = {field: c[parameter] for field, parameter in RENAMED_FIELDS.items()}
-    return TrainingConfig(**before | model_shape(model) | own | lora | renamed)
+    known = model_shape(model) | own | lora | renamed
+    env = dict(checkpoint_interval=c["save_every"] or 500) if checkpoint.get("env") is None else checkpoint["env"]
+    _check_saved_fields(env, known)
+    return TrainingConfig(**dict(test_mode=False) | env | known)
 
 
 def model_shape(model) -> dict:  # {name: value} of an architecture's configuration

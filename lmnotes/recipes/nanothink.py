@@ -107,6 +107,19 @@ def load_data_and_steps_per_epoch(
     data = call_on_rank0_first(lambda: load_data(cfg, tokenizer, log_fn=None))
     return data, get_batches(data.tokens["train"], cfg.batch_size, cfg.ctx_len, cfg.seed, "domains").steps_per_epoch
 
+# %% ../../nbs/recipes/89_nanothink.ipynb #bec9bf3c
+def _check_saved_params(saved, current, path):
+    "Raise `CheckpointError`, naming the parameter, unless recipe.json holds parameters of the recipe with values of their types"
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{path}: holds a {type(saved).__name__}, expected the parameters of a recipe")
+    kinds = str, (bool, int, float)
+    for name, value in saved.items():
+        if name not in current:  # It would become a name of the notebook
+            raise CheckpointError(f"{path}: {name[:80]!r} is not a parameter of this recipe. Remove it")
+        fits = any(isinstance(value, kind) and isinstance(current[name], kind) for kind in kinds)
+        if name != "resume" and value != current[name] and not fits:  # It is a truth value or a path
+            raise CheckpointError(f"{path}: {name} is {repr(value)[:80]}, expected a value such as {current[name]!r}")
+
 # %% ../../nbs/recipes/89_nanothink.ipynb #f9f2b5d5
 CHANGEABLE_ON_RESUME = (
     "max_epochs lr weight_decay warmup_steps grad_clip patience batch_size grad_accum_steps use_amp amp_dtype".split()
@@ -126,8 +139,7 @@ def recipe_params(
     if not is_resuming:
         return current
     saved, given_names = read_json(Path(folder) / "recipe.json", CheckpointError), given_param_names()
-    if unknown := [n for n in saved if n not in current]:  # They would become names of the notebook
-        raise CheckpointError(f"{folder}/recipe.json: {unknown[0]!r} is not a parameter of this recipe. Remove it")
+    _check_saved_params(saved, current, Path(folder) / "recipe.json")
     given = {n: v for n, v in current.items() if given_names is None or n in given_names}
     changeable = [n for n in CHANGEABLE_ON_RESUME if n in saved]
     check_unchanged(saved, given, set(saved) - set(changeable), ALWAYS_CHANGEABLE, " ".join(changeable))

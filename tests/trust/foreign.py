@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import struct
+import time
 import zipfile
 from pathlib import Path
 
@@ -281,12 +282,19 @@ def yaml_text(rng, text):
     return "\n".join(lines)
 
 
-def try_cases(case, folder, count, seed, allowed=OWN):
-    "Read `count` mutated files. Return a line for each that is not read and not rejected by an error with its name"
+FAILURES = Path(__file__).with_name(
+    "fuzz_failures.json"
+)  # {case: [[seed, number]]}, which every run of the tests repeats
+NIGHT = int(os.environ.get("FUZZ_SEED") or time.strftime("%Y%m%d"))  # Seed of the long tests
+
+
+def try_cases(case, folder, numbers, allowed=OWN):
+    "Read mutated files. Return JSON lines [seed, number, problem] of those not read and not rejected by an error with the name"
     torch.set_num_threads(1)
     failures = []
     os.chdir(folder)
-    for i in range(count):
+    for seed, i in numbers:
+        Path("current").write_text(json.dumps([seed, i]))
         rng = random.Random(f"{case.__name__} {seed} {i}")
         torch.manual_seed(i)
         path, read = case(rng, Path("."))
@@ -294,13 +302,27 @@ def try_cases(case, folder, count, seed, allowed=OWN):
             read()
         except allowed as e:
             if Path(path).name not in str(e) or "weights_only" in str(e):
-                failures.append(f"{case.__name__} seed={seed} case={i}: the message lacks {path}: {str(e)[:200]}")
+                failures.append([seed, i, f"the message lacks {path}: {str(e)[:200]}"])
         except BaseException as e:
-            failures.append(f"{case.__name__} seed={seed} case={i}: {type(e).__name__}: {str(e)[:200]}")
-    return "\n".join(failures[:20])
+            failures.append([seed, i, f"{type(e).__name__}: {str(e)[:200]}"])
+    return "\n".join(map(json.dumps, failures[:20]))
 
 
 def fuzz(case, folder, count, seed, allowed=OWN):
-    "Read mutated files in a child process with limits, and fail with the seed and the number of each wrong case"
-    kind, text = call(try_cases, case, folder, count, seed, allowed, megabytes=600)
-    assert (kind, text) == ("", ""), f"{kind}: {text}"
+    """Read mutated files in a child process with limits, and the files that failed in an earlier night
+
+    Fail with the seed and the number of each wrong case, after adding them to `FAILURES`.
+    """
+    name, known = case.__name__, json.loads(FAILURES.read_text())
+    numbers = [*known.get(name, []), *([seed, i] for i in range(count))]
+    try:
+        kind, text = call(try_cases, case, folder, numbers, allowed, megabytes=600)
+        failed = [json.loads(line)[:2] for line in text.splitlines()] if not kind else []
+    except (AssertionError, EOFError) as e:  # It does not end, or needs too much memory
+        kind, text, failed = type(e).__name__, str(e)[:1000], []
+    if kind:
+        failed = [json.loads((folder / "current").read_text())]
+    if new := [pair for pair in failed if pair not in known.get(name, [])]:
+        known[name] = known.get(name, []) + new
+        FAILURES.write_text(json.dumps(known, indent=1) + "\n")
+    assert not failed, f"{name}: {kind} {text or failed}"

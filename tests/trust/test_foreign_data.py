@@ -7,20 +7,35 @@ import json
 import os
 import shutil
 import threading
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
-from foreign import call, fuzz, mutate_archive, mutate_bytes, mutate_json, npy_bytes, random_tensor, saved, yaml_text
+from foreign import (
+    NIGHT,
+    call,
+    fuzz,
+    mutate_archive,
+    mutate_bytes,
+    mutate_json,
+    npy_bytes,
+    random_tensor,
+    saved,
+    yaml_text,
+)
 
-from lmnotes.core import DataError, TokenizerError
+from lmnotes.core import CheckpointError, DataError, TokenizerError, read_json
 from lmnotes.data import corpus, datasets
 from lmnotes.data.datasets import download, get_corpus
 from lmnotes.data.prepare import tokenize_splits
 from lmnotes.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 from lmnotes.data.tokenizer_files import load_tokenizer
 from lmnotes.data.tokens import TokenWriter, open_tokens
+from lmnotes.recipes.fresh_or_resume_config import config_from_record, load_config_from_checkpoint
+from lmnotes.recipes.nanothink import recipe_params
 from lmnotes.recipes.text_only_config import load_text_config, read_settings
+from lmnotes.runs.config import RunConfig
 
 # Settings in YAML
 
@@ -363,21 +378,62 @@ def case_tokenizer(rng, folder):
     return ".json" if file.suffix == ".json" else "merges.txt", lambda: use_tokenizer(load_tokenizer(folder))
 
 
+def case_tisslm(rng, folder):
+    tokens = {i: [i] for i in range(256)} | {256: [*b"th"], 257: [*b"the"], 258: [*b"at"]}
+    vocab, merges = folder / "x_vocab.json", folder / "x_merges.txt"
+    vocab.write_text(json.dumps(tokens))
+    merges.write_text("116 104 256\n256 101 257\n97 116 258\n")
+    if (action := rng.random()) < 0.5:
+        vocab.write_text(mutate_json(rng, json.loads(vocab.read_text())))
+    else:
+        file = vocab if action < 0.7 else merges
+        file.write_bytes(mutate_bytes(rng, file.read_bytes()))
+    return "x_", lambda: use_tokenizer(load_tokenizer(vocab))
+
+
+RECIPE = dict(lr=3e-4, max_epochs=2, batch_size=4, data="corpus", use_amp=True, arch="gpt", resume=False)
+RECORD = dict(model=dict(d_model=16, n_layers=1, n_heads=2, dropout=0.0), step=5)
+
+
+def case_recipe(rng, folder):
+    def read():
+        try:
+            recipe_params(folder, True, " ".join(RECIPE), RECIPE)
+        except CheckpointError as e:
+            if "this run has " not in str(e):  # A valid value that is not the given one
+                raise
+
+    (folder / "recipe.json").write_text(mutate_json(rng, dict(RECIPE)))
+    return "recipe.json", read
+
+
+def case_env(rng, folder):
+    config = asdict(RunConfig(arch="scratch_gpt", steps=10, ctx_len=8, batch_size=2, lr=1e-3, tokenizer="chars"))
+    saved = asdict(config_from_record(RECORD | dict(config=config)))
+    (folder / "env.json").write_text(mutate_json(rng, saved))
+    record = RECORD | dict(config=config)
+    return "env.json", lambda: load_config_from_checkpoint(record | dict(env=read_json(folder / "env.json")), {})
+
+
 def use_tokenizer(tokenizer):
     ids = tokenizer.encode("the cat é\n")
     return tokenizer.decode(ids), tokenizer.fingerprint
 
 
-ERRORS = {case_yaml: (ValueError,), case_tokenizer: (TokenizerError,)}
-CASES = [case_pt_tokens, case_npy, case_bin, case_jsonl, case_txt, case_yaml, case_tokenizer]
+ERRORS = {case_yaml: (ValueError,), case_env: (ValueError,), case_recipe: (CheckpointError,)}
+ERRORS |= dict.fromkeys([case_tokenizer, case_tisslm], (TokenizerError,))
+CASES = [case_pt_tokens, case_npy, case_bin, case_jsonl, case_txt, case_yaml, case_tokenizer, case_tisslm]
+CASES += [case_recipe, case_env]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__[5:])
 def test_mutated_files(case, tmp_path):
+    "200 files of each format, and those that failed in an earlier night"
     fuzz(case, tmp_path, 200, seed=0, allowed=ERRORS.get(case, (DataError,)))
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__[5:])
 def test_ten_thousand_mutated_files(case, tmp_path):
-    fuzz(case, tmp_path, 10_000, seed=1, allowed=ERRORS.get(case, (DataError,)))
+    "Ten thousand files of each format, with another seed each night"
+    fuzz(case, tmp_path, 10_000, seed=NIGHT, allowed=ERRORS.get(case, (DataError,)))

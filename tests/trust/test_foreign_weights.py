@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from foreign import (
+    NIGHT,
     call,
     fuzz,
     mutate_archive,
@@ -17,16 +18,19 @@ from foreign import (
     mutate_safetensors,
     random_safetensors,
     random_tensor,
+    random_value,
     saved,
 )
 from safetensors.torch import load_file, save_file
+from test_untrusted_values import expert
 
 from lmnotes.core import CheckpointError
 from lmnotes.data.untrusted_files import read_torch_file
 from lmnotes.models.gpt2 import GPT2, save_hf
 from lmnotes.nn.lm import LM, arch, new_lm
 from lmnotes.nn.lora import LoRAConfig, add_lora, load_adapter, save_adapter
-from lmnotes.recipes.nanothink_checkpoints import read_checkpoint_file
+from lmnotes.nn.vector_store import VectorStore
+from lmnotes.recipes.nanothink_checkpoints import check_content_hash, read_checkpoint_file
 from lmnotes.training.checkpoint import load_lm, new_lm_from_checkpoint, read_state, save_checkpoint
 from lmnotes.training.weights import load_initial_weights
 
@@ -439,15 +443,52 @@ def case_adapter(rng, folder):
     return "adapter", lambda: load_adapter(small_lm(), folder / "adapter")
 
 
+def case_expert(rng, folder):
+    content = expert()
+    if rng.random() < 0.5:
+        name = rng.choice(list(content))
+        content[name] = rng.choice([random_value(rng), random_tensor(rng), {"a": random_tensor(rng)}])
+    data = saved(content)
+    (folder / "x.pt").write_bytes(mutate_archive(rng, data) if rng.random() < 0.7 else data)
+    return "x.pt", lambda: check_content_hash(read_checkpoint_file(folder / "x.pt"), "x.pt")
+
+
+def case_vector_store(rng, folder):
+    torch.manual_seed(0)
+    store = VectorStore(4, 8)
+    store.add(torch.randn(6, 4), groups=torch.arange(6))
+    data = store.save(folder / "x.safetensors").read_bytes()
+    (folder / "x.safetensors").write_bytes(mutate_safetensors(rng, data))
+    return "x.safetensors", lambda: VectorStore.load(folder / "x.safetensors").search(torch.randn(2, 4))
+
+
+def case_gpt2(rng, folder):
+    if not (folder / "made").exists():
+        save_hf(
+            new_lm("gpt2", vocab_size=32, ctx_len=8, d_model=8, n_layers=1, n_heads=2, n_positions=8), folder / "made"
+        )
+    shutil.copytree(folder / "made", folder / "gpt2", dirs_exist_ok=True)
+    path = folder / "gpt2" / rng.choice(["config.json", "model.safetensors"])
+    if path.suffix == ".json":
+        path.write_text(mutate_json(rng, json.loads(path.read_text())))
+    else:
+        path.write_bytes(mutate_safetensors(rng, path.read_bytes()))
+    return "gpt2", lambda: GPT2.pretrained(folder / "gpt2", vocab_size=32)
+
+
 CASES = [case_pt_weights, case_safetensors, case_config, case_checkpoint, case_manifest, case_adapter]
+CASES += [case_expert, case_vector_store, case_gpt2]
+ERRORS = {case_gpt2: (ValueError,)}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__[5:])
 def test_mutated_files(case, tmp_path):
-    fuzz(case, tmp_path, 200, seed=0, allowed=CheckpointError)
+    "200 files of each format, and those that failed in an earlier night"
+    fuzz(case, tmp_path, 200, seed=0, allowed=ERRORS.get(case, (CheckpointError,)))
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__[5:])
 def test_ten_thousand_mutated_files(case, tmp_path):
-    fuzz(case, tmp_path, 10_000, seed=1, allowed=CheckpointError)
+    "Ten thousand files of each format, with another seed each night"
+    fuzz(case, tmp_path, 10_000, seed=NIGHT, allowed=ERRORS.get(case, (CheckpointError,)))
