@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import (
@@ -23,10 +24,11 @@ from helpers import command_line_args as words
 
 from lmnotes.apps import doctor as doctor_module
 from lmnotes.apps.doctor import check_files, doctor
-from lmnotes.core import CheckpointError, read_json, write_json
+from lmnotes.core import CheckpointError, RunLockedError, read_json, write_json
 from lmnotes.inspect import verify as verify_module
 from lmnotes.inspect.verify import verify
 from lmnotes.runs import folder as folder_module
+from lmnotes.runs.config import resolve_config
 from lmnotes.runs.folder import fork
 from lmnotes.runs.load import load
 from lmnotes.runs.replay import MISMATCH, OK
@@ -213,3 +215,37 @@ def test_two_processes_resume_one_run(workdir, repeat):
     assert json.loads((workdir / "runs/r/run.json").read_bytes())["status"] == "done"
     assert list_checkpoints(workdir / "runs/r")[-1].name == "step_00000020"
     assert [p.name for p in (workdir / "runs").glob("[!.]*")] == ["r"] and os.path.exists(workdir / "runs/r/final")
+
+
+N_PROCESSES = 8
+
+
+def take_folder(number, name):
+    "Take the folder of a new run at the moment and in the second in which the other processes do"
+    folder_module.time = SimpleNamespace(strftime=lambda form: "20260101-000000")
+    cfg, _ = resolve_config(dict(run=name, out_dir="runs"), environ={})
+    meet("at", number)
+    folder = folder_module.take_run_folder(cfg)
+    try:
+        with folder_module.locked_run_folder(folder):
+            write_json(folder / "run.json", dict(number=number))
+            (folder / f"file of {number}").touch()
+            meet("taken", number)
+    except RunLockedError:
+        meet("taken", number)
+    return 0
+
+
+def meet(moment, number):
+    Path(f"{moment} {number}").touch()
+    wait_until(lambda: all(Path(f"{moment} {n}").exists() for n in range(N_PROCESSES)))
+
+
+@pytest.mark.parametrize("name, n_runs", [("r", 1), ("", N_PROCESSES)])
+def test_eight_processes_in_one_second(workdir, name, n_runs):
+    "Of eight processes that start runs of one name in one second, one owns it. Without a name, each owns a run"
+    processes = [start_process(workdir, take_folder, number, name) for number in range(N_PROCESSES)]
+    assert [wait_for_exit(process) for process in processes] == [0] * N_PROCESSES, read_log(workdir)
+    files = list((workdir / "runs").glob("*/file of *"))
+    assert len(files) == len({path.parent for path in files}) == n_runs
+    assert all(path.name == f"file of {read_json(path.parent / 'run.json')['number']}" for path in files)

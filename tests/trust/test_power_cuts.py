@@ -137,7 +137,7 @@ def test_power_cut_at_every_operation_of_a_save(saves, tmp_path):
     "The last completed save or the next one is found, bit for bit, and so is the best checkpoint"
     *wrong, states = failures(tmp_path, *saves)
     assert not wrong, wrong[:5]
-    assert states > 900, states
+    assert states > 2000, states
 
 
 def without(what, *parts):
@@ -264,7 +264,7 @@ def test_power_cut_while_an_earlier_run_moves_aside(tmp_path, monkeypatch):
         if aside < number == end:
             assert new and content_of(workdir / "r").get("run.json", b"").count(b"new"), (operation, found)
         states += 1
-    assert states > 30, states
+    assert states > 1000, states
 
 
 @linux
@@ -294,7 +294,7 @@ def test_power_cut_while_an_export_is_replaced(tmp_path, monkeypatch, exchange):
         finish_replacing(workdir / "model")
         assert content_of(workdir / "model") in versions[complete - 1 : complete + 1], (number, operation)
         states += 1
-    assert states > 100, states
+    assert states > 280, states
     assert bool(restored) == (exchange is no_exchange)
 
 
