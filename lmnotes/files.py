@@ -70,9 +70,11 @@ def finish_replacing(folder) -> None:
     "Finish what a killed `replace_folder` left: return the old folder if there is no new one, else delete it"
     folder = Path(folder)
     old = folder.with_name(f".{folder.name}.replaced")
-    if old.exists() and not folder.exists():
+    if not old.is_dir() or old.is_symlink():
+        return  # Nothing, or not what `replace_folder` leaves
+    if not folder.exists():
         os.replace(old, folder)
-    elif old.exists():
+    else:
         fsync_path(folder.parent)  # The new name must be on the disk before the old folder goes
         remove_path(old)
 

@@ -30,7 +30,7 @@ def prune_checkpoints(run, keep, protected=(), keep_every=0) -> None:
 # %% ../../nbs/training/45_saving.ipynb #ba27fffa
 def remove_temporary_files(run) -> None:
     "Remove the files of interrupted saves, and name complete checkpoints again. Call it only while you own the run folder"
-    for old in Path(run).glob(".*.replaced"):
+    for old in Path(run).glob(".step_[0-9]*.replaced"):
         finish_replacing(old.with_name(old.name[1:].removesuffix(".replaced")))
     for tmp in Path(run).glob(".*.tmp"):
         if not _name_again(tmp):

@@ -19,6 +19,7 @@ from lmnotes.nn.lm import new_lm
 from lmnotes.runs.folder import last_run_name
 from lmnotes.runs.load import load
 from lmnotes.training.checkpoint import find_checkpoint, list_checkpoints, save_checkpoint
+from lmnotes.training.saving import remove_temporary_files
 
 ROOT = Path(lmnotes.__file__).parent.parent
 SIZES = dict(n_layers=1, d_model=8, n_heads=1, vocab_size=256, ctx_len=8)
@@ -91,7 +92,7 @@ def test_the_name_of_a_run_is_no_name_of_a_checkpoint(runs):
     assert list_checkpoints(runs) == [runs / "step_5"]
 
 
-@pytest.mark.parametrize("name", ["step_5", "step_00000010", "日" * 67, "é" * 101, "a/b", "\udce9"])
+@pytest.mark.parametrize("name", ["step_5", "step_00000010", "日" * 67, "é" * 101, "a/b"])
 def test_a_name_that_a_run_cannot_have(tmp_path, name):
     with pytest.raises(ValueError, match="is not a folder name for a run"):
         lmnotes.run(run=name, data="none", out_dir=str(tmp_path))
@@ -141,3 +142,17 @@ def test_papermill_resumes_the_same_run_as_the_command_line(runs, kind):
         record.write_bytes(RECORDS[kind])
     expected = "stopped" if kind == "number" else "done"
     assert notebook_path(resume="True").parent.name == last_run_name(runs) == expected
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_a_resume_ignores_entries_that_no_save_left(tmp_path, kind):
+    made = []
+    for name in ("", ".", "..", "best", "step_", "run.json") if kind == "folder" else ("best", "step_00000001"):
+        made.append(tmp_path / f".{name}.replaced")
+        if kind == "link":
+            made[-1].symlink_to(tmp_path)
+        else:
+            made[-1].mkdir() if kind == "folder" else made[-1].touch()
+    (tmp_path / ".step_00000002.replaced").mkdir()
+    remove_temporary_files(tmp_path)
+    assert {*tmp_path.iterdir()} == {*made, tmp_path / "step_00000002"}
