@@ -27,12 +27,13 @@ def _bpe_from_hf_json(obj, path):
     pre = pre if isinstance(pre, dict) else {}
     added = added if isinstance(added, list) else [str(added)]
     names = [a.get("content") if isinstance(a, dict) else f"{a}?" for a in added]
-    changed = any(model.get(k) for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
+    options = "dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"
+    changed = " with ".join(["", *(name for name in options if model.get(name))])
     byte_level = pre.get("type") == "ByteLevel" and pre.get("add_prefix_space") is False
     gpt2 = model.get("type") == "BPE" and not changed and byte_level and pre.get("use_regex", True) is True
     if not gpt2 or obj.get("normalizer") or names not in ([], [EOT]):
         need = f"byte-level BPE with GPT-2's pattern and no added tokens but {EOT}"
-        found = f"model {model.get('type')}, pre-tokenizer {pre.get('type')}, added tokens {str(names)[:60]}"
+        found = f"model {model.get('type')}{changed}, pre-tokenizer {pre.get('type')}, added tokens {str(names)[:60]}"
         raise TokenizerError(f"{path}: expected {need}, found {found}. Train a tokenizer with bpe:SIZE instead")
     vocab, merges = model.get("vocab"), model.get("merges")
     if names and isinstance(vocab, dict):

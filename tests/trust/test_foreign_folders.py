@@ -7,13 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
 from small_runs import RUNS, trained_runs
 
 import lmnotes
 from lmnotes.apps.papermill_engine import output_path
-from lmnotes.core import write_atomic
+from lmnotes.core import TokenizerError, write_atomic
 from lmnotes.data.prepare import record_batches
-from lmnotes.data.tokenizer import ByteTokenizer
+from lmnotes.data.tokenizer import BPETokenizer, ByteTokenizer
+from lmnotes.data.tokenizer_files import load_tokenizer
 from lmnotes.data.tokens import TokenWriter, open_tokens
 from lmnotes.nn.lm import new_lm
 from lmnotes.runs.folder import last_run_name
@@ -156,3 +158,14 @@ def test_a_resume_ignores_entries_that_no_save_left(tmp_path, kind):
     (tmp_path / ".step_00000002.replaced").mkdir()
     remove_temporary_files(tmp_path)
     assert {*tmp_path.iterdir()} == {*made, tmp_path / "step_00000002"}
+
+
+@pytest.mark.parametrize("option", [dict(ignore_merges=True), dict(dropout=0.5), dict(end_of_word_suffix="x")])
+def test_options_of_a_tokenizer_that_change_its_ids_are_rejected(tmp_path, option):
+    BPETokenizer.train(["the cat sat on the mat. " * 9], 270).save(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_bytes())
+    saved["model"] |= option
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match=f"found model BPE with {min(option)}"):
+        load_tokenizer(tmp_path)
