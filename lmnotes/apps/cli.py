@@ -13,6 +13,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import traceback
@@ -135,7 +136,7 @@ def generate_command(argv) -> int:
     if aliased.pop("do_sample", "true").lower() in ("false", "0"):
         words += ["--temperature", "0"]
     options = options_of(GenerateConfig, generate_command.__doc__, aliases, **more)
-    renamed = [word for alias, text in aliased.items() for word in (f"--{aliases[alias]}", text)]
+    renamed = [f"--{aliases[alias]}={text}" for alias, text in aliased.items()]
     args = parse_options("generate", options, words + renamed)
     named = dict.fromkeys([*_given_params(words, vars(args)), *aliased])
     given = {name: vars(args)[name] for name in replace_aliases(named, aliases) if hasattr(GenerateConfig, name)}
@@ -294,8 +295,8 @@ def _check_arguments(argv):
 def _program():
     "Return the words that start this program again"
     if Path(sys.argv[0]).name == "__main__.py":
-        return f"{sys.executable} -m lmnotes"
-    return "lmnotes" if shutil.which("lmnotes") or Path(sys.argv[0]).name != "lmnotes" else sys.argv[0]
+        return shlex.join([sys.executable, "-m", "lmnotes"])
+    return "lmnotes" if shutil.which("lmnotes") or Path(sys.argv[0]).name != "lmnotes" else shlex.quote(sys.argv[0])
 
 
 def _run_command(command, argv):

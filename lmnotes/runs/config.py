@@ -213,8 +213,11 @@ def to_cli_flags(values) -> list:  # {parameter: value}
     "Return the words of a command line that set parameters"
     words = []
     for name, value in values.items():
-        name = name.replace("_", "-")
-        words += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:  # As two words, a value such as --x would be the next flag
+            words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
     return words
 
 

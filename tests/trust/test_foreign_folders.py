@@ -11,6 +11,7 @@ import tokenizers
 from small_runs import RUNS, trained_runs
 
 import lmnotes
+from lmnotes.apps import cli
 from lmnotes.apps.papermill_engine import output_path
 from lmnotes.core import TokenizerError, write_atomic
 from lmnotes.data.prepare import record_batches
@@ -18,6 +19,7 @@ from lmnotes.data.tokenizer import BPETokenizer, ByteTokenizer
 from lmnotes.data.tokenizer_files import load_tokenizer
 from lmnotes.data.tokens import TokenWriter, open_tokens
 from lmnotes.nn.lm import new_lm
+from lmnotes.runs.config import resolve_config, to_cli_flags
 from lmnotes.runs.folder import last_run_name
 from lmnotes.runs.load import load
 from lmnotes.training.checkpoint import find_checkpoint, list_checkpoints, save_checkpoint
@@ -144,6 +146,19 @@ def test_papermill_resumes_the_same_run_as_the_command_line(runs, kind):
         record.write_bytes(RECORDS[kind])
     expected = "stopped" if kind == "number" else "done"
     assert notebook_path(resume="True").parent.name == last_run_name(runs) == expected
+
+
+TEXTS = ["--max-steps", "--max-steps 9", "-x", "--", "- item", "a b", "", "--prompt=x", "\"'$", "-1"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_value_is_never_read_as_a_flag(monkeypatch, text):
+    given = {}
+    monkeypatch.setattr("lmnotes.runs.run.run", lambda **params: given.update(params))
+    monkeypatch.setattr(cli, "_status_to_exit_code", lambda r: 0)
+    params = dict(prompt=text, lr=-0.5, steps=3, resume="auto", compile=False)
+    assert cli.train_command(to_cli_flags(params)) == 0
+    assert {name: vars(resolve_config(given, environ={})[0])[name] for name in params} == params
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
