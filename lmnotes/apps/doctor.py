@@ -9,6 +9,7 @@ __all__ = ['PACKAGES', 'machine_facts', 'check_ending', 'check_files', 'check_sp
 # %% ../../nbs/apps/94_doctor.ipynb #5ec4992e
 import os
 import platform
+import shlex
 import shutil
 from importlib import metadata
 from pathlib import Path
@@ -121,7 +122,9 @@ def check_files(folder) -> list:  # Run folder
             command, advice = _repair(row["part"], folder, len(whole))
             found.append(_finding("PROBLEM", row["part"], f"{row['detail']}. {advice}", command))
     for path in sorted(Path(folder).glob("damaged_step_*")):
-        found.append(_finding("note", path.name, "set aside as damaged. You can delete it", f"rm -r {path}"))
+        if is_checkpoint_name(path.name.removeprefix("damaged_")):
+            command = shlex.join(["rm", "-r", "--", str(path)])
+            found.append(_finding("note", path.name, "set aside as damaged. You can delete it", command))
     left = [p.name for p in Path(folder).glob(".*.tmp")]
     if left and is_run_alive(folder) is False:
         found.append(

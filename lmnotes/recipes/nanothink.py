@@ -185,7 +185,7 @@ def check_experts_share_tokenizer(experts) -> None:  # {path: content} from `rea
             saved = extract_tokenizer(one)
             raise TokenizerError(
                 f"{path} was trained with the tokenizer {b['name']} ({b['fingerprint'][:12]}), and {first} with "
-                f"{a['name']} ({a['fingerprint'][:12]}); train them with the same one: -p tokenizer {saved}"
+                f"{a['name']} ({a['fingerprint'][:12]}); train them with the same one: -p tokenizer {shlex.quote(saved)}"
             )
 
 # %% ../../nbs/recipes/89_nanothink.ipynb #8f67e8fe
@@ -222,7 +222,7 @@ def matching_tokenizer(
     if found and load_tokenizer(found).fingerprint == content["run"]["tokenizer"]["fingerprint"]:
         return tokenizer
     problem = f"tokenizer={tokenizer!r} is not the one that {path} was trained with"
-    raise TokenizerError(f"{problem}; leave it out, or give -p tokenizer {saved}")
+    raise TokenizerError(f"{problem}; leave it out, or give -p tokenizer {shlex.quote(saved)}")
 
 # %% ../../nbs/recipes/89_nanothink.ipynb #45d30ef8
 def format_init_from(

@@ -10,6 +10,7 @@ __all__ = ['REQUIRED_KEYS', 'REQUIRED_RUN_KEYS', 'TEXT_FILES', 'content_hash', '
 import hashlib
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -59,7 +60,9 @@ def read_checkpoint_file(
     missing = [n for n in REQUIRED_KEYS.split() if n not in top]
     missing += [f"run.{n}" for n in REQUIRED_RUN_KEYS.split() if n not in run]
     if missing:
-        hint = f", or start a new run with its weights: lmnotes train --init-from {path}" * ("model_state" in top)
+        weights = shlex.quote(str(path))  # In a list of paths
+        command = shlex.join(["lmnotes", "train", "--init-from", weights])
+        hint = f", or start a new run with its weights: {command}" * ("model_state" in top)
         raise CheckpointError(f"{path}: cannot resume, {missing[0]!r} is missing; give another checkpoint{hint}")
     return content
 

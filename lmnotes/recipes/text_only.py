@@ -9,6 +9,7 @@ __all__ = ['CHANGEABLE_ON_RESUME', 'SEPARATOR', 'DRY_RUN', 'CORPUS_SIZE_ADVICE',
 
 # %% ../../nbs/recipes/87_text_only.ipynb #9d7500d6
 import math
+import shlex
 import statistics
 import sys
 from dataclasses import asdict
@@ -131,7 +132,7 @@ def _load_data(params):
         raise DataError(f"data is empty. Make a token file from a text: {make} data/corpus.bin")
     if not any(path.exists() for path in paths_to_try(cfg.data)) and Path(cfg.data).suffix in TOKEN_FILES:
         name = Path(cfg.data).with_suffix(".bin")
-        raise DataError(f"Token file not found: {cfg.data}. Make it from a text: {make} {name}")
+        raise DataError(f"Token file not found: {cfg.data}. Make it from a text: {make} {shlex.quote(str(name))}")
     return load_data(cfg, log_fn=None)
 
 
@@ -298,9 +299,8 @@ def checklist(
     if opened and fits:
         tok = opened.tokenizer
         check("one vocabulary", lambda: _check_vocab(settings, data, tok), lambda _: tok.name)
-    rows["dry run"] = (
-        f"papermill nbs/recipes/text_only.ipynb -p config {config} -p data {data or 'TOKENS'} -p dry_run True"
-    )
+    given = ["-p", "config", str(config), "-p", "data", str(data or "TOKENS"), "-p", "dry_run", "True"]
+    rows["dry run"] = shlex.join(["papermill", "nbs/recipes/text_only.ipynb", *given])
     done = (run_folder(settings) / "model_final.pt").exists()
     rows["generation script"] = "the last cells of the recipe" + ("" if done else ", once there is a model_final.pt")
     return [dict(item=item, here=here) for item, here in rows.items()]

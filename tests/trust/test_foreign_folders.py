@@ -3,24 +3,29 @@ the library elsewhere."""
 
 import json
 import os
+import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import tokenizers
+import torch
 from small_runs import RUNS, trained_runs
 
 import lmnotes
 from lmnotes.apps import cli
+from lmnotes.apps.doctor import doctor
 from lmnotes.apps.papermill_engine import output_path
-from lmnotes.core import TokenizerError, write_atomic
+from lmnotes.core import CheckpointError, TokenizerError, write_atomic
 from lmnotes.data.prepare import record_batches
 from lmnotes.data.tokenizer import BPETokenizer, ByteTokenizer
 from lmnotes.data.tokenizer_files import load_tokenizer
 from lmnotes.data.tokens import TokenWriter, open_tokens
 from lmnotes.nn.lm import new_lm
+from lmnotes.recipes.nanothink_checkpoints import read_checkpoint_file
 from lmnotes.runs.config import resolve_config, to_cli_flags
-from lmnotes.runs.folder import last_run_name
+from lmnotes.runs.folder import last_run_name, resume_command
 from lmnotes.runs.load import load
 from lmnotes.training.checkpoint import find_checkpoint, list_checkpoints, save_checkpoint
 from lmnotes.training.saving import remove_temporary_files
@@ -146,6 +151,32 @@ def test_papermill_resumes_the_same_run_as_the_command_line(runs, kind):
         record.write_bytes(RECORDS[kind])
     expected = "stopped" if kind == "number" else "done"
     assert notebook_path(resume="True").parent.name == last_run_name(runs) == expected
+
+
+def test_doctor_prints_commands_that_delete_damaged_checkpoints_only(runs, tmp_path):
+    folder = tmp_path / "my runs/r; echo"
+    shutil.copytree(runs / "done", folder)
+    for name in ("damaged_step_00000003", "damaged_step_1; touch attacked #", "damaged_step_x", "other"):
+        (folder / name).mkdir()
+    rows = [row for row in doctor(folder).findings if row["about"].startswith("damaged")]
+    assert [row["about"] for row in rows] == ["damaged_step_00000003"]
+    subprocess.run(rows[0]["command"], shell=True, cwd=tmp_path, check=True)
+    assert not (folder / "damaged_step_00000003").exists() and (folder / "other").exists()
+
+
+def test_commands_that_are_printed_quote_their_values(tmp_path, monkeypatch):
+    monkeypatch.setenv("LMNOTES_COMMAND", "lmnotes train")
+    folder = tmp_path / "my runs; touch attacked/-r $(touch attacked)"
+    command = shlex.split(resume_command(folder))
+    assert command == ["lmnotes", "train", "--resume", f"--run={folder.name}", "--out-dir", str(folder.parent)]
+    path = tmp_path / "my weights.pt"
+    torch.save(dict(model_state={}), path)
+    with pytest.raises(CheckpointError) as error:
+        read_checkpoint_file(path)
+    assert shlex.split(shlex.split(str(error.value))[-1]) == [str(path)]  # A list of paths, as init_from is
+    monkeypatch.setattr("sys.argv", ["/usr/lib/lmnotes/__main__.py"])
+    monkeypatch.setattr("sys.executable", "/my python/bin/python")
+    assert shlex.split(cli._program()) == ["/my python/bin/python", "-m", "lmnotes"]
 
 
 TEXTS = ["--max-steps", "--max-steps 9", "-x", "--", "- item", "a b", "", "--prompt=x", "\"'$", "-1"]
