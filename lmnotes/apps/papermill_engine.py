@@ -208,9 +208,10 @@ def check_parameters(
     parameters,  # {parameter or alias: value}, as given
 ) -> dict:  # {parameter: value}
     "Replace aliases, and raise ValueError for a parameter that the notebook does not have, or a value of another type"
-    from lmnotes.untrusted import check_no_secrets
+    from lmnotes.untrusted import check_no_secrets, check_utf8
 
     check_no_secrets(parameters)
+    check_utf8(parameters)
     known = notebook_parameters(notebook)
     parameters = replace_parameter_aliases(parameters, known)
     for name, value in parameters.items():

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from ..core import DataError, data_root, fsync_path, paths_to_try, sha256_file
 from .corpus import *
 from ..files import open_for_append
-from ..untrusted import check_no_secrets
+from ..untrusted import check_no_secrets, check_utf8
 
 # %% ../../nbs/data/11_datasets.ipynb #bf2d7f6c
 def _pydocs():
@@ -269,6 +269,7 @@ def get_corpus(
     check_no_secrets(dict(data=data, data_dir=data_dir, domains=domains))
     name, sources = _resolve_sources(str(data), data_dir, recursive)
     selected, available = domains.split(), sorted({s.domain for s in sources})
+    check_utf8({"data": data, **{f"{data}: domain": name for name in available}})
     if unknown := ", ".join(sorted(set(selected) - set(available))):
         raise DataError(f"domains={domains!r}: no {unknown} in {data}. Its domains are {' '.join(available)}")
     return Corpus(name, [s for s in sources if not domains or s.domain in selected])

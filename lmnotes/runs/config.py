@@ -186,6 +186,7 @@ def resolve_config(
     values, origins = {}, dict.fromkeys(types, "default")
     for origin, source in dict(recipe=recipe or {}, environment=env, explicit=given).items():
         check_no_secrets(source)
+        check_utf8(source)
         for name, value in canonical_params(source).items():
             if name not in types:
                 raise ValueError(f"{name!r} is not a parameter; {HINTS.get(name) or did_you_mean(name, types)}")

@@ -16,8 +16,9 @@ from small_runs import RUNS, trained_runs
 import lmnotes
 from lmnotes.apps import cli
 from lmnotes.apps.doctor import doctor
-from lmnotes.apps.papermill_engine import output_path
+from lmnotes.apps.papermill_engine import check_parameters, output_path
 from lmnotes.core import CheckpointError, TokenizerError, write_atomic
+from lmnotes.data.datasets import get_corpus
 from lmnotes.data.prepare import record_batches
 from lmnotes.data.tokenizer import BPETokenizer, ByteTokenizer
 from lmnotes.data.tokenizer_files import load_tokenizer
@@ -190,6 +191,20 @@ def test_a_value_is_never_read_as_a_flag(monkeypatch, text):
     params = dict(prompt=text, lr=-0.5, steps=3, resume="auto", compile=False)
     assert cli.train_command(to_cli_flags(params)) == 0
     assert {name: vars(resolve_config(given, environ={})[0])[name] for name in params} == params
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "a.jsonl").write_text(json.dumps(dict(text="x" * 3000)))
+    for use in (
+        lambda: resolve_config(dict(data=f"{name}.txt")),
+        lambda: resolve_config({}, environ=dict(LMNOTES_OUT_DIR=name)),
+        lambda: get_corpus(tmp_path),  # Its domain
+        lambda: check_parameters(ROOT / "nbs/train.ipynb", dict(data=name)),
+    ):
+        with pytest.raises(ValueError, match=r"caf\\udce9.* is not UTF-8. Rename the file or folder"):
+            use()
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
