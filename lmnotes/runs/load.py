@@ -104,6 +104,8 @@ class Run:
         found = load_data(cfg, self.tokenizer, log_fn=None)
         if not data:
             check_same_data(found, self.info, self.config, f"or pass {format_params('data')} to evaluate on other data")
+            if cfg.sampler != "documents":  # As in training
+                check_length(found.tokens["train"].ids, cfg.ctx_len, "the training split")
         tokens = found.tokens
         if part not in tokens:
             raise ValueError(f"part={part!r} is not one of {', '.join(tokens)}")
@@ -161,7 +163,7 @@ def _load_model(path, which, device, model_args):
 def _is_finished(folder, cfg, origins):
     "Return True if a run has reached its end, and `cfg` changes nothing that matters"
     try:
-        info = read_json(folder / "run.json", CheckpointError)
+        info = read_run_record(folder)
         if info["status"] not in ("done", "early_stop"):
             return False
         check_no_links(folder)
