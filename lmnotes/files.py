@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .core import *
+from .untrusted import *
 
 # %% ../nbs/02_files.ipynb #4730f5e0
 def exchange_paths(a, b) -> None:
@@ -193,26 +194,30 @@ def _round_for_json(v):
     return (float(f"{v:.7g}") if math.isfinite(v) else None) if isinstance(v, float) else v
 
 
+_RECORD = {"step": int, "split": str, "time?": str, "tokens?": int, str: float | bool | None}
+_RECORDS = dict(
+    train=_RECORD | {"loss": float | None},
+    val=_RECORD | {"loss": float | None, "tokens": int},
+    sample=_RECORD | {"prompt": str, "text": str},
+)
+
+
 def _parse_record(line):
     "Return the record in a line, or None if the line is damaged"
     try:
         record = json.loads(line.decode())
         return record if _is_record(record) else None
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, OverflowError, OSError):  # The last two: a time that the system cannot express
         return None
 
 
 def _is_record(value):
-    "Return True for an object with a step and a split, and with a number, null or a text for each name"
-    if not isinstance(value, dict) or type(value.get("step")) is not int or "split" not in value:
+    "Return True for a record with the entries of its split"
+    split = value.get("split") if isinstance(value, dict) else None
+    kind = _RECORDS.get(split, _RECORD) if isinstance(split, str) else _RECORD
+    if any(wrong_entries(value, kind)):
         return False
-    texts = {"split", "prompt", "text"} if value["split"] == "sample" else {"split"}
-    texts |= {"time"} & set(value)
-    numbers = [v for name, v in value.items() if name not in texts and v is not None]
-    are_numbers = all(type(v) in (int, float, bool) and math.isfinite(v) and abs(v) < 2**63 for v in numbers)
-    if not are_numbers or not all(isinstance(value.get(name), str) for name in texts):
-        return False
-    return bool(datetime.fromisoformat(value["time"])) if "time" in value else True
+    return "time" not in value or datetime.fromisoformat(value["time"]).timestamp() > 0
 
 # %% ../nbs/02_files.ipynb #2c38020f
 # Long: one line of the file, from its writing to its repair

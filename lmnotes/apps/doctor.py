@@ -220,7 +220,7 @@ def doctor(
         findings += _findings("status", lambda: check_ending(attach(folder)))
         findings += _findings("files", check_files, folder)
         findings += _findings("disk", read_while_training, folder, lambda: check_space(folder))
-        info = _findings("run.json", lambda: [read_json(folder / "run.json", CheckpointError)])[0]
+        info = _findings("run.json", lambda: [read_run_record(folder)])[0]
         if isinstance(info, dict) and "config" in info:
             findings += _findings("data", check_data, folder, info)
             findings += _findings("environment", read_while_training, folder, lambda: check_environment(folder, info))

@@ -61,7 +61,7 @@ def _metric_rows(metrics):
 def _front_matter(title, lm, metrics, data):
     "Return the YAML front matter of a model card"
     head = dict(library_name="lmnotes", pipeline_tag="text-generation", tags=["lmnotes", lm.arch])
-    if "bpb" in metrics:
+    if metrics.get("bpb") is not None:
         name = "bits per byte" + (" (upper bound)" if metrics.get("bound") else "")
         metric = dict(type="bits_per_byte", name=name, value=metrics["bpb"])
         results = [dict(task=dict(type="text-generation"), dataset=dict(name=data, type=data), metrics=[metric])]
@@ -148,7 +148,8 @@ def _remarks(r):
 
 def _sample(r):
     "Return a section with the sample that the run recorded at this step, empty if there is none"
-    samples = [s["prompt"] + s["text"] for s in JsonlLog(r.folder / "samples.jsonl").read() if s["step"] == r.step]
+    records = [s for s in JsonlLog(r.folder / "samples.jsonl").read() if s["split"] == "sample"]
+    samples = [s["prompt"] + s["text"] for s in records if s["step"] == r.step]
     if not samples:
         return ""
     plain = escape_terminal(samples[-1])

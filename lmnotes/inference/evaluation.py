@@ -79,9 +79,10 @@ def evaluate(
     return metrics | dict(bound=True) if lm.nll_is_upper_bound else metrics
 
 # %% ../../nbs/inference/51_evaluation.ipynb #55a50ef4
-def format_with_error(result, name, error) -> str:
+def format_with_error(result, name, error, digits=".4f") -> str:
     "Format a metric with its standard error, such as 1.2345 ± 0.0012, or an upper bound as ≤ 1.2345"
-    return upper_bound_mark(result) + f"{result[name]:.4f}" + (f" ± {result[error]:.4f}" if error in result else "")
+    value, spread = (math.nan if result.get(n) is None else result[n] for n in (name, error))  # Null: it was not finite
+    return upper_bound_mark(result) + f"{value:{digits}}" + (f" ± {spread:{digits}}" if error in result else "")
 
 
 def upper_bound_mark(result) -> str:
@@ -91,7 +92,7 @@ def upper_bound_mark(result) -> str:
 
 def format_perplexity(result) -> str:
     "Format a perplexity, with ≤ if it is an upper bound. Return an empty string if there is no likelihood"
-    return upper_bound_mark(result) + f"{result['ppl']:.4g}" if "ppl" in result else ""
+    return format_with_error(result, "ppl", "", ".4g") if "ppl" in result else ""
 
 # %% ../../nbs/inference/51_evaluation.ipynb #98dafb8e
 def evaluate_domains(

@@ -161,51 +161,45 @@ class RunRecord:
         write_json(self.path, self.values)
 
 # %% ../../nbs/runs/61_folder.ipynb #9220792b
-def _wrong_entries(info):
-    "Yield a description of each entry of a record that is missing or has a wrong type"
-    if not isinstance(info, dict):
-        yield f"it holds {type(info).__name__}, not an object"
-        return
-    kinds = dict(status=str, step=int, config=dict, origins=dict, data=dict, tokenizer=dict, model=dict)
-    yield from (f"{name} is {info.get(name)!r}" for name, kind in kinds.items() if type(info.get(name)) is not kind)
-    if info.get("dtype") not in DTYPES:
-        yield f"dtype is {info.get('dtype')!r}"
-    for name in ("data", "tokenizer"):
-        if isinstance(info.get(name), dict) and not isinstance(info[name].get("fingerprint"), str):
-            yield f"the fingerprint of {name} is {info[name].get('fingerprint')!r}"
-    changes = info.get("changes", [])
-    if not isinstance(changes, list) or not all(map(_is_change, changes)):
-        yield f"changes is {changes!r}"
-    config = info["config"] if isinstance(info.get("config"), dict) else {}
-    known = {f.name: f.type for f in fields(RunConfig)}
-    yield from (f"config has an unknown parameter {name!r}" for name in config if name not in known)
-    for name, kind in known.items():
-        if name in config and not _has_type(config[name], kind):
-            yield f"config has {name}={config[name]!r}, which is not of type {getattr(kind, '__name__', kind)}"
-
-
-def _is_change(value):
-    "Return True for a recorded change of a parameter"
-    has_values = isinstance(value, dict) and {"before", "after"} <= set(value)
-    return has_values and type(value.get("step")) is int and isinstance(value.get("name"), str)
-
-
-def _has_type(value, kind):
-    "Return True for a value of a type or union of types. True and False are not numbers"
-    return (
-        type(value) in (int, float) if kind is float else type(value) is int if kind is int else isinstance(value, kind)
-    )
+_RECORD = {
+    "format?": object,
+    "status": str,
+    "step": int,
+    "config": {f"{f.name}?": f.type for f in fields(RunConfig)},  # Of an earlier version: without newer parameters
+    "origins": {str: str},
+    "data": {"fingerprint": str, "start": str, "what": str, "tokens": {str: int}},
+    "tokenizer": {"fingerprint": str, "name": str, "vocab_size": int},
+    "model": dict,
+    "dtype": {*DTYPES},
+    "n_params": int,
+    "changes?": [{"step": int, "name": str, "before": object, "after": object}],
+    "result?": {"best": float | None, "best_step": int, "last?": {str: float | bool | None}},
+    **{f"{name}?": VERSIONS for name in ("versions", "environment")},
+    **{f"{name}?": str for name in ("started", "updated", "device", "signal", "error", "forked_from")},
+    **{f"{name}?": int for name in ("tokens", "unsaved", "threads")},
+    "initial_weights?": str,
+    "saved?": bool,
+    "failed_saves?": [{"step": int, "reason": str}],
+}
 
 # %% ../../nbs/runs/61_folder.ipynb #eef026aa
 def read_run_record(folder) -> dict:
     "Return run.json of a run, or raise `CheckpointError` naming the entry that is missing or has a wrong type"
     path = Path(folder) / "run.json"
     info = read_json(path, CheckpointError)
-    if isinstance(info, dict):
-        check_format(info, path)
-    if problem := next(_wrong_entries(info), None):
-        raise CheckpointError(f"{path}: damaged, or not the record of a run: {problem}. Restore it from a copy")
-    return info | dict(config=asdict(RunConfig(**info["config"])))  # With parameters that are newer than the run
+    check_format(info, path)
+    check_entries(info, _RECORD, path)
+    if unknown := info["config"].keys() - {f.name for f in fields(RunConfig)}:
+        raise CheckpointError(f"{path}: config has an unknown parameter {min(unknown)!r}. Restore it from a copy")
+    cfg = RunConfig(**info["config"])
+    if cfg.batch_size * cfg.ctx_len > MAX_BATCH_TOKENS:
+        sizes = f"batch_size={cfg.batch_size} x ctx_len={cfg.ctx_len}"
+        raise CheckpointError(f"{path}: {sizes} is over {MAX_BATCH_TOKENS:,} tokens per step. Restore it from a copy")
+    if cfg.dtype not in ("auto", info["dtype"]):
+        raise CheckpointError(
+            f"{path}: dtype is {info['dtype']!r}, but config has {cfg.dtype!r}. Restore it from a copy"
+        )
+    return info | dict(config=asdict(cfg))  # With parameters that are newer than the run
 
 # %% ../../nbs/runs/61_folder.ipynb #aea15fec
 def check_same_record(

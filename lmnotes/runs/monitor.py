@@ -47,7 +47,7 @@ def seconds_per_step(
     if (
         rs and not seconds and rs[-1]["step"] and rs[-1].get("tokens") and rs[-1].get("tok_per_s")
     ):  # All within one second: use the training speed
-        return rs[-1]["tokens"] / rs[-1]["step"] / rs[-1]["tok_per_s"]
+        return min(1e9, rs[-1]["tokens"] / rs[-1]["step"] / rs[-1]["tok_per_s"])
     return seconds / max(1, steps)
 
 # %% ../../nbs/runs/65_monitor.ipynb #86786edb
@@ -65,7 +65,7 @@ def _plot_losses(ax, records):
     _plot_curve(ax, [r for r in records if r["split"] == "train"], key, "-", "train")
     _plot_curve(ax, vals, key, "o-", "validation")
     _plot_curve(ax, [r for r in records if r["split"] == "val" and r not in vals], key, "D", "full validation set")
-    if best := best_validation(records):
+    if (best := best_validation(records)) and best.get(key) is not None:
         ax.plot(best["step"], best[key], "*", color="black", markersize=9, label=f"best, step {best['step']:,}")
     ax.set(xlabel="step", ylabel="bits per byte" if key == "bpb" else "loss")
     if ax.lines:
@@ -200,7 +200,7 @@ class RunView:
         record = self.folder / "run.json"
         self.info = read_run_record(self.folder) if record.exists() else {}
         self.metrics = JsonlLog(self.folder / "metrics.jsonl").read()
-        self.samples = JsonlLog(self.folder / "samples.jsonl").read()
+        self.samples = [r for r in JsonlLog(self.folder / "samples.jsonl").read() if r["split"] == "sample"]
         return self
 
     @property

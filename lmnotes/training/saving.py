@@ -139,9 +139,11 @@ class WriteOnce(Hook):
 def restore_trainer(trainer, folder) -> Trainer:
     "Load the weights and the state of a verified checkpoint folder into a trainer"
     load_weights(trainer.lm, read_weights(folder), folder)
+    state, path = read_state(folder), Path(folder) / "state.pt"
+    check_entries(state["counters"], {f"{hook.key}?": int for hook in trainer.hooks}, path)
     try:
-        trainer.load_state_dict(read_state(folder))
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as e:
+        trainer.load_state_dict(state)
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as e:
         what = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
-        raise CheckpointError(f"{Path(folder) / 'state.pt'}: not the state of this trainer ({what})") from None
+        raise CheckpointError(f"{path}: not the state of this trainer ({what})") from None
     return trainer
