@@ -7,6 +7,7 @@ __all__ = ['CLEAN_ENDS', 'Verification', 'check_part', 'check_run_folder', 'veri
 
 # %% ../../nbs/inspect/78_verify.ipynb #b11483c1
 import math
+import re
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..core import *
 from ..data.tokenizer_files import *
 from ..files import *
 from ..inference.evaluation import *
+from ..nn.lm import *
 from ..runs.config import *
 from ..runs.data import *
 from ..runs.folder import *
@@ -111,8 +113,9 @@ def _check_record(run):
 def _check_checkpoint(run, folder):
     "Check the hashes of a checkpoint, and that its files belong to this step of this run"
     verify_checkpoint(folder)
-    then, state, info = read_json(folder / "config.json"), read_state(folder), run.info
-    steps = {"manifest.json": read_json(folder / "manifest.json"), "config.json": then, "state.pt": state}
+    then, state, info = read_checkpoint_config(folder), read_state(folder), run.info
+    manifest = read_json(folder / "manifest.json")
+    steps = {"manifest.json": manifest, "config.json": then, "state.pt": state}
     for name, content in steps.items():
         _require(content["step"] == int(folder.name[5:]), f"{name} is of step {content['step']}, not of {folder.name}")
     if info:
@@ -124,6 +127,8 @@ def _check_checkpoint(run, folder):
             _require(
                 value == known.get(name), f"config.json has {name}={value!r}, but run.json has {known.get(name)!r}"
             )
+    unknown = sorted({p.name for p in folder.iterdir()} - {"manifest.json", *manifest["files"]})
+    _require(not unknown, f"{', '.join(unknown)} is not in the manifest")
     sizes = [p.stat().st_size for p in folder.iterdir() if p.is_file()]
     run.counters[folder], run.configs[folder] = state["counters"], then
     return f"{len(sizes)} files, {sum(sizes) / 1e6:.1f} MB"
@@ -138,9 +143,23 @@ def _check_checkpoints(run):
             return rows
 
 # %% ../../nbs/inspect/78_verify.ipynb #9a007f58
+def _claims(run, then):
+    "Return {name: (value in run.json, value that follows from the newest checkpoint)} of what a run has done"
+    info, claims = run.info, {}
+    if then["arch"] in archs():  # Else its class is not imported here
+        claims["n_params"] = info["n_params"], n_params(new_lm_from_checkpoint(run.newest))
+    if not info["config"]["resume"] and "forked_from" not in info:  # All steps are of the process that wrote run.json
+        claims |= {name: (info.get(name), then.get(name)) for name in ("versions", "environment")}
+    if where := info.get("environment", {}).get("device"):
+        claims["device"] = tuple(str(text).split()[:1] for text in (info["device"].removeprefix("device "), where))
+    return claims
+
+# %% ../../nbs/inspect/78_verify.ipynb #f75f40d5
 def _check_agreement(run):
     "Check that run.json agrees with the newest checkpoint"
     info, then, c = run.info, run.configs[run.newest], run.counters[run.newest]
+    for name, (found, expected) in _claims(run, then).items():
+        _require(found == expected, f"run.json has {name}={found!r}, but {run.newest.name} has {expected!r}")
     origins = {} if run.is_clean else info["origins"]
     pending = {n for n, origin in origins.items() if origin == "resume"}  # Changed for steps that are not saved yet
     pending |= {"steps"} if pending and info["config"]["epochs"] else set()
@@ -166,6 +185,10 @@ def _check_tokenizer(run):
     tok = load_tokenizer(folder)
     if run.info:
         check_same_tokenizer(tok, run.info, run.folder)
+        name, size = run.info["tokenizer"]["name"], run.info["tokenizer"]["vocab_size"]
+        more = ["gpt2"] * (tok.vocab_size == 50257) + re.findall(r"^bpe:\d+$", name) if tok.name == "bpe" else []
+        same = name in (tok.name, *more) and size == tok.vocab_size
+        _require(same, f"run.json has {name!r} with {size:,} ids, but this is {tok.name!r} with {tok.vocab_size:,}")
     with tempfile.TemporaryDirectory() as again:
         tok.save(again)
         for path in sorted(Path(again).glob("*")):
@@ -175,7 +198,7 @@ def _check_tokenizer(run):
             _require(same, f"{path.name} is damaged: it is not the vocabulary in tokenizer.json")
     return f"{tok.name}, {tok.vocab_size:,} ids"
 
-
+# %% ../../nbs/inspect/78_verify.ipynb #47225774
 def _check_pointer(run, name, expected):
     "Check that a pointer names a checkpoint, and the expected one"
     text = read_line(run.folder / name)

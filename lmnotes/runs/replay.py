@@ -106,12 +106,20 @@ def largest_difference(a, b) -> tuple:  # Nested dicts and lists
     return sizes.get(name, 0), name, sum(size > 0 for size in sizes.values()), len(sizes)
 
 # %% ../../nbs/runs/69_replay.ipynb #50c3ec1e
+def _check_data_record(s, info):
+    "Raise `CheckpointError` unless run.json describes its data as the prepared data is"
+    found, known = s.run_record()["data"], info["data"]
+    if (s.cfg.data, found["fingerprint"]) == (info["config"]["data"], known["fingerprint"]):
+        for name in [name for name in found if found[name] != known[name]]:
+            raise CheckpointError(f"run.json has {name}={known[name]!r} of the data, but it is {found[name]!r}")
+
+
 def _setup_replay(start, end, place, device):
     "Return the `RunSetup` that trains an interval in the folder `place`"
-    then, before = read_json(end / "config.json", CheckpointError), {}
+    then, before = read_checkpoint_config(end), {}
     if start:
         fork(start, "replay", place)
-        before = read_json(start / "config.json", CheckpointError)
+        before = read_checkpoint_config(start)
     else:
         load_tokenizer(end.parent / "tokenizer").save(place / "replay/tokenizer")
         write_json(place / "replay/run.json", run_record_at_step(dict(then, step=0), end))
@@ -123,6 +131,7 @@ def _setup_replay(start, end, place, device):
     s.cfg.steps = params.get("steps", s.cfg.steps)
     if s.data.fingerprint != then.get("data", s.data.fingerprint):
         raise DataError(f"{s.cfg.data} has changed since this interval was trained on it. Restore it to replay")
+    _check_data_record(s, read_run_record(end.parent))
     return s, changed
 
 # %% ../../nbs/runs/69_replay.ipynb #992886ac
@@ -196,7 +205,7 @@ def replay_interval(
     first = int(start.name[5:]) if start else 0
     row = dict(part=f"steps {first} to {int(end.name[5:])}")
     try:
-        info, then = read_run_record(end.parent), read_json(end / "config.json")
+        info, then = read_run_record(end.parent), read_checkpoint_config(end)
         device, known = _replay_device(info), recorded_environment(info, then)
         with _same_threads(known), tempfile.TemporaryDirectory() as place, redirect_stdout(io.StringIO()):
             new = environment_changes(known, device)

@@ -180,6 +180,13 @@ def test_every_parameter_of_the_record(r):
         lambda info: info["result"].update(best=1.5),
         lambda info: info["result"].update(best_step=10),
         lambda info: info["result"]["last"].update(bpb=0.5),
+        lambda info: info.update(dtype="bfloat16"),
+        lambda info: info.update(n_params=5),
+        lambda info: info["tokenizer"].update(name="gpt2"),
+        lambda info: info["tokenizer"].update(vocab_size=301),
+        lambda info: info["environment"].update(threads=64),
+        lambda info: info["versions"].update(torch="0"),
+        lambda info: info.update(device="device cuda (H100), float32: as requested"),
         lambda info: info["data"].update(fingerprint="0" * 64),
         lambda info: info["tokenizer"].update(fingerprint="0" * 64),
         lambda info: info["model"].update(d_model=32),
@@ -189,6 +196,22 @@ def test_every_parameter_of_the_record(r):
 def test_results_of_the_record(r, change):
     forge_json(r / "run.json", change)
     assert mismatches(r)
+
+
+@pytest.mark.parametrize(
+    "claim", [dict(what="FineWeb"), dict(start="Hello"), dict(tokens=dict(train=5 * 10**12, val=1))]
+)
+def test_claims_about_the_data(r, claim):
+    "A replay prepares the data, and so finds a wrong description of it"
+    forge_json(r / "run.json", lambda info: info["data"].update(claim))
+    report = verify(r, replay=1)
+    assert report.parts(MISMATCH) == ["steps 30 to 40"] and f"run.json has {min(claim)}=" in repr(report)
+
+
+def test_an_unknown_file_in_a_checkpoint(r):
+    (r / STEPS[0] / "extra.py").write_text("")
+    report = verify(r)
+    assert report.parts(MISMATCH) == STEPS[:1] and "extra.py is not in the manifest" in repr(report)
 
 
 def test_checkpoints_that_belong_elsewhere(r):
