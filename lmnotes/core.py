@@ -238,7 +238,7 @@ def open_new(path) -> BinaryIO:
     Path(path).unlink(missing_ok=True)
     return open(path, "xb")
 
-
+# %% ../nbs/00_core.ipynb #393089f1
 def write_atomic(
     path,  # File to write
     data,  # Its new content, str or bytes
@@ -413,13 +413,12 @@ def versions() -> dict:
 def _cpu_model():
     "Return the name of the CPU's model, as far as the system knows it"
     cpuinfo = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    named = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     return named[1] if named else platform.processor()
 
 
-# Environment variables that choose the algorithms of MKL, oneDNN and, on a GPU, cuBLAS
-_SWITCHES = "MKL_CBWR MKL_ENABLE_INSTRUCTIONS ONEDNN_MAX_CPU_ISA DNNL_MAX_CPU_ISA ONEDNN_DEFAULT_FPMATH_MODE".split()
-_CUDA_SWITCHES = "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE"
+_SWITCHES = "MKL_CBWR MKL_ENABLE_INSTRUCTIONS ONEDNN_MAX_CPU_ISA DNNL_MAX_CPU_ISA ONEDNN_DEFAULT_FPMATH_MODE"
+_SWITCHES += " CUBLAS_WORKSPACE_CONFIG NVIDIA_TF32_OVERRIDE"  # Environment variables that choose algorithms
 
 
 def environment(
@@ -436,7 +435,7 @@ def environment(
     found["matmul_precision"] = matmul.fp32_precision  # Also allows TF32
     if cuda:
         found |= dict(conv_precision=torch.backends.cudnn.conv.fp32_precision, cudnn=torch.backends.cudnn.version())
-    return found | {name: os.environ.get(name, "unset") for name in (*_SWITCHES, *(_CUDA_SWITCHES if cuda else ()))}
+    return found | {name: os.environ.get(name, "unset") for name in _SWITCHES.split()}
 
 # %% ../nbs/00_core.ipynb #d212ff3a
 def peak_memory(device) -> int:
