@@ -348,7 +348,15 @@ class RunLock:
                 raise RunLockedError(f"{self.folder} is in use by {_describe_owner(self.folder)}. {advice}")
             time.sleep(0.1)
         owner = dict(pid=os.getpid(), host=socket.gethostname(), start=utc_now())
-        write_json(self.folder / ".owner.json", owner, durable=False)
+        try:
+            write_json(self.folder / ".owner.json", owner, durable=False)
+        except OSError as e:
+            self.lock.release()
+            if isinstance(e, IsADirectoryError):
+                raise CheckpointError(
+                    f"{self.folder / '.owner.json'}: is a folder, expected a file. Remove it"
+                ) from None
+            raise
         return self
 
     def _acquire(self):

@@ -399,6 +399,18 @@ def test_a_missing_record(trained, runs, left):
         assert run(**SMALL | dict(run="new", out_dir=str(runs), view=False) | given).status == "done"
 
 
+def test_a_folder_in_place_of_the_owner(runs):
+    "The error names it, the lock is free again, and without the folder the run resumes"
+    owner = runs / "stopped/.owner.json"
+    owner.unlink()
+    owner.mkdir()
+    for use in ("resume", "resume auto"):
+        with pytest.raises(CheckpointError, match=r"\.owner\.json: is a folder, expected a file\. Remove it"):
+            USES[use](runs / "stopped")
+    owner.rmdir()
+    assert USES["resume"](runs / "stopped")
+
+
 HARMS = {
     "missing": lambda newest, older, other: shutil.rmtree(newest),
     "empty": lambda newest, older, other: (shutil.rmtree(newest), newest.mkdir()),
