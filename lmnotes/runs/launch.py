@@ -72,7 +72,7 @@ def _record_failure(folder, reason):
         return before == "running"
     return False
 
-
+# %% ../../nbs/runs/66_launch.ipynb #61e43d27
 def _report_lost_rank(folder, processes, started):
     "Return the error of a run that has lost a rank. One of the ranks reports it"
     rank, found = rank_and_world_size()[0], _find_lost_ranks(processes)

@@ -28,6 +28,7 @@ from test_distributed import torchrun
 
 import lmnotes
 from lmnotes.files import RunLock
+from lmnotes.runs import launch
 from lmnotes.runs import run as run_module
 from lmnotes.training import trainer
 
@@ -250,3 +251,13 @@ def test_a_run_passes_its_wait_to_the_ranks(monkeypatch):
     monkeypatch.setattr(run_module, "init_distributed", lambda device, wait: pytest.fail(f"wait={wait}"))
     with pytest.raises(pytest.fail.Exception, match="wait=7200"):
         lmnotes.run(wait=7200, run="r", device="cpu")
+
+
+@pytest.mark.parametrize(
+    "hosts, found", [(["", "far", "far"], "ranks 1, 2"), (["", "", "far"], "rank 2"), ([], "ranks 1, 2")]
+)
+def test_rank_lost_on_another_machine(monkeypatch, hosts, found):
+    "If no rank on this machine has ended, the message names those on other machines, or all others"
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    processes = [(os.getpid(), host) for host in hosts]
+    assert launch._find_lost_ranks(processes, seconds=0) == f"rank 0 lost contact with {found}"
