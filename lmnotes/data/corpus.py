@@ -218,12 +218,22 @@ class Corpus:
         for source in self.sources:
             yield from read_source(source, whole_file=not self.is_single_text)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        "SHA-256 of the content of all files, in hex"
+    def _hash(self):
         named = len(self.domains) > 1  # The name of a single domain does not matter
         lines = [f"{s.kind} {s.domain if named else ''} {_source_sha256(s)}\n" for s in self.sources]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        "SHA-256 of the content of all files, in hex"
+        return self._hash()
+
+    def check_unchanged(self) -> None:
+        "Raise `DataError` if the content is no longer that of the fingerprint"
+        if self._hash() != self.fingerprint:
+            raise DataError(
+                f"{self.name}: the text changed while it was read. Start again when no program writes to it"
+            )
 
     @cached_property
     def n_bytes(self) -> int:

@@ -46,6 +46,7 @@ def _write_token_file(corpus, documents, tokenizer, path, source):
                 ids = np.append(ids, end).astype(np.int64) if end else ids
                 out.add(ids, d.domain, len(to_bytes(d.text)) + len(end), (d.domain, d.id) != last)
                 last = d.domain, d.id
+        corpus.check_unchanged()
 
 # %% ../../nbs/data/16_prepare.ipynb #ca3b571b
 def _open_if_unchanged(path, tokenizer, source):
@@ -153,7 +154,13 @@ def _check_returned_batch(batch, shape, vocab_size, where):
 # %% ../../nbs/data/16_prepare.ipynb #7626cce0
 def get_corpus_tokenizer(corpus, spec, split, data_dir="") -> "Tokenizer":
     "Return the tokenizer that `spec` names, trained on the training split of a corpus if it is `chars` or `bpe`"
-    return get_tokenizer(spec, lambda: (d.text for d in split_documents(corpus, split, "train")), data_dir)
+
+    def training_texts():
+        corpus.fingerprint  # Before the first reading
+        yield from (d.text for d in split_documents(corpus, split, "train"))
+        corpus.check_unchanged()
+
+    return get_tokenizer(spec, training_texts, data_dir)
 
 # %% ../../nbs/data/16_prepare.ipynb #770246bf
 def tokenizer_folder_for(path) -> Path:
