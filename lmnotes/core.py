@@ -358,6 +358,7 @@ def sha256_json(obj) -> str:
     return hashlib.sha256(json.dumps(obj, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/00_core.ipynb #22b761dd
+# Long: a signal, from its arrival to the end of the block
 class StopSignals:
     "Context manager that is true after SIGINT or SIGTERM and restores the previous signal handlers on exit"
 
@@ -382,7 +383,8 @@ class StopSignals:
         if self.signum and is_new:
             raise KeyboardInterrupt
         if not self.signum and self.announce:
-            os.write(2, f"\n{signal.Signals(signum).name}: stopping at the end of this step\n".encode())
+            with suppress(OSError):  # The signal may have ended the program that reads stderr, too
+                os.write(2, f"\n{signal.Signals(signum).name}: stopping at the end of this step\n".encode())
         self.signum = self.signum or signum
 
     def __bool__(self):

@@ -121,18 +121,20 @@ def escape_terminal(
 
 # %% ../nbs/01_untrusted.ipynb #83097ab7
 @contextmanager
-def _ignore_full_disk():
-    "Ignore an `OSError`, since a lost line of output must not stop a run, unless the reader of the output has ended"
+def _ignore_lost_output(stop_without_reader=False):
+    "Ignore an `OSError`, since a lost line of output must not stop a run"
     try:
         yield
-    except BrokenPipeError:
-        raise
-    except OSError:
-        pass
+    except OSError as e:
+        if stop_without_reader and isinstance(e, BrokenPipeError):
+            raise
 
 # %% ../nbs/01_untrusted.ipynb #a6035b2d
 class EscapedOutput:
-    "Context manager: escape all text that is printed to stdout, if that is a terminal, and ignore a full disk otherwise"
+    "Context manager: print to stdout without errors, and escape all text if that is a terminal"
+
+    def __init__(self, stop_without_reader=False):  # Raise `BrokenPipeError` if the program that reads stdout has ended
+        self.stop_without_reader = stop_without_reader
 
     def __enter__(self):
         self.before, self.stream = sys.stdout, unescaped_stdout()
@@ -144,18 +146,23 @@ class EscapedOutput:
         sys.stdout = self.before
 
     def write(self, text) -> int:
-        with _ignore_full_disk():
-            self.stream.write(self.escape(text))
+        shown = self.escape(text)
+        with _ignore_lost_output(self.stop_without_reader):
+            try:
+                self.stream.write(shown)
+            except UnicodeEncodeError:
+                encoding = self.stream.encoding or "ascii"
+                self.stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:
-        with _ignore_full_disk():
+        with _ignore_lost_output(self.stop_without_reader):
             self.stream.flush()
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
-
+# %% ../nbs/01_untrusted.ipynb #ad9c0088
 def unescaped_stdout() -> "TextIO":
     "Return stdout itself, also inside an `EscapedOutput`"
     return sys.stdout.stream if isinstance(sys.stdout, EscapedOutput) else sys.stdout

@@ -282,7 +282,7 @@ def _resume_line(config, folder, lr):
 def _train_with_log(config, at, train):
     "Train and generate a text, and write the printed output to the log and the output file"
     start = f"Resuming from step {config.start_step} - " if config.start_step else ""
-    with TeeOutput(project_path(config.log_dir) / log_filename(config, at)) as tee:
+    with EscapedOutput(), TeeOutput(project_path(config.log_dir) / log_filename(config, at)) as tee:
         print(f"{start}Training Log - Started at {utc_now()}")
         r = train()
         if r.status in ("done", "early_stop"):
