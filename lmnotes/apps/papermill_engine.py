@@ -387,6 +387,7 @@ class GracefulEngine:
             tempfile.TemporaryDirectory(prefix="lmnotes-") as folder,
             temporary_environment(
                 LMNOTES_RUN=run_name_of_output(input_path, output_path, given.get("out_dir")),
+                LMNOTES_REPORT=os.path.abspath(output_path or os.devnull),
                 **interface_variables("papermill {}", input_path, given),
             ),
         ):
