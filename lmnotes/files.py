@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NO_EXCHANGE', 'MAX_LOG_BYTES', 'exchange_paths', 'replace_folder', 'finish_replacing', 'is_process_alive',
            'remove_leftovers', 'file_identity', 'remove_path', 'explain_os_error', 'explain_read_errors',
-           'check_disk_space', 'open_for_append', 'check_no_links', 'JsonlLog', 'check_prefix', 'read_owner', 'RunLock']
+           'check_disk_space', 'open_for_append', 'check_no_links', 'JsonlLog', 'check_prefix', 'read_owner',
+           'is_locked', 'RunLock']
 
 # %% ../nbs/02_files.ipynb #4111acae
 import ctypes
@@ -323,12 +324,33 @@ def read_owner(folder) -> dict:  # {pid, host, start}
     return owner if valid and type(owner.get("pid")) is int and 0 < owner["pid"] < 2**31 else {}
 
 
+def is_locked(folder) -> "bool | None":
+    "Return True if a process holds the lock of a folder, or None if this system cannot test locks"
+    try:
+        import fcntl
+
+        fd = os.open(Path(folder) / ".lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return False
+    except (ImportError, OSError):  # Windows, or a file of another user
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_UN)  # A process that was forked meanwhile has a copy of `fd`
+    except OSError as e:
+        return True if isinstance(e, BlockingIOError) else None
+    finally:
+        os.close(fd)
+    return False
+
+
 def _describe_owner(folder):
     "Return the process, host and start time of the owner of a lock, for an error message"
     owner = dict.fromkeys(("pid", "host", "start"), "unknown") | read_owner(folder)
     return f"process {owner['pid']} on {owner['host']} since {owner['start']}"
 
 # %% ../nbs/02_files.ipynb #5a644106
+# Long: one lock, from the creation of its file to its release
 class RunLock:
     "Context manager: lock `folder`, or raise `RunLockedError` with the process, host and start time of its owner"
 
@@ -339,7 +361,7 @@ class RunLock:
         from filelock import FileLock
 
         _check_no_link(self.folder / ".lock")
-        self.lock, end = FileLock(str(self.folder / ".lock"), timeout=0), time.monotonic() + self.wait
+        self.lock, end = FileLock(str(self.folder / ".lock"), timeout=0), time.monotonic() + max(self.wait, 1)
         while not self._acquire():
             if self.stop:
                 raise KeyboardInterrupt
@@ -365,9 +387,21 @@ class RunLock:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         with suppress(Timeout, FileNotFoundError):  # FileNotFoundError: another process has just removed the folder
+            before = self._create_lock_file()
             self.lock.acquire()
-            return True
+            with suppress(FileNotFoundError):
+                if os.path.samestat(before, os.stat(self.folder / ".lock")):
+                    return True
+            self.lock.release()  # The lock of a folder that another process has just renamed or removed
         return False
+
+    def _create_lock_file(self):
+        "Create the lock file if it does not exist, and return its status"
+        fd = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        try:
+            return os.fstat(fd)
+        finally:
+            os.close(fd)
 
     def __exit__(self, *exc):
         with suppress(OSError):  # It would hide the error that ended the run

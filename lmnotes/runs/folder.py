@@ -95,7 +95,7 @@ def no_run_error(folder, purpose) -> CheckpointError:  # Run folder, and what yo
     "Return the error for a folder without run.json"
     if not has_checkpoints(folder):
         return CheckpointError(f"{folder}: there is no run here {purpose}. {describe_existing_runs(folder.parent)}")
-    weights = format_params(run="NAME", init_from=str(folder), tokenizer=str(folder / "tokenizer"))
+    weights = format_params(run="NAME", init_from=shlex.quote(str(folder)), tokenizer=str(folder / "tokenizer"))
     return CheckpointError(
         f"{folder / 'run.json'}: missing, though {len(list_checkpoints(folder))} checkpoints are here. Restore it from a copy, "
         f"or start a new run from the weights of the newest checkpoint: {weights}"

@@ -6,6 +6,7 @@
 __all__ = ['Run', 'is_run_alive', 'actual_status', 'load', 'load_finished']
 
 # %% ../../nbs/runs/64_load.ipynb #ac4bc172
+import socket
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -122,8 +123,10 @@ class Run:
 # %% ../../nbs/runs/64_load.ipynb #93312eab
 def is_run_alive(folder) -> "bool | None":
     "Return True if the process of a run is alive, or None if it is on another machine and so unknown"
-    owner = read_owner(folder)
-    return is_process_alive(owner["pid"], owner["host"]) if owner else False
+    owner, locked = read_owner(folder), is_locked(folder)
+    if locked or not owner:
+        return bool(locked)
+    return locked if owner["host"] == socket.gethostname() else None
 
 
 def actual_status(info, alive) -> str:  # Record, and the result of `is_run_alive` before the record was read
