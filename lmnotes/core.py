@@ -407,8 +407,7 @@ def versions() -> dict:
     "Return the versions of lmnotes, torch, NumPy and Python, which determine the exact result of a run"
     import lmnotes
 
-    packages = {module.__name__: module.__version__ for module in (lmnotes, torch, np)}
-    return packages | dict(python=platform.python_version())
+    return {m.__name__: m.__version__ for m in (lmnotes, torch, np)} | dict(python=platform.python_version())
 
 # %% ../nbs/00_core.ipynb #eae61f72
 @lru_cache
@@ -433,8 +432,7 @@ def environment(
     found = versions() | dict(device=f"{device.split(':')[0]} ({hardware})", processes=processes)
     found |= dict(threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability(), cpu_model=_cpu_model())
     found |= dict(mkldnn=torch.backends.mkldnn.enabled, deterministic=torch.are_deterministic_algorithms_enabled())
-    matmul = torch.backends.cuda.matmul if cuda else torch.backends.mkldnn.matmul
-    found["matmul_precision"] = matmul.fp32_precision  # Also allows TF32
+    found["matmul_precision"] = (torch.backends.cuda if cuda else torch.backends.mkldnn).matmul.fp32_precision
     if cuda:
         found |= dict(conv_precision=torch.backends.cudnn.conv.fp32_precision, cudnn=torch.backends.cudnn.version())
     return found | {name: os.environ.get(name, "unset") for name in _SWITCHES.split()}
