@@ -28,8 +28,8 @@ from ..untrusted import *
 class Verification:
     "The result of `verify`: a row for each part of a run folder and for each replayed interval"
 
-    def __init__(self, folder, rows, changed=()):  # Run folder, rows, and differences of the environment
-        self.folder, self.rows, self.changed = Path(folder), list(rows), changed
+    def __init__(self, folder, rows, changed="", largest=0.0):  # Differences of the environment, and of values
+        self.folder, self.rows, self.changed, self.largest = Path(folder), list(rows), changed, largest
 
     def parts(self, *results) -> list:
         "Return the names of the parts with one of these results"
@@ -49,6 +49,7 @@ class Verification:
         lines += [f"bit-exact intervals: {exact}"] * bool(exact)
         lines += [f"not replayed: {failed}"] * bool(failed)
         lines += [f"differing intervals: {other}, in a different environment ({self.changed})"] * bool(other)
+        lines += [f"largest difference: {self.largest:.2g} of a value"] * (0 < self.largest < math.inf)
         text = "; ".join(lines)
         return printable(f"{self.folder.name}: {text}")
 
@@ -283,16 +284,16 @@ def verify(
     folder = find_run_folder(path).resolve()
     if not (folder / "run.json").exists() and not list_checkpoints(folder):
         raise CheckpointError(f"{folder}: there is no run here to verify. {describe_existing_runs(folder.parent)}")
-    rows, changed = check_run_folder(folder), ""
+    rows, changed, largest = check_run_folder(folder), "", 0
     wrong = {row["part"] for row in rows if row["result"] == MISMATCH}
     usable = [] if "run.json" in wrong or not replay else replay_intervals(folder)
     usable = [(start, end) for start, end in usable if not {start and start.name, end.name} & wrong]
     for start, end in choose_evenly(usable, replay):
         if log_fn:
             log_fn(f"replaying steps {int(start.name[5:]) if start else 0} to {int(end.name[5:])}")
-        row, new = replay_interval(start, end, make_batches)
+        row, new, size = replay_interval(start, end, make_batches)
         rows.append(row)
-        changed = changed or new
+        changed, largest = changed or new, max(largest, size)
     if replay and not usable:
         rows.append(dict(part="replay", result=NOT_REPLAYED, detail="no interval between two kept checkpoints"))
-    return Verification(folder, rows, changed)
+    return Verification(folder, rows, changed, largest)

@@ -393,17 +393,47 @@ def test_other_data(r):
     assert verify(r, replay=1).exit_code == 2
 
 
-def test_another_environment(r, monkeypatch):
-    monkeypatch.setattr(setup, "environment", lambda *args: environment(*args) | dict(torch="9.0"))
-    assert verify(r, replay=1).parts(BIT_EXACT) == ["steps 30 to 40"]  # Equal bits are equal bits
-    path = r / STEPS[-1] / "model.safetensors"
+def add(path, change):
+    "Add to the first value of the first tensor of a file of weights, and seal its checkpoint again"
     tensors = load_file(path)
-    tensors[min(tensors)].view(-1)[0] += 0.25
+    tensor = tensors[min(tensors)]
+    tensor.view(-1)[0] += change * float(tensor.abs().max())
     save_file(tensors, path, dict(format="pt"))
     reseal(path.parent)
+
+
+def test_another_environment(r, monkeypatch):
+    "Differences by rounding are accepted, and their size is in the last line"
+    monkeypatch.setattr(setup, "environment", lambda *args: environment(*args) | dict(torch="9.0"))
+    assert verify(r, replay=1).parts(BIT_EXACT) == ["steps 30 to 40"]  # Equal bits are equal bits
+    add(r / STEPS[-1] / "model.safetensors", 0.003)
     report = verify(r, replay=1)
     assert (report.exit_code, report.parts(OTHER_ENVIRONMENT)) == (0, ["steps 30 to 40"])
-    assert "differ by at most 0.25" in repr(report) and "→ 9.0" in report.conclusion
+    assert "weights: 1 of " in repr(report) and "→ 9.0" in report.conclusion
+    assert report.conclusion.endswith("largest difference: 0.003 of a value"), report.conclusion
+
+
+def test_a_forger_cannot_blame_another_environment(r):
+    "A difference that rounding cannot explain is a mismatch, whatever environment the files name"
+    add(r / STEPS[-1] / "model.safetensors", 0.5)
+    forge_json(r / "run.json", lambda info: info["environment"].update(cpu="AVX9"))
+    forge_json(r / STEPS[-1] / "config.json", lambda then: then["environment"].update(cpu="AVX9"))
+    reseal(r / STEPS[-1])
+    report = verify(r, replay=1)
+    assert (report.exit_code, report.parts(MISMATCH)) == (5, ["steps 30 to 40"])
+    assert "more than rounding explains (at most 2% of a value)" in repr(report)
+    assert float(report.conclusion.split()[-4]) > 0.3, report.conclusion
+
+
+@pytest.mark.parametrize("key, factor", [("tokens", 1.001), ("loss", 1.1)])
+def test_a_forged_figure_in_another_environment(r, monkeypatch, key, factor):
+    "A count must be equal in every environment, and a loss within the bound"
+    monkeypatch.setattr(setup, "environment", lambda *args: environment(*args) | dict(torch="9.0"))
+    records = [json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()]
+    record = next(x for x in records if (x["split"], x["step"]) == ("train", 33))
+    record[key] = type(record[key])(record[key] * factor) + (key == "tokens")
+    (r / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records))
+    assert verify(r, replay=1).parts(MISMATCH) == ["metrics.jsonl", "steps 30 to 40"]
 
 
 def test_the_threads_of_the_run_are_used(r):
