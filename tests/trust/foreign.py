@@ -308,21 +308,31 @@ def try_cases(case, folder, numbers, allowed=OWN):
     return "\n".join(map(json.dumps, failures[:20]))
 
 
-def fuzz(case, folder, count, seed, allowed=OWN):
-    """Read mutated files in a child process with limits, and the files that failed in an earlier night
-
-    Fail with the seed and the number of each wrong case, after adding them to `FAILURES`.
-    """
-    name, known = case.__name__, json.loads(FAILURES.read_text())
-    numbers = [*known.get(name, []), *([seed, i] for i in range(count))]
+def failures_of(case, folder, numbers, allowed):
+    "Return ([[seed, number]] of the files that failed, message) of mutated files that a child process reads with limits"
     try:
         kind, text = call(try_cases, case, folder, numbers, allowed, megabytes=600)
-        failed = [json.loads(line)[:2] for line in text.splitlines()] if not kind else []
     except (AssertionError, EOFError) as e:  # It does not end, or needs too much memory
-        kind, text, failed = type(e).__name__, str(e)[:1000], []
+        kind, text = type(e).__name__, str(e)[:1000]
     if kind:
-        failed = [json.loads((folder / "current").read_text())]
+        last = json.loads((folder / "current").read_text())
+        others = [pair for pair in numbers if pair != last] if "MiB" not in text else []
+        found, more = failures_of(case, folder, others, allowed) if others else ([], "")
+        return [last, *found], f"{kind}: {text}\n{more}"
+    return [json.loads(line)[:2] for line in text.splitlines()], text
+
+
+def fuzz(case, folder, count, seed, allowed=OWN):
+    """Read mutated files, and those that failed in an earlier night
+
+    Fail with the seed and the number of each wrong file, after adding them to `FAILURES`.
+    """
+    name, known = case.__name__, json.loads(FAILURES.read_text())
+    numbers, failed, message = [*known.get(name, []), *([seed, i] for i in range(count))], [], ""
+    for start in range(0, len(numbers), 250):  # So few that only a file that does not end reaches the deadline
+        found, text = failures_of(case, folder, numbers[start : start + 250], allowed)
+        failed, message = failed + found, message + text
     if new := [pair for pair in failed if pair not in known.get(name, [])]:
         known[name] = known.get(name, []) + new
         FAILURES.write_text(json.dumps(known, indent=1) + "\n")
-    assert not failed, f"{name}: {kind} {text or failed}"
+    assert not failed, f"{name}: {failed[:20]} {message[:5000]}"
