@@ -349,6 +349,18 @@ def _describe_owner(folder):
     owner = dict.fromkeys(("pid", "host", "start"), "unknown") | read_owner(folder)
     return f"process {owner['pid']} on {owner['host']} since {owner['start']}"
 
+
+def _write_owner(lock, folder):
+    "Write that this process holds the lock of a folder, or release it and raise an error"
+    owner = dict(pid=os.getpid(), host=socket.gethostname(), start=utc_now())
+    try:
+        write_json(folder / ".owner.json", owner, durable=False)
+    except OSError as e:
+        lock.release()
+        if isinstance(e, IsADirectoryError):
+            raise CheckpointError(f"{folder / '.owner.json'}: is a folder, expected a file. Remove it") from None
+        raise
+
 # %% ../nbs/02_files.ipynb #5a644106
 # Long: one lock, from the creation of its file to its release
 class RunLock:
@@ -369,16 +381,7 @@ class RunLock:
                 advice = "Stop it, wait for it with wait=SECONDS, or use another run name"
                 raise RunLockedError(f"{self.folder} is in use by {_describe_owner(self.folder)}. {advice}")
             time.sleep(0.1)
-        owner = dict(pid=os.getpid(), host=socket.gethostname(), start=utc_now())
-        try:
-            write_json(self.folder / ".owner.json", owner, durable=False)
-        except OSError as e:
-            self.lock.release()
-            if isinstance(e, IsADirectoryError):
-                raise CheckpointError(
-                    f"{self.folder / '.owner.json'}: is a folder, expected a file. Remove it"
-                ) from None
-            raise
+        _write_owner(self.lock, self.folder)
         return self
 
     def _acquire(self):

@@ -213,7 +213,7 @@ def is_named(path, folder, text):
     return (
         part in text
         if part.startswith(("step_", "tokenizer", ".", "base"))
-        else f"/{part}" in text or f"{part} " in text
+        else f"/{part}" in text or f"{part} " in text or f"no '{part}' checkpoint" in text
     )
 
 
