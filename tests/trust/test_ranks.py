@@ -89,7 +89,7 @@ def own_lines(workdir):
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.nightly), 1])
 def test_killed_rank_of_procs(workdir, rank):
     "One line names the rank, the signal, the step and the command that resumes. The record has the reason, and no rank is left"
     launcher = start(workdir, "procs", **LONG)
@@ -108,7 +108,7 @@ def test_killed_rank_of_procs(workdir, rank):
     assert run_in_process(workdir, lmnotes_command, "train", *words, *more) == 0, read_log(workdir)
 
 
-@pytest.mark.parametrize("way", ["procs", "torchrun"])
+@pytest.mark.parametrize("way", ["procs", pytest.param("torchrun", marks=pytest.mark.nightly)])
 def test_killed_launcher(workdir, way):
     "Its ranks stop by themselves, save and free the lock"
     launcher = start(workdir, way, **LONG)
@@ -123,7 +123,7 @@ def test_killed_launcher(workdir, way):
         pass
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.nightly)])
 def test_killed_rank_of_torchrun(workdir, rank):
     "Of the two ranks that remain, one prints one line that names the killed one, and the record has the reason"
     launcher = start(workdir, "torchrun of 3", **LONG | dict(batch_size=6))
@@ -142,7 +142,7 @@ def test_killed_rank_of_torchrun(workdir, rank):
         pass
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.nightly)])
 def test_stopped_launcher(workdir, number):
     "A signal to `lmnotes train --procs 2` saves the run, and its last line is ours"
     launcher = start(workdir, "procs", **LONG)
@@ -179,7 +179,10 @@ def whole(tmp_path_factory, corpus):
     return run_results(folder / "runs/r")
 
 
-@pytest.mark.parametrize("case", SIGNALS)
+@pytest.mark.parametrize(
+    "case",
+    [name if "to a rank of procs" in name else pytest.param(name, marks=pytest.mark.nightly) for name in SIGNALS],
+)
 def test_signals(workdir, monkeypatch, whole, case):
     "After two signals to the launcher, or one to a rank, no process remains, and the resumed run ends in the same bits"
     way, first, *second = SIGNALS[case]
