@@ -259,8 +259,7 @@ def config_from_record(
         use_lr_warmup=c["warmup"] > 0,
     )
     lora = {name: c[name] for name in LORA_FIELDS} if own["use_lora"] else {}
-    renamed = {field: c[parameter] for field, parameter in RENAMED_FIELDS.items()}
-    known = model_shape(model) | own | lora | renamed
+    known = model_shape(model) | own | lora | {field: c[name] for field, name in RENAMED_FIELDS.items()}
     env = dict(checkpoint_interval=c["save_every"] or 500) if checkpoint.get("env") is None else checkpoint["env"]
     _check_saved_fields(env, known)
     return TrainingConfig(**dict(test_mode=False) | env | known)
