@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import zipfile
@@ -197,7 +198,8 @@ def seal(folder):
 def save_small(folder, lora=False):
     "Save the checkpoint of a small model, and return its folder"
     lm = small_lm()
-    state = dict(step=1, optimizers=[dict(state={0: dict(exp_avg=torch.zeros(4))}, param_groups=[])], counters={})
+    state = dict(step=1, optimizers=[dict(state={0: dict(exp_avg=torch.zeros(4))}, param_groups=[])], scaler={})
+    state["counters"] = dict(tokens=0, bad=0, best=math.inf, best_step=0, waits=0, sums={})
     Path(folder).mkdir(parents=True, exist_ok=True)
     return save_checkpoint(folder, add_lora(lm, LoRAConfig(rank=2)) if lora else lm, 1, state)
 
