@@ -124,7 +124,7 @@ ABLATIONS = {
     "counters": lambda: _forget("counters"),
     "batches": lambda: _one_later(EpochBatches, "__getitem__"),
     "learning rate": lambda: _one_later(trainer, "lr_at"),
-    "dropout": lambda: setattr(trainer, "seed_torch", lambda *key: None),
+    "dropout": lambda: setattr(trainer, "derive_seed", lambda *key: 0),
     "metrics": lambda: setattr(
         files.JsonlLog, "truncate_after", lambda metrics, last: metrics.path.unlink(missing_ok=True)
     ),

@@ -233,7 +233,10 @@ def _config_from_source(source, given):
 # %% ../../nbs/models/33_gpt2.ipynb #35922d50
 def _check_folder(source, cfg):
     "Raise ValueError if a folder holds a pipe or a device, or if its files are too small for the weights that it declares"
-    check_minimums(cfg, vocab_size=1, n_positions=1, d_model=1, n_layers=1, n_heads=1)
+    try:
+        check_minimums(cfg, vocab_size=1, n_positions=1, d_model=1, n_layers=1, n_heads=1)
+    except ValueError as e:
+        raise ValueError(f"{source}: {e}") from None
     paths = sorted(Path(source).iterdir())
     if unusual := [p for p in paths if not p.is_file() and not p.is_dir()]:
         raise ValueError(f"{unusual[0]}: is a device, a pipe or a broken link. Remove it")
