@@ -61,8 +61,8 @@ def watch_operations(folder, act) -> None:
 
     def watched_open(path, mode="r", *args, **kwargs):
         inside = isinstance(path, (str, os.PathLike)) and os.path.abspath(path).startswith(root + os.sep)
-        if inside and mode in ("wb", "ab"):
-            return WatchedFile(os.fspath(path), mode[0])
+        if inside and mode in ("wb", "ab", "xb"):
+            return WatchedFile(os.fspath(path), mode[0], opener=kwargs.get("opener"))
         return real_open(path, mode, *args, **kwargs)
 
     def fsync(descriptor):

@@ -320,7 +320,11 @@ def _copy_run_at_step(checkpoint_folder, to):
     check_same_record(read_run_record(old), checkpoint_folder)
     counters = read_state(checkpoint_folder)["counters"]
     record = run_record_at_step(then, checkpoint_folder)
-    warn_of_damaged_logs(checkpoint_folder)
+    sizes = (
+        {name: size for name, (size, _) in then.get("logs", {}).items()}
+        if warn_of_damaged_logs(checkpoint_folder)
+        else {}
+    )
     tokenizer = load_tokenizer(old / "tokenizer")
     if tokenizer.fingerprint != record["tokenizer"]["fingerprint"]:
         raise TokenizerError(f"{old / 'tokenizer'}: not the tokenizer of {checkpoint_folder}. Restore it from a copy")
@@ -333,6 +337,8 @@ def _copy_run_at_step(checkpoint_folder, to):
     for file in ("metrics.jsonl", "samples.jsonl", BASE_WEIGHTS_FILE, *settings):
         if (old / file).exists():
             shutil.copy2(old / file, to)
+            if file in sizes:  # Records that a killed process or someone else has added belong to no checkpoint
+                os.truncate(to / file, sizes[file])
     truncate_metrics(to, counters)
     for name, folder in dict(last=checkpoint_folder, best=best).items():
         if folder:
@@ -375,12 +381,14 @@ def _changes_until(step, info):
     return kept
 
 # %% ../../nbs/runs/61_folder.ipynb #6e53497c
-def warn_of_damaged_logs(checkpoint_folder) -> None:
-    "Print a warning unless the logs of a run still hold what they held when a checkpoint was saved"
+def warn_of_damaged_logs(checkpoint_folder) -> bool:
+    "Return True if the logs of a run still hold what they held when a checkpoint was saved, else print a warning"
     try:
         check_logs(checkpoint_folder)
+        return True
     except CheckpointError as e:
         print(f"warning: {e}. The records that can be read are kept")
+        return False
 
 
 def truncate_metrics(folder, counters) -> None:  # Run folder, and the counters of the checkpoint
