@@ -148,7 +148,11 @@ def _claims(run, then):
     "Return {name: (value in run.json, value that follows from the newest checkpoint)} of what a run has done"
     info, claims = run.info, {}
     if then["arch"] in archs():  # Else its class is not imported here
-        claims["n_params"] = info["n_params"], n_params(new_lm_from_checkpoint(run.newest))
+        try:
+            claims["n_params"] = info["n_params"], n_params(new_lm_from_checkpoint(run.newest))
+        except CheckpointError:
+            if run.newest.exists():  # Else a process that trains has deleted it
+                raise
     if not info["config"]["resume"] and "forked_from" not in info:  # All steps are of the process that wrote run.json
         claims |= {name: (info.get(name), then.get(name)) for name in ("versions", "environment")}
     if where := info.get("environment", {}).get("device"):

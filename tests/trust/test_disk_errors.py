@@ -446,7 +446,7 @@ def test_no_space_for_the_final_checkpoint(workdir):
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(workdir)
         patched.setattr(shutil, "disk_usage", lambda folder: usage)
-        with pytest.raises(CheckpointError, match=r"disk full: .*/runs/full needs .* MB for its final checkpoint"):
+        with pytest.raises(CheckpointError, match=r"runs/full: disk full, needs .* bytes for its final checkpoint"):
             run(hooks=[hook], view=False, **SMALL | dict(run="full"))
     assert not hook.steps and not list(Path(workdir, "runs/full").glob("*.jsonl"))
 

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import shutil
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,7 +112,6 @@ def two_steps(tmp_path_factory, corpus):
     folder = workdir / "runs/r"
     write_json(folder / "run.json", read_json(folder / "run.json") | dict(status="running"))
     (folder / "interrupted").unlink()
-    write_json(folder / ".owner.json", dict(pid=os.getpid(), host=socket.gethostname(), start="now"))
     assert [p.name for p in list_checkpoints(folder)] == ["step_00000004", "step_00000005"]
     return workdir
 
@@ -146,7 +144,8 @@ def test_a_checkpoint_is_deleted_while_it_is_used(tmp_path, two_steps, monkeypat
 
     monkeypatch.setattr(module, name, getattr(module, name))  # To restore it at the end
     run_after_call(module, name, lambda *args: next(count) == number, train_a_step)
-    assert not use(folder, 0) and not old.exists()
+    with folder_module.RunLock(folder):
+        assert not use(folder, 0) and not old.exists()
 
 
 def at_one_moment(number, name, *args):
