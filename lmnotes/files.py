@@ -143,7 +143,7 @@ def explain_read_errors(path) -> Iterator[None]:  # File that is read
     except OSError as e:
         raise CheckpointError(f"{explain_os_error(e, path)}, so it cannot be verified") from None
 
-
+# %% ../nbs/02_files.ipynb #62ed6fa3
 def _free_bytes(path):
     "Return the free bytes of the disk of a path, which need not exist"
     path = Path(path).absolute()
@@ -343,7 +343,7 @@ def is_locked(folder) -> "bool | None":
         os.close(fd)
     return False
 
-
+# %% ../nbs/02_files.ipynb #e05b1dbb
 def _describe_owner(folder):
     "Return the process, host and start time of the owner of a lock, for an error message"
     owner = dict.fromkeys(("pid", "host", "start"), "unknown") | read_owner(folder)

@@ -138,8 +138,8 @@ def _check_checkpoint(run, folder):
 def _check_checkpoints(run):
     "Return a row for each checkpoint, apart from those that a process that trains deletes meanwhile"
     while True:
-        rows = [_check_path(p, _check_checkpoint, run, p) for p in list_checkpoints(run.folder)]
-        rows = [row for row in rows if row["result"] == OK or (run.folder / row["part"]).exists()]
+        rows = [(p, _check_path(p, _check_checkpoint, run, p)) for p in list_checkpoints(run.folder)]
+        rows = [row for p, row in rows if row["result"] == OK or p.exists()]
         if rows or not list_checkpoints(run.folder):
             return rows
 

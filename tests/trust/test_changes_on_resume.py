@@ -482,7 +482,7 @@ def test_damaged_changes(place, changes):
     "Changes of another type are rejected by name"
     change_json("runs/r/run.json", changes=changes)
     for use in (resume, lambda: load("runs/r"), lambda: fork("runs/r", "fork")):
-        with pytest.raises(CheckpointError, match=r"run\.json: damaged, or not the record of a run: changes is "):
+        with pytest.raises(CheckpointError, match=r"run\.json: damaged, or not such a file of a run: changes"):
             use()
 
 
