@@ -307,7 +307,7 @@ def test_lora_options_without_a_rank_are_rejected(base_run_folder):
 
 
 def test_failed_start_leaves_no_base_weights(tmp_path, base_run_folder):
-    "A run without a checkpoint starts again from the base run as it is now, even if that has changed"
+    "A run without a checkpoint starts again from the base run, unless that has changed meanwhile"
     shutil.copytree(base_run_folder / "corpus", tmp_path / "corpus")
     shutil.copytree(base_run_folder / "runs/base", tmp_path / "runs/base")
     assert run_in_process(tmp_path, train, 1, **TINY | LORA) == 130
@@ -317,11 +317,17 @@ def test_failed_start_leaves_no_base_weights(tmp_path, base_run_folder):
     for name in ("last", "interrupted"):
         (run / name).unlink()
     record = json.loads((run / "run.json").read_bytes())
-    (run / "run.json").write_text(json.dumps(record | dict(status="failed")))  # Before its first checkpoint
+    (run / "run.json").write_text(
+        json.dumps(record | dict(status="failed", saved=False))
+    )  # Before its first checkpoint
     code = run_in_process(
         tmp_path, train, **{**TINY, "run": "base", "steps": 25, "patience": 0, "resume": True, "allow_change": "steps"}
     )
     assert code == 0, read_log(tmp_path)
+    assert run_in_process(tmp_path, train, **TINY | LORA | dict(resume=True)) != 0
+    assert "the initial weights have changed" in read_log(tmp_path)
+    shutil.rmtree(tmp_path / "runs/base")
+    shutil.copytree(base_run_folder / "runs/base", tmp_path / "runs/base")
     assert run_in_process(tmp_path, train, **TINY | LORA | dict(resume=True)) == 0, read_log(tmp_path)
     assert "is not saved" not in read_log(tmp_path)
     assert load_lm(run).lora.rank == 2
