@@ -305,7 +305,7 @@ def _read_start(path, size, error):
         with open(check_regular_file(path, error), "rb") as f:
             return f.read(size)
     except OSError as e:
-        raise error(f"{path}: cannot be read ({e})") from None
+        raise error(f"{path}: {'you have no permission' if isinstance(e, PermissionError) else e}") from None
 
 # %% ../nbs/00_core.ipynb #4eb8e7e9
 MAX_JSON_BYTES = 1 << 28

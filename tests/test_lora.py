@@ -354,16 +354,16 @@ def test_fork_copies_the_run_at_its_step(base_run_folder, uninterrupted, monkeyp
     assert not list((base_run_folder / "runs").glob(".*.tmp")) and not (base_run_folder / "runs/half").exists()
 
 
-def test_second_run_moves_only_files_of_the_first(tmp_path):
-    "A second run of the same name moves the files of the first run and its hooks, and no others"
-    write_corpus(tmp_path / "runs/r/corpus")
+def test_second_run_moves_the_whole_folder_of_the_first(tmp_path):
+    "A second run of the same name moves all files in the folder of the first run aside, also those of its hooks and your own"
+    write_corpus(tmp_path / "corpus")
+    (tmp_path / "runs/r").mkdir(parents=True)
     (tmp_path / "runs/r/thesis.tex").write_text("mine")
-    params = TINY | dict(data="runs/r/corpus", steps=2)
+    params = TINY | dict(steps=2)
     for _ in range(2):
         assert run_in_process(tmp_path, train_with_weights, **params) == 0, read_log(tmp_path)
-    assert (tmp_path / "runs/r/thesis.tex").exists() and (tmp_path / "runs/r/corpus/sea").exists()
     moved = {p.name for p in (tmp_path / "runs/r-1").iterdir()}
-    assert {"run.json", "tokenizer", "step_00000002", "weights_2.pt"} <= moved
+    assert {"run.json", "tokenizer", "step_00000002", "weights_2.pt", "thesis.tex"} <= moved
 
 
 def train_with_weights(**params):

@@ -12,12 +12,12 @@ from small_runs import RUNS, attempt, trained_runs
 from test_damaged_runs import USES, judge
 
 from lmnotes.apps.doctor import doctor
-from lmnotes.apps.papermill_engine import last_run, output_path
+from lmnotes.apps.papermill_engine import output_path
 from lmnotes.core import CheckpointError
 from lmnotes.files import RunLock
 from lmnotes.inspect.diff import diff
 from lmnotes.inspect.verify import verify
-from lmnotes.runs.folder import fork
+from lmnotes.runs.folder import fork, last_run_name
 from lmnotes.runs.replay import MISMATCH
 from lmnotes.runs.run import run
 
@@ -148,5 +148,5 @@ def test_no_use_waits_for_a_pipe_or_a_device(place, kind):
 
 def test_papermill_does_not_wait_for_a_pipe(stopped):
     put(stopped / "run.json", "pipe")
-    kind, found = call(last_run, stopped.parent)
+    kind, found = call(last_run_name, stopped.parent)
     assert kind == "ValueError" and "there is no run" in found
