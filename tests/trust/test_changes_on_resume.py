@@ -109,7 +109,7 @@ def test_the_table_has_every_parameter():
     assert {*OTHER, *ELSEWHERE} == {f.name for f in fields(RunConfig)}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.nightly] * (n == "compile")) for n in NAMES])
 def test_a_changed_parameter(place, uninterrupted, name, capsys):
     "A parameter given with another value on resume is rejected by name, recorded with allow_change, or without effect"
     changed = {name: OTHER[name]}
@@ -196,6 +196,7 @@ def other_entries(value, path=()):
             yield (*path, key)
 
 
+@pytest.mark.nightly
 def test_each_other_entry_of_run_json(place, trained, uninterrupted):
     "Every other number and text in run.json that was changed by hand is rejected by name, or without effect"
     problems, n = [], 0

@@ -317,7 +317,7 @@ N_CASES = dict(done=(2, 2), stopped=(2, 2), adapted=(2, 2))  # {run: (draws of e
 NIGHTLY = dict.fromkeys(RUNS, (10, len(USES)))
 
 
-@pytest.mark.parametrize("name", ["done", "stopped", "adapted"])
+@pytest.mark.parametrize("name", ["done", "stopped", pytest.param("adapted", marks=pytest.mark.nightly)])
 def test_every_file_of_a_run(trained, runs, name):
     "Every damage of every file of a run is named, or the result is that of the undamaged run"
     n, problems = check_run(trained, runs, name, *N_CASES[name])

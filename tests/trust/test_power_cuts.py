@@ -34,7 +34,7 @@ from lmnotes.training.checkpoint import (
 from lmnotes.training.saving import Save, remove_temporary_files
 from lmnotes.training.trainer import TrainConfig, Trainer
 
-MODELS = "bigram", "adapters", "bigram, no exchange"
+MODELS = "bigram", pytest.param("adapters", marks=pytest.mark.nightly), "bigram, no exchange"
 LOGS = "metrics.jsonl", "samples.jsonl"
 
 
