@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from helpers import STARTED, TINY, command_line_args, lmnotes_command, read_log, run_in_process, write_corpus
+from helpers import STARTED, TINY, train_with_command, write_corpus
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,4 @@ def workdir(tmp_path, corpus):
 @pytest.fixture(scope="session")
 def uninterrupted_run(tmp_path_factory, corpus):
     "Return the run folder of an uninterrupted run of `TINY`"
-    folder = tmp_path_factory.mktemp("whole")
-    (folder / "corpus").symlink_to(corpus)
-    assert run_in_process(folder, lmnotes_command, "train", *command_line_args(**TINY)) == 0, read_log(folder)
-    return folder / "runs/r"
+    return train_with_command(tmp_path_factory.mktemp("whole"), corpus, **TINY)

@@ -230,6 +230,13 @@ def stop_before_step(step, folder, function, *args, number=signal.SIGINT, **kwar
     return wait_for_exit(process)
 
 
+def train_with_command(folder, corpus, **params):
+    "Train a run on a corpus by the command line in a new folder, and return its run folder"
+    (folder / "corpus").symlink_to(corpus)
+    assert run_in_process(folder, lmnotes_command, "train", *command_line_args(**params)) == 0, read_log(folder)
+    return folder / "runs/r"
+
+
 def command_line_args(**params):
     "Return parameters as command-line arguments"
     flags = {"--" + name.replace("_", "-"): value for name, value in params.items()}

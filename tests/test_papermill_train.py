@@ -13,12 +13,10 @@ import pytest
 from helpers import (
     DEADLINE,
     TINY,
-    command_line_args,
     differences,
-    lmnotes_command,
     read_log,
-    run_in_process,
     run_results,
+    train_with_command,
     wait_until,
 )
 
@@ -65,10 +63,7 @@ def papermill(workdir, *command_line_args, **environ):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, corpus):
     "Return the results of an uninterrupted run of the command line"
-    folder = tmp_path_factory.mktemp("whole")
-    (folder / "corpus").symlink_to(corpus)
-    assert run_in_process(folder, lmnotes_command, "train", *command_line_args(**CASE)) == 0, read_log(folder)
-    return run_results(folder / "runs/r")
+    return run_results(train_with_command(tmp_path_factory.mktemp("whole"), corpus, **CASE))
 
 
 def start_paused(workdir, *command_line_args):

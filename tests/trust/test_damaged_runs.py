@@ -250,14 +250,6 @@ def trained(tmp_path_factory):
         yield runs
 
 
-@pytest.fixture
-def runs(trained, tmp_path, monkeypatch):
-    "Return the folder of a copy of the runs, which has the place of all runs"
-    shutil.copytree(trained, tmp_path / "runs")
-    monkeypatch.setenv("LMNOTES_OUT_DIR", str(tmp_path / "runs"))
-    return tmp_path / "runs"
-
-
 def restore(trained, folder):
     "Copy a run again, and remove what a use has added"
     for path in folder.parent.iterdir():
@@ -282,14 +274,20 @@ def is_longer_log(path, content):
     return path.name in LOGS and path.is_file() and path.read_bytes().startswith(content)
 
 
-def check_run(trained, runs, name, n_draws, n_uses=None):
-    "Damage every file of a run in every way, and return (number of cases, problems)"
-    folder, problems, n = runs / name, [], 0
+def results_of_uses(trained, folder):
+    "Return {use: result} of an undamaged run"
     whole = {}
     for use, fn in USES.items():
         whole[use], error, text = attempt(fn, folder)
         assert not error, (use, error, text)
         restore(trained, folder)
+    return whole
+
+
+def check_run(trained, runs, name, n_draws, n_uses=None):
+    "Damage every file of a run in every way, and return (number of cases, problems)"
+    folder, problems, n = runs / name, [], 0
+    whole = results_of_uses(trained, folder)
     for path in files_of(folder):
         for i, way in enumerate(ways(path)):
             kind = getattr(way, "__name__", way)
@@ -356,11 +354,7 @@ def without_rights_of_root():
 def test_files_without_permission(trained, runs, name):
     "Each file of a run that this user may not read is named, or the result is that of the whole run"
     folder, problems = runs / name, []
-    whole = {}
-    for use, fn in USES.items():
-        whole[use], error, text = attempt(fn, folder)
-        assert not error, (use, error, text)
-        restore(trained, folder)
+    whole = results_of_uses(trained, folder)
     for path in files_of(folder):
         for use in random.Random(path.name).sample([*USES], 4):
             path.chmod(0)

@@ -42,14 +42,6 @@ def trained(tmp_path_factory):
         yield runs
 
 
-@pytest.fixture
-def runs(trained, tmp_path, monkeypatch):
-    "Return the folder of a copy of the runs, which has the place of all runs"
-    shutil.copytree(trained, tmp_path / "runs")
-    monkeypatch.setenv("LMNOTES_OUT_DIR", str(tmp_path / "runs"))
-    return tmp_path / "runs"
-
-
 def write_tokens(path):
     with TokenWriter(path, 256) as out:
         out.add([1, 2, 3])
