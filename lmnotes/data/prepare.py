@@ -21,6 +21,7 @@ from .splits import *
 from .tokenizer import Tokenizer
 from .tokenizer_files import *
 from .tokens import *
+from ..files import remove_path
 
 # %% ../../nbs/data/16_prepare.ipynb #177fae99
 def _document_batches(documents, n_chars=1 << 22):
@@ -74,8 +75,7 @@ def tokenize_splits(
     out.mkdir(parents=True, exist_ok=True)
     with FileLock(str(out / ".lock")):  # Another process may be preparing the same tokens
         for temporary in out.glob(".*.tmp"):
-            is_folder = temporary.is_dir() and not temporary.is_symlink()
-            shutil.rmtree(temporary) if is_folder else temporary.unlink()
+            remove_path(temporary)
         split = resolve_split(corpus, split)
         for part in parts_of_split(corpus, split):
             path = out / f"{part}.bin"

@@ -222,13 +222,9 @@ def _relevant_fixed_fields(config):
 # %% ../../nbs/recipes/84_fresh_or_resume_config.ipynb #02801c72
 def _check_saved_fields(values, known):
     "Raise `CheckpointError`, naming the field, unless env.json holds valid values of fields, apart from the `known` ones"
-    if not isinstance(values, dict):
-        raise CheckpointError(f"env.json holds a {type(values).__name__}, expected an object. Remove the file")
-    types = {f.name: f.type for f in fields(TrainingConfig)}
-    for name, value in values.items():
-        kinds = get_args(types.get(name)) or (types.get(name),)
-        if type(value) not in (*kinds, *[int] * (float in kinds)):
-            raise CheckpointError(f"env.json has {name[:80]}={repr(value)[:80]}, which is no valid setting. Remove it")
+    kinds = {f"{f.name}?": f.type for f in fields(TrainingConfig)} | {str: frozenset()}  # No other names
+    if problem := next(wrong_entries(values, kinds), None):
+        raise CheckpointError(f"env.json: {problem}, which is no valid setting. Remove it")
     try:
         _check_fields({name: value for name, value in values.items() if name not in known})
         [project_path(value) for name, value in values.items() if name.endswith("_dir")]  # No null byte or surrogate

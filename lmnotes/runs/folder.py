@@ -320,11 +320,7 @@ def _copy_run_at_step(checkpoint_folder, to):
     check_same_record(read_run_record(old), checkpoint_folder)
     counters = read_state(checkpoint_folder)["counters"]
     record = run_record_at_step(then, checkpoint_folder)
-    sizes = (
-        {name: size for name, (size, _) in then.get("logs", {}).items()}
-        if warn_of_damaged_logs(checkpoint_folder)
-        else {}
-    )
+    logs = then.get("logs", {}) if warn_of_damaged_logs(checkpoint_folder) else {}
     tokenizer = load_tokenizer(old / "tokenizer")
     if tokenizer.fingerprint != record["tokenizer"]["fingerprint"]:
         raise TokenizerError(f"{old / 'tokenizer'}: not the tokenizer of {checkpoint_folder}. Restore it from a copy")
@@ -337,8 +333,8 @@ def _copy_run_at_step(checkpoint_folder, to):
     for file in ("metrics.jsonl", "samples.jsonl", BASE_WEIGHTS_FILE, *settings):
         if (old / file).exists():
             shutil.copy2(old / file, to)
-            if file in sizes:  # Records that a killed process or someone else has added belong to no checkpoint
-                os.truncate(to / file, sizes[file])
+            if file in logs:  # Records that a killed process or someone else has added belong to no checkpoint
+                os.truncate(to / file, logs[file][0])
     truncate_metrics(to, counters)
     for name, folder in dict(last=checkpoint_folder, best=best).items():
         if folder:

@@ -91,8 +91,9 @@ def _report_lost_rank(folder, processes, started):
 
 @contextmanager
 def explain_lost_rank(
-    folder, started=False
-) -> "Iterator[None]":  # Run folder, and True if its record is that of this run
+    folder,  # Run folder
+    started=False,  # True if its record is that of this run
+) -> "Iterator[None]":
     "Replace the error of an exchange that failed because another rank ended"
     processes = []
     try:

@@ -107,9 +107,8 @@ def largest_difference(a, b) -> tuple:  # Nested dicts and lists
     return sizes.get(name, 0), name, sum(size > 0 for size in sizes.values()), len(sizes)
 
 # %% ../../nbs/runs/69_replay.ipynb #11fcf859
-ROUNDING = dict(
-    float32=0.02, bfloat16=0.5, float16=0.5
-)  # Largest relative difference by rounding, by the dtype of a run
+# Largest relative difference by rounding, by the dtype of a run
+ROUNDING = dict(float32=0.02, bfloat16=0.5, float16=0.5)
 _COMPARED = "text", "best_step", "waits"  # Names of values that follow from comparisons of rounded figures
 
 

@@ -308,8 +308,7 @@ def latest_checkpoint(run) -> Path:
 def _warn_if_not_last(folder):
     "Return a checkpoint folder, with a warning if `last` names a later one that is missing"
     path = folder.parent / "last"
-    with explain_read_errors(path):
-        name = read_line(path).strip() if path.is_file() else ""
+    name = read_line(path, CheckpointError).strip() if path.is_file() else ""
     if (
         re.fullmatch(r"step_\d{8,}", name)
         and int(name[5:]) > int(folder.name[5:])
