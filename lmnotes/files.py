@@ -196,9 +196,10 @@ def _round_for_json(v):
 
 
 _RECORD = {"step": int, "split": str, "time?": str, "tokens?": int, str: float | bool | None}
+_MEASURED = _RECORD | {"loss": float | None}
 _RECORDS = dict(
-    train=_RECORD | {"loss": float | None},
-    val=_RECORD | {"loss": float | None, "tokens": int},
+    train=_MEASURED,
+    val=_MEASURED,
     sample=_RECORD | {"prompt": str, "text": str},
 )
 
@@ -231,7 +232,12 @@ class JsonlLog:
 
     def append(self, **record) -> None:
         "Append a record. If that fails, keep it in memory, print a warning, and try again with the next record"
-        self.unwritten.append(json.dumps({k: _round_for_json(v) for k, v in record.items()}) + "\n")
+        line = json.dumps({k: _round_for_json(v) for k, v in record.items()})
+        if _parse_record(line.encode()) is None:  # Then `read` would skip it
+            raise ValueError(
+                f"{line[:200]} is not a record of {self.path.name}: it needs a step, a split and their values"
+            )
+        self.unwritten.append(line + "\n")
         is_first = len(self.unwritten) == 1
         try:
             self._write()

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..inference.evaluation import *
+from ..nn.row_random import *
 from ..runs.monitor import *
 from ..training.trainer import *
 
@@ -31,7 +32,12 @@ def _activation_bytes(trainer, batch):
     "Return the bytes that the loss of a batch saves for its backward pass, except the weights and the batch itself"
     batch, saved = batch.to(trainer.device), []
     own = [*trainer.lm.state_dict().values(), batch.x, batch.y, *batch.extras.values()]
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t), trainer.autocast():
+    streams = row_streams(0, torch.arange(len(batch.x)), len(batch.x), trainer.device)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+        trainer.autocast(),
+        streams,
+    ):
         loss = Objective(trainer.lm.train())(*batch)["loss"]
     size = _storage_bytes([*saved, *own]) - _storage_bytes(own)
     del loss  # It holds the saved tensors until here

@@ -165,7 +165,7 @@ class LossChange(Hook):
             result = evaluate(t.lm, batches, autocast=t.autocast, seed=t.cfg.seed)
             self.session_losses[t.step] = result["loss"]
             if not t.step:
-                self.eval_hook.metrics.append(step=0, split="val", loss=result["loss"], time=utc_now())
+                self.eval_hook.metrics.append(step=0, split="val", **result, time=utc_now())
         print(self._format_line(t))
 
     def _losses_by_step(self):
