@@ -153,14 +153,18 @@ def test_stopped_launcher(workdir, number):
     assert last.startswith("r: interrupted at step ") and "Traceback" not in read_log(workdir), read_log(workdir)
 
 
-# Startup code of the processes: the first rank that comes to step 12 waits there.
+# Startup code of the processes: each rank waits before step 12. A rank that waited in a collective operation would not see a signal.
 PAUSED = """
 import os, sys
 if "RANK" in os.environ:
     sys.path.insert(0, {tests!r})
-    from helpers import pause_process, run_before_call
+    from pathlib import Path
+    from helpers import run_before_call, wait_until
     from lmnotes.training.trainer import Trainer
-    run_before_call(Trainer, "train_step", lambda trainer: trainer.step == 11)
+    def wait():
+        Path("reached" + os.environ["RANK"]).touch()
+        wait_until(Path("go").exists)
+    run_before_call(Trainer, "train_step", lambda trainer: trainer.step == 11, wait)
 """
 SIGNALS = {
     "two signals to procs": ("procs", signal.SIGTERM, signal.SIGTERM),
@@ -189,7 +193,7 @@ def test_signals(workdir, monkeypatch, whole, case):
     (workdir / "sitecustomize.py").write_text(PAUSED.format(tests=str(TRUST.parent)))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(workdir), os.environ.get("PYTHONPATH", "")]))
     launcher = start(workdir, way, **TINY)
-    wait_until(lambda: (workdir / "reached").exists() or launcher.poll() is not None)
+    wait_until(lambda: len(list(workdir.glob("reached?"))) == 2 or launcher.poll() is not None)
     assert launcher.poll() is None, read_log(workdir)
     ranks = ranks_of(launcher)
     os.kill(ranks[1] if "to a rank" in case else launcher.pid, first)
