@@ -22,6 +22,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The tests write and remove many small files. In memory that takes a hundredth of the time that it takes on some disks, and flushes
+# cost nothing. Set TMPDIR to a folder on a disk, and the tests use that.
+MEMORY = Path("/dev/shm")
+if "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK):
+    disk = os.statvfs(MEMORY)
+    if disk.f_bavail * disk.f_frsize > 4e9 and not disk.f_flag & os.ST_NOEXEC:
+        os.environ["TMPDIR"], tempfile.tempdir = str(MEMORY), None
+
 # Runs that tests make without naming a folder stay out of checkpoints/. Each worker has a folder of its own, so that the last run in
 # it is a run of its own.
 if "LMNOTES_OUT_DIR" not in os.environ:

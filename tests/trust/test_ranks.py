@@ -218,7 +218,7 @@ from helpers import lmnotes_command, run_before_call
 from lmnotes.training import trainer
 
 attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-rank, step = [(1, 14), (0, 25), (1, 33)][attempt] if attempt < 3 else (-1, 0)
+rank, step = [*{kills}, (-1, 0)][attempt]
 if int(os.environ["RANK"]) == rank:
     kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
     run_before_call(trainer.Trainer, "train_step", lambda t: t.step == step, kill)
@@ -228,12 +228,14 @@ os._exit(code)
 """
 
 
-def test_torchrun_restarts(workdir, whole):
-    "`torchrun --max-restarts=3` and `--resume auto`: a rank is killed three times, and the run is the same as without a kill"
-    (workdir / "held.py").write_text(RESTARTED.format(trust=str(TRUST.parent)))
-    process = torchrun(workdir, "--max-restarts=3", "--", "held.py", *command_line_args(**TINY, resume="auto"))
+@pytest.mark.parametrize("kills", [[(1, 14)], pytest.param([(0, 14), (1, 25), (0, 33)], marks=pytest.mark.nightly)])
+def test_torchrun_restarts(workdir, whole, kills):
+    "`torchrun --max-restarts` and `--resume auto`: ranks are killed, and the run is the same as without a kill"
+    (workdir / "held.py").write_text(RESTARTED.format(trust=str(TRUST.parent), kills=kills))
+    restarts = f"--max-restarts={len(kills)}"
+    process = torchrun(workdir, restarts, "--", "held.py", *command_line_args(**TINY, resume="auto"))
     assert process.wait(DEADLINE) == 0, read_log(workdir)
-    assert read_log(workdir).count("from step") == 3, read_log(workdir)
+    assert read_log(workdir).count("from step") == len(kills), read_log(workdir)
     assert [path.name for path in (workdir / "runs").glob("[!.]*")] == ["r"]
     assert not differences(whole, run_results(workdir / "runs/r"))
 
