@@ -121,12 +121,17 @@ def prepare_resume(
 
 
 def _prepare_resume_on_rank0(folder, resume):
+    files = find_checkpoint_files(folder)
     if resume.lower() == "auto":
-        resume = str(bool(_newest_step(folder) or find_checkpoint_files(folder)))
+        saved = has_checkpoints(folder) or _read_run_record(folder).get("saved")
+        resume = str(bool(files or saved or (folder / "recipe.json").exists()))  # A run writes it before its first step
     if resume.lower() in ("", "false", "0", "none"):
         return False
-    newest, is_bare = _newest_step(folder), resume.lower() in ("true", "1")
-    path, content = _furthest_checkpoint(folder, newest) if is_bare else _requested_checkpoint(folder, resume)
+    newest, is_bare, path = _newest_step(folder), resume.lower() in ("true", "1"), None
+    if not is_bare:
+        path, content = _requested_checkpoint(folder, resume)
+    elif files or not will_resume("auto", folder):  # Else `run` finds what is there, and names what is missing
+        path, content = _furthest_checkpoint(folder, newest)
     record = _read_run_record(folder)
     if path:
         print(escape_terminal(f"Resuming from {path.name}: epoch {content['epoch']}, step {content['step']}"))

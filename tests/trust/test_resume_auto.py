@@ -1,6 +1,8 @@
 """One command that a scheduler repeats starts a run, resumes it as often as needed, and returns when it is finished."""
 
 import os
+import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -22,10 +24,14 @@ from helpers import (
     wait_for_exit,
     wait_until,
 )
+from small_runs import SMALL
 
+import lmnotes
 from lmnotes.apps import cli
 from lmnotes.apps.papermill_engine import fill_in_command
-from lmnotes.core import read_json
+from lmnotes.core import CheckpointError, read_json, write_json
+from lmnotes.recipes.nanothink import checkpoint_hooks
+from lmnotes.recipes.nanothink_checkpoints import prepare_resume
 from lmnotes.runs import folder as folder_module
 from lmnotes.runs import run as run_module
 from lmnotes.runs.config import resolve_config, to_cli_flags
@@ -192,3 +198,86 @@ def test_every_way_to_pass_resume(workdir, monkeypatch):
     assert argv[2] == str(workdir / "runs/r/train.ipynb") and argv[-4:-2] == ["resume", "auto"]
     with pytest.raises(ValueError, match="needs the name of the run. Add `-p run NAME`"):
         fill_in_command(["papermill", notebook, "-p", "resume", "auto"])
+
+
+def remove_checkpoints(runs):
+    "Remove all checkpoints of the run `small`"
+    for path in [*runs.glob("small*.pt"), *runs.glob("small/step_*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def damage_checkpoints(runs):
+    "Damage all checkpoints in the folder of the run `small`, and remove those next to it"
+    for path in runs.glob("small/step_*/model.safetensors"):
+        path.write_bytes(b"damaged")
+    for path in runs.glob("small*.pt"):
+        path.unlink()
+
+
+def remove_record(runs):
+    "Remove the record of the run `small` and the checkpoints next to it"
+    for path in [runs / "small/run.json", *runs.glob("small*.pt")]:
+        path.unlink()
+
+
+def start_again(runs):
+    "Return the run `small` to the moment before its first checkpoint"
+    remove_checkpoints(runs)
+    for name in checkpoint.POINTERS:
+        (runs / "small" / name).unlink(missing_ok=True)
+    write_json(
+        runs / "small/run.json", read_json(runs / "small/run.json") | dict(saved=False, status="running", step=0)
+    )
+
+
+def start_before_its_first_hook(runs):
+    "Return the run `small` to the moment after its record was written"
+    start_again(runs)
+    (runs / "small/recipe.json").unlink()
+
+
+# (what happened to the run, does `auto` resume it, part of the error)
+NANOTHINK = {
+    "nothing": (lambda runs: None, True, ""),
+    "the run folder is lost": (lambda runs: shutil.rmtree(runs / "small"), True, ""),
+    "the checkpoints are lost": (remove_checkpoints, True, "none of its step_ folders is here"),
+    "the checkpoints are damaged": (damage_checkpoints, True, "model.safetensors"),
+    "the record is lost": (remove_record, True, "run.json"),
+    "killed before the first checkpoint": (start_again, True, ""),
+    "killed before the first step": (start_before_its_first_hook, False, ""),
+    "never started": (lambda runs: [remove_checkpoints(runs), shutil.rmtree(runs / "small")], False, ""),
+}
+
+
+@pytest.fixture(scope="module")
+def nanothink_run(tmp_path_factory):
+    "Return a folder with the finished run `small` of a NanoThink recipe"
+    runs = tmp_path_factory.mktemp("nanothink")
+    (runs / "corpus.txt").write_text("the cat sat on the mat. " * 40)
+    train_small(runs)
+    return runs
+
+
+def train_small(runs, resume=False):
+    "Train the run `small` as a NanoThink recipe does"
+    if resume:
+        params = dict(run="small", out_dir=str(runs), resume=True)
+    else:
+        params = dict(SMALL, run="small", out_dir=str(runs), data=str(runs / "corpus.txt"), steps=4, batch_size=2)
+    return lmnotes.run(hooks=checkpoint_hooks(runs / "small", dict(epochs=10), 2), view=False, **params)
+
+
+@pytest.mark.parametrize("case", NANOTHINK)
+def test_a_nanothink_recipe_never_starts_over(nanothink_run, tmp_path, case, capsys):
+    "`resume=auto` of a NanoThink recipe resumes each run that has trained, or raises an error that names what is missing"
+    runs = shutil.copytree(nanothink_run, tmp_path / "runs")
+    change, resumes, error = NANOTHINK[case]
+    change(runs)
+    assert prepare_resume(runs / "small", "auto") == resumes
+    if error:
+        with pytest.raises(CheckpointError, match=re.escape(error)):
+            train_small(runs, resume=True)
+    elif resumes:
+        r = train_small(runs, resume=True)
+        assert (r.status, r.step) == ("done", 4)
+    assert not list(runs.glob("small-*"))  # Nothing has moved aside
