@@ -206,6 +206,8 @@ def _comparable(weights, state, records):
 def _train_interval(start, end, place, device, make_batches):
     "Train an interval in the folder `place`. Return (recorded parts, replayed parts, changed parameters)"
     state, end_step = read_state(end), int(end.name[5:])
+    if (name := read_checkpoint_config(end).get("batches")) and not make_batches:
+        raise ValueError(f"this run was trained with make_batches={name}. Pass that function to `verify`")
     before, after = read_state(start)["counters"] if start else {}, state["counters"]
     records = interval_records(end.parent, before, after)
     s, changed = _setup_replay(start, end, place, device)

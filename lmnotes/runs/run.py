@@ -128,6 +128,7 @@ class _RecordingTrainer(Trainer):
 
 def _train_run(s, signals, hooks, log_format, make_batches):
     "Train a `RunSetup`, from its checkpoint if there is one"
+    s.check_same_batches(make_batches)
     record = RunRecord(s.folder, **(s.info or dict(started=utc_now())))
     hooks = [*s.hooks(), RecordFirstSave(record), *hooks]
     trainer = _RecordingTrainer(record, s.lm, s.batches, s.cfg, hooks, s.device, signals, log_format)

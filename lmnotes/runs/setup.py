@@ -201,6 +201,7 @@ class RunSetup:
         if cfg.epochs:
             cfg.steps = math.ceil(cfg.epochs * self.batches.steps_per_epoch)
         self.val = EvaluationBatches(self.data.tokens["val"].ids, cfg.batch_size, cfg.ctx_len)
+        self.batch_function = ""  # Name of a function that makes other batches
         self.lm = _build_model(cfg, self.data.tokenizer, self.checkpoint_folder)
         self.initial_weights = self._hash_initial_weights()
         if self.checkpoint_folder:
@@ -254,6 +255,20 @@ class RunSetup:
             )
         return data
 
+    def check_same_batches(self, make_batches) -> None:  # Function for other batches, or None
+        "Raise `CheckpointError` if a run was trained with batches of a function and goes on without it, or the other way round"
+        self.batch_function = getattr(make_batches, "__qualname__", type(make_batches).__name__) if make_batches else ""
+        then = read_checkpoint_config(self.checkpoint_folder).get("batches") if self.checkpoint_folder else None
+        if then is None or then == self.batch_function:
+            return
+        if then and self.batch_function:
+            print(f"bits may differ from here on: make_batches {then} → {self.batch_function}")
+        else:
+            advice = "Resume it with the script that started it" if then else "Leave make_batches out"
+            raise CheckpointError(
+                f"this run was trained with make_batches={then or None}. {advice}, or start a new run"
+            )
+
     def run_record(self) -> dict:
         "Return the entries of run.json about data, tokenizer, configuration and model"
         found, tok = self.data, self.data.tokenizer
@@ -280,6 +295,7 @@ class RunSetup:
         sample_every = cfg.sample_every or math.ceil(cfg.steps / 5)
         params = {name: value for name, value in asdict(cfg).items() if name not in CHANGEABLE_PARAMS}
         metadata = dict(tokenizer=tok.fingerprint, data=data.fingerprint, params=params)  # Of the run at a checkpoint
+        metadata["batches"] = self.batch_function
         metadata["environment"] = environment(self.device, rank_and_world_size()[1])
         return [
             Log(metrics, self.bytes_per_token),

@@ -33,21 +33,20 @@ from ..untrusted import *
 
 # %% ../../nbs/training/42_checkpoint.ipynb #11e454be
 def check_serializable(obj, where="state") -> None:
-    "Raise `CheckpointError`, naming the key, if `obj` holds anything but plain values, containers and tensors"
-    if isinstance(obj, dict):
-        for k, v in obj.items():
-            check_serializable(v, f"{where}.{k}")
-    elif isinstance(obj, (list, tuple)):
-        for i, v in enumerate(obj):
-            check_serializable(v, f"{where}[{i}]")
-    elif type(obj) not in (int, float, str, bool, type(None), torch.Tensor):
+    "Raise `CheckpointError`, naming the key, if `obj` holds anything but plain values, containers and finite tensors"
+    if isinstance(obj, (dict, list, tuple)):
+        for key, value in obj.items() if isinstance(obj, dict) else enumerate(obj):
+            check_serializable(value, f"{where}.{key}")
+    elif isinstance(obj, torch.Tensor):
+        check_finite({where: obj}, "the trainer")
+    elif type(obj) not in (int, float, str, bool, type(None)):
         raise CheckpointError(f"{where} is a {type(obj).__name__}. A checkpoint holds only plain values and tensors")
 
 
 def check_finite(tensors, where) -> None:
     "Raise `CheckpointError`, naming the tensor, if one of {name: tensor} holds NaN or infinity"
     for name, t in tensors.items():
-        if t.is_floating_point() and not t.isfinite().all():
+        if t.is_floating_point() and not is_finite(t):
             raise CheckpointError(f"{where}: {name} holds NaN or infinity and was not saved. Use an earlier checkpoint")
 
 # %% ../../nbs/training/42_checkpoint.ipynb #82701fac
@@ -252,7 +251,7 @@ def check_logs(
 VERSIONS = {str: str | float | bool | None}  # Of packages, and of the rest of the environment
 _CONFIG = {"format?": object, "arch": str, "config": dict, "step": int, "versions?": VERSIONS, "environment?": VERSIONS}
 _CONFIG |= {"best?": int, "logs?": {str: (int, str)}, "tokenizer?": str, "data?": str, "params?": dict}
-_CONFIG |= {"lora?": dict, "base?": str}
+_CONFIG |= {"lora?": dict, "base?": str, "batches?": str}
 
 
 def check_format(values, path) -> None:  # Content of a JSON file, and its path

@@ -457,8 +457,8 @@ def test_the_command(r):
     assert run_in_process(folder, lmnotes_command, "verify", "--run", "runs/none") == 2
 
 
-def test_a_run_with_its_own_batches(workdir, monkeypatch):
-    "The replay needs the function that makes the batches, as a resume does"
+def test_a_run_with_its_own_batches(workdir, monkeypatch, capsys):
+    "A resume and a replay need the function that makes the batches, and its name is recorded"
     monkeypatch.chdir(workdir)
 
     def every_second(s):
@@ -468,9 +468,28 @@ def test_a_run_with_its_own_batches(workdir, monkeypatch):
 
         return Half()
 
+    def renamed(s):
+        return every_second(s)
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    run(make_batches=every_second, hooks=[StopAtSteps()], view=False, **KEEP)
+    run(make_batches=every_second, hooks=[StopAtSteps(20)], view=False, **KEEP)
+    with pytest.raises(CheckpointError, match="trained with make_batches=.*every_second.*the script that started it"):
+        run(resume=True, run="r", out_dir="runs", view=False)
+    assert "bits may differ" not in capsys.readouterr().out
+    run(make_batches=renamed, hooks=[StopAtSteps(25)], resume=True, run="r", out_dir="runs", view=False)
+    text = capsys.readouterr().out
+    assert "bits may differ from here on: make_batches" in text and "renamed" in text
+    run(make_batches=every_second, resume=True, run="r", out_dir="runs", view=False)
     torch.set_num_threads(threads)
-    assert verify("runs/r", replay=1).exit_code == 5
+    report = verify("runs/r", replay=1)
+    assert report.exit_code == 2 and "Pass that function" in report.rows[-1]["detail"]
     assert verify("runs/r", replay=1, make_batches=every_second).parts(BIT_EXACT)
+
+
+def test_a_run_without_its_own_batches(workdir, monkeypatch):
+    "A run that was trained with its own batches cannot go on with those of a function"
+    monkeypatch.chdir(workdir)
+    run(hooks=[StopAtSteps(20)], view=False, **KEEP)
+    with pytest.raises(CheckpointError, match="make_batches=None. Leave make_batches out"):
+        run(make_batches=lambda s: s.batches, resume=True, run="r", out_dir="runs", view=False)

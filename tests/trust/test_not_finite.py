@@ -1,0 +1,83 @@
+"""NaN and infinity in a gradient, a weight, an optimizer state or an evaluation reach no checkpoint, and are reported."""
+
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+from small_runs import SMALL
+
+from lmnotes.core import CheckpointError, read_json
+from lmnotes.inference import evaluation
+from lmnotes.runs.run import run
+from lmnotes.training.checkpoint import list_checkpoints, read_state, read_weights
+from lmnotes.training.trainer import Hook
+
+
+class Inject(Hook):
+    "Hook that changes a trainer once, after step 5 of 12"
+
+    def __init__(self, change):
+        self.change = change
+
+    def after_step(self, t):
+        if t.step == 5:
+            self.change(t)
+
+
+def spoil_gradient(t):
+    "Make the next gradient NaN"
+    handle = next(t.lm.parameters()).register_hook(lambda g: (handle.remove(), g * math.nan)[1])
+
+
+def spoil_weight(t):
+    "Make a weight NaN"
+    with torch.no_grad():
+        next(t.lm.parameters()).view(-1)[0] = math.nan
+
+
+def spoil_moment(t):
+    "Make a running mean of squared gradients infinite, after which its weight no longer changes"
+    state = next(state for opt in t.optimizers for state in opt.state.values() if "exp_avg_sq" in state)
+    state["exp_avg_sq"].view(-1)[0] = math.inf
+
+
+# (change, status, last checkpoint that was saved, error at the end)
+CASES = {
+    "gradient": (spoil_gradient, "done", 12, ""),
+    "weight": (spoil_weight, "failed", 4, "step 12: .* holds NaN or infinity and was not saved"),
+    "moment": (spoil_moment, "failed", 4, "exp_avg_sq holds NaN or infinity and was not saved"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_value_that_is_not_finite(workdir, monkeypatch, capsys, case):
+    "The run reports it, no checkpoint has it, and the last good checkpoint remains"
+    monkeypatch.chdir(workdir)
+    change, status, last, error = CASES[case]
+    with pytest.raises(CheckpointError, match=error) if error else nullcontext():
+        run(hooks=[Inject(change)], view=False, **SMALL | dict(run="r", optimizer="adamw", keep=0))
+    assert ("warning: step 8 is not saved: " if error else "skipped") in capsys.readouterr().out
+    assert read_json("runs/r/run.json")["status"] == status
+    steps = list_checkpoints("runs/r")
+    assert int(steps[-1].name[5:]) == last
+    for folder in steps:
+        assert all(w.isfinite().all() for w in read_weights(folder).values())
+        for opt in read_state(folder)["optimizers"]:
+            assert all(v.isfinite().all() for s in opt["state"].values() for v in s.values() if torch.is_tensor(v))
+
+
+def test_an_evaluation_that_is_not_finite(workdir, monkeypatch):
+    "A loss that is NaN is never the best one"
+    monkeypatch.chdir(workdir)
+    evaluate = evaluation.evaluate
+
+    def spoiled(*args, **kwargs):
+        result = evaluate(*args, **kwargs)
+        return result | dict(loss=math.nan) if next(steps) == 1 else result
+
+    steps = iter(range(100))
+    monkeypatch.setattr(evaluation, "evaluate", spoiled)
+    r = run(view=False, **SMALL)
+    assert r.status == "done" and math.isfinite(r.info["result"]["best"]) and r.info["result"]["best_step"] != 8
+    assert read_json(r.folder / "run.json")["result"]["best"] == r.info["result"]["best"]
