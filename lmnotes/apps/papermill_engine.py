@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TWO_VALUES', 'ONE_VALUE', 'find_project', 'parse_command', 'given_parameters', 'make_run_folder',
            'notebook_parameters', 'is_training_notebook', 'default_run_name', 'find_runs_folder', 'output_path',
-           'closest_or_all', 'replace_parameter_aliases', 'check_parameters', 'fill_in_command', 'forward_signals',
-           'run_name_of_output', 'interface_variables', 'temporary_environment', 'make_kernel_class', 'GracefulEngine',
-           'is_papermill']
+           'closest_or_all', 'replace_parameter_aliases', 'check_parameters', 'run_name_of_output', 'protect_report',
+           'fill_in_command', 'forward_signals', 'interface_variables', 'temporary_environment', 'make_kernel_class',
+           'GracefulEngine', 'is_papermill']
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #6ef1c8e6
 import base64
@@ -243,10 +243,48 @@ def _convert_arguments(argv, kinds):
             argv[i], argv[i + 2] = "-p", str(argv[i + 2].lower() in ("true", "1"))
     return argv
 
+# %% ../../nbs/apps/91_papermill_engine.ipynb #1329125d
+def run_name_of_output(
+    notebook,  # Path of the notebook that is executed
+    output,  # Path of its output
+    out_dir=None,  # The parameter `out_dir`, if given
+) -> "str | None":
+    "Return the name of the run whose folder contains the output of a training notebook"
+    project = find_project(notebook)
+    if project is None or output in (None, "-") or not is_training_notebook(notebook):
+        return None
+    folder = Path(output).resolve().parent
+    return folder.name if folder.parent == find_runs_folder(project, out_dir).resolve() else None
+
+# %% ../../nbs/apps/91_papermill_engine.ipynb #42c4510f
+def protect_report(
+    notebook,  # Path of a training notebook
+    report,  # Path of its output
+    parameters,  # {name: value} of the given parameters
+) -> str:  # A message for the user if there is nothing to do, else ''
+    "Keep the report of a finished run: execute nothing if the run is only resumed, else give the report another name"
+    run, report = run_name_of_output(notebook, report, parameters.get("out_dir")), Path(report)
+    if not run or str(parameters.get("resume")).lower() not in ("true", "1", "auto") or not report.is_file():
+        return ""
+    from lmnotes.runs.config import RunConfig, resolve_config  # They load torch, as the notebook will
+    from lmnotes.runs.load import load_finished, read_run_record
+
+    folder, names = report.resolve().parent, set(vars(RunConfig()))
+    with suppress(ValueError, OSError):  # The notebook will raise it again
+        if read_run_record(folder)["status"] not in ("done", "early_stop"):
+            return ""
+        same = names if set(notebook_parameters(notebook)) <= names else {"run", "resume", "out_dir", "wait"}
+        if set(parameters) <= same:
+            if load_finished(folder, *resolve_config(dict(parameters, run=run, out_dir=str(folder.parent)))):
+                return f"lmnotes: its report is {os.path.relpath(report)}"
+        number = next(n for n in range(1, 10**6) if not report.with_stem(f"{report.stem}-{n}").exists())
+        report.rename(report.with_stem(f"{report.stem}-{number}"))
+    return ""
+
 # %% ../../nbs/apps/91_papermill_engine.ipynb #b5833a0d
 def fill_in_command(
     argv,  # A papermill command line, program name first
-) -> tuple:  # (the command line to use instead, a message for the user or '')
+) -> tuple:  # (the command line to use instead, [] if there is nothing to do; a message for the user or '')
     "Add a missing output path and the engine to the command of a project notebook"
     paths, options = parse_command(argv)
     names = {name for name, values in options}
@@ -257,12 +295,14 @@ def fill_in_command(
     parameters = check_parameters(notebook, given)
     argv = _convert_arguments(_replace_arguments(argv, given, parameters), notebook_parameters(notebook))
     paths = parse_command(argv)[0]
-    if len(paths) > 1 and argv[paths[1]] != "-":
-        Path(argv[paths[1]]).parent.mkdir(parents=True, exist_ok=True)
+    if len(paths) > 1 and (target := argv[paths[1]]) != "-":
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
     if len(paths) == 1:
         target = output_path(notebook, project, parameters)
         words = f"lmnotes: the executed notebook goes to {os.path.relpath(target)}"
         added = [str(target)]
+    if done := protect_report(notebook, target, parameters):
+        return [], done
     engine = [] if "--engine" in names else ["--engine", "lmnotes"]
     after = paths[0] + 1
     return argv[:after] + added + argv[after:] + engine, words
@@ -295,19 +335,6 @@ def forward_signals(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-# %% ../../nbs/apps/91_papermill_engine.ipynb #1329125d
-def run_name_of_output(
-    notebook,  # Path of the notebook that is executed
-    output,  # Path of its output
-    out_dir=None,  # The parameter `out_dir`, if given
-) -> "str | None":
-    "Return the name of the run whose folder contains the output of a training notebook"
-    project = find_project(notebook)
-    if project is None or output in (None, "-") or not is_training_notebook(notebook):
-        return None
-    folder = Path(output).resolve().parent
-    return folder.name if folder.parent == find_runs_folder(project, out_dir).resolve() else None
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #f415dc45
 def interface_variables(command, notebook, given) -> dict:  # Command with {} for the path, path, {parameter: value}
@@ -412,3 +439,5 @@ if is_papermill(sys.argv[0]):
         sys.exit(f"lmnotes: {escape_terminal(hide_secrets(error))}")
     if _words:
         print(_words, file=sys.stderr)
+    if not sys.argv:
+        sys.exit()

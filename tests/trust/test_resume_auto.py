@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +30,7 @@ from small_runs import SMALL
 
 import lmnotes
 from lmnotes.apps import cli
-from lmnotes.apps.papermill_engine import fill_in_command
+from lmnotes.apps.papermill_engine import fill_in_command, protect_report
 from lmnotes.core import CheckpointError, read_json, write_json
 from lmnotes.recipes.nanothink import checkpoint_hooks
 from lmnotes.recipes.nanothink_checkpoints import prepare_resume
@@ -87,6 +89,37 @@ def test_a_finished_run_is_left_alone(workdir, uninterrupted_run, resume, more):
     assert run_in_process(workdir, lmnotes_command, "train", *command_line_args(**given)) == 0, read_log(workdir)
     assert "r: done at step 40 of 40, so nothing is left to train" in read_log(workdir)
     assert content(runs) == before
+
+
+@pytest.mark.parametrize("way", ["papermill", pytest.param("torchrun", marks=pytest.mark.nightly)])
+def test_papermill_and_torchrun_leave_a_finished_run_alone(workdir, uninterrupted_run, way):
+    "They return at once, and the report of the run stays as it is"
+    runs = shutil.copytree(uninterrupted_run.parent, workdir / "runs")
+    (runs / "r/train.ipynb").write_text("the report")
+    before = content(runs)
+    given = {name: value for name, value in TINY.items() if name != "data"} | dict(resume="auto", out_dir=str(runs))
+    if way == "papermill":
+        words = [word for name, value in given.items() for word in ("-p", name, str(value))]
+        command = [str(Path(sys.executable).parent / "papermill"), str(ROOT / "nbs/train.ipynb"), *words]
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--"]
+        command += ["lmnotes", "train", *command_line_args(**given)]
+    done = subprocess.run(command, cwd=workdir, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "r: done at step 40 of 40, so nothing is left to train" in done.stdout
+    assert content(runs) == before
+
+
+@pytest.mark.parametrize("more", [dict(steps=42, allow_change="steps"), dict(seed=5)], ids=["longer", "rejected"])
+def test_papermill_keeps_the_report_of_a_finished_run(workdir, uninterrupted_run, more):
+    "If the notebook is executed again, the report of the finished run has another name"
+    runs = shutil.copytree(uninterrupted_run.parent, workdir / "runs")
+    for text in ("one", "two"):
+        (runs / "r/train.ipynb").write_text(text)
+        given = dict(run="r", resume="auto", out_dir=str(runs)) | more
+        assert protect_report(ROOT / "nbs/train.ipynb", runs / "r/train.ipynb", given) == ""
+    found = {path.name: path.read_text() for path in (runs / "r").glob("*.ipynb")}
+    assert found == {"train-1.ipynb": "one", "train-2.ipynb": "two"}
 
 
 def test_a_finished_run_can_be_extended(workdir):
