@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +40,7 @@ TINY = dict(
     data="corpus",
     ctx_len=16,
     batch_size=4,
-    budget=2e9,
+    budget=6e8,
     seeds=2,
     evals=3,
     model_args="d_model=32 n_layers=1 n_heads=2 d_hidden=32 dropout=0.0",
@@ -65,8 +66,50 @@ class Toy(LM):
 """
 
 
-def compared(**params):
+class ForkedChild:
+    "Child process of a comparison, forked instead of started, which saves its imports"
+
+    def __init__(self, words, stdout, **how):
+        self.returncode, self.pid = None, os.fork()
+        if self.pid:
+            return
+        code = 1
+        try:
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stdout.fileno(), 2)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # As in a new process
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            comparing._child_main(json.loads(words[3]))
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+def fork_children():
+    "Make comparisons of this process fork their children"
+    comparing.subprocess = SimpleNamespace(Popen=ForkedChild, DEVNULL=subprocess.DEVNULL)
+
+
+def compared(forked=True, **params):
     "Compare in the current folder, and return 0 if all runs finished"
+    if forked:
+        fork_children()
     c = compare(**params)
     print(comparison_table(c))
     return 0 if all(len(c.finished_runs(name)) == c.cfg.seeds for name in c.steps) else 130
@@ -78,11 +121,12 @@ def compared_with_toy(**params):
     import toy_model  # noqa: F401
 
     assert "toy" in archs()
-    return compared(**params)
+    return compared(forked=False, **params)
 
 
 def captured_output(function, *args, **kwargs):
     "Return 0 if a call raises ValueError, and print the error"
+    fork_children()
     try:
         function(*args, **kwargs)
     except ValueError as e:
@@ -185,13 +229,7 @@ def hold_after_each_record():
 
 def compared_and_held(**params):
     "Compare, with runs that wait after their first record"
-    hold = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-    hold += "import test_compare; test_compare.hold_after_each_record()\n"
-
-    def started(words, **how):
-        return subprocess.Popen([*words[:2], hold + words[2], *words[3:]], **how)
-
-    comparing.subprocess = SimpleNamespace(Popen=started, DEVNULL=subprocess.DEVNULL)
+    hold_after_each_record()
     return compared(**params)
 
 
@@ -295,7 +333,7 @@ def test_too_small_budget_names_the_minimum(workdir):
 
 def test_a_failed_child_process_is_explained(workdir):
     wrong = TINY | dict(archs="gpt", model_args="d_model=30 n_heads=4")
-    process = run_in_process(workdir, compared, **wrong)
+    process = run_in_process(workdir, compared, forked=False, **wrong)
     assert process == 1
     assert "costs could not be measured: ValueError: d_model=30 is not a multiple of n_heads=4" in read_log(workdir)
 
@@ -309,6 +347,7 @@ def test_the_notebook(workdir, monkeypatch):
 
 def notebook(**params):
     "Run the notebook's cells with parameters"
+    fork_children()
     names = run_notebook(NOTEBOOK, params)
     return 0 if len(names["c"].finished_runs("gpt")) == 1 else 1
 
