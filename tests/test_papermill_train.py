@@ -22,13 +22,14 @@ from helpers import (
 
 ROOT = Path(__file__).parent.parent
 PAPERMILL = str(Path(sys.executable).parent / "papermill")
-# Startup code of the kernel: training pauses before step 8 until the test creates a file.
+# Startup code of the kernel: training pauses before a step until the test creates a file.
 HOLD = """
 import os, pathlib, sys
 pathlib.Path("kernel.pid").write_text(str(os.getpid()))
 sys.path.insert(0, {tests!r})
-from test_signals import MOMENTS
-MOMENTS["before step 8"]()
+from helpers import run_before_call
+from lmnotes.training.trainer import Trainer
+run_before_call(Trainer, "train_step", lambda trainer: trainer.step == {step} - 1)
 """
 CASE = TINY | dict(sample_every=30)
 
@@ -66,11 +67,13 @@ def uninterrupted(tmp_path_factory, corpus):
     return run_results(train_with_command(tmp_path_factory.mktemp("whole"), corpus, **CASE))
 
 
-def start_paused(workdir, *command_line_args):
-    "Start papermill and wait until training pauses before step 8"
+def start_paused(workdir, step, *command_line_args):
+    "Start papermill and wait until training pauses before this step"
     startup = workdir / "ipython/profile_default/startup"
-    startup.mkdir(parents=True)
-    (startup / "00-hold.py").write_text(HOLD.format(tests=str(Path(__file__).parent)))
+    startup.mkdir(parents=True, exist_ok=True)
+    (startup / "00-hold.py").write_text(HOLD.format(tests=str(Path(__file__).parent), step=step))
+    for name in ("reached", "go"):
+        (workdir / name).unlink(missing_ok=True)
     process = papermill(workdir, *command_line_args)
     wait_until(lambda: (workdir / "reached").exists() or process.poll() is not None)
     assert process.poll() is None, read_log(workdir)
@@ -108,28 +111,19 @@ def paste_resume_line(workdir):
     check(workdir, "r: done at step 40 of 40")
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.nightly), signal.SIGTERM])
-def test_a_signal_to_papermill(workdir, uninterrupted, number):
-    process = start_paused(workdir, *parameters(**CASE | dict(out_dir=workdir / "runs")))
+def check_interrupted(workdir, process, step):
+    "Let training continue, and check that papermill completes the notebook of a run that is interrupted at this step"
+    (workdir / "go").touch()
+    assert process.wait(DEADLINE) == 0, read_log(workdir)
+    assert left_status(workdir) == ("interrupted", step)
+    check(workdir, f"r: interrupted at step {step} of 40 and saved. Resume with: papermill ")
+
+
+def signal_papermill(workdir, process, number, step):
+    "Send a signal to papermill, which forwards it to the kernel"
     process.send_signal(number)
     wait_until(lambda: f"lmnotes: {number.name}, the kernel finishes its step" in read_log(workdir))
-    (workdir / "go").touch()
-    assert process.wait(DEADLINE) == 0, read_log(workdir)
-    assert left_status(workdir) == ("interrupted", 8)
-    check(workdir, "r: interrupted at step 8 of 40 and saved. Resume with: papermill ")
-    paste_resume_line(workdir) if number == signal.SIGINT else resume_and_compare(workdir, uninterrupted)
-    assert not differences(uninterrupted, run_results(workdir / "runs/r"))
-
-
-def test_a_signal_to_the_kernel(workdir, uninterrupted):
-    "The run stops after its step and the notebook continues, so papermill ends as usual"
-    process = start_paused(workdir, *parameters(**CASE | dict(out_dir=workdir / "runs")))
-    os.kill(int((workdir / "kernel.pid").read_text()), signal.SIGTERM)
-    (workdir / "go").touch()
-    assert process.wait(DEADLINE) == 0, read_log(workdir)
-    assert left_status(workdir) == ("interrupted", 8)
-    check(workdir, "r: interrupted at step 8 of 40 and saved. Resume with: papermill ")
-    resume_and_compare(workdir, uninterrupted)
+    check_interrupted(workdir, process, step)
 
 
 def left_status(workdir):
@@ -137,11 +131,29 @@ def left_status(workdir):
     return record["status"], record["step"]
 
 
-def test_papermill_and_its_kernel_are_killed(workdir, uninterrupted):
-    process = start_paused(workdir, *parameters(**CASE | dict(out_dir=workdir / "runs", save_every=5)))
+def test_a_run_is_interrupted_and_killed(workdir, uninterrupted):
+    """A signal to papermill or to its kernel stops the run after its step, and the notebook continues. Then both are killed
+
+    Each time, the same run is resumed.
+    """
+    resume = parameters(resume=True, out_dir=workdir / "runs")
+    process = start_paused(workdir, 8, *parameters(**CASE | dict(out_dir=workdir / "runs")))
+    signal_papermill(workdir, process, signal.SIGTERM, 8)
+    process = start_paused(workdir, 14, *resume)
+    os.kill(int((workdir / "kernel.pid").read_text()), signal.SIGTERM)
+    check_interrupted(workdir, process, 14)
+    process = start_paused(workdir, 24, *resume)
     os.kill(int((workdir / "kernel.pid").read_text()), signal.SIGKILL)
     process.kill()
     process.wait(DEADLINE)
     assert left_status(workdir)[0] == "running"
-    assert not (workdir / "runs/r/interrupted").exists() and (workdir / "runs/r/step_00000005").exists()
+    assert not (workdir / "runs/r/interrupted").exists() and (workdir / "runs/r/step_00000020").exists()
     resume_and_compare(workdir, uninterrupted)
+
+
+@pytest.mark.nightly
+def test_the_printed_line_resumes(workdir, uninterrupted):
+    process = start_paused(workdir, 8, *parameters(**CASE | dict(out_dir=workdir / "runs")))
+    signal_papermill(workdir, process, signal.SIGINT, 8)
+    paste_resume_line(workdir)
+    assert not differences(uninterrupted, run_results(workdir / "runs/r"))
