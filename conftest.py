@@ -49,7 +49,7 @@ SLOWEST += (
     " guides text_only signals papermill_train resume_auto power_cuts kills damaged_runs foreign_data disk_errors"
 )
 SHORTER = "nbs/train.ipynb", "nbs/generate.ipynb"  # `-m nightly` trains as the README says, in tests/test_readme.py
-SHORT = dict(LMNOTES_STEPS="40", LMNOTES_BATCH_SIZE="2")
+SHORT = dict(LMNOTES_STEPS="40", LMNOTES_BATCH_SIZE="2", LMNOTES_MODEL_ARGS="d_model=64 n_layers=2 n_heads=2")
 
 
 def pytest_configure(config):

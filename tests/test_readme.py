@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,12 +10,15 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from helpers import lmnotes_command, read_log, run_in_process
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHELL = re.findall(r"^lmnotes (?:train|watch|evaluate|generate) .*", README, re.M)
 COMMANDS = re.findall(r"^papermill .*", README, re.M)
-SMALL = dict(LMNOTES_BATCH_SIZE="2")  # For commands that give no batch size
+# The commands give no size of the model and of the batch
+DEFAULT = dict(LMNOTES_BATCH_SIZE="2")
+SMALL = DEFAULT | dict(LMNOTES_MODEL_ARGS="d_model=32 n_layers=1 n_heads=2")
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 
 
@@ -64,17 +68,41 @@ def test_the_last_run_is_resumed(project):
     assert "checkpoints/first/train.ipynb" in done.stderr
 
 
-def test_the_shell(project):
+def command_with(variables, *words):
+    "Run the command line with environment variables"
+    os.environ.update(variables)
+    return lmnotes_command(*words)
+
+
+def run_forked(line, project, **variables):
+    "Run a command of lmnotes in a forked process, which saves the imports, and return its output"
+    (project / "log").unlink(missing_ok=True)
+    assert run_in_process(project, command_with, variables, *shlex.split(line)[1:]) == 0, read_log(project)
+    return read_log(project)
+
+
+def run_in_shell(line, project, **variables):
+    return run(["bash", "-c", line], project, **variables).stdout
+
+
+@pytest.mark.parametrize(
+    "size, run_others",
+    [(SMALL, run_forked), pytest.param(DEFAULT, run_in_shell, marks=pytest.mark.nightly)],
+    ids=["small", "default"],
+)
+def test_the_shell(project, size, run_others):
     "The shell commands run one after the other"
-    printed = [run(["bash", "-c", line], project, **SMALL).stdout for line in SHELL]
+    first, *others = SHELL
+    printed = [run_in_shell(first, project, **size)] + [run_others(line, project, **size) for line in others]
     assert "done at step 50 of 50" in printed[0]
     assert "small: gpt on pydocs | done at step 50 of 50" in printed[1]
     assert "bpb" in printed[2]
     assert printed[3].startswith("The")
 
 
+@pytest.mark.parametrize("size", [SMALL, pytest.param(DEFAULT, marks=pytest.mark.nightly)], ids=["small", "default"])
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_the_script(project, example):
+def test_the_script(project, example, size):
     assert len(example.strip().splitlines()) < 10
-    run([sys.executable, "-c", example], project, **SMALL)
+    run([sys.executable, "-c", example], project, **size)
     assert (project / "checkpoints/mine/run.json").is_file()
