@@ -23,7 +23,7 @@ CASES = {
 CASES["early stop"] = dict(optimizer="adamw", lr=0.1, patience=2, eval_every=4)
 # After these steps, a copy of the stopped run is also resumed to the end.
 DEFAULT = "bytes random", "bpe:300 documents", "early stop"  # tests/trust/test_kills.py covers the others too
-BRANCHES = [(name, range(2 + 3 * i, 40, 8)) for i, name in enumerate(DEFAULT)]
+BRANCHES = [(name, range(4 + 5 * i, 40, 15)) for i, name in enumerate(DEFAULT)]
 BRANCHES += [pytest.param(name, range(40), marks=pytest.mark.nightly) for name in CASES]
 
 
@@ -72,10 +72,17 @@ def test_cases_use_their_features(workdir, monkeypatch):
     assert whole["status"] == "early_stop" and 20 < whole["step"] < 40
 
 
-@pytest.mark.parametrize("step", [1, 10, 15, 23, 39])
-def test_one_stop_and_resume(workdir, step):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, corpus):
+    "Return the results of an uninterrupted run of `TINY`"
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "corpus").symlink_to(corpus)
+    return run_results(start_run(folder, TINY))
+
+
+@pytest.mark.parametrize("step", [1, 10, 15, pytest.param(23, marks=pytest.mark.nightly), 39])
+def test_one_stop_and_resume(workdir, whole, step):
     "Stop at the first step, at a checkpoint and evaluation, at a sample, in between, and before the last step"
-    whole = run_results(start_run(workdir, TINY))
     start_run(workdir, TINY, step, run="once")
     assert not differences(whole, run_results(resume(workdir, run="once")))
 
@@ -89,8 +96,7 @@ def test_stop_and_resume_in_bfloat16(workdir, optimizer):
     assert not differences(whole, run_results(resume(workdir, run="once")))
 
 
-def test_stop_after_the_last_step(workdir):
-    whole = run_results(start_run(workdir, TINY))
+def test_stop_after_the_last_step(workdir, whole):
     stopped = start_run(workdir, TINY, 40, run="stopped")
     assert (stopped / "interrupted").exists()
     assert not differences(whole, run_results(resume(workdir, run="stopped")))
@@ -137,12 +143,24 @@ def train_without(what, **params):
     return train(**params)
 
 
+EPOCHS = TINY | dict(sampler="epochs")
+
+
+@pytest.fixture(scope="module")
+def epochs(tmp_path_factory, corpus):
+    "Return the results of an uninterrupted run over epochs, and a folder in which it is stopped at step 13"
+    folder = tmp_path_factory.mktemp("epochs")
+    (folder / "corpus").symlink_to(corpus)
+    whole = run_results(start_run(folder, EPOCHS))
+    start_run(folder, EPOCHS, 13, run="again")
+    return whole, folder / "runs/again"
+
+
 @pytest.mark.parametrize("what", ABLATIONS)
-def test_comparison_detects_each_missing_state(workdir, what):
+def test_comparison_detects_each_missing_state(workdir, epochs, what):
     "The comparison detects every state that a resume could forget"
-    case = TINY | dict(sampler="epochs")
-    whole = run_results(start_run(workdir, case))
-    start_run(workdir, case, 13, run="again")
+    whole, stopped = epochs
+    shutil.copytree(stopped, workdir / "runs/again")
     assert run_in_process(workdir, train_without, what, run="again", out_dir="runs", resume=True) == 0, read_log(
         workdir
     )
