@@ -394,7 +394,7 @@ def page(browser, home, request):
     assert (errors, outside) == ([], [])
 
 
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.nightly)])
 def test_pages_load(page, home, site, pages, every):
     index = json.loads((site / "search/search_index.json").read_text(encoding="utf-8"))
     little = index | {"docs": index["docs"][:1]}  # Preparing the full index takes a second on each page
@@ -474,7 +474,14 @@ READ = {
 }
 
 
-@pytest.mark.parametrize("name", ["index", "nn/lm", "inspect/tokens", "train", "results"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "inspect/tokens",
+        "train",
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("index", "nn/lm", "results")),
+    ],
+)
 def test_contrast_in_both_color_schemes(page, home, name):
     page.goto(f"{home}{name}.html")
     backgrounds = []

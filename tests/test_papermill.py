@@ -126,7 +126,7 @@ def piped(project, *words):
     return code, out + err
 
 
-@pytest.mark.parametrize("way", [on_a_terminal, redirected, piped])
+@pytest.mark.parametrize("way", [on_a_terminal, redirected, pytest.param(piped, marks=pytest.mark.nightly)])
 def test_resume_without_an_output_path(project, way):
     source = (project / "nbs/train.ipynb").read_bytes()
     code, printed = way(project, "nbs/train.ipynb", "-p", "resume", "True")
@@ -143,12 +143,6 @@ def test_resume_uses_the_last_run(project):
     )
     assert code == 0, err
     assert report(project / "checkpoints/one/train.ipynb")["run"] == "one"
-
-
-def test_new_run_uses_the_given_name(project):
-    code, out, err = exit_code_and_output(papermill(project, "nbs/train.ipynb", "-p", "run", "mine"))
-    assert code == 0, err
-    assert report(project / "checkpoints/mine/train.ipynb") == dict(heard=[], resume=False, run="mine")
 
 
 def test_given_output_path_is_used(project):
@@ -187,14 +181,15 @@ def training(project, mode):
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.nightly), signal.SIGTERM])
 def test_first_signal_lets_the_notebook_finish(project, number):
+    "The signal is forwarded as SIGINT, and the run has the given name"
     process = training(project, "listens")
     process.send_signal(number)
     code, out, err = exit_code_and_output(process)
     assert code == 0, err
     assert f"lmnotes: {number.name}, the kernel finishes its step" in err
-    assert report(project / "checkpoints/mine/train.ipynb")["heard"] == ["SIGINT"]
+    assert report(project / "checkpoints/mine/train.ipynb") == dict(heard=["SIGINT"], resume=False, run="mine")
 
 
 def test_a_second_signal_interrupts_the_cell(project):
