@@ -7,6 +7,7 @@ import re
 import select
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,9 @@ def test_view_shows_the_last_record_and_changes_no_bit(workdir, corpus, tmp_path
         before = last_step(folder)
         view.refresh()
         assert before <= view.step <= last_step(folder)
+        if (view.status, view.step) in seen:
+            time.sleep(0.01)
+            continue
         seen.add((view.status, view.step))
         if len(seen) % 5 == 0:
             view._repr_mimebundle_()
@@ -122,14 +126,14 @@ def test_terminal_view_updates_in_place(workdir):
 
 
 def test_final_state_is_shown_with_slow_polling(workdir, capsys):
-    process = start_process(workdir, pause_before_step, 20, train, **CASE | dict(steps=300))
+    process = start_process(workdir, pause_before_step, 20, train, **CASE)
     wait_until((workdir / "reached").exists, process)
     view = lmnotes.attach(workdir / "runs" / "r")
     assert view.status == "running"
     (workdir / "go").touch()
     view.follow(seconds=1.5)
     assert wait_for_exit(process) == 0
-    assert view.status == "done" and "done at step 300 of 300" in capsys.readouterr().out.splitlines()[-1]
+    assert view.status == "done" and "done at step 60 of 60" in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize("way", ["papermill", "torchrun"])
