@@ -31,6 +31,12 @@ class RunData:
     description: str  # Short name to display
 
     @property
+    def ids_fingerprint(self) -> str:
+        "SHA-256 of the token ids, empty if it is not known"
+        found = [t.fingerprint for t in self.tokens.values()]
+        return sha256_json(found) if all(found) else ""
+
+    @property
     def default_prompt(self) -> str:
         "The prompt to start a new text: the start of a document, or of a line in a single text"
         starts = self.tokens["train"].doc_starts
@@ -101,6 +107,12 @@ def check_same_data(data, info, cfg, remedy) -> None:  # `RunData`, run.json, `R
         raise CheckpointError(
             f"the data has changed: this run was trained on content {info['data']['fingerprint'][:12]}, but {cfg.data} has "
             f"{data.fingerprint[:12]}. Restore the old data, {remedy}"
+        )
+    then, now = info["data"].get("ids"), data.ids_fingerprint
+    if then and now and then != now:  # The tokenizer is the same, so another program has applied it
+        raise CheckpointError(
+            f"the token ids of {cfg.data} have changed: this run was trained on {then[:12]}, but there are {now[:12]}. "
+            f"Install the version of `tokenizers` that the run used, {remedy}"
         )
 
 

@@ -274,6 +274,7 @@ class RunSetup:
         found, tok = self.data, self.data.tokenizer
         tokens = {part: len(t) for part, t in found.tokens.items()}
         data = dict(fingerprint=found.fingerprint, start=found.default_prompt, what=found.description, tokens=tokens)
+        data["ids"] = found.ids_fingerprint
         tokenizer = dict(name=tok.name, vocab_size=tok.vocab_size, fingerprint=tok.fingerprint)
         model = dict(dtype=self.cfg.dtype, n_params=n_params(self.lm), model=asdict(self.lm.cfg))
         return dict(

@@ -322,6 +322,11 @@ def newer_checkpoint():
     reseal(step())
 
 
+def use_another_version_of_the_tokenizers_library():
+    "Let the run have token ids that this version does not give"
+    change_json("runs/r/run.json", data=read_json("runs/r/run.json")["data"] | dict(ids="0" * 64))
+
+
 WRONG = {  # {case: (change, parameters, part of the message)}
     "text edited at the same size": (edit_text, {}, "the data has changed"),
     "text removed": (lambda: os.remove("corpus/sea/all.jsonl"), {}, "the data has changed"),
@@ -330,6 +335,7 @@ WRONG = {  # {case: (change, parameters, part of the message)}
     "other data": (lambda: None, dict(data="prepared270"), "this run has data="),
     "tokenizer of bytes": (lambda: put_tokenizer("runs/bytes/tokenizer"), {}, "is not the tokenizer of the run"),
     "tokenizer of another size": (lambda: put_tokenizer("prepared280/tokenizer"), {}, "is not the tokenizer of the run"),
+    "other token ids": (use_another_version_of_the_tokenizers_library, {}, "the token ids of corpus have changed"),
     "no tokenizer": (lambda: shutil.rmtree("runs/r/tokenizer"), {}, "tokenizer: there is no such file or folder"),
     "another tokenizer given": (lambda: None, dict(tokenizer="bytes"), "this run has tokenizer="),
     "step of another seed": (lambda: put_step("seed"), {}, "run.json has seed=0, but step_00000006 was saved with 1"),

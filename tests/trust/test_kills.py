@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from faults import kill_at, record_operations
+from foreign import NIGHT
 from helpers import (
     TINY,
     command_line_args,
@@ -28,7 +29,6 @@ from helpers import (
     wait_for_exit,
     wait_until,
 )
-from foreign import NIGHT
 from test_exactness_matrix import ARCHITECTURES
 
 from lmnotes import core
