@@ -9,9 +9,9 @@ from helpers import TINY, StopAtSteps, lmnotes_command, read_log, run_in_process
 from safetensors.torch import load_file, save_file
 
 from lmnotes.core import CheckpointError, environment, read_json, sha256_file, write_json
-from lmnotes.inspect.verify import verify
+from lmnotes.inspect.verify import NOT_CHECKED, verify
 from lmnotes.runs import setup
-from lmnotes.runs.replay import BIT_EXACT, MISMATCH, NOT_REPLAYED, OTHER_ENVIRONMENT
+from lmnotes.runs.replay import BIT_EXACT, MISMATCH, NOT_REPLAYED, OK, OTHER_ENVIRONMENT
 from lmnotes.runs.run import run
 from lmnotes.training.checkpoint import list_checkpoints
 
@@ -493,3 +493,24 @@ def test_a_run_without_its_own_batches(workdir, monkeypatch):
     run(hooks=[StopAtSteps(20)], view=False, **KEEP)
     with pytest.raises(CheckpointError, match="make_batches=None. Leave make_batches out"):
         run(make_batches=lambda s: s.batches, resume=True, run="r", out_dir="runs", view=False)
+
+
+def test_other_files(workdir, monkeypatch):
+    "A file that belongs to the weights is read with its own checksum, and all that no hash covers is named"
+    monkeypatch.chdir(workdir)
+    r = run(hooks=[StopAtSteps(10)], view=False, **KEEP)
+    for name in ("memory.safetensors", "recipe.json", "env.json", "train.ipynb"):
+        (r.folder / name).write_text("any")
+    (other,) = [row for row in verify("runs/r").rows if row["result"] == NOT_CHECKED]
+    assert other["detail"] == "env.json, memory.safetensors, recipe.json, train.ipynb"
+
+    def load_extra_files(self, folder):
+        if (folder / "memory.safetensors").read_text() != "any":
+            raise CheckpointError(f"{folder / 'memory.safetensors'}: damaged")
+
+    monkeypatch.setattr(type(r.lm), "extra_files", ("memory.safetensors",))
+    monkeypatch.setattr(type(r.lm), "load_extra_files", load_extra_files)
+    report = verify("runs/r")
+    assert report.exit_code == 0 and "memory.safetensors" in report.parts(OK)
+    (r.folder / "memory.safetensors").write_text("other")
+    assert verify("runs/r").parts(MISMATCH) == ["memory.safetensors"]
