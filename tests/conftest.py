@@ -2,6 +2,7 @@
 
 import shutil
 
+import helpers
 import pytest
 from helpers import STARTED, TINY, train_with_command, write_corpus
 
@@ -12,6 +13,14 @@ def check_no_processes_left():
     yield
     while STARTED:
         STARTED.pop().kill()
+
+
+@pytest.fixture(scope="module")
+def short_samples():
+    "Let new processes generate short texts, for files whose tests do not check the length of a text"
+    helpers.SAMPLE_TOKENS = 8
+    yield
+    helpers.SAMPLE_TOKENS = 0
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import random
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ import torch
 
 from lmnotes import core
 from lmnotes.apps.cli import execute_command, run_notebook
+from lmnotes.inference import generation
 from lmnotes.runs.run import run
 from lmnotes.training.trainer import Hook, Trainer
 
@@ -33,8 +35,9 @@ PRELOAD = [f"lmnotes.{name}.{path.stem}" for name in CHAPTERS for path in ROOT.g
 PRELOAD += (
     "lmnotes.apps.cli lmnotes.export.hub nbformat safetensors.torch tokenizers tyro filelock yaml torch._dynamo".split()
 )
-PRELOAD += ["matplotlib.pyplot", "matplotlib.backends.backend_agg"]
+PRELOAD += ["matplotlib.pyplot", "matplotlib.backends.backend_agg", "transformers.models.gpt2.modeling_gpt2"]
 FORK.set_forkserver_preload(PRELOAD)
+SAMPLE_TOKENS = 0  # Maximum length of texts that new processes generate (0: no limit). `short_samples` sets it
 STARTED = []  # Processes, so that a failed test leaves none behind
 DEADLINE = 900  # Seconds until a test stops waiting. No test needs that long, even on a slow machine
 os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(DEADLINE)  # Seconds that torchrun waits between a signal and a kill
@@ -129,8 +132,20 @@ def run_papermill(workdir, notebook, **params):
     return workdir
 
 
-def _child_main(function, args, kwargs, folder, dtype):
+def _limit_samples(limit):
+    "Generate at most `limit` tokens for each prompt"
+    generate_chunks = generation._generate_chunks
+
+    def generate_few_chunks(lm, prompts, n, *args):
+        return generate_chunks(lm, prompts, min(n, limit), *args)
+
+    generation._generate_chunks = generate_few_chunks
+
+
+def _child_main(function, args, kwargs, folder, dtype, sample_tokens):
     os.chdir(folder)
+    if sample_tokens:
+        _limit_samples(sample_tokens)
     torch.set_num_threads(1)
     core._auto_dtype = lambda device: dtype
     os.fsync = lambda descriptor: None  # No power cut here: test_crash tests the flushes
@@ -145,7 +160,9 @@ def _child_main(function, args, kwargs, folder, dtype):
 def start_process(folder, function, *args, **kwargs):
     "Start a process that calls a function in `folder` and writes to `folder/log`, and return it"
     dtype = core.pick_dtype("cpu")  # Measured once, so that compared processes use the same dtype
-    process = FORK.Process(target=_child_main, args=(function, args, kwargs, str(folder), dtype), daemon=True)
+    process = FORK.Process(
+        target=_child_main, args=(function, args, kwargs, str(folder), dtype, SAMPLE_TOKENS), daemon=True
+    )
     process.start()
     STARTED.append(process)
     return process
@@ -161,6 +178,32 @@ def wait_for_exit(process):
 def run_in_process(folder, function, *args, **kwargs):
     "Call a function in a new process and return the exit code"
     return wait_for_exit(start_process(folder, function, *args, **kwargs))
+
+
+def with_environment(variables, function, *args, **kwargs):
+    "Set environment variables and call a function, for use in a new process"
+    os.environ.update(variables)
+    return function(*args, **kwargs)
+
+
+def run_code_alone(code, *argv, packages=("lmnotes",)):
+    "Run a script as if no module of these packages had been imported, for use in a new process"
+    for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+        del sys.modules[name]
+    sys.argv = ["-c", *map(str, argv)]
+    exec(compile(code, "<script>", "exec"), dict(__name__="__main__"))
+    return 0
+
+
+def run_two_ranks(folder, function, *args, **kwargs):
+    "Call a function in two new processes, as torchrun does, and return their exit codes"
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    shared = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    ranks = [shared | dict(RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+    processes = [start_process(folder, with_environment, rank, function, *args, **kwargs) for rank in ranks]
+    return [wait_for_exit(process) for process in processes]
 
 
 def read_log(folder):

@@ -12,9 +12,11 @@ import re
 import shlex
 import shutil
 import subprocess
+from contextlib import nullcontext
 from importlib import import_module
 
 import pytest
+import torch
 from helpers import ROOT, lmnotes_command, recipe_parameters, run_in_process
 
 from lmnotes.apps.papermill_engine import fill_in_command
@@ -22,6 +24,7 @@ from lmnotes.data.tokenizer import BPETokenizer
 from lmnotes.models.gpt2 import save_hf
 from lmnotes.nn.lm import new_lm
 
+pytestmark = pytest.mark.usefixtures("short_samples")
 PAGES = {path.stem: path for path in sorted((ROOT / "docs/guides").glob("*.md"))}
 NAMES = "agiformer fresh_or_resume nanothink text_only tisslm".split()
 
@@ -88,8 +91,9 @@ def evaluate(code):
     "Run a line of Python, and print its value"
     tree, names = ast.parse(code), {}
     last = ast.Expression(tree.body.pop().value)
-    exec(compile(tree, code, "exec"), names)
-    print(eval(compile(last, code, "eval"), names))
+    with torch.device("meta") if "n_params(" in code else nullcontext():  # To count parameters needs no values
+        exec(compile(tree, code, "exec"), names)
+        print(eval(compile(last, code, "eval"), names))
     return 0
 
 
@@ -440,7 +444,7 @@ def material_tisslm(workdir):
 
 def material_agiformer(workdir):
     for name, seed in (("text", 0), ("mine.txt", 1)):
-        (workdir / name).write_text(sentences(seed, "the patch thinks of bytes", n=1000))
+        (workdir / name).write_text(sentences(seed, "the patch thinks of bytes", n=250))
 
 
 # With tabs, as in the text-only guide
@@ -482,7 +486,7 @@ def material_text_only(workdir):
 def material_nanothink(workdir):
     for file in ("my_data.jsonl", "data/sea/texts.jsonl", "data/hills/texts.jsonl"):
         (workdir / file).parent.mkdir(parents=True, exist_ok=True)
-        lines = sentences(file, "wave salt tide hill river stone light wind", n=50).splitlines()
+        lines = sentences(file, "wave salt tide hill river stone light wind", n=20).splitlines()
         rows = [json.dumps(dict(text=line, source="test", id=i)) + "\n" for i, line in enumerate(lines)]
         (workdir / file).write_text("".join(rows))
 

@@ -1,12 +1,9 @@
 """`nbs/recipes/pretrain_expert.ipynb` and `train_mla.ipynb` keep the promises of the NanoThink guide and avoid the mistakes of its code."""
 
 import json
-import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    lmnotes_command,
     paste_resume_line,
     read_log,
     read_records,
@@ -21,6 +19,7 @@ from helpers import (
     run_in_process,
     run_papermill,
     run_recipe,
+    run_two_ranks,
     stop_before_step,
     wait_until,
 )
@@ -31,15 +30,16 @@ from lmnotes.recipes.nanothink import make_content_fn
 from lmnotes.runs.data import load_data
 from lmnotes.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("short_samples")
 RECIPES = Path(__file__).parent.parent / "nbs/recipes"
 EXPERT, JOIN = RECIPES / "pretrain_expert.ipynb", RECIPES / "train_mla.ipynb"
 WORDS = "the sea hill river stone light wind tree cloud moves under over falls rises slowly again and then".split()
 SIZE = dict(tokenizer="bytes", d_model=16, n_heads=2, n_layers=1, d_inner=32, max_seq_len=32, dropout=0.0)
-QUICK = SIZE | dict(batch_size=16, warmup_steps=2, lr=3e-3, max_epochs=2, log_interval=10)
+QUICK = SIZE | dict(batch_size=16, warmup_steps=2, lr=1e-2, max_epochs=2, log_interval=10)
 SMALL = dict(
     d_model=16, n_heads=2, head_dim=8, kv_latent_dim=8, rope_dim=4, max_seq_len=32, memory_chunk=8, dropout=0.0
 )
-TOGETHER = SMALL | dict(batch_size=8, grad_accum_steps=2, warmup_steps=2, lr=3e-3, max_epochs=2, log_interval=10)
+TOGETHER = SMALL | dict(batch_size=8, grad_accum_steps=2, warmup_steps=2, lr=1e-2, max_epochs=2, log_interval=10)
 
 
 def expert(**params):
@@ -50,7 +50,7 @@ def join(**params):
     return run_recipe(JOIN, **TOGETHER | params)
 
 
-def write_domains(workdir, documents=60):
+def write_domains(workdir, documents=20):
     rng = random.Random(0)
     for domain in ("sea", "hills"):
         folder = workdir / "data" / domain
@@ -69,7 +69,7 @@ def workdir(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(short_samples, tmp_path_factory):
     "Return a folder with three trained experts"
     workdir = tmp_path_factory.mktemp("trained")
     write_domains(workdir)
@@ -124,8 +124,12 @@ def test_parameter_counts_match_the_guide(workdir, name, size):
     assert n_params(lm) - sum(p.numel() for p in outside) == size
 
 
-def test_by_papermill(workdir):
-    run_papermill(workdir, EXPERT, **QUICK | dict(expert="state_space", max_epochs=5))
+@pytest.mark.parametrize("way", ["process", pytest.param("papermill", marks=pytest.mark.nightly)])
+def test_files_and_their_content(workdir, way):
+    if way == "papermill":
+        run_papermill(workdir, EXPERT, **QUICK | dict(expert="state_space", max_epochs=5))
+    else:
+        assert run_in_process(workdir, expert, expert="state_space", max_epochs=5) == 0, read_log(workdir)
     files = sorted(p.name for p in (workdir / "checkpoints").glob("*.pt"))
     assert files == ["state_space_expert.pt", "state_space_expert_epoch5.pt"]
     held = load_checkpoint_file(workdir, "state_space_expert_epoch5.pt")
@@ -321,16 +325,14 @@ def test_missing_experts_are_named(trained):
 
 
 def test_processes_take_turns(workdir):
-    "Under torchrun only the first process changes folders"
+    "Of two processes only the first changes folders"
     assert run_in_process(workdir, expert, max_epochs=5, patience=0) == 0, read_log(workdir)
     shutil.rmtree(workdir / "checkpoints/transformer_expert")
-    given = dict(expert="transformer", resume="checkpoints/transformer_expert_epoch5.pt", max_epochs="6", device="cpu")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--"]
-    command += ["lmnotes", "notebook", "--path", str(EXPERT), "--params", *(f"{n}={v}" for n, v in given.items())]
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
-    done = subprocess.run(command, cwd=workdir, capture_output=True, text=True, env=environ | dict(OMP_NUM_THREADS="1"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Resuming from transformer_expert_epoch5.pt: epoch 5") == 1
+    given = ["expert=transformer", "resume=checkpoints/transformer_expert_epoch5.pt", "max_epochs=6", "device=cpu"]
+    words = ["notebook", "--path", EXPERT, "--params", *given]
+    before = read_log(workdir)
+    assert run_two_ranks(workdir, lmnotes_command, *words) == [0, 0], read_log(workdir)
+    assert read_log(workdir).removeprefix(before).count("Resuming from transformer_expert_epoch5.pt: epoch 5") == 1
     record = info(workdir, "transformer_expert")
     assert record["status"] == "done" and record["step"] == 6 * record["config"]["eval_every"]
 
