@@ -132,6 +132,15 @@ def run_papermill(workdir, notebook, **params):
     return workdir
 
 
+def printed_text(workdir):
+    "Return the printed and displayed texts of `report.ipynb`, or of the processes that worked in this folder"
+    if not (workdir / "report.ipynb").exists():
+        return read_log(workdir)
+    cells = [cell for cell in nbformat.read(workdir / "report.ipynb", 4).cells if cell.cell_type == "code"]
+    outputs = [output for cell in cells for output in cell.outputs]
+    return "\n".join(o.get("text", "") or o.get("data", {}).get("text/plain", "") for o in outputs)
+
+
 def _limit_samples(limit):
     "Generate at most `limit` tokens for each prompt"
     generate_chunks = generation._generate_chunks

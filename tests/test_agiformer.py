@@ -5,13 +5,13 @@ import shutil
 import signal
 from pathlib import Path
 
-import nbformat
 import pytest
 import torch
 from helpers import (
     differences,
     lmnotes_command,
     paste_resume_line,
+    printed_text,
     read_log,
     read_records,
     recipe_parameters,
@@ -85,15 +85,6 @@ def uninterrupted(request, short_samples, tmp_path_factory):
     return workdir
 
 
-def captured_output(workdir):
-    "Return the printed and displayed outputs of a run"
-    if not (workdir / "report.ipynb").exists():
-        return read_log(workdir)
-    cells = [cell for cell in nbformat.read(workdir / "report.ipynb", 4).cells if cell.cell_type == "code"]
-    outputs = [output for cell in cells for output in cell.outputs]
-    return "\n".join(o.get("text", "") or o.get("data", {}).get("text/plain", "") for o in outputs)
-
-
 def test_parameter_names_and_defaults_match_the_guide():
     found = recipe_parameters(NOTEBOOK)
     assert {name: found[name] for name in DEFAULTS} == DEFAULTS
@@ -109,7 +100,7 @@ def test_default_model_matches_the_guide(tmp_path):
 
 
 def test_log_lines_match_the_guide(uninterrupted):
-    text = captured_output(uninterrupted)
+    text = printed_text(uninterrupted)
     assert "[*] Creating AGIFORMER model...\n    - d_model=16, n_layers=1, thinking_steps=2\n[*] Parameters: " in text
     lines = TRAIN.findall(text)
     assert [int(step) for step, *_ in lines] == [10, 20]
@@ -122,7 +113,7 @@ def test_log_lines_match_the_guide(uninterrupted):
 
 def test_three_figures_in_the_report(uninterrupted):
     for name in ("AGIFORMER's: 20 batches of 4 windows", "the whole split  ", "2 batches of it, windows that overlap"):
-        (line,) = re.findall(rf"^{name}.*$", captured_output(uninterrupted), re.M)
+        (line,) = re.findall(rf"^{name}.*$", printed_text(uninterrupted), re.M)
         assert re.search(r"\d\.\d{4} ± \d\.\d{4}", line)
 
 

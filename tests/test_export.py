@@ -16,7 +16,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DEADLINE, TINY, lmnotes_command, write_corpus
+from helpers import (
+    DEADLINE,
+    TINY,
+    lmnotes_command,
+    read_log,
+    run_code_alone,
+    run_in_process,
+    with_environment,
+    write_corpus,
+)
 from safetensors.torch import load_file
 
 import lmnotes
@@ -72,7 +81,7 @@ from lmnotes.inference.generation import generate as write
 lm, tokenizer, about = generate.load()
 with torch.no_grad():
     torch.save(lm(torch.arange(12)[None] * 3 % lm.cfg.vocab_size), sys.argv[2])
-print(write(lm, tokenizer, "3: ", 30, temperature=0), end="")
+Path("text").write_text(write(lm, tokenizer, "3: ", 30, temperature=0), encoding="utf-8")
 ours = [Path(m.__file__) for name, m in sys.modules.items() if name.split(".")[0] == "lmnotes"]
 strange = [p for p in ours if Path(sys.argv[1]) not in p.parents]
 assert len(ours) > 5 and not strange, strange
@@ -83,11 +92,9 @@ def run_exported(folder, tmp_path):
     "Return (logits, greedy text) of a copy of an exported folder, in a process that imports no other lmnotes"
     copy = tmp_path / "elsewhere"
     shutil.copytree(folder, copy)
-    command = [sys.executable, "-c", ALONE, str(copy), str(tmp_path / "logits.pt")]
-    env = {n: v for n, v in os.environ.items() if n != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=tmp_path, env=env, timeout=DEADLINE)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(tmp_path / "logits.pt", weights_only=True), done.stdout
+    code = run_in_process(tmp_path, run_code_alone, ALONE, copy, tmp_path / "logits.pt")
+    assert code == 0, read_log(tmp_path)[-3000:]
+    return torch.load(tmp_path / "logits.pt", weights_only=True), (tmp_path / "text").read_text(encoding="utf-8")
 
 
 @torch.no_grad()
@@ -167,9 +174,7 @@ with torch.no_grad():
 def test_thinking_steps_can_be_raised(workdir, tmp_path):
     r = trained(workdir, run="thinker", arch="bytepatch", model_args=SHAPE + " d_byte=16 ngram_rows=64", steps=5)
     folder = export(r, tmp_path / "thinker")
-    subprocess.run(
-        [sys.executable, "-c", THINKING, str(folder), str(tmp_path / "logits.pt")], check=True, timeout=DEADLINE
-    )
+    assert run_in_process(tmp_path, run_code_alone, THINKING, folder, tmp_path / "logits.pt") == 0, read_log(tmp_path)
     with torch.no_grad():
         three = r.lm.eval()(torch.arange(12)[None])
         r.lm.cfg.thinking_steps = 5
@@ -436,19 +441,29 @@ for repo in sys.argv[2:]:
 """
 
 
+LIBRARIES = "lmnotes", "huggingface_hub"  # The second reads the variables when it is imported
+
+
+def replacing_environment(variables, function, *args, **kwargs):
+    "Call a function with these environment variables alone, for use in a new process"
+    os.environ.clear()
+    return with_environment(variables, function, *args, **kwargs)
+
+
 def uploading(folder, home, *repos, port=9, **environment):
     "Return the output of a new process that uploads a folder to several repositories"
     clean = {n: v for n, v in os.environ.items() if not n.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "LMNOTES_"))}
     clean = {n: v for n, v in clean.items() if not n.lower().endswith("_proxy")}
     clean |= dict(HF_HOME=str(home), HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_XET="1", NO_PROXY="127.0.0.1")
     clean |= dict(HF_ENDPOINT=f"http://127.0.0.1:{port}")
-    command = [sys.executable, "-c", UPLOAD, str(folder), *repos]
-    done = subprocess.run(
-        command, env=clean | environment, cwd=home, capture_output=True, encoding="utf-8", timeout=DEADLINE
+    code = run_in_process(
+        home, replacing_environment, clean | environment, run_code_alone, UPLOAD, folder, *repos, packages=LIBRARIES
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert TOKEN not in done.stdout + done.stderr
-    return done.stdout
+    assert code == 0, read_log(home)[-3000:]
+    assert TOKEN not in read_log(home)
+    output = read_log(home)
+    (home / "log").unlink()
+    return output
 
 
 def received(hub):

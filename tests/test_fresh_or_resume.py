@@ -17,7 +17,7 @@ import nbformat
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, read_log, run_in_process, state_hash
+from helpers import ROOT, lmnotes_command, read_log, run_in_process, state_hash, with_environment
 
 import lmnotes
 from lmnotes.core import CheckpointError
@@ -133,33 +133,47 @@ def text_of(folder, pattern):
 # The fresh-or-resume guide's acceptance tests
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.nightly] * (n in ("gpt2", "from_scratch gpt2 lora"))) for n in CASES],
-)
-def test_fresh_then_resumed(workdir, name):
+LONG = {n: pytest.param(n, 200, 300, id=f"{n} 200 + 300", marks=pytest.mark.nightly) for n in CASES}
+LONG["from_scratch character"] = pytest.param("from_scratch character", 200, 300)
+SHORT = [
+    pytest.param(
+        n,
+        *((100, 150) if n.startswith("gpt2") else (50, 75)),
+        id=n,
+        marks=[pytest.mark.nightly] * (n in ("gpt2", "from_scratch gpt2 lora")),
+    )
+    for n in CASES
+    if n != "from_scratch character"
+]
+
+
+@pytest.mark.parametrize("name, first, more", [*LONG.values(), *SHORT])
+def test_fresh_then_resumed(workdir, name, first, more):
     "A run of 200 steps, resumed for 300 more in a new process, has the same losses and bits as a run of 500 steps"
+    total = first + more
     case = CASES[name] | KEEP
-    assert run_in_process(workdir, enter, case | dict(TRAINING_STEPS="500")) == 0, read_log(workdir)
+    assert run_in_process(workdir, enter, case | dict(TRAINING_STEPS=str(total))) == 0, read_log(workdir)
     whole = only_run(workdir).rename(workdir / "whole")
     shutil.rmtree(workdir / "logs")
-    assert run_in_process(workdir, enter, case | dict(TRAINING_STEPS="200", CHECKPOINT_INTERVAL="200")) == 0, read_log(
-        workdir
-    )
+    assert (
+        run_in_process(workdir, enter, case | dict(TRAINING_STEPS=str(first), CHECKPOINT_INTERVAL=str(first))) == 0
+    ), read_log(workdir)
     part = only_run(workdir)
-    assert json.loads((part / "run.json").read_text())["step"] == 200
-    (file,) = part.glob("checkpoint_*_step000200_*.pt")
+    assert json.loads((part / "run.json").read_text())["step"] == first
+    (file,) = part.glob(f"checkpoint_*_step{first:06}_*.pt")
     assert all(isinstance(t, torch.Tensor) for t in torch.load(file, weights_only=True).values())
-    assert run_in_process(workdir, enter, case | dict(CHECKPOINT_PATH=str(file), RESUME_STEPS="300")) == 0, read_log(
-        workdir
+    assert run_in_process(workdir, enter, case | dict(CHECKPOINT_PATH=str(file), RESUME_STEPS=str(more))) == 0, (
+        read_log(workdir)
     )
     record = json.loads((part / "run.json").read_text())
-    assert (record["status"], record["step"], record["config"]["steps"]) == ("done", 500, 500)
+    assert (record["status"], record["step"], record["config"]["steps"]) == ("done", total, total)
     printed = text_of(workdir / "logs", "resume_training_log_*.log").splitlines()
-    assert printed[0].startswith("Resuming from step 200 - Training Log - Started at ")
-    reports = [line for line in printed if re.match(r"step \d+/500", line)]
-    assert reports[0].startswith("step 200/500 (40.0%) | val loss") and reports[-1].startswith("step 500/500")
-    assert train_losses(part) == train_losses(whole) and len(train_losses(part)) == 20
+    assert printed[0].startswith(f"Resuming from step {first} - Training Log - Started at ")
+    reports = [line for line in printed if re.match(rf"step \d+/{total}", line)]
+    assert reports[0].startswith(f"step {first}/{total} (40.0%) | val loss") and reports[-1].startswith(
+        f"step {total}/{total}"
+    )
+    assert train_losses(part) == train_losses(whole) and len(train_losses(part)) == total // 25
     assert bits(part) == bits(whole)
     assert load(part).lm.lora is None or "lora" in name
 
@@ -453,10 +467,11 @@ def shell(workdir, *words, **variables):
 
 
 def test_the_notebook_under_papermill(workdir):
-    "Variables come from the environment, and parameters override them, for a fresh and a resumed run"
+    "Variables come from the environment, and parameters override them, for a fresh run, and a resumed one under papermill"
     notebook = ROOT / "nbs/recipes/fresh_or_resume.ipynb"
-    code, printed = shell(workdir, "papermill", notebook, "fresh.ipynb", TRAINING_STEPS="25", ENABLE_CHECKPOINTS="true")
-    assert code == 0, printed
+    variables = TINY | dict(TRAINING_STEPS="25", ENABLE_CHECKPOINTS="true")
+    words = "notebook", "--path", notebook
+    assert run_in_process(workdir, with_environment, variables, lmnotes_command, *words) == 0, read_log(workdir)
     words = "-p", "CHECKPOINT_PATH", only_run(workdir), "-p", "RESUME_STEPS", 25
     code, printed = shell(workdir, "papermill", notebook, "resumed.ipynb", *words, RESUME_STEPS="9")
     assert code == 0, printed
@@ -467,10 +482,13 @@ def test_the_notebook_under_papermill(workdir):
 
 
 def test_the_command(workdir):
-    code, printed = shell(workdir, "lmnotes", "from-env", TRAINING_STEPS="3")
-    assert code == 0 and only_run(workdir).name in printed, printed
-    code, printed = shell(workdir, "lmnotes", "from-env", USE_LORA="yes")
-    assert (code, printed) == (2, "lmnotes: USE_LORA='yes': expected True or False. Correct it, or unset USE_LORA.\n")
+    def command(**variables):
+        return run_in_process(workdir, with_environment, TINY | variables, lmnotes_command, "from-env")
+
+    assert command(TRAINING_STEPS="3") == 0 and only_run(workdir).name in read_log(workdir), read_log(workdir)
+    (workdir / "log").unlink()
+    assert command(USE_LORA="yes") == 2
+    assert read_log(workdir) == "lmnotes: USE_LORA='yes': expected True or False. Correct it, or unset USE_LORA.\n"
 
 
 # The tables

@@ -4,13 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
 import torch
 from helpers import (
     differences,
     paste_resume_line,
+    printed_text,
     read_log,
     read_records,
     recipe_parameters,
@@ -27,6 +27,7 @@ from lmnotes.nn.lm import new_lm
 from lmnotes.recipes.text_only import text_run_params
 from lmnotes.recipes.text_only_config import DEFAULT_SETTINGS, load_text_config
 
+pytestmark = pytest.mark.usefixtures("short_samples")
 NOTEBOOK = Path(__file__).parent.parent / "nbs/recipes/text_only.ipynb"
 CONFIG = NOTEBOOK.with_name("text_only_config.yaml")
 
@@ -85,11 +86,14 @@ def recipe(**params):
     return run_recipe(NOTEBOOK, **(dict(config="small.yaml", data="corpus.bin", prompt="def ") | params))
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(prepared_data, tmp_path_factory):
-    "A folder in which papermill has run the recipe without a stop"
+@pytest.fixture(scope="module", params=["process", pytest.param("papermill", marks=pytest.mark.nightly)])
+def uninterrupted(request, short_samples, prepared_data, tmp_path_factory):
+    "A folder in which the recipe has run without a stop"
     workdir = shutil.copytree(prepared_data, tmp_path_factory.mktemp("whole") / "place")
-    return run_papermill(workdir, NOTEBOOK, config="small.yaml", data="corpus.bin", prompt="def")
+    if request.param == "papermill":
+        return run_papermill(workdir, NOTEBOOK, config="small.yaml", data="corpus.bin", prompt="def")
+    assert run_in_process(workdir, recipe, prompt="def") == 0, read_log(workdir)
+    return workdir
 
 
 def in_order(words, text):
@@ -143,9 +147,7 @@ def test_the_guides_files(uninterrupted):
 
 
 def test_the_report(uninterrupted):
-    report = nbformat.read(uninterrupted / "report.ipynb", 4)
-    outputs = [output for cell in report.cells if cell.cell_type == "code" for output in cell.outputs]
-    text = "".join(output.get("text", "") for output in outputs)
+    text = printed_text(uninterrupted)
     in_order(["Step 5/30 | Loss: ", "Step 30/30 | Loss: ", "Training complete!", "def"], text)
     assert "DRY RUN" not in text
 
@@ -173,12 +175,12 @@ def test_mistake_the_generation_script_crashed(uninterrupted):
 
 def test_mistake_ctrl_c_saved_nothing(workdir):
     "The text-only guide's runs could not be resumed. Here the resumed run is bit-identical"
-    assert stop_before_step(13, workdir, recipe, max_steps=90) == 130, read_log(workdir)
+    assert stop_before_step(13, workdir, recipe, max_steps=40) == 130, read_log(workdir)
     assert (workdir / "checkpoints/text_only/model_step_10.pt").exists()
     step = json.loads((workdir / "checkpoints/text_only/run.json").read_bytes())["step"]
     assert step == 13 and f"Training is interrupted at step {step}\n" in read_log(workdir)
     assert paste_resume_line(workdir) == 0, read_log(workdir)
-    assert run_in_process(workdir, recipe, max_steps=90, save_dir="at_once/text_only") == 0, read_log(workdir)
+    assert run_in_process(workdir, recipe, max_steps=40, save_dir="at_once/text_only") == 0, read_log(workdir)
     a, b = workdir / "checkpoints/text_only", workdir / "at_once/text_only"
     assert not differences(run_results(a), run_results(b))
     assert {p.name for p in a.glob("*.pt")} == {p.name for p in b.glob("*.pt")}

@@ -4,12 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
-import nbformat
 import pytest
 import torch
 from helpers import (
     differences,
     paste_resume_line,
+    printed_text,
     read_log,
     read_records,
     recipe_parameters,
@@ -25,6 +25,7 @@ from lmnotes.data.tokenizer_files import load_tokenizer
 from lmnotes.runs.config import RunConfig
 from lmnotes.runs.data import load_data
 
+pytestmark = pytest.mark.usefixtures("short_samples")
 NOTEBOOK = Path(__file__).parent.parent / "nbs/recipes/tisslm.ipynb"
 NAMES = "embed.weight rnn.weight_ih_l0 rnn.weight_hh_l0 rnn.bias_ih_l0 rnn.bias_hh_l0 fc.weight fc.bias".split()
 DEFAULTS = dict(
@@ -70,12 +71,15 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    "A folder in which papermill has run the recipe without a stop"
+@pytest.fixture(scope="module", params=["process", pytest.param("papermill", marks=pytest.mark.nightly)])
+def uninterrupted(request, short_samples, tmp_path_factory):
+    "A folder in which the recipe has run without a stop"
     workdir = tmp_path_factory.mktemp("whole")
     write_texts(workdir)
-    return run_papermill(workdir, NOTEBOOK, **SMALL)
+    if request.param == "papermill":
+        return run_papermill(workdir, NOTEBOOK, **SMALL)
+    assert run_in_process(workdir, recipe, **SMALL) == 0, read_log(workdir)
+    return workdir
 
 
 def steps_of(workdir):
@@ -100,9 +104,7 @@ def test_the_guides_files(uninterrupted):
 
 
 def test_the_report(uninterrupted):
-    report = nbformat.read(uninterrupted / "report.ipynb", 4)
-    outputs = [output for cell in report.cells if cell.cell_type == "code" for output in cell.outputs]
-    text = "".join(output.get("text", "") for output in outputs)
+    text = printed_text(uninterrupted)
     assert "Loaded 3 files from corpus: " in text
     assert "the same as trained: True" in text
     assert f"training_output: done at step {steps_of(uninterrupted)} of {steps_of(uninterrupted)}" in text
