@@ -195,6 +195,12 @@ def with_environment(variables, function, *args, **kwargs):
     return function(*args, **kwargs)
 
 
+def replacing_environment(variables, function, *args, **kwargs):
+    "Call a function with these environment variables alone, for use in a new process"
+    os.environ.clear()
+    return with_environment(variables, function, *args, **kwargs)
+
+
 def run_code_alone(code, *argv, packages=("lmnotes",)):
     "Run a script as if no module of these packages had been imported, for use in a new process"
     for name in [name for name in sys.modules if name.partition(".")[0] in packages]:

@@ -21,9 +21,9 @@ from helpers import (
     TINY,
     lmnotes_command,
     read_log,
+    replacing_environment,
     run_code_alone,
     run_in_process,
-    with_environment,
     write_corpus,
 )
 from safetensors.torch import load_file
@@ -442,12 +442,6 @@ for repo in sys.argv[2:]:
 
 
 LIBRARIES = "lmnotes", "huggingface_hub"  # The second reads the variables when it is imported
-
-
-def replacing_environment(variables, function, *args, **kwargs):
-    "Call a function with these environment variables alone, for use in a new process"
-    os.environ.clear()
-    return with_environment(variables, function, *args, **kwargs)
 
 
 def uploading(folder, home, *repos, port=9, **environment):

@@ -4,15 +4,22 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from helpers import DEADLINE, differences, read_log, read_records, run_in_process, state_hash, train
 from helpers import TINY as TINY_RUN
+from helpers import (
+    differences,
+    read_log,
+    read_records,
+    replacing_environment,
+    run_code_alone,
+    run_in_process,
+    state_hash,
+    train,
+)
 from safetensors.torch import load_file, save_file
 
 from lmnotes.inference.generation import generate_ids
@@ -355,7 +362,7 @@ def final_checkpoint(folder):
     )
 
 
-RUN = dict({n: v for n, v in TINY_RUN.items() if n != "model_args"}, arch="gpt2", init_from="source", steps=20)
+RUN = dict({n: v for n, v in TINY_RUN.items() if n != "model_args"}, arch="gpt2", init_from="source", steps=16)
 
 
 @pytest.mark.parametrize("more", [dict(), dict(lora_rank=2, lora_dropout=0.1)], ids=["all of it", "adapters"])
@@ -394,15 +401,18 @@ def test_other_tokenizer_is_rejected(workdir):
 # Names
 
 
+LIBRARIES = "lmnotes", "huggingface_hub", "transformers"  # They read the variables when they are imported
+
+
 def fresh(code, home, **environment):
     "Run code in a new process with a separate cache, and return its output"
     clean = {n: v for n, v in os.environ.items() if not n.startswith(("HF_", "TRANSFORMERS_", "LMNOTES_"))}
     clean |= dict(HF_HOME=str(home), HF_HUB_DISABLE_TELEMETRY="1", NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, timeout=DEADLINE
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    home.mkdir(exist_ok=True)
+    code = "import sys; sys.stdout = open('printed', 'w', buffering=1)\n" + code
+    given = clean | environment, run_code_alone, code
+    assert run_in_process(home, replacing_environment, *given, packages=LIBRARIES) == 0, read_log(home)[-2000:]
+    return (home / "printed").read_text()
 
 
 def test_importing_the_module_does_not_load_transformers(tmp_path):

@@ -69,10 +69,10 @@ def test_streams_in_two_stages(tmp_path):
     "Train on text, then add touch and a movement with the trained part frozen. The touch input lowers the text loss"
     torch.manual_seed(0)
     first = new_lm("streams", **TINY)
-    train(first, TextOf(Felt()), 300)
+    train(first, TextOf(Felt()), 150)
     alone = losses(first, TextOf(Felt()))["loss_internal_text"]
     assert math.log(8) / 2 - 0.02 < alone < math.log(8) / 2 + 0.1  # Only every second word follows from the text
-    folder = save_checkpoint(tmp_path, first, 300)
+    folder = save_checkpoint(tmp_path, first, 150)
 
     both = dict(
         inputs="internal_voice touch", outputs="internal_text animation", loss_weights="internal_text=1 animation=0.6"
@@ -83,7 +83,7 @@ def test_streams_in_two_stages(tmp_path):
     held = {name: p.clone() for name, p in lm.named_parameters() if name.startswith(("embed", "heads.internal_text"))}
     freeze(lm, "embed.* heads.internal_text_head.*")
     before = losses(lm, Felt())
-    train(lm, Felt(), 400)
+    train(lm, Felt(), 200)
     after = losses(lm, Felt())
     assert all(torch.equal(lm.get_parameter(name), p) for name, p in held.items())
     assert after["loss_internal_text"] < 0.1 < alone
