@@ -300,6 +300,14 @@ def test_kills_detect_a_missing_measure(unbroken, mutant):
     assert case.kill([operation], mutant)
 
 
+def test_killed_before_best_points_at_the_last_best(unbroken):
+    "The best checkpoint of a run that is killed before `best` changes for the last time is that of an unbroken run"
+    case = unbroken["one checkpoint is kept"]
+    last = [k for k, operation in enumerate(case.operations, 1) if operation == "rename r/best"][-1]
+    failures = case.failures([[last], [last + 1]])
+    assert not failures, failures
+
+
 def copy_slowly(run):
     "Fork a run, and pause when its files are copied"
     run_after_call(folder_module, "_copy_run_at_step", lambda *args: True)
