@@ -197,7 +197,7 @@ class Trainer:
         self.objective = self._wrap(Objective(lm))
         self.step, self.stop, self.status, self.last_metrics = 0, "", "new", {}
         self.seconds = 0.0  # Spent in train_step, without hooks
-        self.unsaved = 0  # Failed saves
+        self.failed_saves = []  # {step, reason} of each
         self.counters = dict(tokens=0, bad=0, best=math.inf, best_step=0, waits=0, sums={})
 
     def _wrap(self, objective):
@@ -307,8 +307,8 @@ class Trainer:
             self.stop = self.stop or "interrupted"
 
     def warn_not_saved(self, reason) -> None:
-        "Print a warning about a failed save, and count it for the run's last line"
-        self.unsaved += 1
+        "Print a warning about a failed save, and keep it for the record of the run"
+        self.failed_saves.append(dict(step=self.step, reason=str(reason)))
         print(f"warning: step {self.step} is not saved: {reason}")
 
     def state_dict(self) -> dict:
