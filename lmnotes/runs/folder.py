@@ -362,6 +362,7 @@ def run_record_at_step(then, checkpoint_folder) -> dict:  # The checkpoint's con
     info["model"] = then["config"]
     for name in ("data", "tokenizer"):
         info[name]["fingerprint"] = then.get(name, info[name]["fingerprint"])
+    info["data"]["ids"] = then.get("ids", "")
     info["changes"] = _changes_until(then["step"], info)
     later = "result", "tokens", "error", "signal", "saved", "unsaved", "failed_saves"
     return {name: value for name, value in info.items() if name not in later}

@@ -296,7 +296,7 @@ class RunSetup:
         sample_every = cfg.sample_every or math.ceil(cfg.steps / 5)
         params = {name: value for name, value in asdict(cfg).items() if name not in CHANGEABLE_PARAMS}
         metadata = dict(tokenizer=tok.fingerprint, data=data.fingerprint, params=params)  # Of the run at a checkpoint
-        metadata["batches"] = self.batch_function
+        metadata.update(ids=data.ids_fingerprint, batches=self.batch_function)
         metadata["environment"] = environment(self.device, rank_and_world_size()[1])
         return [
             Log(metrics, self.bytes_per_token),
