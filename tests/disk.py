@@ -33,7 +33,7 @@ class Recorder:
         monkeypatch.setattr(shutil, "rmtree", self.rmtree)
         monkeypatch.setattr(pathlib.Path, "unlink", lambda path, missing_ok=False: self.unlink(path, missing_ok))
         monkeypatch.setattr(
-            pathlib.Path, "mkdir", lambda path, parents=False, exist_ok=False: self.mkdir(path, exist_ok)
+            pathlib.Path, "mkdir", lambda path, parents=False, exist_ok=False: self.mkdir(path, parents, exist_ok)
         )
 
     def note(self, what, path, *rest):
@@ -80,7 +80,9 @@ class Recorder:
     def fsync(self, descriptor):
         self.note("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
 
-    def mkdir(self, path, exist_ok=False):
+    def mkdir(self, path, parents=False, exist_ok=False):
+        if parents and not os.path.isdir(path.parent):
+            self.mkdir(path.parent, parents, exist_ok)
         if not (exist_ok and os.path.isdir(path)):
             self.real["mkdir"](path)
             self.note("mkdir", path)
@@ -93,10 +95,30 @@ class Recorder:
     def rmtree(self, folder, ignore_errors=False):
         if not os.path.exists(folder) and ignore_errors:
             return
-        for name in sorted(os.listdir(folder)):
-            self.unlink(pathlib.Path(folder, name))
+        for path in sorted(pathlib.Path(folder).iterdir()):
+            self.rmtree(path) if path.is_dir() else self.unlink(path)
         self.real["rmdir"](folder)
         self.note("remove", folder)
+
+    def as_writes(self, function, folder):
+        """Return a function that writes into `folder(*args)`, recorded as plain writes of the files that it leaves there
+
+        Other libraries write in ways that we do not record. A flush inside the function does not count.
+        """
+
+        def recorded(*args):
+            before, root = len(self.operations), pathlib.Path(folder(*args))
+            result = function(*args)
+            del self.operations[before:]
+            for path in sorted(root.rglob("*")):
+                if path.is_dir():
+                    self.note("mkdir", path)
+                else:
+                    self.note("create", path)
+                    self.note("write", path, path.read_bytes())
+            return result
+
+        return recorded
 
 
 class Disk:

@@ -227,7 +227,7 @@ def export(
         _write_model(r, lm, tmp, state_dict)
         files = {name: sha256_file(path) for name, path in list_files(tmp).items()}
         write_json(tmp / _MANIFEST, dict(format="lmnotes.export", files=files), durable=False)
-        for path in [*list_files(tmp).values(), tmp]:
+        for path in list_files(tmp).values():
             fsync_path(path)
         replace_folder(tmp, folder)
     finally:

@@ -306,7 +306,9 @@ def _fork_once(checkpoint_folder, run, out_dir):
             _copy_run_at_step(checkpoint_folder, tmp)
             with suppress(OSError):  # Windows deletes it at the end
                 (tmp / ".lock").unlink()
+        fsync_folders(tmp, files=True)
         os.replace(tmp, new)
+        fsync_path(runs)
     except OSError as e:
         raise CheckpointError(f"{explain_os_error(e)}. {old} cannot be copied, and is unchanged") from None
     finally:

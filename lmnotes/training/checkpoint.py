@@ -174,7 +174,6 @@ def _write_folder_atomic(run, name, step, files):
         tmp.mkdir()
         manifest = {f: _write_file(tmp / f, data) for f, data in files.items()}
         _write_file(tmp / "manifest.json", json.dumps(dict(step=step, files=manifest), indent=1).encode())
-        fsync_path(tmp)
         replace_folder(tmp, run / name)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)

@@ -12,6 +12,7 @@ import test_changes_on_resume as changes
 import test_damaged_runs as damaged
 import test_disk_errors as disk_errors
 import test_foreign_weights as foreign_weights
+import test_power_cuts as power_cuts
 import test_untrusted_values as untrusted
 from small_runs import SMALL, attempt
 
@@ -171,6 +172,19 @@ def parent_ends(place):
         assert signals and signals.name == "SIGHUP"
 
 
+def power_cut(test, *args):
+    "Return a test of the disk after a power cut, with arguments after its first three"
+
+    def cut(place):
+        if not os.path.exists("/proc/self/fd"):
+            pytest.skip("open files are named through /proc")
+        with pytest.MonkeyPatch.context() as patched:
+            test(place / "runs/r", place, patched, *args)
+
+    cut.__name__, cut.__module__ = test.__name__, test.__module__
+    return cut
+
+
 def decision_of_rank0(place):
     "A rank that comes late finds the record that rank 0 has just written for a new run"
     decisions = iter([False])
@@ -213,6 +227,8 @@ MUTANTS = {  # {mutant: (owner, name, mutated function, test)}
     "models of any size": (checkpoint, "limit_model_size", nullcontext, larger_than_its_file),
     "any values as weights": (checkpoint, "check_weights", unchecked, with_args(weights_of, "NaN")),
     "a rank without a parent": (core.StopSignals, "parent", property(unchecked, unchecked), parent_ends),
+    "only the top folder of an export is flushed": (files, "fsync_folders", core.fsync_path, power_cut(power_cuts.test_power_cut_while_an_export_is_replaced, files.exchange_paths)),
+    "a fork is not flushed": (folder_module, "fsync_folders", unchecked, power_cut(power_cuts.test_power_cut_during_a_fork)),
     "each rank decides about resume": (setup, "broadcast_from_rank0", lambda value: value, decision_of_rank0),
 }  # fmt: skip
 

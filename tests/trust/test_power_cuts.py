@@ -6,6 +6,7 @@ it: the disk can lose any data that was not flushed, in many ways. The last comp
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from itertools import zip_longest
 import pytest
 import torch
 from disk import Disk, Recorder, build, linux
+from helpers import ROOT
+from small_runs import trained_runs
 
 from lmnotes import files
 from lmnotes.core import CheckpointError, fsync_path, write_atomic, write_json
@@ -22,6 +25,7 @@ from lmnotes.export import export as export_module
 from lmnotes.files import JsonlLog, exchange_paths, finish_replacing, replace_folder
 from lmnotes.nn.lm import new_lm
 from lmnotes.nn.lora import LoRAConfig, add_lora
+from lmnotes.runs import folder as folder_module
 from lmnotes.runs.folder import locked_run_folder, move_earlier_run_aside
 from lmnotes.training import saving
 from lmnotes.training.checkpoint import (
@@ -276,35 +280,84 @@ def test_power_cut_while_an_earlier_run_moves_aside(tmp_path, monkeypatch):
     assert states > 800, states
 
 
+def named_states(operations, ends, temporary):
+    """Yield (number of complete writes, operation, state) for the states of the disk after each operation, from the first end on
+
+    Each state comes once for each number of complete writes, without what has a name that matches `temporary`.
+    """
+    disk, tried = Disk(), set()
+    for number, operation in enumerate(operations, 1):
+        disk.apply(*operation)
+        complete = sum(end <= number for end in ends)
+        for state in disk.states() if complete else ():
+            state = {path: data for path, data in state.items() if not re.match(temporary, path)}
+            if (key := (complete, frozenset(state.items()))) not in tried:
+                tried.add(key)
+                yield complete, operation[:2], state
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    "Return the folder of a small run with a checkpoint"
+    with trained_runs(tmp_path_factory.mktemp("small"), {"r": ((2,), dict(steps=4))}) as runs:
+        return runs / "r"
+
+
+def recorded_exports(run, root, monkeypatch):
+    "Return (operations of three exports to `root/model`, number of operations after each, {name: content} of each)"
+    some = {name: (ROOT / name).read_bytes() for name in ("lmnotes/core.py", "lmnotes/nn/lm.py", "lmnotes/nn/lora.py")}
+    monkeypatch.setattr(export_module, "_collect_sources", lambda lm: (some, set()))
+    recorder, ends, versions = Recorder(root, monkeypatch), [], []
+    write = recorder.as_writes(export_module._write_model, lambda r, lm, folder, state_dict: folder)
+    monkeypatch.setattr(export_module, "_write_model", write)
+    for name in ("old.pt", "new.pt", "newer.pt"):
+        export_module.export(run, root / "model", state_dict=name)
+        ends.append(len(recorder.operations))
+        versions.append(content_of(root / "model"))
+    return recorder.operations, ends, versions
+
+
 @linux
 @pytest.mark.parametrize("exchange", [exchange_paths, no_exchange])
-def test_power_cut_while_an_export_is_replaced(tmp_path, monkeypatch, exchange):
+def test_power_cut_while_an_export_is_replaced(small_run, tmp_path, monkeypatch, exchange):
     "The old or the new export is complete under its name, at every operation, when the next export starts"
     root = tmp_path / "exports"
     root.mkdir()
     with monkeypatch.context() as patched:
         patched.setattr(files, "exchange_paths", exchange)
-        recorder, ends = Recorder(root, patched), []
-        for version in (b"old", b"new", b"newer"):
-            tmp = root / ".model.1.tmp"
-            tmp.mkdir()
-            for name in ("model.safetensors", "config.json", "README.md"):
-                write_atomic(tmp / name, version + name.encode())
-            replace_folder(tmp, root / "model")
-            ends.append(len(recorder.operations))
-    versions = [
-        {n: v + n.encode() for n in ("model.safetensors", "config.json", "README.md")}
-        for v in (b"old", b"new", b"newer")
-    ]
+        operations, ends, versions = recorded_exports(small_run, root, patched)
+    assert {"lmnotes/nn/lm.py", "tokenizer/tokenizer.json", "old.pt"} < versions[0].keys()
     states, restored = 0, 0
-    for number, operation, workdir in rebuilt_states(tmp_path, recorder.operations, ends[0]):
-        complete = sum(n <= number for n in ends)
+    for complete, operation, state in named_states(operations, ends, r"\.model\.\d+\.tmp"):
+        workdir = tmp_path / "state"
+        workdir.mkdir()
+        build(workdir, state)
         restored += not (workdir / "model").exists()
         finish_replacing(workdir / "model")
-        assert content_of(workdir / "model") in versions[complete - 1 : complete + 1], (number, operation)
+        assert content_of(workdir / "model") in versions[complete - 1 : complete + 1], operation
+        shutil.rmtree(workdir)
         states += 1
-    assert states > 280, states
+    assert states > (500 if exchange is no_exchange else 4), states
     assert bool(restored) == (exchange is no_exchange)
+
+
+@linux
+def test_power_cut_during_a_fork(small_run, tmp_path, monkeypatch):
+    "Under the name of a fork there is the complete copy or nothing, at every operation, and the copy once `fork` returns"
+    with monkeypatch.context() as patched:
+        recorder = Recorder(tmp_path, patched)
+        copy = recorder.as_writes(folder_module._copy_run_at_step, lambda checkpoint, to: to)
+        patched.setattr(folder_module, "_copy_run_at_step", copy)
+        folder_module.fork(small_run, "new", tmp_path)
+    whole = content_of(tmp_path / "new")
+    assert {"run.json", "tokenizer.json", "model.safetensors"} < {name.rpartition("/")[2] for name in whole}
+    end, found = len(recorder.operations), []
+    moved = next(n for n, op in enumerate(recorder.operations, 1) if op[0] == "replace" and op[2] == "new")
+    for complete, operation, state in named_states(recorder.operations, [moved, end], r"\.new\.\d+\.tmp"):
+        content = {path[4:]: data for path, data in state.items() if path.startswith("new/") and data is not None}
+        assert content == whole or (complete == 1 and "new" not in state), operation
+        found.append("new" in state)
+    assert sorted(found) == [False, True, True]
 
 
 def test_an_export_finishes_a_killed_one(tmp_path, monkeypatch):
