@@ -26,7 +26,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,20 +33,22 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from .untrusted import EscapedError
+
 # %% ../nbs/00_core.ipynb #48fa40dc
-class DataError(ValueError):
+class DataError(EscapedError, ValueError):
     "Text or token files that are missing, damaged or do not fit the model"
 
 
-class TokenizerError(ValueError):
+class TokenizerError(EscapedError, ValueError):
     "A tokenizer that is missing, damaged or does not belong to the data or the model"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(EscapedError, ValueError):
     "A checkpoint that is missing, damaged or belongs to another run"
 
 
-class RunLockedError(RuntimeError):
+class RunLockedError(EscapedError, RuntimeError):
     "A run folder that another process is writing to"
 
 
@@ -207,9 +208,8 @@ def pick_dtype(
 
 def describe_device(device, dtype, reason) -> str:
     "Format the device with its hardware, the dtype and the reason for the dtype as one log line"
-    hardware = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    if device.startswith("cuda"):
-        hardware = torch.cuda.get_device_name(device)
+    cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    hardware = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu
     return f"device {device} ({hardware}), {dtype}: {reason}"
 
 # %% ../nbs/00_core.ipynb #d7a1f2fa
@@ -400,7 +400,7 @@ class StopSignals:
 # %% ../nbs/00_core.ipynb #d5e1dd9f
 def utc_now() -> str:
     "Return the time in UTC, as ISO 8601 to the second (only for readers: nothing sorts by it)"
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
 
 
 def versions() -> dict:

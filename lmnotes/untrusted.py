@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['wrong_entries', 'path_inside', 'is_checkpoint_name', 'check_run_name', 'check_utf8', 'escape_terminal',
-           'EscapedOutput', 'unescaped_stdout', 'write_control', 'escape_printed', 'escape_html', 'escape_markdown',
-           'find_secret', 'check_no_secrets', 'hide_secrets']
+           'EscapedError', 'EscapedOutput', 'unescaped_stdout', 'write_control', 'escape_printed', 'escape_html',
+           'escape_markdown', 'find_secret', 'check_no_secrets', 'hide_secrets']
 
 # %% ../nbs/01_untrusted.ipynb #d37351a2
 import html
@@ -118,6 +118,13 @@ def escape_terminal(
 ) -> str:  # Text without control characters
     "Replace the control characters of a text by their code points, such as ⟨U+001B⟩"
     return _TERMINAL.sub(lambda m: m[0] if m[0] in keep else f"⟨U+{ord(m[0]):04X}⟩", str(text))
+
+# %% ../nbs/01_untrusted.ipynb #47326acc
+class EscapedError(Exception):
+    "Base class of the errors about files, whose messages show control characters by their code points"
+
+    def __str__(self) -> str:
+        return escape_terminal(super().__str__())
 
 # %% ../nbs/01_untrusted.ipynb #83097ab7
 @contextmanager

@@ -77,7 +77,7 @@ def _iter_settings(node, where, path):
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
             raise ValueError(f"{path}, line {line}: expected a word as the name of a setting")
-        name = f"{where}.{key.value}".lstrip(".")
+        name = escape_terminal(f"{where}.{key.value}".lstrip("."), keep="")
         if isinstance(value, yaml.MappingNode):
             yield from _iter_settings(value, name, path)
         else:
@@ -92,7 +92,8 @@ def _construct_value(node, path):
         raise
     except Exception as e:  # An invalid date raises ValueError, and a tag such as !!int can raise anything else
         where, value = f"{path}, line {node.start_mark.line + 1}", repr(node.value)[:80]
-        raise ValueError(f"{where}: {value} cannot be read ({str(e)[:200] or type(e).__name__})") from None
+        reason = escape_terminal(e)[:200] or type(e).__name__
+        raise ValueError(f"{where}: {value} cannot be read ({reason})") from None
 
 # %% ../../nbs/recipes/86_text_only_config.ipynb #19fd46c3
 def read_settings(
@@ -111,9 +112,8 @@ def read_settings(
             settings[name] = _construct_value(value, path), line
     except yaml.YAMLError as e:
         line = f", line {e.problem_mark.line + 1}" if getattr(e, "problem_mark", None) else ""
-        raise ValueError(
-            f"{path}{line}: invalid YAML ({getattr(e, 'problem', e)}). Check the lines around it."
-        ) from None
+        problem = escape_terminal(getattr(e, "problem", e))
+        raise ValueError(f"{path}{line}: invalid YAML ({problem}). Check the lines around it.") from None
     return settings
 
 # %% ../../nbs/recipes/86_text_only_config.ipynb #6c6b0129

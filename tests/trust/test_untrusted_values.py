@@ -18,6 +18,7 @@ from pathlib import Path
 import mistune
 import pytest
 import torch
+from filelock import FileLock
 from helpers import DEADLINE, ROOT, TINY, read_log, run_in_process, run_recipe, train
 
 import lmnotes
@@ -515,6 +516,38 @@ print(lmnotes.diff(folder, folder))
 lmnotes.fork(folder, "forked")
 lmnotes.run(run="r", resume=True, steps=12, allow_change="steps", hooks=[Colors()])
 """
+
+
+LOAD = "import lmnotes; lmnotes.load('runs/r', device='cpu')"
+LOAD_WEIGHTS = (
+    "from lmnotes.nn.lm import new_lm; from lmnotes.training.weights import load_initial_weights; "
+    "load_initial_weights(new_lm('bigram', vocab_size=8), 'w.pt')"
+)
+LOAD_SETTINGS = "from lmnotes.recipes.text_only_config import load_text_config; load_text_config('c.yaml')"
+LOCK = "from lmnotes.files import RunLock; RunLock('runs/r').__enter__()"
+UNCAUGHT = {
+    "an entry of a record": (LOAD, "CheckpointError"),
+    "a tensor": (LOAD_WEIGHTS, "CheckpointError"),
+    "a setting": (LOAD_SETTINGS, "ValueError"),
+    "a repeated setting": (LOAD_SETTINGS, "ValueError"),
+    "the owner of a lock": (LOCK, "RunLockedError"),
+}
+
+
+@pytest.mark.parametrize("name", UNCAUGHT)
+def test_uncaught_errors_send_no_escape_sequence_of_a_file(work, name):
+    "Python prints the message of an error that no code catches. A name from a file is only text in it"
+    program, kind = UNCAUGHT[name]
+    edit_json(work / "runs/r/run.json", lambda info: info | dict(origins={ESCAPES: 1}))
+    torch.save(new_lm("bigram", vocab_size=8).state_dict() | {ESCAPES: torch.zeros(1)}, work / "w.pt")
+    (work / "c.yaml").write_text('"a\\e[2J": 1\n' * (2 if "repeated" in name else 1))
+    owner = dict(pid=os.getpid(), host=ESCAPES, start="now")
+    with FileLock(work / "runs/r/.lock") if "lock" in name else nullcontext():
+        (work / "runs/r/.owner.json").write_text(json.dumps(owner))
+        shown = on_terminal(work, code=1, program=["-c", program])
+    message = shown[shown.rindex(f"{kind}: ") :]
+    assert "⟨U+001B⟩" in message, shown
+    assert escape_terminal(shown) == shown, repr(shown)
 
 
 def test_python_sends_no_escape_sequence_of_a_file(work):
