@@ -73,17 +73,24 @@ class SaveWeights(Hook):
             self._write(t)
 
     def _write(self, t):
-        self.mark_done(t)
-        if t.rank == 0:
-            path = self.folder / self.pattern.format(step=t.step, epoch=t.epoch)
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_torch_file(self.make_content(t, merged_state_dict(t.lm, self.prefixes)), path)
-                print(t.log_format.saved.format(step=t.step, file=path.name))
-            except OSError as e:
-                t.warn_not_saved(explain_os_error(e, path))
-            except CheckpointError as e:  # Of a file that `make_content` reads
-                t.warn_not_saved(e)
+        before = t.counters.get(self.key, 0)
+        self.mark_done(t)  # Before the write, because the file can contain the counters
+        path = self.folder / self.pattern.format(step=t.step, epoch=t.epoch)
+        if t.rank == 0 and not self._save_file(t, path):
+            t.counters[self.key] = before  # A resume at this step tries again
+
+    def _save_file(self, t, path):
+        "Write the file. If that fails, print a warning and return False"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_torch_file(self.make_content(t, merged_state_dict(t.lm, self.prefixes)), path)
+            print(t.log_format.saved.format(step=t.step, file=path.name))
+            return True
+        except OSError as e:
+            t.warn_not_saved(explain_os_error(e, path))
+        except CheckpointError as e:  # Of a file that `make_content` reads
+            t.warn_not_saved(e)
+        return False
 
 # %% ../../nbs/training/43_weights.ipynb #0a6da8eb
 WEIGHT_KEYS = "model_state_dict", "model_state"  # Keys of the state dict in files that hold more than weights

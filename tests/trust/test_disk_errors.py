@@ -17,7 +17,9 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from faults import CHANGES, fail_from, record_operations
 from foreign import NIGHT
 from helpers import (
@@ -35,13 +37,16 @@ from test_kills import SHORT, prune_first
 
 from lmnotes import files
 from lmnotes.core import CheckpointError, read_json, write_json
+from lmnotes.data.batches import RandomBatches
+from lmnotes.nn.lm import new_lm
 from lmnotes.recipes import fresh_or_resume, nanothink
 from lmnotes.runs import folder as runs_folder
 from lmnotes.runs.compare import RecordPeakMemory
 from lmnotes.runs.run import run
 from lmnotes.training import checkpoint, saving
 from lmnotes.training.checkpoint import list_checkpoints, verify_checkpoint
-from lmnotes.training.trainer import Hook, Trainer
+from lmnotes.training.trainer import Hook, TrainConfig, Trainer
+from lmnotes.training.weights import SaveWeights
 
 REASONS = dict(
     ENOSPC="disk full",
@@ -236,6 +241,29 @@ def test_a_full_disk_when_a_recipe_writes_a_small_file(tmp_path, monkeypatch, ca
     assert warning.startswith(f"warning: {tmp_path / name}: disk full") and not list(tmp_path.iterdir())
     hook.after_step(t)
     assert (tmp_path / name).is_file() and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("when", ["step", "best"])
+def test_a_full_disk_when_weights_are_saved(tmp_path, monkeypatch, capsys, when):
+    "Weights that cannot be saved are a warning, and are saved by the resume at this step, with the counters of a save without an error"
+
+    def trainer(state=None):
+        lm = new_lm("bigram", vocab_size=8)
+        hook = SaveWeights(tmp_path, "w.pt", 2, when=when, make_content=lambda t, _: dict(t.counters))
+        t = Trainer(lm, RandomBatches(np.arange(100) % 8, 2, 4), TrainConfig(steps=4, dtype="float32"), [hook])
+        t.load_state_dict(state or t.state_dict() | dict(counters=dict(best_step=2)))
+        return t
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "replace", full_disk)
+        state = trainer().fit(2).state_dict()
+    assert f"warning: step 2 is not saved: {tmp_path / 'w.pt'}: disk full" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    t = trainer(state).fit(2)
+    assert t.unsaved == 0 and torch.load(tmp_path / "w.pt")["SaveWeights"] == t.counters["SaveWeights"] == 2
+    capsys.readouterr()
+    trainer(t.state_dict()).fit(2)
+    assert not capsys.readouterr().out
 
 
 def full_disk(source, target):
