@@ -11,6 +11,7 @@ import pytest
 import test_changes_on_resume as changes
 import test_damaged_runs as damaged
 import test_disk_errors as disk_errors
+import test_foreign_data as foreign_data
 import test_foreign_weights as foreign_weights
 import test_power_cuts as power_cuts
 import test_untrusted_values as untrusted
@@ -19,12 +20,14 @@ from small_runs import SMALL, attempt
 from lmnotes import core, files
 from lmnotes.core import CheckpointError, DataError, read_json
 from lmnotes.data import datasets
+from lmnotes.recipes import text_only_config
 from lmnotes.runs import folder as folder_module
 from lmnotes.runs import load as load_module
 from lmnotes.runs import run as run_module
 from lmnotes.runs import setup
 from lmnotes.runs.config import resolve_config
 from lmnotes.training import checkpoint, trainer
+from lmnotes.untrusted import EscapedError
 
 trained, place, uninterrupted = changes.trained, changes.place, changes.uninterrupted
 
@@ -124,6 +127,57 @@ def pointer_outside(place):
         load_module.load("runs/r", "interrupted")
 
 
+def manifest_outside(place):
+    "A manifest names a file outside its folder, with the right hash"
+    (place / "outside").write_bytes(b"a")
+    path = changes.step() / "manifest.json"
+    files = read_json(path)["files"] | {"../../../outside": dict(size=1, sha256=core.sha256_bytes(b"a"))}
+    path.write_bytes(edit(files=files)(path.read_bytes()))
+    with pytest.raises(CheckpointError, match="would not name a file"):
+        checkpoint.verify_checkpoint(changes.step())
+
+
+def last_run_outside(place):
+    "The file .last names a run outside the folder of runs"
+    shutil.copytree("runs/r", "outside")
+    (place / "runs/.last").write_text("../outside\n")
+    with pytest.raises(CheckpointError, match="would not name a file"):
+        folder_module.last_run_name(place / "runs")
+
+
+def link_in_a_run(place, use, name):
+    (place / "runs" / name / "w.pt").symlink_to(place / "yours")
+    with pytest.raises(CheckpointError, match="is a symbolic link"):
+        changes.resume(name) if use == "resume" else folder_module.fork(f"runs/{name}", "new")
+
+
+def secret_in_an_error(place):
+    def fails(t):
+        raise RuntimeError(f"401 for {untrusted.TOKENS['url']}")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trainer.Trainer, "train_step", fails)
+        with pytest.raises(RuntimeError):
+            changes.resume("r")
+    error = read_json("runs/r/run.json")["error"]
+    assert "401 for https***host" in error and untrusted.TOKENS["url"] not in error, error
+
+
+def escape_sequence_in_an_error(place):
+    path = place / "runs/r/run.json"
+    path.write_bytes(edit(origins={"\x1b[2J": 1})(path.read_bytes()))
+    with pytest.raises(CheckpointError, match="origins") as error:
+        load_module.load("runs/r")
+    assert "\x1b" not in str(error.value)
+
+
+def alias_in_yaml(place):
+    text, message = foreign_data.YAML["a map in itself"]
+    (place / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        text_only_config.read_settings("config.yaml")
+
+
 def other_download(place):
     part = place / "input.txt.part"
     for content in (b"another", b"changed text"):
@@ -215,15 +269,23 @@ MUTANTS = {  # {mutant: (owner, name, mutated function, test)}
     "any line is a record": (files, "_is_record", lambda value: True, damage("samples.jsonl", edit_sample, "attach")),
     "any owner": (load_module, "read_owner", lambda folder: read_json(folder / ".owner.json"), attach_with_a_bad_owner),
     "pointers to anywhere": (checkpoint, "path_inside", lambda folder, name, *args, **kwargs: folder / name, pointer_outside),
+    "manifests of any files": (checkpoint, "path_inside", lambda folder, name, *args, **kwargs: folder / name, manifest_outside),
+    "a last run of any folder": (folder_module, "path_inside", lambda folder, name, *args, **kwargs: folder / name, last_run_outside),
+    "links in a run that is resumed": (folder_module, "check_no_links", unchecked, with_args(link_in_a_run, "resume", "r")),
+    "links in a run that is forked": (folder_module, "check_no_links", unchecked, with_args(link_in_a_run, "fork", "r")),
+    "links in a run that is finished": (load_module, "check_no_links", unchecked, with_args(link_in_a_run, "resume", "whole")),
     "the environment is not compared": (setup, "environment_changes", lambda before, device: "", changes.test_two_threads),
     "any logs": (setup, "warn_of_damaged_logs", unchecked, changes.test_an_edited_log),
     "any space on the disk": (run_module, "check_disk_space", unchecked, disk_errors.test_no_space_for_the_final_checkpoint),
     "HTML as it is": (None, "escape_html", as_text, untrusted.test_record_is_text_in_tables_and_views),
     "Markdown as it is": (None, "escape_markdown", as_text, untrusted.test_names_and_values_are_text_in_tables),
     "terminal sequences as they are": (None, "escape_terminal", as_text, untrusted.test_names_and_values_are_text_in_tables),
+    "terminal sequences in errors": (EscapedError, "__str__", Exception.__str__, escape_sequence_in_an_error),
+    "secrets in errors": (None, "hide_secrets", as_text, secret_in_an_error),
     "any secret": (None, "check_no_secrets", unchecked, untrusted.test_parameters_reject_secrets),
     "downloads of any size and hash": (datasets, "_file_problem", lambda *args: "", other_download),
     "one attempt to read a run that trains": (load_module, "read_while_training", lambda run, read: read(), replaced_while_read),
+    "aliases in YAML": (text_only_config.yaml, "AliasEvent", type("Nothing", (), {}), alias_in_yaml),
     "models of any size": (checkpoint, "limit_model_size", nullcontext, larger_than_its_file),
     "any values as weights": (checkpoint, "check_weights", unchecked, with_args(weights_of, "NaN")),
     "a rank without a parent": (core.StopSignals, "parent", property(unchecked, unchecked), parent_ends),
