@@ -278,10 +278,10 @@ def test_nonempty_folder_is_rejected(r, exported, tmp_path):
     with pytest.raises(ValueError, match="is a file"):
         export(r, tmp_path / "mine/notes.txt")
     copy = shutil.copytree(exported, tmp_path / "copy")
-    (copy / "more.txt").write_text("x")
-    with pytest.raises(ValueError, match="more.txt changed since the export. Move these files"):
+    (copy / "more\x1b.txt").write_text("x")
+    with pytest.raises(ValueError, match="more⟨U\\+001B⟩.txt changed since the export. Move these files"):
         export(r, copy)
-    (copy / "more.txt").unlink()
+    (copy / "more\x1b.txt").unlink()
     (copy / "config.json").unlink()
     with pytest.raises(ValueError, match="config.json changed"):
         export(r, copy)

@@ -282,8 +282,8 @@ DAMAGE = {
         "model.safetensors: 1 tensors are missing: transformer.h.1.attn.c_attn.bias",
     ),
     "one more": (
-        lambda path: rewrite(path, lambda ts: ts | {"extra": torch.ones(1)}),
-        "model.safetensors: 1 tensors are not GPT-2's: extra",
+        lambda path: rewrite(path, lambda ts: ts | {"extra\x1b[2J": torch.ones(1)}),
+        r"model.safetensors: 1 tensors are not GPT-2's: extra\\x1b\[2J",
     ),
     "a head of its own": (
         lambda path: rewrite(path, lambda ts: ts | {"lm_head.weight": torch.ones(64, 32)}),

@@ -25,6 +25,7 @@ from ..runs.load import *
 from ..runs.monitor import plot_metrics
 from ..training.checkpoint import *
 from ..training.weights import *
+from ..untrusted import *
 
 # %% ../../nbs/export/81_export.ipynb #1dc521ab
 _ROOT = Path(lmnotes.__file__).parent.parent
@@ -199,7 +200,7 @@ def _check_target(folder):
     if folder.exists() and any(folder.iterdir()):
         if not (folder / _MANIFEST).is_file():
             raise ValueError(f"{folder} is not empty and not an exported model. Choose a new folder")
-        if changed := ", ".join(changed_files(folder)[:5]):
+        if changed := escape_terminal(", ".join(changed_files(folder)[:5]), keep=""):
             raise ValueError(f"{folder}: {changed} changed since the export. Move these files, or choose a new folder")
 
 # %% ../../nbs/export/81_export.ipynb #a1b028c5

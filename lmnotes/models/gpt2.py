@@ -290,6 +290,7 @@ def _check_weights(where, model, info):
     ]
     for problem, names in wrong:
         if names:
-            raise ValueError(f"{where}: {len(names)} tensors {problem}: {', '.join(sorted(names)[:5])}")
+            shown = ", ".join(repr(name)[1:-1] for name in sorted(names)[:5])  # Without control characters
+            raise ValueError(f"{where}: {len(names)} tensors {problem}: {shown}")
     if model.config.tie_word_embeddings and model.lm_head.weight is not model.transformer.wte.weight:
         raise ValueError(f'{where}: lm_head is not the embedding. Set "tie_word_embeddings": false in config.json')
