@@ -256,7 +256,7 @@ class RunSetup:
         return data
 
     def check_same_batches(self, make_batches) -> None:  # Function for other batches, or None
-        "Raise `CheckpointError` if a run was trained with batches of a function and goes on without it, or the other way round"
+        "Raise `CheckpointError` if a run was trained with batches of a function and resumes without it, or the other way round"
         self.batch_function = getattr(make_batches, "__qualname__", type(make_batches).__name__) if make_batches else ""
         then = read_checkpoint_config(self.checkpoint_folder).get("batches") if self.checkpoint_folder else None
         if then is None or then == self.batch_function:
