@@ -7,6 +7,7 @@ therefore arrives exactly at the intended moment, on a busy machine too.
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -109,7 +110,7 @@ def command_held(moment, *command_line_args):
 
 def command_by_a_clock(moment, *command_line_args):
     "Run the command line with a fake clock: the file `clock` holds the time at which a signal arrives"
-    core.time = SimpleNamespace(monotonic=lambda: float(Path("clock").read_text()))
+    core.time = SimpleNamespace(**{**vars(time), "monotonic": lambda: float(Path("clock").read_text())})
     return command_held(moment, *command_line_args)
 
 
