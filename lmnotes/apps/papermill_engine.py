@@ -164,9 +164,7 @@ def _path_without_links(checkpoints, run, name):
     folder, path = checkpoints / run, checkpoints / run / name
     folder.mkdir(parents=True, exist_ok=True)
     if folder.resolve().parent != checkpoints.resolve():
-        raise ValueError(
-            f"{folder}: is a link to another folder. Pass the folder that holds it with `-p out_dir FOLDER`"
-        )
+        raise ValueError(f"{folder}: is a link. Pass the folder that holds its target with `-p out_dir FOLDER`")
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise ValueError(f"{path}: is a link, or not a regular file. Remove it")
     return path
@@ -257,28 +255,36 @@ def run_name_of_output(
     return folder.name if folder.parent == find_runs_folder(project, out_dir).resolve() else None
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #42c4510f
+def _is_only_resumed(notebook, report, parameters):
+    "Return True if a command only resumes the run that wrote a report: the notebook and its own parameters are the same"
+    then = json.loads(Path(report).read_bytes())["metadata"].get("papermill", {}).get("parameters", {})
+    shared = "run", "resume", "wait", "out_dir"
+    own, before = ({n: str(v) for n, v in given.items() if n not in shared} for given in (parameters, then))
+    return own in ({}, before) and _read_parameter_cells(notebook) == _read_parameter_cells(report)
+
+
 def protect_report(
     notebook,  # Path of a training notebook
     report,  # Path of its output
     parameters,  # {name: value} of the given parameters
 ) -> str:  # A message for the user if there is nothing to do, else ''
-    "Keep the report of a finished run: execute nothing if the run is only resumed, else give the report another name"
+    "Keep the report of an earlier run: execute nothing if a finished run is only resumed, else give the report another name"
     run, report = run_name_of_output(notebook, report, parameters.get("out_dir")), Path(report)
-    if not run or str(parameters.get("resume")).lower() not in ("true", "1", "auto") or not report.is_file():
+    if not run or not report.is_file():
         return ""
-    from lmnotes.runs.config import RunConfig, resolve_config  # They load torch, as the notebook will
+    from lmnotes.runs.config import resolve_config  # They load torch, as the notebook will
     from lmnotes.runs.load import load_finished, read_run_record
 
-    folder, names = report.resolve().parent, set(vars(RunConfig()))
-    with suppress(ValueError, OSError):  # The notebook will raise it again
-        if read_run_record(folder)["status"] not in ("done", "early_stop"):
-            return ""
-        same = names if set(notebook_parameters(notebook)) <= names else {"run", "resume", "out_dir", "wait"}
-        if set(parameters) <= same:
-            if load_finished(folder, *resolve_config(dict(parameters, run=run, out_dir=str(folder.parent)))):
-                return f"lmnotes: its report is {os.path.relpath(report)}"
-        number = next(n for n in range(1, 10**6) if not report.with_stem(f"{report.stem}-{n}").exists())
-        report.rename(report.with_stem(f"{report.stem}-{number}"))
+    folder, resume = report.resolve().parent, str(parameters.get("resume", os.environ.get("LMNOTES_RESUME")))
+    if resume.lower() in ("true", "1", "auto") and str(parameters.get("run") or run) == run:
+        with suppress(ValueError, OSError, KeyError, AttributeError):  # The notebook will raise what is wrong
+            if read_run_record(folder)["status"] not in ("done", "early_stop"):
+                return ""  # The same run trains, and writes its report again
+            given = dict(run=run, resume=resume, out_dir=str(folder.parent))
+            if _is_only_resumed(notebook, report, parameters) and load_finished(folder, *resolve_config(given)):
+                return f"lmnotes: the report of run {run} is {os.path.relpath(report)}"
+    number = next(n for n in range(1, 10**6) if not report.with_stem(f"{report.stem}-{n}").exists())
+    report.rename(report.with_stem(f"{report.stem}-{number}"))
     return ""
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #b5833a0d

@@ -1,5 +1,6 @@
 """One command that a scheduler repeats starts a run, resumes it as often as needed, and returns when it is finished."""
 
+import json
 import os
 import re
 import shutil
@@ -91,12 +92,20 @@ def test_a_finished_run_is_left_alone(workdir, uninterrupted_run, resume, more):
     assert content(runs) == before
 
 
+def executed(notebook, **parameters):
+    "Return the text of a notebook as papermill writes it for these parameters"
+    content = json.loads(Path(notebook).read_bytes())
+    content["metadata"]["papermill"] = dict(parameters=parameters)
+    return json.dumps(content)
+
+
+TRAIN, AGIFORMER = ROOT / "nbs/train.ipynb", ROOT / "nbs/recipes/agiformer.ipynb"
+
+
 @pytest.mark.parametrize("way", ["papermill", pytest.param("torchrun", marks=pytest.mark.nightly)])
 def test_papermill_and_torchrun_leave_a_finished_run_alone(workdir, uninterrupted_run, way):
     "They return at once, and the report of the run stays as it is"
     runs = shutil.copytree(uninterrupted_run.parent, workdir / "runs")
-    (runs / "r/train.ipynb").write_text("the report")
-    before = content(runs)
     given = {name: value for name, value in TINY.items() if name != "data"} | dict(resume="auto", out_dir=str(runs))
     if way == "papermill":
         words = [word for name, value in given.items() for word in ("-p", name, str(value))]
@@ -104,22 +113,55 @@ def test_papermill_and_torchrun_leave_a_finished_run_alone(workdir, uninterrupte
     else:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--"]
         command += ["lmnotes", "train", *command_line_args(**given)]
+    (runs / "r/train.ipynb").write_text(executed(TRAIN, **given))
+    before = content(runs)
     done = subprocess.run(command, cwd=workdir, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "r: done at step 40 of 40, so nothing is left to train" in done.stdout
     assert content(runs) == before
 
 
-@pytest.mark.parametrize("more", [dict(steps=42, allow_change="steps"), dict(seed=5)], ids=["longer", "rejected"])
-def test_papermill_keeps_the_report_of_a_finished_run(workdir, uninterrupted_run, more):
-    "If the notebook is executed again, the report of the finished run has another name"
+# (notebook, parameters of the report, parameters of the command, change of the run, is its report kept without execution)
+REPORTS = {
+    "resumed": (TRAIN, {}, dict(resume="auto"), {}, True),
+    "resumed by a variable": (TRAIN, {}, {}, {}, True),
+    "repeated": (TRAIN, dict(seed=0), dict(seed=0, resume="auto"), {}, True),
+    "a recipe is repeated": (AGIFORMER, dict(DATA="text"), dict(DATA="text", resume="auto"), {}, True),
+    "longer": (TRAIN, {}, dict(resume="auto", steps=42, allow_change="steps"), {}, False),
+    "rejected": (TRAIN, {}, dict(resume="auto", seed=5), {}, False),
+    "a recipe with another parameter": (AGIFORMER, {}, dict(DATA="text", resume="auto"), {}, False),
+    "another run is resumed": (TRAIN, {}, dict(resume="True", run="other"), {}, False),
+    "not resumed": (TRAIN, {}, {}, {}, False),
+    "damaged record": (TRAIN, {}, dict(resume="auto"), dict(status=5), False),
+    "edited notebook": (TRAIN, {}, dict(resume="auto"), {}, False),
+}
+
+
+@pytest.mark.parametrize("case", REPORTS)
+def test_papermill_keeps_the_report_of_an_earlier_run(workdir, uninterrupted_run, monkeypatch, case):
+    "A command that only resumes a finished run executes nothing. Any other gives the report another name"
+    notebook, then, now, change, is_kept = REPORTS[case]
     runs = shutil.copytree(uninterrupted_run.parent, workdir / "runs")
-    for text in ("one", "two"):
-        (runs / "r/train.ipynb").write_text(text)
-        given = dict(run="r", resume="auto", out_dir=str(runs)) | more
-        assert protect_report(ROOT / "nbs/train.ipynb", runs / "r/train.ipynb", given) == ""
+    write_json(runs / "r/run.json", read_json(runs / "r/run.json") | change)
+    report = runs / "r/train.ipynb"
+    before = executed(notebook, **then)
+    if case == "edited notebook":
+        before = before.replace("seed: int = 0", "seed: int = 1")
+    report.write_text(before)
+    if case == "resumed by a variable":
+        monkeypatch.setenv("LMNOTES_RESUME", "auto")
+    done = protect_report(notebook, report, dict(run="r", out_dir=str(runs)) | now)
     found = {path.name: path.read_text() for path in (runs / "r").glob("*.ipynb")}
-    assert found == {"train-1.ipynb": "one", "train-2.ipynb": "two"}
+    assert (bool(done), found) == (is_kept, {"train.ipynb" if is_kept else "train-1.ipynb": before})
+
+
+def test_the_report_of_a_stopped_run_is_written_again(workdir, uninterrupted_run):
+    "A run that is resumed many times has one report"
+    runs = shutil.copytree(uninterrupted_run.parent, workdir / "runs")
+    write_json(runs / "r/run.json", read_json(runs / "r/run.json") | dict(status="interrupted"))
+    (runs / "r/train.ipynb").write_text("{}")
+    assert not protect_report(TRAIN, runs / "r/train.ipynb", dict(run="r", out_dir=str(runs), resume="auto"))
+    assert [path.name for path in (runs / "r").glob("*.ipynb")] == ["train.ipynb"]
 
 
 def test_a_finished_run_can_be_extended(workdir):
