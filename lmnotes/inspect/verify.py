@@ -259,17 +259,29 @@ def _check_evaluation(record, result, folder):
 
 # %% ../../nbs/inspect/78_verify.ipynb #8f7c6b98
 NOT_CHECKED = "not checked"
-_CHECKED = "run.json", "tokenizer", "metrics.jsonl", "samples.jsonl", BASE_WEIGHTS_FILE, *POINTERS
+_CHECKED = {"run.json", "tokenizer", "metrics.jsonl", "samples.jsonl", ".lock", ".owner.json", *POINTERS}
+_TOKENIZER_FILES = {"tokenizer.json", "vocab.json", "merges.txt"}
+
+
+def _check_extra_file(lm, folder, name):
+    "Check a file that belongs to the weights of a model"
+    _require((folder / name).is_file(), "missing, so the predictions differ")
+    lm.load_extra_files(folder)
+    return "matches its own checksum, which no checkpoint records"
 
 
 def _check_other_files(run):
-    "Yield the rows of files that belong to the weights, and of all that no hash covers, such as reports"
-    found = [p.name for p in run.folder.iterdir() if not (p.name.startswith((".", "step_")) or p.name in _CHECKED)]
+    "Yield a row for each file that belongs to the weights, and one row that lists the unchecked files"
+    checked = _CHECKED | ({BASE_WEIGHTS_FILE} if run.newest and run.configs[run.newest].get("base") else set())
+    found = [p.name for p in run.folder.iterdir() if not is_checkpoint_name(p.name)]
+    found = [name for name in found if name not in checked]
+    found += [f"tokenizer/{p.name}" for p in run.folder.glob("tokenizer/*") if p.name not in _TOKENIZER_FILES]
     with suppress(CheckpointError, ValueError):  # An architecture that is not imported here
-        lm = new_lm_from_checkpoint(run.newest) if run.newest and found else None
-        for name in [name for name in (lm.extra_files if lm else ()) if name in found]:
-            found.remove(name)
-            yield check_part(name, lambda: lm.load_extra_files(run.folder) or "its own checksum is right")
+        has_extra = run.newest and get_arch(run.configs[run.newest]["arch"]).extra_files != ()
+        lm = new_lm_from_checkpoint(run.newest) if has_extra else None
+        for name in lm.extra_files if lm else ():
+            yield check_part(name, _check_extra_file, lm, run.folder, name)
+            found = [other for other in found if other != name]
     if found:
         yield dict(part="other files", result=NOT_CHECKED, detail=printable(", ".join(sorted(found))))
 
