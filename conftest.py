@@ -11,8 +11,8 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 import traceback
+from datetime import date
 from pathlib import Path
 
 # One thread a process, said before torch is imported: tests run side by side, and sums come out the same everywhere.
@@ -63,7 +63,7 @@ def pytest_configure(config):
 def pytest_report_header(config):
     "Print the seed of the long tests of mutated files"
     if "nightly" in config.option.markexpr and "not nightly" not in config.option.markexpr:
-        return f"FUZZ_SEED={os.environ.setdefault('FUZZ_SEED', time.strftime('%Y%m%d'))}"
+        return f"FUZZ_SEED={os.environ.setdefault('FUZZ_SEED', str(date.today().toordinal()))}"
 
 
 def pytest_terminal_summary(terminalreporter, config):

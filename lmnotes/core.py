@@ -52,11 +52,11 @@ class RunLockedError(EscapedError, RuntimeError):
     "A run folder that another process is writing to"
 
 
-class OutOfMemoryError(RuntimeError):
+class OutOfMemoryError(EscapedError, RuntimeError):
     "A device that is out of memory. The message names the parameters to change"
 
 
-class RankError(RuntimeError):
+class RankError(EscapedError, RuntimeError):
     "A data-parallel run that cannot continue because one of its processes ended"
 
     exit_code = 6  # Of the command line

@@ -15,7 +15,7 @@ from ..inference.evaluation import *
 from ..untrusted import *
 
 # %% ../../nbs/export/82_hub.ipynb #f52242c2
-class UploadError(ValueError):
+class UploadError(EscapedError, ValueError):
     "The Hub cannot be reached or rejects the upload"
 
 

@@ -19,6 +19,7 @@ import torch
 from ..core import *
 from ..nn.lm import eval_mode
 from ..training.trainer import Hook
+from ..untrusted import EscapedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -65,7 +66,7 @@ class GenerateConfig:
     stop: str = ""  # The text ends before this string (empty: no stop string)
 
 # %% ../../nbs/inference/50_generation.ipynb #239facb3
-class NonFiniteLogitsError(ValueError):
+class NonFiniteLogitsError(EscapedError, ValueError):
     "A model's logits are NaN: its weights are damaged, or it has diverged"
 
 # %% ../../nbs/inference/50_generation.ipynb #336147af

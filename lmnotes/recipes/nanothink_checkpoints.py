@@ -97,7 +97,7 @@ def _read_all(files):
 
 def _read_run_record(folder):
     "Return the content of `run.json`, {} if there is no run"
-    return read_json(folder / "run.json", CheckpointError) if (folder / "run.json").exists() else {}
+    return read_run_record(folder) if (folder / "run.json").exists() else {}
 
 
 def _newest_step(folder):

@@ -163,7 +163,7 @@ _RECORD = {
     "config": {f"{f.name}?": f.type for f in fields(RunConfig)},  # Of an earlier version: without newer parameters
     "origins": {str: str},
     "data": {"fingerprint": str, "start": str, "what": str, "tokens": {str: int}, "ids?": str},
-    "tokenizer": {"fingerprint": str, "name": str, "vocab_size": int},
+    "tokenizer": {"fingerprint": str, "name": str, "vocab_size": int, "library?": str},
     "model": dict,
     "dtype": {*DTYPES},
     "n_params": int,
@@ -172,7 +172,7 @@ _RECORD = {
     **{f"{name}?": VERSIONS for name in ("versions", "environment")},
     **{f"{name}?": str for name in ("started", "updated", "device", "signal", "error", "forked_from")},
     **{f"{name}?": int for name in ("tokens", "unsaved", "threads")},
-    "initial_weights?": str,
+    **{f"{name}?": str for name in ("initial_weights", "batches")},
     "saved?": bool,
     "failed_saves?": [{"step": int, "reason": str}],
 }

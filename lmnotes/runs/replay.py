@@ -133,7 +133,7 @@ def _check_data_record(s, info):
     "Raise `CheckpointError` unless run.json describes its data as the prepared data is"
     found, known = s.run_record()["data"], info["data"]
     if (s.cfg.data, found["fingerprint"]) == (info["config"]["data"], known["fingerprint"]):
-        for name in [name for name in found if found[name] != known[name]]:
+        for name in [name for name in known if name != "ids" and found[name] != known[name]]:
             raise CheckpointError(f"run.json has {name}={known[name]!r} of the data, but it is {found[name]!r}")
 
 
@@ -154,6 +154,9 @@ def _setup_replay(start, end, place, device):
     s.cfg.steps = params.get("steps", s.cfg.steps)
     if s.data.fingerprint != then.get("data", s.data.fingerprint):
         raise DataError(f"{s.cfg.data} has changed since this interval was trained on it. Restore it to replay")
+    ids = s.data.ids_fingerprint
+    if ids and then.get("ids", ids) not in (ids, ""):
+        raise DataError(f"{s.cfg.data} has other token ids now. Install the version of `tokenizers` that the run used")
     _check_data_record(s, read_run_record(end.parent))
     return s, changed
 
@@ -206,8 +209,9 @@ def _comparable(weights, state, records):
 def _train_interval(start, end, place, device, make_batches):
     "Train an interval in the folder `place`. Return (recorded parts, replayed parts, changed parameters)"
     state, end_step = read_state(end), int(end.name[5:])
-    if (name := read_checkpoint_config(end).get("batches")) and not make_batches:
-        raise ValueError(f"this run was trained with make_batches={name}. Pass that function to `verify`")
+    name = read_checkpoint_config(end).get("batches")
+    if name is not None and bool(name) != bool(make_batches):
+        raise ValueError(f"this run was trained {describe_batches(name)}. Pass the same to `verify`")
     before, after = read_state(start)["counters"] if start else {}, state["counters"]
     records = interval_records(end.parent, before, after)
     s, changed = _setup_replay(start, end, place, device)

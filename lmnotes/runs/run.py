@@ -100,7 +100,7 @@ def run(
 
 # %% ../../nbs/runs/67_run.ipynb #5662e0ea
 class RecordSaves(Hook):
-    "Writes run.json again after the first save and after each failed one, which it then notes"
+    "Records the first save and every failed save in run.json"
 
     def __init__(self, record):  # `RunRecord`
         self.record, self.n_failed, self.is_written = record, 0, True
@@ -117,8 +117,6 @@ class RecordSaves(Hook):
             with suppress(OSError):  # On a full disk, it tries again after the next step
                 self.record.update()
                 self.is_written = True
-
-    at_end = after_step
 
 # %% ../../nbs/runs/67_run.ipynb #48547893
 def _train_run(s, signals, hooks, log_format, make_batches):
@@ -172,9 +170,10 @@ def _recorded_changes(s):
     "Return the changes of parameters and data of a run so far, each as {step, name, before, after}"
     if not s.info:
         return []
-    before = dict(s.info["config"], data_content=s.info["data"]["fingerprint"])
+    ids, then = s.data.ids_fingerprint, s.info["data"].get("ids", "")
+    before = dict(s.info["config"], data_content=s.info["data"]["fingerprint"], data_ids=then)
     before |= {c["name"]: c["after"] for c in s.info.get("changes", []) if c["name"] in before}  # Without edits
-    after = dict(asdict(s.cfg), data_content=s.data.fingerprint)
+    after = dict(asdict(s.cfg), data_content=s.data.fingerprint, data_ids=ids if then else "")
     step = int(s.checkpoint_folder.name[5:]) if s.checkpoint_folder else 0
     names = [n for n in before if n not in CHANGEABLE_PARAMS and before[n] != after[n]]
     new = [dict(step=step, name=n, before=before[n], after=after[n]) for n in names]
@@ -183,16 +182,18 @@ def _recorded_changes(s):
 # %% ../../nbs/runs/67_run.ipynb #32f88647
 def _fit_and_record(record, s, trainer):
     "Train, and write the result or the error to the record"
-    c, rank = trainer.counters, trainer.rank
+    c, rank, saves = trainer.counters, trainer.rank, next(h for h in trainer.hooks if isinstance(h, RecordSaves))
     try:
         with explain_lost_rank(s.folder, started=True):
             trainer.fit()
     except BaseException as e:
         if rank == 0:
+            saves.after_step(trainer)
             with suppress(OSError):  # A full disk must not hide the error
                 error = hide_secrets(f"{type(e).__name__}: {e}")
                 record.update(status="failed", step=trainer.step, error=error)
         raise
+    saves.after_step(trainer)  # Hooks may have saved at the end
     result = dict(best=c["best"] if math.isfinite(c["best"]) else None, best_step=c["best_step"])
     if "last" in c:
         result["last"] = c["last"]

@@ -44,10 +44,10 @@ def check_serializable(obj, where="state") -> None:
 
 
 def check_finite(tensors, where) -> None:
-    "Raise `CheckpointError`, naming the tensor, if one of {name: tensor} holds NaN or infinity"
+    "Raise `NotFiniteError`, naming the tensor, if one of {name: tensor} holds NaN or infinity"
     for name, t in tensors.items():
         if t.is_floating_point() and not is_finite(t):
-            raise CheckpointError(f"{where}: {name} holds NaN or infinity and was not saved. Use an earlier checkpoint")
+            raise NotFiniteError(f"{where}: {name} holds NaN or infinity and is not saved. Use an earlier checkpoint")
 
 # %% ../../nbs/training/42_checkpoint.ipynb #82701fac
 def model_tensors(lm) -> dict:

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from ..core import *
+from ..data.untrusted_files import NotFiniteError
 from ..files import *
 from .checkpoint import *
 from .trainer import *
@@ -81,6 +82,8 @@ class Save(Hook):
                 self.save(t)
         except CheckpointError as e:
             t.warn_not_saved(e)
+            if isinstance(e, NotFiniteError):  # No later step could be saved either
+                t.stop = "diverged"
 
     def save(self, t, ending="") -> None:
         "Save this step, make its pointers refer to it, and delete old checkpoints. `ending` is interrupted or final"

@@ -1,13 +1,13 @@
 """NaN and infinity in a gradient, a weight, an optimizer state or an evaluation reach no checkpoint, and are reported."""
 
 import math
-from contextlib import nullcontext
 
 import pytest
 import torch
 from small_runs import SMALL
 
-from lmnotes.core import CheckpointError, read_json
+from lmnotes.core import read_json
+from lmnotes.data.untrusted_files import is_finite
 from lmnotes.inference import evaluation
 from lmnotes.runs.run import run
 from lmnotes.training.checkpoint import list_checkpoints, read_state, read_weights
@@ -42,22 +42,22 @@ def spoil_moment(t):
     state["exp_avg_sq"].view(-1)[0] = math.inf
 
 
-# (change, status, last checkpoint that was saved, error at the end)
+# (change, status, last checkpoint that was saved, part of the output)
 CASES = {
-    "gradient": (spoil_gradient, "done", 12, ""),
-    "weight": (spoil_weight, "failed", 4, "step 12: .* holds NaN or infinity and was not saved"),
-    "moment": (spoil_moment, "failed", 4, "exp_avg_sq holds NaN or infinity and was not saved"),
+    "gradient": (spoil_gradient, "done", 12, "skipped"),
+    "weight": (spoil_weight, "diverged", 4, "warning: step 8 is not saved: step 8: embed.weight holds NaN or infinity"),
+    "moment": (spoil_moment, "diverged", 4, "exp_avg_sq holds NaN or infinity and is not saved"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_value_that_is_not_finite(workdir, monkeypatch, capsys, case):
-    "The run reports it, no checkpoint has it, and the last good checkpoint remains"
+    "The run reports it and ends at the next save, no checkpoint has it, and the last good checkpoint remains"
     monkeypatch.chdir(workdir)
-    change, status, last, error = CASES[case]
-    with pytest.raises(CheckpointError, match=error) if error else nullcontext():
-        run(hooks=[Inject(change)], view=False, **SMALL | dict(run="r", optimizer="adamw", keep=0))
-    assert ("warning: step 8 is not saved: " if error else "skipped") in capsys.readouterr().out
+    change, status, last, text = CASES[case]
+    run(hooks=[Inject(change)], view=False, **SMALL | dict(run="r", optimizer="adamw", keep=0))
+    out = capsys.readouterr().out
+    assert text in out, out
     assert read_json("runs/r/run.json")["status"] == status
     steps = list_checkpoints("runs/r")
     assert int(steps[-1].name[5:]) == last
@@ -81,3 +81,11 @@ def test_an_evaluation_that_is_not_finite(workdir, monkeypatch):
     r = run(view=False, **SMALL)
     assert r.status == "done" and math.isfinite(r.info["result"]["best"]) and r.info["result"]["best_step"] != 8
     assert read_json(r.folder / "run.json")["result"]["best"] == r.info["result"]["best"]
+
+
+def test_tensors_of_every_kind():
+    "Every dtype and shape that an optimizer state can have is checked"
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn):
+        assert is_finite(torch.zeros(3).to(dtype)) and is_finite(torch.zeros(0).to(dtype))
+        assert not is_finite(torch.tensor([1, math.nan]).to(dtype))
+    assert is_finite(torch.arange(3)) and is_finite(torch.tensor([True]))

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from lmnotes.core import CheckpointError, environment, read_json, sha256_file, write_json
 from lmnotes.inspect.verify import NOT_CHECKED, verify
 from lmnotes.runs import setup
+from lmnotes.runs.folder import fork
 from lmnotes.runs.replay import BIT_EXACT, MISMATCH, NOT_REPLAYED, OK, OTHER_ENVIRONMENT
 from lmnotes.runs.run import run
 from lmnotes.training.checkpoint import list_checkpoints
+from lmnotes.training.trainer import Hook
 
 KEEP = TINY | dict(keep_every=10, keep=1)
 STEPS = [f"step_{step:08d}" for step in (10, 20, 30, 40)]
@@ -474,7 +476,9 @@ def test_a_run_with_its_own_batches(workdir, monkeypatch, capsys):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     run(make_batches=every_second, hooks=[StopAtSteps(20)], view=False, **KEEP)
-    with pytest.raises(CheckpointError, match="trained with make_batches=.*every_second.*the script that started it"):
+    with pytest.raises(
+        CheckpointError, match=r"trained with batches of its own \(make_batches=.*every_second\). Pass the same"
+    ):
         run(resume=True, run="r", out_dir="runs", view=False)
     assert "bits may differ" not in capsys.readouterr().out
     run(make_batches=renamed, hooks=[StopAtSteps(25)], resume=True, run="r", out_dir="runs", view=False)
@@ -483,7 +487,7 @@ def test_a_run_with_its_own_batches(workdir, monkeypatch, capsys):
     run(make_batches=every_second, resume=True, run="r", out_dir="runs", view=False)
     torch.set_num_threads(threads)
     report = verify("runs/r", replay=1)
-    assert report.exit_code == 2 and "Pass that function" in report.rows[-1]["detail"]
+    assert report.exit_code == 2 and "Pass the same to `verify`" in report.rows[-1]["detail"]
     assert verify("runs/r", replay=1, make_batches=every_second).parts(BIT_EXACT)
 
 
@@ -491,18 +495,59 @@ def test_a_run_without_its_own_batches(workdir, monkeypatch):
     "A run that was trained with its own batches cannot go on with those of a function"
     monkeypatch.chdir(workdir)
     run(hooks=[StopAtSteps(20)], view=False, **KEEP)
-    with pytest.raises(CheckpointError, match="make_batches=None. Leave make_batches out"):
-        run(make_batches=lambda s: s.batches, resume=True, run="r", out_dir="runs", view=False)
+    own = lambda s: s.batches  # noqa: E731
+    with pytest.raises(CheckpointError, match="trained without make_batches. Pass the same"):
+        run(make_batches=own, resume=True, run="r", out_dir="runs", view=False)
+    report = verify("runs/r", replay=1, make_batches=own)
+    assert report.exit_code == 2 and "without make_batches" in report.rows[-1]["detail"]
+
+
+def test_a_run_with_its_own_batches_that_has_saved_nothing(workdir, monkeypatch):
+    "A run that starts over before its first checkpoint needs the function too"
+    monkeypatch.chdir(workdir)
+    with pytest.raises(KeyboardInterrupt):
+        run(make_batches=lambda s: s.batches, hooks=[Interrupt()], view=False, **KEEP)
+    with pytest.raises(CheckpointError, match="with batches of its own"):
+        run(resume=True, run="r", out_dir="runs", view=False)
+
+
+class Interrupt(Hook):
+    "Hook that ends a run before its first save"
+
+    def after_step(self, t):
+        if t.step == 1:
+            raise KeyboardInterrupt
+
+
+def test_a_run_without_the_hash_of_its_token_ids(workdir, monkeypatch):
+    "A run of an earlier version, and a fork of it, are replayed. If the ids are known and differ, they are not"
+    monkeypatch.chdir(workdir)
+    r = run(hooks=[StopAtSteps()], view=False, **KEEP)
+    info = read_json(r.folder / "run.json")
+    assert info["data"].pop("ids")
+    write_json(r.folder / "run.json", info)
+    for folder in r.folder.glob("step_*"):
+        config = read_json(folder / "config.json")
+        assert config.pop("ids")
+        write_json(folder / "config.json", config)
+        reseal(folder)
+    assert verify("runs/r", replay=1).parts(BIT_EXACT)
+    assert verify(f"runs/{fork('runs/r/' + STEPS[2])}", replay=1).parts(BIT_EXACT)
+    for folder in r.folder.glob("step_*"):
+        write_json(folder / "config.json", read_json(folder / "config.json") | dict(ids="0" * 64))
+        reseal(folder)
+    report = verify("runs/r", replay=1)
+    assert report.exit_code == 2 and "other token ids now" in report.rows[-1]["detail"]
 
 
 def test_other_files(workdir, monkeypatch):
     "A file that belongs to the weights is read with its own checksum, and all that no hash covers is named"
     monkeypatch.chdir(workdir)
     r = run(hooks=[StopAtSteps(10)], view=False, **KEEP)
-    for name in ("memory.safetensors", "recipe.json", "env.json", "train.ipynb"):
+    for name in ("memory.safetensors", "recipe.json", "train.ipynb", "step_notes.txt", ".hidden", "tokenizer/evil.py"):
         (r.folder / name).write_text("any")
     (other,) = [row for row in verify("runs/r").rows if row["result"] == NOT_CHECKED]
-    assert other["detail"] == "env.json, memory.safetensors, recipe.json, train.ipynb"
+    assert other["detail"] == ".hidden, memory.safetensors, recipe.json, step_notes.txt, tokenizer/evil.py, train.ipynb"
 
     def load_extra_files(self, folder):
         if (folder / "memory.safetensors").read_text() != "any":
@@ -513,4 +558,6 @@ def test_other_files(workdir, monkeypatch):
     report = verify("runs/r")
     assert report.exit_code == 0 and "memory.safetensors" in report.parts(OK)
     (r.folder / "memory.safetensors").write_text("other")
+    assert verify("runs/r").parts(MISMATCH) == ["memory.safetensors"]
+    (r.folder / "memory.safetensors").unlink()
     assert verify("runs/r").parts(MISMATCH) == ["memory.safetensors"]
