@@ -22,8 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The tests write and remove many small files. In memory that takes a hundredth of the time that it takes on some disks, and flushes
-# cost nothing. Set TMPDIR to a folder on a disk, and the tests use that.
+# The tests write, flush and remove many small files, which costs nothing in memory. Set TMPDIR to a folder on a disk, and they use that.
 MEMORY = Path("/dev/shm")
 if "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK):
     disk = os.statvfs(MEMORY)

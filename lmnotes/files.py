@@ -57,7 +57,7 @@ def fsync_folders(folder, files=False) -> None:  # With `files`, flush the conte
 
 # %% ../nbs/02_files.ipynb #823a3d7b
 def replace_folder(tmp, folder) -> None:
-    "Give the folder `tmp`, whose files are flushed, the name `folder`, in place of an earlier folder of that name"
+    "Rename `tmp` to `folder` and replace an earlier folder. Flush the content of its files before"
     tmp, folder = Path(tmp), Path(folder)
     fsync_folders(tmp)
     finish_replacing(folder)
@@ -244,7 +244,7 @@ class JsonlLog:
         line = json.dumps({k: _round_for_json(v) for k, v in record.items()})
         if _parse_record(line.encode()) is None:  # Then `read` would skip it
             raise ValueError(
-                f"{line[:200]} is not a record of {self.path.name}: it needs a step, a split and their values"
+                f"{self.path.name}: {line[:200]} is not a record. Pass an integer `step`, a text `split`, and numbers for all others"
             )
         self.unwritten.append(line + "\n")
         is_first = len(self.unwritten) == 1

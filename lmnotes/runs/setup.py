@@ -177,7 +177,7 @@ def describe_batches(name) -> str:  # Recorded name of the function `make_batche
     "Describe the batches that a run was trained with"
     return f"with batches of its own (make_batches={name})" if name else "without make_batches"
 
-
+# %% ../../nbs/runs/63_setup.ipynb #81375338
 # Long: the order in which a run is built, in one place
 class RunSetup:
     "Data, tokenizer, batches, model and hooks of a run, built from its configuration"

@@ -514,7 +514,8 @@ folder = "runs/r"
 print(lmnotes.attach(folder), lmnotes.load(folder, device="cpu"), lmnotes.verify(folder), lmnotes.doctor(folder))
 print(lmnotes.diff(folder, folder))
 lmnotes.fork(folder, "forked")
-lmnotes.run(run="r", resume=True, steps=12, allow_change="steps", hooks=[Colors()])
+longer = dict(run="r", resume=True, steps=12, allow_change="steps")
+lmnotes.run(**longer, hooks=[Colors()], make_batches=lambda s: s.batches)
 """
 
 
@@ -556,11 +557,13 @@ def test_python_sends_no_escape_sequence_of_a_file(work):
     edit_json(work / "runs/r/run.json", lambda info: info | dict(environment=info["environment"] | changed))
     for path in (work / "runs/r").glob("step_*"):
         edit_json(path / "config.json", lambda saved: saved | dict(environment=saved["environment"] | changed))
+        edit_json(path / "config.json", lambda saved: saved | dict(batches="\x1b[2Jbatches"))
         edit_json(path / "config.json", lambda saved: saved | dict(versions=saved["versions"] | dict(torch=HOSTILE)))
         sizes = {p.name: dict(size=p.stat().st_size, sha256=sha256_file(p)) for p in path.iterdir()}
         edit_json(path / "manifest.json", lambda m, sizes=sizes: m | dict(files={n: sizes[n] for n in m["files"]}))
     shown = on_terminal(work, program=["-c", PROGRAM])
     assert "bits may differ from here on" in shown and "cpu ⟨U+001B⟩[2Jattacked" in shown, shown
+    assert "make_batches ⟨U+001B⟩[2Jbatches → <lambda>" in shown, shown
     assert shown.count("\x1b[1mYOURS\x1b[0m") == 1, shown
     shown = shown.replace("\x1b[1mYOURS\x1b[0m", "")
     assert escape_terminal(shown) == shown, repr(shown)
