@@ -393,7 +393,7 @@ class RunLock:
             if self.stop:
                 raise KeyboardInterrupt
             if time.monotonic() >= end:
-                advice = "Stop it, wait for it with wait=SECONDS, or use another run name"
+                advice = "Stop it, wait for it with the parameter `wait` (seconds), or use another run name"
                 raise RunLockedError(f"{self.folder} is in use by {_describe_owner(self.folder)}. {advice}")
             time.sleep(0.1)
         _write_owner(self.lock, self.folder)

@@ -160,7 +160,7 @@ def test_nothing_to_resume(project):
     shutil.rmtree(project / "checkpoints")
     code, out, err = exit_code_and_output(papermill(project, "nbs/train.ipynb", "-p", "resume", "True"))
     assert code == 1
-    assert "there is no run to resume. Start one without -p resume" in err
+    assert "there is no run. Train one (without -p resume)" in err
 
 
 def test_other_notebooks_are_unchanged(project):

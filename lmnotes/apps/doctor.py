@@ -11,6 +11,7 @@ import os
 import platform
 import shlex
 import shutil
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -82,7 +83,8 @@ def _resume_diverged(folder, config):
 def check_ending(view) -> list:  # A `RunView`
     "Return the finding about the end of a run, and about a process that holds its lock"
     info, folder = view.info, view.folder
-    at, resume = f"at step {info['step']:,} of {view.steps:,}", resume_command(folder)
+    step = max([info["step"], *(int(path.name[5:]) for path in list_checkpoints(folder))])  # run.json may be older
+    at, resume = f"at step {step:,} of {view.steps:,}", resume_command(folder)
     owner = read_owner(folder)
     process = f"process {owner.get('pid')} on {owner.get('host')} since {owner.get('start')}"
     if view.alive or view.alive is None:
@@ -101,26 +103,39 @@ def check_ending(view) -> list:  # A `RunView`
     return [_finding(state, "status", detail, command), *found]
 
 # %% ../../nbs/apps/94_doctor.ipynb #f63d2fff
-def _repair(part, folder, n_whole):
-    "Return (command, advice) for a damaged part of a run folder"
+def _repair(part, folder, whole, is_finished):
+    "Return (command, advice) for a damaged part of a run folder, with the names of its whole checkpoints"
     if part.startswith("step_"):
-        if n_whole:
+        if part < max(whole, default=""):
+            return shlex.join(["rm", "-r", "--", str(folder / part)]), "No resume needs it. You can delete it"
+        if whole:
             return resume_command(folder), "A resume falls back to an older checkpoint and trains these steps again"
         return "", "No checkpoint is whole: copy one from a backup, or start a new run"
+    if part in ("metrics.jsonl", "samples.jsonl") and is_finished:
+        return "", "The run is finished, so no resume writes the lost records again. Restore them from a backup"
     if part in POINTERS or part in ("metrics.jsonl", "samples.jsonl"):
-        return resume_command(folder) if n_whole else "", "A resume writes it again as far as it can"
+        return resume_command(folder) if whole else "", "A resume writes it again as far as it can"
     return "", "Restore it from a backup of the run folder"
+
+# %% ../../nbs/apps/94_doctor.ipynb #a1006e5d
+def _causes(rows):
+    "Return the mismatches of files, without those that follow from a damaged newest checkpoint"
+    wrong = [row for row in rows if row["result"] == MISMATCH]
+    steps = [row for row in rows if row["part"].startswith("step_")]
+    if steps and max(steps, key=lambda row: row["part"])["result"] == MISMATCH:
+        wrong = [row for row in wrong if row["part"].startswith("step_") or row["part"] in ("run.json", "tokenizer")]
+    return wrong
 
 
 def check_files(folder) -> list:  # Run folder
     "Return the findings about the files of a run"
-    rows = check_run_folder(folder)
+    rows, found, is_finished = check_run_folder(folder), [], False
     whole = [row["part"] for row in rows if row["result"] == OK and row["part"].startswith("step_")]
-    found = []
-    for row in rows:
-        if row["result"] == MISMATCH:
-            command, advice = _repair(row["part"], folder, len(whole))
-            found.append(_finding("PROBLEM", row["part"], f"{row['detail']}. {advice}", command))
+    with suppress(CheckpointError):
+        is_finished = read_run_record(folder)["status"] in ("done", "early_stop")
+    for row in _causes(rows):
+        command, advice = _repair(row["part"], folder, whole, is_finished)
+        found.append(_finding("PROBLEM", row["part"], f"{row['detail']}. {advice}", command))
     for path in sorted(Path(folder).glob("damaged_step_*")):
         if is_checkpoint_name(path.name.removeprefix("damaged_")):
             command = shlex.join(["rm", "-r", "--", str(path)])
@@ -130,7 +145,7 @@ def check_files(folder) -> list:  # Run folder
         found.append(
             _finding("note", "temporary files", f"{len(left)} left by a save that was killed. A resume removes them")
         )
-    return found or [_finding("ok", "files", f"{len(rows)} parts hold, {len(whole)} checkpoints")]
+    return found or [_finding("ok", "files", f"{len(rows)} parts hold, checkpoints: {len(whole)}")]
 
 # %% ../../nbs/apps/94_doctor.ipynb #90d12e93
 def check_space(folder) -> list:  # Run folder
@@ -159,7 +174,11 @@ def check_data(folder, info) -> list:  # Run folder, and run.json
     if missing:
         return [_finding("note", "data", f"{missing[0]} is not in {data_root(cfg.data_dir)}. A resume downloads it")]
     try:
-        check_same_data(load_data(cfg, load_tokenizer(folder / "tokenizer"), log_fn=None), info, cfg, "")
+        tokenizer = load_tokenizer(folder / "tokenizer")
+    except (ValueError, OSError):  # `check_files` reports it
+        return []
+    try:
+        check_same_data(load_data(cfg, tokenizer, log_fn=None), info, cfg, "")
     except (ValueError, OSError) as e:
         return [
             _finding("PROBLEM", "data", f"{e}".rstrip(", "), resume_command(folder, data="PATH", allow_change="data"))

@@ -53,7 +53,7 @@ def last_run_name(folder) -> str:
             print(f"warning: {record} is damaged. This run is skipped")
     if not times:
         raise CheckpointError(
-            f"{folder}: there is no run to resume. Start one without {format_params('resume')}, "
+            f"{folder}: there is no run. Train one (without {format_params('resume')}), "
             f"or name its folder with {format_params('run')} or {format_params('out_dir')}"
         )
     return max(times, key=times.get)

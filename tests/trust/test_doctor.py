@@ -93,6 +93,7 @@ def test_a_killed_run(workdir, monkeypatch):
     wait_for_exit(process)
     report = doctor("runs/r")
     assert report.problems[0]["about"] == "status" and "no process holds the lock" in report.problems[0]["detail"]
+    assert "killed at step 20 of 40" in report.problems[0]["detail"]
     assert ".owner.json" in [row["about"] for row in report.findings]
     (workdir / "go").touch()
     assert run_in_process(workdir, lmnotes_command, *shlex.split(report.problems[0]["command"])[1:]) == 0
@@ -118,8 +119,9 @@ def test_a_failed_and_a_diverged_run(runs):
 def test_damaged_checkpoints(runs):
     newest = runs / "r/step_00000040/model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
-    detail, command = problems(runs / "r")["step_00000040"]
-    assert "falls back to an older checkpoint" in detail
+    found = problems(runs / "r")
+    detail, command = found.pop("step_00000040")
+    assert "falls back to an older checkpoint" in detail and not found  # Pointers and records follow from it
     assert follow(runs, command) == 0, read_log(runs.parent)
     assert problems(runs / "r") == {}
     assert any(row["about"].startswith("damaged_step") for row in doctor(runs / "r").findings)
@@ -127,6 +129,22 @@ def test_damaged_checkpoints(runs):
         path.write_bytes(b"")
     detail, command = problems(runs / "stopped")[f"step_{17:08d}"]
     assert "No checkpoint is whole" in detail and not command
+
+
+def test_a_damaged_older_checkpoint(runs):
+    "It is deleted by the printed command, because no resume needs it"
+    (runs / "r/step_00000020/model.safetensors").write_bytes(b"damaged")
+    ((name, (detail, command)),) = problems(runs / "r").items()
+    assert name == "step_00000020" and "No resume needs it" in detail
+    assert shlex.split(command) == ["rm", "-r", "--", str(runs / "r/step_00000020")]
+    shutil.rmtree(runs / "r/step_00000020")
+    assert problems(runs / "r") == {}
+
+
+def test_missing_tokenizer(runs):
+    "The data is not blamed for it"
+    shutil.rmtree(runs / "r/tokenizer")
+    assert list(problems(runs / "r")) == ["tokenizer"]
 
 
 def test_missing_checkpoints(runs):
@@ -143,6 +161,9 @@ def test_damaged_records(runs):
     path.write_text("\n".join([lines[0], "{", *lines[1:]]) + "\n")
     detail, command = problems(runs / "stopped")["metrics.jsonl"]
     assert "metrics.jsonl:2 is damaged" in detail and "--resume" in command
+    (runs / "r/metrics.jsonl").write_text("")
+    detail, command = problems(runs / "r")["metrics.jsonl"]
+    assert "no resume writes the lost records again" in detail and not command
     (runs / "r/run.json").write_text("{")
     assert "run.json" in problems(runs / "r")
     (runs / "r/run.json").unlink()

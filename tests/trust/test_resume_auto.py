@@ -184,7 +184,7 @@ def test_two_processes_for_one_name(workdir, uninterrupted_run):
     first = start_process(workdir, pause_before_step, 15, lmnotes_command, "train", *AUTO)
     wait_until((workdir / "reached").exists, first)
     assert run_in_process(workdir, lmnotes_command, "train", *AUTO) == 2
-    assert "is in use by process" in read_log(workdir) and "wait=SECONDS" in read_log(workdir)
+    assert "is in use by process" in read_log(workdir) and "the parameter `wait` (seconds)" in read_log(workdir)
     waiting = [start_process(workdir, announce_wait, n, "train", *AUTO, "--wait", "900") for n in range(2)]
     wait_until(lambda: all((workdir / f"waiting {n}").exists() for n in range(2)), first)
     first.kill()
