@@ -251,7 +251,8 @@ def test_another_cpu(place):
         assert "bits may differ from here on: cpu " in done.stdout
 
 
-@pytest.mark.parametrize("switch", [pytest.param("MKL_CBWR", marks=pytest.mark.nightly), "ATEN_CPU_CAPABILITY"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("switch", ["MKL_CBWR", "ATEN_CPU_CAPABILITY"])
 def test_a_resume_that_saved_nothing(place, switch):
     "The environment is that of the checkpoint, and not that of a later start that was killed before it saved anything"
     value, name = ("default", "cpu") if switch == "ATEN_CPU_CAPABILITY" else ("COMPATIBLE", switch)

@@ -378,7 +378,7 @@ def whole_and_damaged(trained, folder, harm, use):
 
 @pytest.mark.parametrize("left", ["checkpoints", "pointers"])
 def test_a_missing_record(trained, runs, left):
-    "If run.json is lost, no run starts in its place, and the error has the way to go on"
+    "If run.json is lost, no run starts in its place, and the error names the way to continue"
     folder = runs / "done"
     (folder / "run.json").unlink()
     for path in folder.glob("step_*") if left == "pointers" else [folder / name for name in checkpoint.POINTERS]:

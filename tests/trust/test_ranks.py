@@ -123,7 +123,8 @@ def test_killed_launcher(workdir, way):
         pass
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("rank", [0, 1])
 def test_killed_rank_of_torchrun(workdir, rank):
     "Of the two ranks that remain, one prints one line that names the killed one, and the record has the reason"
     launcher = start(workdir, "torchrun of 3", **LONG | dict(batch_size=6))

@@ -416,7 +416,7 @@ def test_another_environment(r, monkeypatch):
 
 
 def test_a_forger_cannot_blame_another_environment(r):
-    "A difference that rounding cannot explain is a mismatch, whatever environment the files name"
+    "A difference that rounding cannot explain is a mismatch in any environment that the files name"
     add(r / STEPS[-1] / "model.safetensors", 0.5)
     forge_json(r / "run.json", lambda info: info["environment"].update(cpu="AVX9"))
     forge_json(r / STEPS[-1] / "config.json", lambda then: then["environment"].update(cpu="AVX9"))
@@ -492,7 +492,7 @@ def test_a_run_with_its_own_batches(workdir, monkeypatch, capsys):
 
 
 def test_a_run_without_its_own_batches(workdir, monkeypatch):
-    "A run that was trained with its own batches cannot go on with those of a function"
+    "A run that was trained with its own batches cannot resume with those of a function"
     monkeypatch.chdir(workdir)
     run(hooks=[StopAtSteps(20)], view=False, **KEEP)
     own = lambda s: s.batches  # noqa: E731
