@@ -208,7 +208,7 @@ def test_each_other_entry_of_run_json(place, trained, uninterrupted):
             info[key] = another(info[key]) if info[key] is not None else 1  # noqa: B023
 
         n += 1
-        name = {"fingerprint": path[-1] if path else "", "vocab_size": "vocab_size"}.get(key, key)
+        name = {"fingerprint": path[-1] if path else "", "ids": "token ids"}.get(key, key)
         problems.append(rejected_or_without_effect(trained, uninterrupted, change, name))
     assert n > 40 and not [p for p in problems if p], "\n".join(filter(None, problems))
 
