@@ -273,10 +273,9 @@ def _check_extra_file(lm, folder, name):
 def _check_other_files(run):
     "Yield a row for each file that belongs to the weights, and one row that lists the unchecked files"
     checked = _CHECKED | ({BASE_WEIGHTS_FILE} if run.newest and run.configs[run.newest].get("base") else set())
-    found = [p.name for p in run.folder.iterdir() if not is_checkpoint_name(p.name)]
-    found = [name for name in found if name not in checked]
+    found = [p.name for p in run.folder.iterdir() if not is_checkpoint_name(p.name) and p.name not in checked]
     found += [f"tokenizer/{p.name}" for p in run.folder.glob("tokenizer/*") if p.name not in _TOKENIZER_FILES]
-    with suppress(CheckpointError, ValueError):  # An architecture that is not imported here
+    with suppress(ValueError):  # An architecture that is not imported here
         has_extra = run.newest and get_arch(run.configs[run.newest]["arch"]).extra_files != ()
         lm = new_lm_from_checkpoint(run.newest) if has_extra else None
         for name in lm.extra_files if lm else ():
