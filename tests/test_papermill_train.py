@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -157,3 +158,28 @@ def test_the_printed_line_resumes(workdir, uninterrupted):
     signal_papermill(workdir, process, signal.SIGINT, 8)
     paste_resume_line(workdir)
     assert not differences(uninterrupted, run_results(workdir / "runs/r"))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("pause", [0, 1.2])
+@pytest.mark.parametrize("target", ["papermill", "kernel"])
+def test_two_signals(workdir, uninterrupted, target, pause):
+    """Two signals to papermill or to its kernel at once, or one after the other, leave a run that resumes exactly
+
+    The second of two signals more than a second apart interrupts the training cell. The notebook then ends with an error.
+    """
+    process = start_paused(workdir, 13, *parameters(**CASE | dict(out_dir=workdir / "runs")))
+    kernel = int((workdir / "kernel.pid").read_text())
+    pid, logged = (process.pid, "the kernel finishes its step") if target == "papermill" else (kernel, "")
+    os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: logged in read_log(workdir))
+    time.sleep(pause)
+    os.kill(pid, signal.SIGINT)
+    if not pause:
+        (workdir / "go").touch()
+    process.wait(DEADLINE)
+    with pytest.raises(ProcessLookupError):
+        os.kill(kernel, 0)
+    nbformat.validate(nbformat.read(workdir / "runs/r/train.ipynb", 4))
+    assert left_status(workdir)[0] == ("failed" if pause else "interrupted"), read_log(workdir)
+    resume_and_compare(workdir, uninterrupted)
