@@ -210,13 +210,13 @@ def run_code_alone(code, *argv, packages=("lmnotes",)):
     return 0
 
 
-def run_two_ranks(folder, function, *args, **kwargs):
-    "Call a function in two new processes, as torchrun does, and return their exit codes"
+def run_ranks(folder, world, function, *args, **kwargs):
+    "Call a function in new processes, as torchrun does, and return their exit codes. One process is not distributed"
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-    shared = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    ranks = [shared | dict(RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+    shared = dict(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    ranks = [shared | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(world)] if world > 1 else [{}]
     processes = [start_process(folder, with_environment, rank, function, *args, **kwargs) for rank in ranks]
     return [wait_for_exit(process) for process in processes]
 

@@ -17,9 +17,9 @@ from helpers import (
     recipe_parameters,
     run_in_process,
     run_papermill,
+    run_ranks,
     run_recipe,
     run_results,
-    run_two_ranks,
     stop_before_step,
 )
 
@@ -290,7 +290,7 @@ def test_no_enwik8_and_no_network(workdir):
 def test_two_processes(workdir, uninterrupted):
     "Of two processes only one prints, and it writes as many records as a single process"
     words = ["notebook", "--path", NOTEBOOK, "--params", *(f"{name}={value}" for name, value in QUICK.items())]
-    assert run_two_ranks(workdir, lmnotes_command, *words) == [0, 0], read_log(workdir)
+    assert run_ranks(workdir, 2, lmnotes_command, *words) == [0, 0], read_log(workdir)
     assert read_log(workdir).count("Creating AGIFORMER model") == 1
     two, one = (read_records(folder(place) / "metrics.jsonl") for place in (workdir, uninterrupted))
     assert len(two) == len(one)

@@ -18,8 +18,8 @@ from helpers import (
     recipe_parameters,
     run_in_process,
     run_papermill,
+    run_ranks,
     run_recipe,
-    run_two_ranks,
     stop_before_step,
     wait_until,
 )
@@ -331,7 +331,7 @@ def test_processes_take_turns(workdir):
     given = ["expert=transformer", "resume=checkpoints/transformer_expert_epoch5.pt", "max_epochs=6", "device=cpu"]
     words = ["notebook", "--path", EXPERT, "--params", *given]
     before = read_log(workdir)
-    assert run_two_ranks(workdir, lmnotes_command, *words) == [0, 0], read_log(workdir)
+    assert run_ranks(workdir, 2, lmnotes_command, *words) == [0, 0], read_log(workdir)
     assert read_log(workdir).removeprefix(before).count("Resuming from transformer_expert_epoch5.pt: epoch 5") == 1
     record = info(workdir, "transformer_expert")
     assert record["status"] == "done" and record["step"] == 6 * record["config"]["eval_every"]

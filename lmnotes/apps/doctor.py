@@ -132,7 +132,7 @@ def check_files(folder) -> list:  # Run folder
     rows, found, is_finished = check_run_folder(folder), [], False
     whole = [row["part"] for row in rows if row["result"] == OK and row["part"].startswith("step_")]
     with suppress(CheckpointError):
-        is_finished = read_run_record(folder)["status"] in ("done", "early_stop")
+        is_finished = read_run_record(folder)["status"] in FINISHED
     for row in _causes(rows):
         command, advice = _repair(row["part"], folder, whole, is_finished)
         found.append(_finding("PROBLEM", row["part"], f"{row['detail']}. {advice}", command))

@@ -273,12 +273,12 @@ def protect_report(
     if not run or not report.is_file():
         return ""
     from lmnotes.runs.config import resolve_config  # They load torch, as the notebook will
-    from lmnotes.runs.load import load_finished, read_run_record
+    from lmnotes.runs.load import FINISHED, load_finished, read_run_record
 
     folder, resume = report.resolve().parent, str(parameters.get("resume", os.environ.get("LMNOTES_RESUME")))
     if resume.lower() in ("true", "1", "auto") and str(parameters.get("run") or run) == run:
         with suppress(ValueError, OSError, KeyError, AttributeError):  # The notebook will raise what is wrong
-            if read_run_record(folder)["status"] not in ("done", "early_stop"):
+            if read_run_record(folder)["status"] not in FINISHED:
                 return ""  # The same run trains, and writes its report again
             given = dict(run=run, resume=resume, out_dir=str(folder.parent))
             if _is_only_resumed(notebook, report, parameters) and load_finished(folder, *resolve_config(given)):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core import *
+from ..data.tokenizer import *
 from ..data.tokenizer_files import *
 from ..files import *
 from ..inference.evaluation import *
@@ -85,7 +86,7 @@ def _require(condition, message):
         raise CheckpointError(message)
 
 # %% ../../nbs/inspect/78_verify.ipynb #aa262b2b
-CLEAN_ENDS = "done", "interrupted", "early_stop"  # Statuses whose last checkpoint and record agree
+CLEAN_ENDS = *FINISHED, "interrupted"  # Statuses whose last checkpoint and record agree
 
 
 @dataclass
@@ -230,7 +231,7 @@ def _check_records(run, name, **splits):
     if run.newest:
         check_logs(run.newest, [name], config := run.configs[run.newest])
         known, path = config.get("logs", {}), run.folder / name
-        if name in known and run.info.get("status") in ("done", "early_stop"):
+        if name in known and run.info.get("status") in FINISHED:
             found = path.stat().st_size if path.exists() else 0
             _require(found == known[name][0], f"has {found:,} bytes, but the run wrote {known[name][0]:,}")
     for r in records:
@@ -260,7 +261,6 @@ def _check_evaluation(record, result, folder):
 # %% ../../nbs/inspect/78_verify.ipynb #8f7c6b98
 NOT_CHECKED = "not checked"
 _CHECKED = {"run.json", "tokenizer", "metrics.jsonl", "samples.jsonl", ".lock", ".owner.json", *POINTERS}
-_TOKENIZER_FILES = {"tokenizer.json", "vocab.json", "merges.txt"}
 
 
 def _check_extra_file(lm, folder, name):
@@ -274,7 +274,7 @@ def _check_other_files(run):
     "Yield a row for each file that belongs to the weights, and one row that lists the unchecked files"
     checked = _CHECKED | ({BASE_WEIGHTS_FILE} if run.newest and run.configs[run.newest].get("base") else set())
     found = [p.name for p in run.folder.iterdir() if not is_checkpoint_name(p.name) and p.name not in checked]
-    found += [f"tokenizer/{p.name}" for p in run.folder.glob("tokenizer/*") if p.name not in _TOKENIZER_FILES]
+    found += [f"tokenizer/{p.name}" for p in run.folder.glob("tokenizer/*") if p.name not in TOKENIZER_FILES]
     with suppress(ValueError):  # An architecture that is not imported here
         has_extra = run.newest and get_arch(run.configs[run.newest]["arch"]).extra_files != ()
         lm = new_lm_from_checkpoint(run.newest) if has_extra else None

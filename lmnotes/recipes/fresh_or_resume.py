@@ -285,7 +285,7 @@ def _train_with_log(config, at, train):
     with EscapedOutput(), TeeOutput(project_path(config.log_dir) / log_filename(config, at)) as tee:
         print(f"{start}Training Log - Started at {utc_now()}")
         r = train()
-        if r.status in ("done", "early_stop"):
+        if r.status in FINISHED:
             prompt = generation_prompt(config)
             sampling = dict(temperature=config.generation_temperature, top_k=config.generation_top_k)
             print(prompt + r.generate(prompt, config.max_new_tokens, **sampling))

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from ..core import *
+from ..data.tokenizer import *
 from ..data.untrusted_files import *
 from ..files import *
 from ..nn.lm import *
@@ -227,7 +228,7 @@ def _restore_run_folder(content, path, folder, newest):
         print(f"the run had reached step {newest}; moved that state to {aside.name}")
 
 # %% ../../nbs/recipes/88_nanothink_checkpoints.ipynb #f11823d2
-TEXT_FILES = r"tokenizer\.json|vocab\.json|merges\.txt"
+TEXT_FILES = "|".join(map(re.escape, TOKENIZER_FILES))
 
 
 def write_text_files(folder, texts) -> None:  # A folder, created if it does not exist, and {file name: text}

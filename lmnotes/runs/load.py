@@ -167,7 +167,7 @@ def _is_finished(folder, cfg, origins):
     "Return True if a run has reached its end, and `cfg` changes nothing that matters"
     try:
         info = read_run_record(folder)
-        if info["status"] not in ("done", "early_stop"):
+        if info["status"] not in FINISHED:
             return False
         check_no_links(folder)
         given = {n: v for n, v in asdict(cfg).items() if origins[n] != "default" and v != "auto"}

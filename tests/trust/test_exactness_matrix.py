@@ -7,10 +7,9 @@ new processes. It must end in the same bits as a run that was never stopped.
 import itertools
 import os
 import signal
-import socket
 
 import pytest
-from helpers import TINY, differences, read_log, run_before_call, run_results, start_process, train, wait_for_exit
+from helpers import TINY, differences, read_log, run_before_call, run_ranks, run_results, train
 
 from lmnotes.training.trainer import Trainer
 
@@ -59,26 +58,21 @@ CASES = [
 ]
 
 
-def train_rank(rank, world, port, stop, params):
+def train_rank(stop, params):
     "Train as one of several ranks, and stop in one of three ways"
-    if world > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     how, step = stop
     if how != "hook":
         number = signal.SIGKILL if how == "SIGKILL" else signal.SIGTERM
-        is_step = (lambda t: t.step == step - 1) if how == "SIGKILL" or rank == 0 else (lambda t: False)
-        run_before_call(Trainer, "train_step", is_step, lambda: os.kill(os.getpid(), number))
+        stops = how == "SIGKILL" or os.environ.get("RANK", "0") == "0"
+        run_before_call(
+            Trainer, "train_step", lambda t: stops and t.step == step - 1, lambda: os.kill(os.getpid(), number)
+        )
     return train(*([step] if how == "hook" and step else []), **params)
 
 
 def train_ranks(workdir, world, stop=("hook", 0), **params):
     "Train in one or two processes, and return the exit code of the first"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    ranks = [start_process(workdir, train_rank, rank, world, port, stop, params) for rank in range(world)]
-    return [wait_for_exit(process) for process in ranks][0]
+    return run_ranks(workdir, world, train_rank, stop, params)[0]
 
 
 @pytest.mark.parametrize("name, dtype, accum, processes", CASES)
