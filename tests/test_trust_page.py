@@ -1,6 +1,8 @@
 """docs/trust.md has the current lists of changes and mutants, and only results of the whole suite."""
 
+import re
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import trust_table
@@ -13,12 +15,17 @@ def test_the_lists_are_current():
     assert trust_table.with_tables(text, changes=changes, mutants=mutants) == text
 
 
-def test_every_mutant_names_a_test():
+def test_every_mutant_and_every_fault_names_a_test():
     mutants = dict(trust_table.mutants())
     assert len(mutants) > 50
-    for test in set(mutants.values()):
+    section = (
+        trust_table.PAGE.read_text(encoding="utf-8").partition("## Faults of version 0.1")[2].partition("\n## ")[0]
+    )
+    faults = re.findall(r"^\| .+ \| `(tests/.+)` \|$", section, re.M)
+    assert len(faults) == 20
+    for test in {*mutants.values(), *faults}:
         file, _, name = test.partition("::")
-        assert callable(getattr(trust_table.tests(file.removesuffix(".py")), name.partition("[")[0])), test
+        assert callable(getattr(trust_table.tests(Path(file).stem), name.partition("[")[0])), test
 
 
 def test_a_selection_of_tests_does_not_replace_the_results(tmp_path, monkeypatch):
