@@ -7,6 +7,7 @@ __all__ = ['MAX_OPERATIONS', 'read_torch_file', 'read_safetensors', 'NotFiniteEr
            'check_config_types', 'limit_model_size']
 
 # %% ../../nbs/data/09_untrusted_files.ipynb #810c58dd
+import errno
 import pickletools
 import zipfile
 from collections.abc import Iterator
@@ -162,6 +163,10 @@ def read_torch_file(
         return content
     except _FileProblem as e:
         problem = str(e)
+    except OSError as e:
+        if e.errno != errno.EINVAL:  # A file that is too short to be mapped
+            raise error(f"{path}: cannot be read ({e.strerror or e})") from None
+        problem = "it is damaged"
     except Exception as e:  # A damaged archive can raise anything from KeyError to UnpicklingError
         problem = f"it is damaged or not a file of torch.save ({type(e).__name__})"
     raise error(f"{path}: cannot be read, because {problem}. Write tensors and plain values with torch.save again")

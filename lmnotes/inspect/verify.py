@@ -220,7 +220,8 @@ def _expected_pointers(run):
     if not run.newest or not run.is_clean or run.info.get("unsaved"):
         return {}
     best = run.counters[run.newest]["best_step"]
-    ended = {} if run.info["status"] == "interrupted" else dict(final=run.newest.name)
+    ended = {"interrupted" if run.info["status"] == "interrupted" else "final": run.newest.name}
+    ended = {} if run.info["status"] == "interrupted" and "forked_from" in run.info else ended
     is_known = best and ("forked_from" not in run.info or (run.folder / checkpoint_name(best)).exists())
     return dict(last=run.newest.name, **ended, **(dict(best=checkpoint_name(best)) if is_known else {}))
 

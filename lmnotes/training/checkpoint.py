@@ -298,6 +298,8 @@ def latest_checkpoint(run) -> Path:
         try:
             return _warn_if_not_last(verify_checkpoint(folder))
         except CheckpointError as e:
+            if not folder.exists():  # A process that trains has deleted it, and saved a later one before
+                return latest_checkpoint(run)
             error = e
             print(f"warning: {e}. Falling back to the checkpoint before it")
     raise CheckpointError(f"{run}: no complete checkpoint in this folder ({error})")
@@ -307,11 +309,8 @@ def _warn_if_not_last(folder):
     "Return a checkpoint folder, with a warning if `last` names a later one that is missing"
     path = folder.parent / "last"
     name = read_line(path, CheckpointError).strip() if path.is_file() else ""
-    if (
-        re.fullmatch(r"step_\d{8,}", name)
-        and int(name[5:]) > int(folder.name[5:])
-        and not (folder.parent / name).is_dir()
-    ):
+    is_later = re.fullmatch(r"step_\d{8,}", name) and int(name[5:]) > int(folder.name[5:])
+    if is_later and not (folder.parent / name).is_dir():
         print(f"warning: {path} names {name}, which is missing. Falling back to {folder.name}")
     return folder
 
@@ -364,7 +363,10 @@ def find_checkpoint(
         return latest_checkpoint(path)
     if which == "best" and (best := best_checkpoint(newest := latest_checkpoint(path))):
         return newest if best == newest else verify_checkpoint(best)
-    return verify_checkpoint(read_pointer(path, which))
+    found = read_pointer(path, which)
+    if which == "interrupted" and found != (newest := latest_checkpoint(path)):  # The next save deletes this pointer
+        raise CheckpointError(f"{path / which}: names {found.name}, but the run saved {newest.name}. Delete this file")
+    return verify_checkpoint(found)
 
 # %% ../../nbs/training/42_checkpoint.ipynb #ee836277
 def read_while_training(run, read) -> object:

@@ -8,6 +8,7 @@ __all__ = ['prune_checkpoints', 'remove_temporary_files', 'Save', 'WriteOnce', '
 # %% ../../nbs/training/45_saving.ipynb #703d0e67
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from ..core import *
@@ -20,6 +21,8 @@ from .trainer import *
 def prune_checkpoints(run, keep, protected=(), keep_every=0) -> None:
     "Delete checkpoints except the newest `keep` (0: all), multiples of `keep_every`, `protected` names and pointers"
     run = Path(run)
+    for tmp in run.glob(f".step_*.{os.getpid()}.tmp"):  # It could not be deleted before
+        remove_path(tmp)
     named = {read_line(run / p).strip() for p in POINTERS if (run / p).is_file()}
     for folder in list_checkpoints(run)[: -keep or None] if keep else []:
         is_multiple = keep_every and int(folder.name[5:]) % keep_every == 0
@@ -115,6 +118,9 @@ class Save(Hook):
     def at_end(self, t) -> None:
         if t.step and t.status != "diverged":
             self.save(t, dict(interrupted="interrupted", done="final", early_stop="final").get(t.status, ""))
+            if not t.rank:
+                with suppress(OSError):  # Delete what could not be deleted before
+                    prune_checkpoints(self.run, self.keep, self.protected, self.keep_every)
 
 # %% ../../nbs/training/45_saving.ipynb #bb24fde1
 class WriteOnce(Hook):

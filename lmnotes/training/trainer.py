@@ -134,7 +134,8 @@ STATE = {  # As in `Trainer.state_dict`
         "best": Real,  # Infinite before the first evaluation
         "sums": {str: (Real, int)},
         "last?": {str: Real | bool},
-        str: object,  # Of hooks
+        **dict.fromkeys(("Log?", "Evaluate?", "Sample?"), int),
+        str: object,  # Of other hooks
     },
     "optimizers": [
         {"state": {int: {str: torch.Tensor}}, "param_groups": [{"params": [int], "param_names": [str], str: object}]}

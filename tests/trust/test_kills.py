@@ -159,7 +159,7 @@ class Case:
             command = self.setting.command(folder)
             code = run_in_process(folder, mutated, mutant, kill_at, number, lmnotes_command, *command)
             if code != -9:
-                assert number != numbers[0] and code == 0, read_log(folder)
+                assert number != numbers[0] and code == 0, f"exit code {code}: {read_log(folder)}"
             if self.setting.before == "finished" and not self.earlier_is_complete(folder):
                 return "the earlier run is not complete in one folder"
         if run_in_process(folder, mutated, mutant, lmnotes_command, *self.setting.command(folder)):
