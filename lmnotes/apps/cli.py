@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'STREAMING', 'explain_fields', 'options_of', 'take_aliases', 'train_command', 'parse_options',
-           'generate_command', 'NotebookOptions', 'run_notebook', 'notebook_command', 'main', 'name_first_words',
-           'simple_command', 'recipe_command', 'overview', 'execute_command']
+           'attach_values', 'rename_options', 'generate_command', 'NotebookOptions', 'run_notebook', 'notebook_command',
+           'main', 'name_first_words', 'simple_command', 'recipe_command', 'overview', 'execute_command']
 
 # %% ../../nbs/apps/92_cli.ipynb #d30000be
 import ast
@@ -42,7 +42,7 @@ def options_of(
     config,  # A dataclass whose fields all have defaults
     summary,  # The description in the help
     aliases,  # {alias: option}
-    **more,  # {option: (default, explanation)}, in addition to the fields or instead of them
+    **more,  # {option: (default, explanation)}, besides the fields or instead of them (default (): you may repeat it)
 ) -> type:  # A dataclass for tyro
     "Return the options of a command: the fields of a configuration, with their aliases in the help"
     import tyro
@@ -52,7 +52,8 @@ def options_of(
     for option, (default, text) in known.items():
         names = ", ".join(alias for alias, name in aliases.items() if name == option)
         text += f" (alias: {names})" if names else ""
-        options.append((option, Annotated[type(default), tyro.conf.arg(help=text)], field(default=default)))
+        kind = tyro.conf.UseAppendAction[tuple[str, ...]] if default == () else type(default)
+        options.append((option, Annotated[kind, tyro.conf.arg(help=text)], field(default=default)))
     return make_dataclass(config.__name__, options, namespace=dict(__doc__=summary))
 
 # %% ../../nbs/apps/92_cli.ipynb #9c0f744c
@@ -114,12 +115,41 @@ def parse_options(command, options, argv) -> Any:
     import tyro
 
     with redirect_stdout(unescaped_stdout()):  # The help has colors
-        return tyro.cli(options, args=argv, prog=f"lmnotes {command}")
+        return tyro.cli(options, args=attach_values(argv, options), prog=f"lmnotes {command}")
+
+# %% ../../nbs/apps/92_cli.ipynb #ea988c35
+def attach_values(
+    argv,  # Words of a command line
+    options,  # Dataclass of the options
+) -> list:  # Words in which a value that begins with `-` is part of its option: --prompt=-x
+    "Attach values that begin with `-` to their options"
+    flags = {f"--{f.name.replace('_', '-')}" for f in fields(options) if isinstance(f.default, bool)}
+    valued = {f"--{f.name.replace('_', '-')}" for f in fields(options)} - flags
+    known, words = {"-h", "--help", *valued, *flags, *(f"--no-{flag[2:]}" for flag in flags)}, []
+    for word in argv:
+        is_option = word.partition("=")[0].replace("_", "-") in known
+        if words and word.startswith("-") and not is_option and words[-1].replace("_", "-") in valued:
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
+
+# %% ../../nbs/apps/92_cli.ipynb #35412784
+def rename_options(
+    argv,  # Words of a command line
+    aliases,  # {alias: option}
+) -> list:  # The words, with options instead of their aliases
+    "Replace aliases in a command line by their options, or raise `ValueError` if one is given under two names"
+    from lmnotes.core import replace_aliases
+
+    names = {word: word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    replace_aliases(dict.fromkeys(names.values()), aliases)
+    named = {word: aliases[name] + word[2 + len(name) :] for word, name in names.items() if name in aliases}
+    return [f"--{named[word]}" if word in named else word for word in argv]
 
 # %% ../../nbs/apps/92_cli.ipynb #bcaf4467
 def generate_command(argv) -> int:
     "Generate text with a trained model"
-    from lmnotes.core import replace_aliases
     from lmnotes.inference.generation import GENERATE_ALIASES, GenerateConfig
 
     more = dict(
@@ -130,16 +160,14 @@ def generate_command(argv) -> int:
         device=("auto", "auto | cuda | mps | cpu"),
         dtype=("float32", "Data type of the weights: float32 | bfloat16 (faster) | auto"),
     )
-    aliases = {a: "stop" if n == "stop_strings" else n for a, n in GENERATE_ALIASES.items() if a != "stop"}
-    aliases |= dict(stop_strings="stop", checkpoint="which")
-    words, aliased = take_aliases(argv, [*aliases, "do_sample"], ["do_sample"])
-    if aliased.pop("do_sample", "true").lower() in ("false", "0"):
+    more["stop"] = (), f"{explain_fields(GenerateConfig).get('stop', '')}. \\n is a newline"
+    aliases = dict(GENERATE_ALIASES, checkpoint="which")
+    words, flags = take_aliases(argv, ["do_sample"], ["do_sample"])
+    if flags.get("do_sample", "true").lower() in ("false", "0"):
         words += ["--temperature", "0"]
-    options = options_of(GenerateConfig, generate_command.__doc__, aliases, **more)
-    renamed = [f"--{aliases[alias]}={text}" for alias, text in aliased.items()]
-    args = parse_options("generate", options, words + renamed)
-    named = dict.fromkeys([*_given_params(words, vars(args)), *aliased])
-    given = {name: vars(args)[name] for name in replace_aliases(named, aliases) if hasattr(GenerateConfig, name)}
+    words = rename_options(words, aliases)
+    args = parse_options("generate", options_of(GenerateConfig, generate_command.__doc__, aliases, **more), words)
+    given = {n: vars(args)[n] for n in _given_params(words, vars(args)) if hasattr(GenerateConfig, n)}
     from lmnotes.runs.load import load
 
     r = load(args.run, args.which, args.device, args.dtype, args.model_args)

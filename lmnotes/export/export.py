@@ -83,7 +83,9 @@ def _collect_sources(lm):
 
 # %% ../../nbs/export/81_export.ipynb #acaf9e07
 GENERATE_SCRIPT = '''\
-"""Generate text with the model in this folder: `python generate.py "Once upon a time" --n 200`."""
+"""Generate text with the model in this folder: `python generate.py "Once upon a time" --n 200`.
+
+Write a prompt that begins with - last, after two dashes: `python generate.py --n 200 -- "-x"`."""
 
 import argparse
 import json
@@ -96,7 +98,7 @@ sys.path.insert(0, str(HERE))  # The version of lmnotes that this model was expo
 from safetensors.torch import load_file
 
 from lmnotes.data.tokenizer_files import load_tokenizer
-from lmnotes.inference.generation import stream
+from lmnotes.inference.generation import GenerateConfig, stream, unescape
 from lmnotes.nn.lm import new_lm, parse_model_args
 from lmnotes.training.checkpoint import load_weights
 from lmnotes.untrusted import escape_terminal
@@ -119,10 +121,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("prompt", nargs="?", default="", help="text to continue (empty: start a new text)")
     parser.add_argument("--n", type=int, default=200, help="maximum number of new tokens")
-    parser.add_argument("--temperature", type=float, default=0.8, help="lower is more predictable (0: greedy decoding)")
+    temperature = dict(type=float, default=GenerateConfig.temperature)
+    parser.add_argument("--temperature", **temperature, help="lower is more predictable (0: greedy decoding)")
     parser.add_argument("--top-k", type=int, default=0, help="sample from the k most likely tokens (0: all)")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the most likely tokens of total probability p")
     parser.add_argument("--seed", type=int, default=0, help="the same seed and settings give the same text")
+    parser.add_argument("--stop", type=unescape, action="append", help="the text ends before this string (may be repeated)")
     parser.add_argument("--model-args", default="", help="configuration values to override, such as thinking_steps=5")
     args = vars(parser.parse_args())
     lm, tokenizer, config = load(model_args=args.pop("model_args"))

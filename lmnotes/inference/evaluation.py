@@ -59,14 +59,14 @@ def evaluate(
     byte_lengths=None,  # Bytes of text that each id stands for (None: no bits per byte)
     autocast=nullcontext,  # Function that returns the context to compute in
     signals=None,  # Checked between batches: if true, the evaluation stops and returns None
-    seed=0,  # Seed for models whose loss draws random numbers
+    seed=0,  # Seed for models whose loss draws random numbers. Your own random state stays as it is
 ) -> dict:  # The metrics, the same on every rank
     "Compute the metrics of a model over all targets of `batches`, divided among the ranks"
     rank, world_size = rank_and_world_size() if dist.is_initialized() else (0, 1)
     device = next(lm.parameters()).device
     lengths = None if byte_lengths is None else torch.as_tensor(byte_lengths, device=device)
     sums = torch.zeros(len(batches), 4, dtype=torch.float64)  # On the CPU: not every device has float64
-    with eval_mode(lm):
+    with eval_mode(lm), torch.random.fork_rng(range(torch.cuda.device_count())):
         for i in range(rank, len(batches), world_size):
             if signals and world_size == 1:
                 return None

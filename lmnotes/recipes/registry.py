@@ -6,7 +6,7 @@
 __all__ = ['RECIPE_COMMANDS', 'SAMPLING_PRESETS', 'from_env_command', 'generate_config']
 
 # %% ../../nbs/recipes/90_registry.ipynb #97145f1c
-from dataclasses import fields, make_dataclass
+from dataclasses import fields, make_dataclass, replace
 
 # %% ../../nbs/recipes/90_registry.ipynb #4f02c541
 def from_env_command() -> tuple:  # (dataclass of options, function that trains and returns a `Run`)
@@ -30,12 +30,14 @@ SAMPLING_PRESETS = dict(
 
 def generate_config(
     preset="",  # One of `SAMPLING_PRESETS`
-    **given,  # Fields of `GenerateConfig`, which override the preset
+    **given,  # Fields of `GenerateConfig`, which override the preset. In stop strings, \n is a newline
 ) -> object:  # `GenerateConfig`
     "Return the sampling settings of a preset, overridden by the given ones"
     from lmnotes.core import did_you_mean
-    from lmnotes.inference.generation import GenerateConfig
+    from lmnotes.inference.generation import GenerateConfig, unescape
 
     if preset and preset not in SAMPLING_PRESETS:
         raise ValueError(f"preset={preset!r} is not a sampling preset; {did_you_mean(preset, SAMPLING_PRESETS)}")
-    return GenerateConfig(**{**SAMPLING_PRESETS.get(preset, {}), **given})
+    config = GenerateConfig(**{**SAMPLING_PRESETS.get(preset, {}), **given})
+    stop = unescape(config.stop) if isinstance(config.stop, str) else list(map(unescape, config.stop))
+    return replace(config, stop=stop)

@@ -49,6 +49,7 @@ def load_data(
     cfg,  # `RunConfig`
     tokenizer=None,  # Tokenizer to use (None: train or load the one that the configuration names)
     log_fn=print,  # Function that reports progress, or None
+    folder=None,  # Folder for the tokens of a text (None: one in `data/tokens`, to use them again)
 ) -> RunData:
     "Load the data that a configuration names"
     path = next((p for p in paths_to_try(cfg.data, cfg.data_dir) if p.exists()), Path(cfg.data))
@@ -68,7 +69,7 @@ def load_data(
         return RunData(tokens, tokenizer, whole.fingerprint, path.name)
     corpus = get_corpus(cfg.data, cfg.data_dir, cfg.domains, cfg.recursive)
     tokenizer = tokenizer or get_corpus_tokenizer(corpus, cfg.tokenizer, cfg.split, cfg.data_dir)
-    folder = tokens_dir(corpus, tokenizer, cfg.split)
+    folder = folder or tokens_dir(corpus, tokenizer, cfg.split)
     tokens = tokenize_splits(corpus, tokenizer, folder, cfg.split, verbose=log_fn is print)
     fingerprint = sha256_json([corpus.fingerprint, resolve_split(corpus, cfg.split)])
     return RunData(tokens, tokenizer, fingerprint, corpus.name)

@@ -8,6 +8,7 @@ __all__ = ['Run', 'is_run_alive', 'actual_status', 'load', 'load_finished']
 # %% ../../nbs/runs/64_load.ipynb #ac4bc172
 import socket
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,29 +63,29 @@ class Run:
         self,
         prompts: Prompts = "",  # A text, or a list of texts (empty: the start of a document)
         n: int = 200,  # Maximum number of new tokens per prompt
-        stop_strings: "str | Sequence | None" = (),  # A string or several. A text ends before the first occurrence of one
+        stop: "str | Sequence[str] | None" = (),  # A string or several. A text ends before the first occurrence of one
         **sampling: "Unpack[SamplingParams]",  # temperature, top_k, top_p, min_p, repetition_penalty, seed
     ) -> Prompts:  # Text, or a list of texts, without the prompts
         "Generate text from a prompt, or a list of texts from several"
-        return generate(self.lm, self.tokenizer, self._default_prompt(prompts), n, stop_strings, **sampling)
+        return generate(self.lm, self.tokenizer, self._default_prompt(prompts), n, stop, **sampling)
 
     @accept_aliases
     def stream(
         self,
         prompt: str = "",  # Text to continue (empty: the start of a document)
         n: int = 200,  # Maximum number of new tokens
-        stop_strings: "str | Sequence | None" = (),  # A string or several. The text ends before the first occurrence of one
+        stop: "str | Sequence[str] | None" = (),  # A string or several. The text ends before the first occurrence of one
         **sampling: "Unpack[SamplingParams]",  # temperature, top_k, top_p, min_p, repetition_penalty, seed
     ) -> "Iterator[str]":
         "Yield generated text piece by piece"
-        return stream(self.lm, self.tokenizer, self._default_prompt(prompt), n, stop_strings, **sampling)
+        return stream(self.lm, self.tokenizer, self._default_prompt(prompt), n, stop, **sampling)
 
     def print_generated(self, config) -> None:  # `GenerateConfig`
         "Print a prompt and its completion while it is generated"
-        sampling = {n: v for n, v in asdict(config).items() if n not in ("prompt", "n", "stop")}
+        sampling = {n: v for n, v in asdict(config).items() if n != "prompt"}
         shown = escape_terminal if sys.stdout.isatty() else str  # In a file, the text stays as it is
         print(shown(config.prompt), end="")
-        for piece in self.stream(config.prompt, config.n, [config.stop] if config.stop else [], **sampling):
+        for piece in self.stream(config.prompt, **sampling):
             print(shown(piece), end="", flush=True)
         print()
 
@@ -101,20 +102,27 @@ class Run:
         data: str = "",  # Other data to evaluate on, with the tokenizer of the run (empty: the data of the run)
     ) -> dict:  # {metric: value}: loss, perplexity, bits per byte and their standard errors
         "Evaluate the model on one whole split of its data, or of other data"
-        cfg = RunConfig(**{**self.info["config"], **(dict(data=data, domains="", split="auto") if data else {})})
-        found = load_data(cfg, self.tokenizer, log_fn=None)
-        if not data:
-            check_same_data(found, self.info, self.config, f"or pass {format_params('data')} to evaluate on other data")
-            if cfg.sampler != "documents":  # As in training
-                check_length(found.tokens["train"].ids, cfg.ctx_len, "the training split")
-        tokens = found.tokens
-        if part not in tokens:
-            raise ValueError(f"part={part!r} is not one of {', '.join(tokens)}")
-        lengths, device = self.tokenizer.byte_lengths, next(self.lm.parameters()).device
-        options = dict(autocast=lambda: autocast(device, getattr(torch, self.info["dtype"])), seed=cfg.seed)
-        if by_domain:
-            return evaluate_domains(self.lm, tokens[part], cfg.batch_size, cfg.ctx_len, lengths, **options)
-        return evaluate(self.lm, EvaluationBatches(tokens[part].ids, cfg.batch_size, cfg.ctx_len), lengths, **options)
+        with tempfile.TemporaryDirectory() as folder:  # For the tokens of other data
+            tokens, cfg = self._tokens_to_evaluate(data, folder), self.config
+            if part not in tokens:
+                raise ValueError(f"part={part!r} is not one of {', '.join(tokens)}")
+            lengths, device = self.tokenizer.byte_lengths, next(self.lm.parameters()).device
+            options = dict(autocast=lambda: autocast(device, getattr(torch, self.info["dtype"])), seed=cfg.seed)
+            if by_domain:
+                return evaluate_domains(self.lm, tokens[part], cfg.batch_size, cfg.ctx_len, lengths, **options)
+            batches = EvaluationBatches(tokens[part].ids, cfg.batch_size, cfg.ctx_len)
+            return evaluate(self.lm, batches, lengths, **options)
+
+    def _tokens_to_evaluate(self, data, folder):
+        "Return {part: tokens} of the run, or those of other data, which are written to a folder"
+        if data:
+            other = RunConfig(**{**self.info["config"], "data": data, "domains": "", "split": "auto"})
+            return load_data(other, self.tokenizer, None, folder).tokens
+        found = load_data(self.config, self.tokenizer, log_fn=None)
+        check_same_data(found, self.info, self.config, f"or pass {format_params('data')} to evaluate on other data")
+        if self.config.sampler != "documents":  # As in training
+            check_length(found.tokens["train"].ids, self.config.ctx_len, "the training split")
+        return found.tokens
 
     def __repr__(self):
         state = f"{self.config.arch}, {self.status} at step {self.step}, {n_params(self.lm):,} parameters"

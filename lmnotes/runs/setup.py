@@ -306,7 +306,7 @@ class RunSetup:
         return [
             Log(metrics, self.bytes_per_token),
             Evaluate(self.val, eval_every, cfg.eval_batches, cfg.patience, tok.byte_lengths, metrics),
-            Sample(tok, prompt, sample_every, samples=samples, temperature=0.8, top_p=0.95),
+            Sample(tok, prompt, sample_every, samples=samples, top_p=0.95),
             Save(
                 folder, cfg.save_every, cfg.keep, (metrics, samples), self.checkpoint_folder, cfg.keep_every, **metadata
             ),
