@@ -173,7 +173,7 @@ IDENTITY = dict(
 )
 TRAJECTORY = dict(
     lr=0.01,
-    steps=50,
+    steps=30,
     batch_size=8,
     seed=1,
     sampler="epochs",
@@ -191,6 +191,7 @@ def test_fixed_parameters_cannot_change(trained_copy, name):
 
 @pytest.mark.parametrize("name", TRAJECTORY)
 def test_other_parameters_need_allow_change(trained_copy, name):
+    write_corpus(trained_copy / "other", seed=1)
     code, output = command(trained_copy, "train", **RESUME, **{name: TRAJECTORY[name]})
     assert code == 2 and f"this run has {name}=" in output and f"--allow-change {name}" in output, output
 

@@ -285,7 +285,7 @@ def check_unchanged(
     always_changeable=(),  # Names that can always change
     allow_change="",  # Names of others that may change, separated by spaces
 ) -> dict:  # {name: (old, new)} of the changes
-    "Raise CheckpointError unless the run can resume with `given`"
+    "Raise CheckpointError unless the run can resume with `given`. More steps or epochs are always possible"
     allowed, changes = parse_names(allow_change), {}
     if unknown := allowed - set(saved):
         raise ValueError(f"allow_change names {min(unknown)!r}; {did_you_mean(min(unknown), saved)}")
@@ -295,7 +295,8 @@ def check_unchanged(
             continue
         if name in fixed:
             raise CheckpointError(f"this run has {name}={old!r}, not {new!r}, and that cannot change. Start a new run")
-        if name not in allowed:
+        is_longer = name in ("steps", "epochs") and 0 < old < new
+        if name not in allowed and not is_longer:
             raise CheckpointError(
                 f"this run has {name}={old!r}, not {new!r}. Leave out {format_params(name)} to resume exactly, "
                 f"or add {format_params(allow_change=name)} to change it from here on"

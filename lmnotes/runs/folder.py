@@ -163,7 +163,7 @@ _RECORD = {
     "step": int,
     "config": {f"{f.name}?": f.type for f in fields(RunConfig)},  # Of an earlier version: without newer parameters
     "origins": {str: str},
-    "data": {"fingerprint": str, "start": str, "what": str, "tokens": {str: int}, "ids?": str},
+    "data": {"fingerprint": str, "start": str, "what": str, "tokens": {str: int}, "ids?": str, "place?": str},
     "tokenizer": {"fingerprint": str, "name": str, "vocab_size": int, "library?": str},
     "model": dict,
     "dtype": {*DTYPES},

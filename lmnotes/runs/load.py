@@ -118,7 +118,7 @@ class Run:
         if data:
             other = RunConfig(**{**self.info["config"], "data": data, "domains": "", "split": "auto"})
             return load_data(other, self.tokenizer, None, folder).tokens
-        found = load_data(self.config, self.tokenizer, log_fn=None)
+        found = load_data_of_run(self.config, self.info, self.folder, self.tokenizer, None)
         check_same_data(found, self.info, self.config, f"or pass {format_params('data')} to evaluate on other data")
         if self.config.sampler != "documents":  # As in training
             check_length(found.tokens["train"].ids, self.config.ctx_len, "the training split")
@@ -197,7 +197,7 @@ def load_finished(folder, cfg, origins) -> "Run | None":  # Run folder, `RunConf
     r = load(folder, device=cfg.device)
     if rank == 0:
         warn_of_damaged_logs(folder / checkpoint_name(r.step))
-        longer = format_params(steps=2 * r.config.steps, allow_change="steps")
+        longer = format_params(steps=2 * r.config.steps)
         at = f"{r.status} at step {r.step:,} of {r.config.steps:,}"
         print(f"{folder.name}: {at}, so nothing is left to train. To train longer, add {longer}")
     return r

@@ -140,11 +140,23 @@ def _open_for_resume(folder):
     return info, None
 
 # %% ../../nbs/runs/63_setup.ipynb #9e1c3fa6
+def _has_model_args(info, given):
+    "Return True if the model of a run has the given `model_args`, which can be some of its own"
+    arch = info["config"]["arch"]
+    if given.get("arch", arch) != arch or "model_args" not in given:
+        return False
+    args = parse_model_args(arch, given["model_args"])
+    return all(info["model"].get(name) == value for name, value in args.items())
+
+
 def _merge_saved_config(info, cfg, origins):
     "Return the saved configuration with the changes that `allow_change` permits, and the origins of its values"
     saved = info["config"]
     given = {n: v for n, v in asdict(cfg).items() if origins[n] != "default" and v != "auto"}  # auto: as chosen before
-    changes = check_unchanged(saved, given, FIXED_PARAMS, CHANGEABLE_PARAMS, cfg.allow_change)
+    if _has_model_args(info, given):
+        given["model_args"] = saved["model_args"]
+    by_content = set() if "data" in parse_names(cfg.allow_change) else {"data"}  # `_load_data` compares it
+    changes = check_unchanged(saved, given, FIXED_PARAMS, CHANGEABLE_PARAMS | by_content, cfg.allow_change)
     if "steps" in changes:
         given["epochs"] = 0.0
     elif "epochs" in given and given["epochs"] != saved["epochs"]:
@@ -221,8 +233,10 @@ class RunSetup:
             return call_on_rank0_first(lambda: self._load_data_for_new_run(log_fn))
         tokenizer = load_tokenizer(self.folder / "tokenizer")
         check_same_tokenizer(tokenizer, self.info, self.folder)
-        data = call_on_rank0_first(lambda: load_data(self.cfg, tokenizer, log_fn))
+        data = call_on_rank0_first(lambda: load_data_of_run(self.cfg, self.info, self.folder, tokenizer, log_fn))
         if "data" not in parse_names(self.cfg.allow_change):
+            if data.fingerprint != self.info["data"]["fingerprint"]:  # Another name is another text
+                check_unchanged(self.info["config"], dict(data=self.cfg.data), ())
             remedy = f"or add {format_params(allow_change='data')} to continue with the new data"
             check_same_data(data, self.info, self.cfg, remedy)
         then = read_checkpoint_config(self.checkpoint_folder) if self.checkpoint_folder else {}
@@ -279,7 +293,8 @@ class RunSetup:
         found, tok = self.data, self.data.tokenizer
         tokens = {part: len(t) for part, t in found.tokens.items()}
         data = dict(fingerprint=found.fingerprint, start=found.default_prompt, what=found.description, tokens=tokens)
-        data["ids"] = found.ids_fingerprint
+        known = self.info["data"].get("place", "") if self.info else ""
+        data.update(ids=found.ids_fingerprint, place=data_place(self.cfg, self.folder) or known)
         tokenizer = dict(name=tok.name, vocab_size=tok.vocab_size, fingerprint=tok.fingerprint)
         tokenizer["library"] = version("tokenizers")
         model = dict(dtype=self.cfg.dtype, n_params=n_params(self.lm), model=asdict(self.lm.cfg))

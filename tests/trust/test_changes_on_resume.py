@@ -92,7 +92,7 @@ def again(trained, name="r"):
 OTHER = dict(
     arch="rnn", preset="small", model_args="d_model=16 n_layers=1 n_heads=1", data="prepared270", domains="sea", recursive=True,
     split="first90", tokenizer="bytes", ctx_len=4, batch_size=4, sampler="epochs", epochs=0.5, stride=2, optimizer="adamw",
-    lr=0.5, min_lr=0.01, steps=14, warmup=0.5, schedule="linear", cooldown=0.1, weight_decay=0.5, betas="0.5 0.9", clip=0.1,
+    lr=0.5, min_lr=0.01, steps=10, warmup=0.5, schedule="linear", cooldown=0.1, weight_decay=0.5, betas="0.5 0.9", clip=0.1,
     accum=2, dtype="bfloat16", compile=True, seed=5, eval_every=3, eval_batches=2, patience=5, init_from="runs/seed",
     freeze="embed*", lora_rank=2, lora_alpha=3.0, lora_dropout=0.5, lora_targets="qkv", lora_train="embed*",
     log_every=5, device="auto", sample_every=4, prompt="sea", save_every=3, keep=0, keep_every=5, wait=1.0,
@@ -136,6 +136,44 @@ def test_a_changed_parameter(place, uninterrupted, name, capsys):
     assert f"from here on {name}=" in text
     changes = read_json("runs/r/run.json")["changes"]
     assert [(c["name"], c["after"], c["step"]) for c in changes if c["name"] == name] == [(name, OTHER[name], 6)]
+
+
+def test_longer_training(place):
+    "More steps or epochs need no `allow_change`, and are recorded"
+    r = resume(steps=14)
+    assert r.step == 14 and [(c["name"], c["after"]) for c in r.info["changes"]] == [("steps", 14)]
+
+
+# Places and spellings
+
+
+def moved(to):
+    "Move the text of the run to another place"
+    Path(to).parent.mkdir(parents=True, exist_ok=True)
+    shutil.move("corpus", to)
+    return to
+
+
+PLACES = {  # {case: () -> parameters}
+    "the same": lambda: dict(data="corpus"),
+    "spelled in another way": lambda: dict(data="./runs/../corpus/"),
+    "absolute": lambda: dict(data=str(Path("corpus").resolve())),
+    "moved": lambda: dict(data=moved("there/other name")),
+    "moved to a name with blanks": lambda: dict(data=moved("ein Weg ü/corpus")),
+    "another current folder": lambda: (Path("cwd").mkdir(), os.chdir("cwd")) and dict(out_dir="../runs"),
+    "some model_args again": lambda: dict(n_layer=1),
+    "model_args in another order": lambda: dict(model_args="n_heads=1 n_layers=1 d_model=8"),
+    "all that the run was given": lambda: SMALL | ONE | dict(run="r", steps=12),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_a_place_or_spelling(place, uninterrupted, case):
+    "Data with the same content at another place, and values given again, resume with the bits of the uninterrupted run"
+    params = PLACES[case]()
+    r = resume(**params)
+    assert result(r) == uninterrupted and r.evaluate()["loss"] == r.result["last"]["loss"]
+    assert resume(**{"out_dir": params.get("out_dir", "runs")}).step == 12 and load(r.folder).evaluate()
 
 
 # run.json, changed by hand
