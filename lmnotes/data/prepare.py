@@ -117,6 +117,7 @@ def record_batches(
     seq_len,  # Ids per sequence
     steps,  # Batches for training
     val_steps=20,  # Batches for validation
+    earlier=None,  # Folder of batches recorded before, which come first
 ) -> Path:  # Folder with train.bin, val.bin and tokenizer/
     "Write the batches that a function returns to token files"
     name, size = getattr(function, "__qualname__", type(function).__name__), (batch_size, seq_len)
@@ -127,7 +128,10 @@ def record_batches(
         for part, n in dict(train=steps, val=val_steps).items():
             source = dict(function=name, part=part)
             with TokenWriter(tmp / f"{part}.bin", tokenizer.vocab_size, tokenizer.fingerprint, source) as writer:
-                for i in range(n):
+                rows = open_tokens(Path(earlier) / f"{part}.bin").ids.reshape(-1, seq_len) if earlier else ()
+                for row in rows:
+                    writer.add(row, n_bytes=int(tokenizer.byte_lengths[row].sum()))
+                for i in range(len(rows) // batch_size, n):
                     where = f"{name}, call {i + 1}"
                     for row in _check_returned_batch(function(*size), size, tokenizer.vocab_size, where):
                         writer.add(row, n_bytes=int(tokenizer.byte_lengths[row].sum()))

@@ -13,6 +13,7 @@ import shlex
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -101,10 +102,11 @@ def load_data_and_steps_per_epoch(
     is_resuming,  # True: take parameters that are not in `params` from the run folder
 ) -> tuple:  # (`RunData`, steps)
     "Return the data of a run, and the steps in an epoch, which has as many sequences as fit into the training text"
-    saved = read_json(Path(folder) / "run.json", CheckpointError)["config"] if is_resuming else {}
-    cfg = RunConfig(**{**saved, **params})
+    info = read_run_record(folder) if is_resuming else {}
+    cfg = RunConfig(**{**info.get("config", {}), **params})
     tokenizer = load_tokenizer(Path(folder) / "tokenizer") if is_resuming else None
-    data = call_on_rank0_first(lambda: load_data(cfg, tokenizer, log_fn=None))
+    load = partial(load_data_of_run, cfg, info, folder) if info else partial(load_data, cfg)
+    data = call_on_rank0_first(lambda: load(tokenizer, log_fn=None))
     return data, get_batches(data.tokens["train"], cfg.batch_size, cfg.ctx_len, cfg.seed, "domains").steps_per_epoch
 
 # %% ../../nbs/recipes/89_nanothink.ipynb #bec9bf3c
@@ -124,7 +126,7 @@ def _check_saved_params(saved, current, path):
 CHANGEABLE_ON_RESUME = (
     "max_epochs lr weight_decay warmup_steps grad_clip patience batch_size grad_accum_steps use_amp amp_dtype".split()
 )
-ALWAYS_CHANGEABLE = "resume device log_interval keep_gb".split()
+ALWAYS_CHANGEABLE = "resume device log_interval keep_gb data_dir".split()  # `run` compares the content of the data
 
 
 def recipe_params(

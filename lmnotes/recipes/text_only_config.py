@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_YAML_BYTES', 'MAX_YAML_DEPTH', 'MAX_YAML_VALUE', 'SETTINGS', 'DEFAULT_SETTINGS', 'RANGES', 'UNUSED_SETTINGS',
            'MIXED_PRECISION_DTYPES', 'OPERATORS', 'ENCODER_PREFIX', 'TRANSFORMER_PREFIX', 'DERIVED_DEFAULTS',
-           'read_settings', 'load_text_config']
+           'read_settings', 'load_text_config', 'check_saved_settings', 'merge_settings']
 
 # %% ../../nbs/recipes/86_text_only_config.ipynb #caa65ec9
 import fnmatch
@@ -282,3 +282,24 @@ def load_text_config(
         where = f"{path}, line {lines['defaults.save_dir']}: defaults.save_dir"
         raise ValueError(f"{where} is outside the project. Pass it as the parameter save_dir to write there")
     return values
+
+
+def check_saved_settings(values, path) -> dict:  # Settings that a run has saved, and their file
+    "Return the settings of a run, converted and checked, or raise `CheckpointError`"
+    if not isinstance(values, dict) or values.keys() != DEFAULT_SETTINGS.keys():
+        raise CheckpointError(f"{path}: does not hold the settings of a text-only run. Restore it from a copy")
+    try:
+        return {name: _convert_or_raise(name, value, DEFAULT_SETTINGS[name]) for name, value in values.items()}
+    except ValueError as e:
+        raise CheckpointError(f"{path}: {e}. Restore it from a copy") from None
+
+
+def merge_settings(path, saved, at_start, given) -> tuple:  # YAML file, and {setting: value} three times
+    "Return the saved settings of a run with the changes of its file and the given values, and the settings of the file"
+    is_there = any(p.is_file() for p in paths_to_try(path))
+    now = load_text_config(path) if is_there else at_start
+    changed = {name: value for name, value in now.items() if value != at_start[name]}
+    changed |= {name: value for name, value in given.items() if value}
+    values = saved | {name: _convert_or_raise(name, value, DEFAULT_SETTINGS[name]) for name, value in changed.items()}
+    _check_settings(path, values, {})
+    return values, now

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FIXED_PARAMS', 'CHANGEABLE_PARAMS', 'ALIASES', 'MODEL_PARAMS', 'DTYPE_ALIASES', 'HINTS', 'MAX_BATCH_TOKENS',
            'DataConfig', 'RunConfig', 'canonical_params', 'resolve_config', 'given_param_names', 'params_from',
-           'to_cli_flags', 'format_params', 'command_with', 'check_params', 'parse_names', 'check_unchanged']
+           'given_settings', 'to_cli_flags', 'format_params', 'command_with', 'check_params', 'parse_names',
+           'check_unchanged']
 
 # %% ../../nbs/runs/60_config.ipynb #a0b4f076
 import os
@@ -208,6 +209,15 @@ def params_from(
     default, given = asdict(config()), given_param_names() or ()
     changed = {n for n, v in default.items() if n in values and values[n] != v and (values[n] or v)}  # "" is False
     return {n: values[n] for n in default if n in changed or (n in given and n in values)}
+
+
+def given_settings(
+    settings,  # {parameter: (value, names of the notebook's parameters that it depends on, separated by spaces)}
+    is_resuming,  # True: only those that papermill was given, because the run has all others
+) -> dict:  # {parameter: value}
+    "Return the parameters that a recipe passes to a run"
+    given = given_param_names() if is_resuming else None
+    return {n: value for n, (value, names) in settings.items() if given is None or given & set(names.split())}
 
 # %% ../../nbs/runs/60_config.ipynb #90e3ff17
 def to_cli_flags(values) -> list:  # {parameter: value}

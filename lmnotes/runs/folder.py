@@ -6,7 +6,8 @@
 __all__ = ['FINISHED', 'runs_folder', 'last_run_name', 'find_run_folder', 'describe_existing_runs', 'resume_command',
            'has_checkpoints', 'no_run_error', 'unused_folder_name', 'move_earlier_run_aside', 'RunRecord',
            'read_run_record', 'check_same_record', 'remove_abandoned_folders', 'locked_run_folder', 'run_folder_name',
-           'will_resume', 'take_run_folder', 'fork', 'run_record_at_step', 'warn_of_damaged_logs', 'truncate_metrics']
+           'will_resume', 'record_to_resume', 'take_run_folder', 'fork', 'run_record_at_step', 'warn_of_damaged_logs',
+           'truncate_metrics']
 
 # %% ../../nbs/runs/61_folder.ipynb #9d6d6a25
 import os
@@ -265,6 +266,15 @@ def will_resume(resume, folder) -> bool:  # True, False or `auto`, also as text,
     "Return True if `resume` means to resume the run in `folder`"
     resume = resolve_config(dict(resume=resume), environ={})[0].resume
     return (Path(folder) / "run.json").exists() or has_checkpoints(folder) if resume == "auto" else resume
+
+
+def record_to_resume(resume, folder) -> dict:  # As in `will_resume`
+    "Return run.json of the run that `resume` means, empty for a new run"
+    if not will_resume(resume, folder):
+        return {}
+    if not (Path(folder) / "run.json").exists():
+        raise no_run_error(Path(folder), "to resume")
+    return read_run_record(folder)
 
 # %% ../../nbs/runs/61_folder.ipynb #19de9aeb
 def take_run_folder(cfg) -> Path:  # `RunConfig`
