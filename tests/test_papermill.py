@@ -220,6 +220,37 @@ def test_a_third_signal_kills(project):
         os.kill(kernel, 0)
 
 
+NOTES = """
+import json, os
+print("step 1/2 | loss 4.1 | 3s left")
+if mode == "fails":
+    raise ValueError("no such data")
+os.makedirs("checkpoints/mine", exist_ok=True)
+with open(os.environ["LMNOTES_NOTE"], "w") as file:
+    json.dump(dict(folder=os.path.abspath("checkpoints/mine"), next="lmnotes generate --run mine"), file)
+"""
+
+
+def test_lines_reports_and_next_step(project):
+    "The terminal shows the printed lines and the next step, and no report is overwritten"
+    parameters = 'mode = "quick"  # quick | fails, as mode=quick'
+    cells = [
+        nbformat.v4.new_code_cell(parameters, metadata=dict(tags=["parameters"])),
+        nbformat.v4.new_code_cell(NOTES),
+    ]
+    kernel = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), project / "nbs/own.ipynb")
+    for mode in ("quick", "fails", "quick"):
+        code, out, err = exit_code_and_output(papermill(project, "nbs/own.ipynb", "-p", "mode", mode))
+        assert code == (mode == "fails") and "step 1/2 | loss 4.1 | 3s left\n" in out, err
+        assert "Unable to parse" not in err and "unknown parameter" not in err
+        assert mode == "fails" or err.endswith("lmnotes: next: lmnotes generate --run mine\n")
+    found = sorted(str(path.relative_to(project / "checkpoints")) for path in project.glob("checkpoints/*/*.ipynb"))
+    assert found == ["mine/own-1.ipynb", "mine/own.ipynb", "notebooks/own-1.ipynb"]
+    code, out, err = exit_code_and_output(papermill(project, "nbs/own.ipynb", "--prepare-only"))
+    assert code == 0 and (project / "checkpoints/mine/own.ipynb").exists()
+
+
 def test_engine_knows_papermills_options():
     from papermill.cli import papermill as command
 

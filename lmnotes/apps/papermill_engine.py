@@ -6,24 +6,25 @@
 __all__ = ['TWO_VALUES', 'ONE_VALUE', 'find_project', 'parse_command', 'given_parameters', 'make_run_folder',
            'notebook_parameters', 'is_training_notebook', 'default_run_name', 'find_runs_folder', 'output_path',
            'closest_or_all', 'replace_parameter_aliases', 'check_parameters', 'run_name_of_output', 'protect_report',
-           'fill_in_command', 'forward_signals', 'interface_variables', 'temporary_environment', 'make_kernel_class',
-           'GracefulEngine', 'is_papermill']
+           'fill_in_command', 'interface_variables', 'temporary_environment', 'make_kernel_class', 'GracefulEngine',
+           'is_papermill']
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #6ef1c8e6
+import atexit
 import base64
 import difflib
 import json
 import os
 import re
 import shlex
-import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from .executed_notebooks import *
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #9a64f295
 def find_project(
@@ -140,7 +141,7 @@ def output_path(
     "Return the path of the executed notebook, for a command that gives none"
     checkpoints = find_runs_folder(project, parameters.get("out_dir"))
     if not is_training_notebook(notebook):
-        run = "notebooks"
+        run = SHARED_FOLDER
     elif "run" in parameters:
         run = str(parameters["run"])
     elif default_run_name(notebook):
@@ -263,28 +264,33 @@ def _is_only_resumed(notebook, report, parameters):
     return own in ({}, before) and _read_parameter_cells(notebook) == _read_parameter_cells(report)
 
 
+def _has_nothing_to_do(notebook, report, parameters, run):
+    "Return True if a command only resumes a run that is finished"
+    from lmnotes.runs.config import resolve_config  # They load torch, as the notebook will
+    from lmnotes.runs.load import load_finished
+
+    folder, resume = report.resolve().parent, str(parameters.get("resume", os.environ.get("LMNOTES_RESUME")))
+    if resume.lower() not in ("true", "1", "auto") or str(parameters.get("run") or run) != run:
+        return False
+    with suppress(ValueError, OSError, KeyError, AttributeError):  # The notebook will raise what is wrong
+        given = dict(run=run, resume=resume, out_dir=str(folder.parent))
+        is_resumed = _is_only_resumed(notebook, report, parameters)
+        return is_resumed and load_finished(folder, *resolve_config(given)) is not None
+    return False
+
+
 def protect_report(
     notebook,  # Path of a training notebook
     report,  # Path of its output
     parameters,  # {name: value} of the given parameters
+    is_ours=False,  # The path is ours, so that it is not for the user to overwrite
 ) -> str:  # A message for the user if there is nothing to do, else ''
-    "Keep the report of an earlier run: execute nothing if a finished run is only resumed, else give the report another name"
+    "Keep an earlier report: execute nothing if a finished run is only resumed, else give the report a number"
     run, report = run_name_of_output(notebook, report, parameters.get("out_dir")), Path(report)
-    if not run or not report.is_file():
-        return ""
-    from lmnotes.runs.config import resolve_config  # They load torch, as the notebook will
-    from lmnotes.runs.load import FINISHED, load_finished, read_run_record
-
-    folder, resume = report.resolve().parent, str(parameters.get("resume", os.environ.get("LMNOTES_RESUME")))
-    if resume.lower() in ("true", "1", "auto") and str(parameters.get("run") or run) == run:
-        with suppress(ValueError, OSError, KeyError, AttributeError):  # The notebook will raise what is wrong
-            if read_run_record(folder)["status"] not in FINISHED:
-                return ""  # The same run trains, and writes its report again
-            given = dict(run=run, resume=resume, out_dir=str(folder.parent))
-            if _is_only_resumed(notebook, report, parameters) and load_finished(folder, *resolve_config(given)):
-                return f"lmnotes: the report of run {run} is {os.path.relpath(report)}"
-    number = next(n for n in range(1, 10**6) if not report.with_stem(f"{report.stem}-{n}").exists())
-    report.rename(report.with_stem(f"{report.stem}-{number}"))
+    if run and report.is_file() and _has_nothing_to_do(notebook, report, parameters, run):
+        return f"lmnotes: the report of run {run} is {os.path.relpath(report)}"
+    if run or is_ours:
+        number_earlier_report(report)
     return ""
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #b5833a0d
@@ -307,40 +313,12 @@ def fill_in_command(
         target = output_path(notebook, project, parameters)
         words = f"lmnotes: the executed notebook goes to {os.path.relpath(target)}"
         added = [str(target)]
-    if done := protect_report(notebook, target, parameters):
+    if done := protect_report(notebook, target, parameters, is_ours=len(paths) == 1):
         return [], done
     engine = [] if "--engine" in names else ["--engine", "lmnotes"]
     after = paths[0] + 1
+    silence_parser()
     return argv[:after] + added + argv[after:] + engine, words
-
-# %% ../../nbs/apps/91_papermill_engine.ipynb #89b208f0
-@contextmanager
-def forward_signals(
-    kernel_pid,  # Function that returns the process id of the kernel, or None before it has one
-) -> Iterator[None]:
-    "Forward SIGINT and SIGTERM to the kernel as an interrupt, in a `with` block"
-    count = 0
-
-    def forward(signum, frame):
-        nonlocal count
-        count += 1
-        pid = kernel_pid()
-        if pid is None:
-            raise KeyboardInterrupt
-        effects = ("the kernel finishes its step", "the running cell is interrupted", "the kernel is killed")
-        message = f"\nlmnotes: {signal.Signals(signum).name}, {effects[min(count, 3) - 1]}\n"
-        os.write(2, message.encode())  # print is not safe in signal handlers
-        os.kill(pid, signal.SIGINT if count < 3 else signal.SIGKILL)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #f415dc45
 def interface_variables(command, notebook, given) -> dict:  # Command with {} for the path, path, {parameter: value}
@@ -414,6 +392,8 @@ class GracefulEngine:
         from lmnotes.untrusted import check_no_secrets
 
         options.update(input_path=input_path, output_path=output_path, coalesce_streams=True)
+        if not options.get("log_output") and not options.get("stdout_file"):
+            options["stdout_file"] = TerminalLines(sys.stderr if output_path == "-" else sys.stdout)
         given = getattr(nb.metadata, "papermill", {}).get("parameters", {})
         check_no_secrets(given)  # Before papermill writes the notebook
         with (
@@ -421,12 +401,16 @@ class GracefulEngine:
             temporary_environment(
                 LMNOTES_RUN=run_name_of_output(input_path, output_path, given.get("out_dir")),
                 LMNOTES_REPORT=os.path.abspath(output_path or os.devnull),
+                LMNOTES_NOTE=str(Path(folder) / "note.json"),
                 **interface_variables("papermill {}", input_path, given),
             ),
         ):
             kernel = make_kernel_class(folder)
             with forward_signals(kernel.pid):
-                return NBClientEngine.execute_notebook(nb, kernel_name, kernel_manager_class=kernel, **options)
+                done = NBClientEngine.execute_notebook(nb, kernel_name, kernel_manager_class=kernel, **options)
+            shared = os.path.basename(os.path.dirname(os.path.abspath(output_path or ""))) == SHARED_FOLDER
+            atexit.register(finish_report, output_path if shared else None, read_note(Path(folder) / "note.json"))
+            return done
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #a9462b8b
 def is_papermill(program) -> bool:  # `sys.argv[0]`

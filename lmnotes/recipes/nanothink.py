@@ -21,7 +21,6 @@ import torch
 from ..core import *
 from ..data.batches import get_batches
 from ..data.tokenizer_files import load_tokenizer
-from ..files import explain_os_error
 from ..inference.evaluation import *
 from ..nn.lm import *
 from ..nn.vector_store import VectorStore
@@ -38,7 +37,7 @@ from ..untrusted import *
 
 # %% ../../nbs/recipes/89_nanothink.ipynb #b11652ba
 class SaveRecipeParams(WriteOnce):
-    "Hook that writes a recipe's parameters into the run folder, and moves files of an earlier run aside"
+    "Hook that writes a recipe's parameters into the run folder"
 
     file_patterns = ("recipe.json",)
 
@@ -51,13 +50,6 @@ class SaveRecipeParams(WriteOnce):
         self.params = params
 
     def write(self, t) -> None:
-        folder = self.path.parent
-        if t.step == 0 and (old_files := find_checkpoint_files(folder)):
-            try:
-                aside = move_files(old_files, unused_folder_name(folder))
-            except OSError as e:  # The run would overwrite them
-                raise CheckpointError(f"{explain_os_error(e)}, so this run cannot start") from None
-            print(f"files of an earlier run {folder.name} are now in {aside.name}")
         write_json(self.path, self.params)
 
 # %% ../../nbs/recipes/89_nanothink.ipynb #c6106051

@@ -7,6 +7,7 @@ __all__ = ['typed_by', 'RunArguments', 'run', 'RecordSaves']
 
 # %% ../../nbs/runs/67_run.ipynb #10912382
 import math
+import shlex
 import tempfile
 import time
 from contextlib import nullcontext, suppress
@@ -25,7 +26,7 @@ from .config import *
 from .folder import *
 from .launch import *
 from .load import *
-from .monitor import make_live_view
+from .monitor import is_headless, make_live_view
 from .setup import *
 from ..training.checkpoint import *
 from ..training.optim import *
@@ -86,6 +87,8 @@ def run(
             return _dry_run(s, signals, log_format)
         folder = broadcast_from_rank0(take_run_folder(cfg) if rank == 0 else None)
         live = make_live_view(folder, log_format) if view and rank == 0 else None
+        if rank == 0:
+            note_run(folder)
         signals.announce = not (live and live.quiet)
         with explain_lost_rank(folder), live.show() if live else nullcontext():
             if r := load_finished(folder, cfg, origins):
@@ -202,12 +205,26 @@ def _fit_and_record(record, s, trainer):
     if rank == 0:
         record.update(**ended)
         print(f"{s.folder.name}: {_final_message(trainer, s.folder)}")
+        _announce_next_step(trainer, s.folder)
     if dist.is_initialized():
         dist.barrier()  # No process leaves while another still writes
     info = record.values if rank == 0 else dict(s.run_record(), **ended)
     return Run(s.folder, trainer.lm.eval(), s.data.tokenizer, info)
 
 # %% ../../nbs/runs/67_run.ipynb #aae6d3c6
+def _announce_next_step(trainer, folder):
+    "Print the command of the next step in a notebook that papermill executes, which repeats it at its end"
+    name = folder.name if folder.parent == runs_folder() else str(folder)
+    command = shlex.join(["lmnotes", "generate", "--run", name])
+    if trainer.status not in FINISHED:
+        lower = float(f"{peak_lr(trainer.cfg) / 2:.2g}") if trainer.status == "diverged" else None
+        resume = trainer.log_format.resume or (lambda lr: resume_command(folder, lr=lr, allow_change=lr and "lr"))
+        command = resume(lower)
+    if is_headless():
+        note_run(folder, command)
+        print(f"next: {command}")
+
+
 def _final_message(trainer, folder):
     "Return a line that describes how the run ended and how to continue"
     at = f"at step {trainer.step:,} of {trainer.cfg.steps:,}"

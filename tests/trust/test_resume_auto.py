@@ -155,13 +155,13 @@ def test_papermill_keeps_the_report_of_an_earlier_run(workdir, uninterrupted_run
     assert (bool(done), found) == (is_kept, {"train.ipynb" if is_kept else "train-1.ipynb": before})
 
 
-def test_the_report_of_a_stopped_run_is_written_again(workdir, uninterrupted_run):
-    "A run that is resumed many times has one report"
+def test_the_report_of_a_stopped_run_has_numbered_parts(workdir, uninterrupted_run):
+    "Each part of a run that is resumed many times keeps its report"
     runs = shutil.copytree(uninterrupted_run.parent, workdir / "runs")
     write_json(runs / "r/run.json", read_json(runs / "r/run.json") | dict(status="interrupted"))
     (runs / "r/train.ipynb").write_text("{}")
     assert not protect_report(TRAIN, runs / "r/train.ipynb", dict(run="r", out_dir=str(runs), resume="auto"))
-    assert [path.name for path in (runs / "r").glob("*.ipynb")] == ["train.ipynb"]
+    assert [path.name for path in (runs / "r").glob("*.ipynb")] == ["train-1.ipynb"]
 
 
 def test_a_finished_run_can_be_extended(workdir):
