@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['BOM', 'MAX_LINE_BYTES', 'READERS', 'to_bytes', 'to_text', 'read_chunks', 'read_jsonl', 'Document', 'Source',
-           'read_source', 'Corpus']
+           'read_source', 'SkippedFile', 'Corpus']
 
 # %% ../../nbs/data/10_corpus.ipynb #1faecb8c
 import contextlib
 import hashlib
-import json
 import re
 import zipfile
 import zlib
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from ..core import DataError, check_regular_file
+from .formats import *
+from .records import *
 
 # %% ../../nbs/data/10_corpus.ipynb #f11b3e0b
 def to_bytes(text) -> bytes:
@@ -41,8 +42,7 @@ def _decode(data, name, line=1, offset=0):
         return data.decode("utf-8")
     except UnicodeDecodeError as e:
         where = f"{name}:{line + data.count(10, 0, e.start)}: byte {offset + e.start} (0x{data[e.start]:02x})"
-        fix = "Convert the file, for example with: iconv -f LATIN1 -t UTF-8"
-        raise DataError(f"{where} is not valid UTF-8 ({e.reason}). {fix}") from None
+        raise DataError(f"{where} is not valid UTF-8 ({e.reason}). {conversion_advice(data)}") from None
 
 # %% ../../nbs/data/10_corpus.ipynb #6f340ba3
 MAX_LINE_BYTES = 1 << 28  # Longest line of a text, also in a file of JSON lines
@@ -84,38 +84,11 @@ def read_chunks(
     if text := "".join(pieces):
         yield text
 
-# %% ../../nbs/data/10_corpus.ipynb #03798a08
-def _unique_keys(pairs):
-    "Return the dict of a JSON object, or raise ValueError if a key occurs twice"
-    obj = dict(pairs)
-    if len(obj) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)[:80]!r} occurs twice")
-    return obj
-
-
-def _parse_json_line(line, name):
-    "Return the `text` of one JSON line, with errors that begin with `name` (FILE:LINE)"
-    try:
-        obj = json.loads(line, object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as e:
-        raise DataError(f'{name}: not valid JSON ({e}). Write one object such as {{"text": "..."}} per line') from None
-    found = type(obj).__name__
-    if isinstance(obj, dict):
-        found = type(obj["text"]).__name__ if "text" in obj else "no text"
-    if found != "str" or not isinstance(obj, dict):
-        raise DataError(f'{name}: expected {{"text": "..."}}, found {found}. Correct or delete this line')
-    try:
-        obj["text"].encode()
-    except UnicodeEncodeError as e:
-        surrogate = f"character {e.start} of text is the lone surrogate U+{ord(obj['text'][e.start]):04X}"
-        raise DataError(f"{name}: {surrogate}. Write it as UTF-8, or write both halves of the pair") from None
-    return obj["text"]
-
 # %% ../../nbs/data/10_corpus.ipynb #6133a8ef
 def read_jsonl(
     f,  # Binary file
     name,  # Name of the file in error messages
+    text_key="text",  # Key of the text in each object
 ) -> Iterator[tuple]:  # Iterator of (line number, text)
     "Yield the texts of a JSON-lines file"
     for number, line in enumerate(iter(lambda: f.readline(MAX_LINE_BYTES + 1), b""), 1):
@@ -123,7 +96,8 @@ def read_jsonl(
             raise DataError(f"{name}:{number}: the line has over {MAX_LINE_BYTES:,} bytes. Use a JSON-lines file")
         line = line.removeprefix(BOM) if number == 1 else line
         if line.strip():
-            yield number, _parse_json_line(_decode(line, name, number), f"{name}:{number}")
+            where = f"{name}:{number}"
+            yield number, record_text(parse_json_record(_decode(line, name, number), where), where, text_key)
 
 # %% ../../nbs/data/10_corpus.ipynb #806fa64c
 class Document(NamedTuple):
@@ -140,9 +114,12 @@ class Source(NamedTuple):
     domain: str  # Domain of its documents
     path: Path  # The file, or the zip archive that contains it
     id: str  # Prefix of its documents' ids
-    kind: str = "text"  # text, bytes (any bytes, not only UTF-8), jsonl or topics
+    kind: str = "text"  # text, bytes (any bytes, not only UTF-8), topics, or a key of `READABLE`
     member: str = ""  # File to read in the archive if `path` is a zip archive
     part: str = ""  # train, val or test if the dataset defines its parts
+    compression: str = ""  # Key of `COMPRESSIONS`
+    encoding: str = "utf-8"  # Encoding of the text
+    text_key: str = "text"  # Field or column with the text, for records
 
     @property
     def name(self) -> str:
@@ -151,24 +128,25 @@ class Source(NamedTuple):
 
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        "Open the source as a binary file"
+        "Open the source as a binary stream, decompressed and in UTF-8"
         check_regular_file(self.path)  # Reading a pipe or /dev/zero would never end
         try:
             file = zipfile.Path(self.path, self.member) if self.member else self.path
             with file.open("rb") as f:
-                yield f
+                yield open_content(f, self.compression, self.encoding, self.name, self.path.stat().st_size)
         except (OSError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
             raise DataError(f"{self.name}: cannot be read ({e}). Download or copy it again") from None
 
 # %% ../../nbs/data/10_corpus.ipynb #2e7a2a90
-def _read_topics(f, name):
+def _read_topics(f, name, text_key):
     "Yield (title, text) of Python's help topics, which are stored in a Python module"
     from pydoc_data.topics import topics
 
     yield from sorted(topics.items())
 
 
-READERS = dict(jsonl=read_jsonl, topics=_read_topics)
+READERS = dict(jsonl=read_jsonl, json=read_json_array, csv=read_csv, tsv=read_tsv, topics=_read_topics)
+READERS |= dict(parquet=read_parquet, arrow=read_arrow)
 
 # %% ../../nbs/data/10_corpus.ipynb #74b3fa16
 def read_source(
@@ -178,12 +156,19 @@ def read_source(
     "Yield the documents of one source"
     with source.open() as f:
         if source.kind in READERS:
-            for key, text in READERS[source.kind](f, source.name):
+            for key, text in READERS[source.kind](f, source.name, source.text_key):
                 yield Document(text, source.domain, f"{source.id}:{key}")
             return
         chunks = read_chunks(f, source.name, strict=source.kind == "text")
         for text in ["".join(chunks)] if whole_file else chunks:
             yield Document(text, source.domain, source.id)
+
+# %% ../../nbs/data/10_corpus.ipynb #ec458065
+class SkippedFile(NamedTuple):
+    "A file that is not read as data"
+
+    name: str  # Its path in the folder
+    reason: str  # Why it is not read
 
 # %% ../../nbs/data/10_corpus.ipynb #e6fb9208
 def _source_sha256(source):
@@ -203,8 +188,9 @@ class Corpus:
         self,
         name,  # Name of the corpus in messages and file names
         sources,  # List of `Source`
+        skipped=(),  # `SkippedFile` of each file that is not read
     ):
-        self.name = name
+        self.name, self.skipped = name, list(skipped)
         self.sources = sorted(sources, key=lambda s: s.domain)  # Stable: keeps the order within a domain
         self.domains = sorted({s.domain for s in sources})
 
@@ -220,8 +206,11 @@ class Corpus:
 
     def _hash(self):
         named = len(self.domains) > 1  # The name of a single domain does not matter
-        lines = [f"{s.kind} {s.domain if named else ''} {_source_sha256(s)}\n" for s in self.sources]
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        h = hashlib.sha256()
+        for s in self.sources:
+            text_key = "" if s.text_key == "text" else f" {s.text_key}"
+            h.update(f"{s.kind} {s.domain if named else ''} {_source_sha256(s)}{text_key}\n".encode())
+        return h.hexdigest()
 
     @cached_property
     def fingerprint(self) -> str:
