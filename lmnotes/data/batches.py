@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'SAMPLERS', 'Batch', 'sequences_at', 'check_length', 'SequenceBatches', 'RandomBatches', 'EpochOrder',
-           'EpochBatches', 'DomainBalancedBatches', 'pack_documents', 'PackedBatches', 'EvaluationBatches',
-           'resolve_sampler', 'get_batches']
+           'EpochBatches', 'parse_weights', 'DomainBalancedBatches', 'pack_documents', 'PackedBatches',
+           'EvaluationBatches', 'resolve_sampler', 'get_batches']
 
 # %% ../../nbs/data/17_batches.ipynb #14d85198
 from collections.abc import Mapping
@@ -134,15 +134,43 @@ class EpochBatches(SequenceBatches):
     ):
         check_length(ids, ctx_len)
         self.ids, self.ctx_len, self.stride = ids, ctx_len, stride or ctx_len
+        self.unused = (len(ids) - 1 - ctx_len) % self.stride  # Targets at the end
         self.order = EpochOrder(1 + (len(ids) - 1 - ctx_len) // self.stride, batch_size, seed, shuffle)
         self.steps_per_epoch = self.order.steps_per_epoch
 
     def start_positions(self, step) -> np.ndarray:
         return self.order[step] * self.stride
 
+# %% ../../nbs/data/17_batches.ipynb #b7cfbaec
+def parse_weights(
+    weights,  # Shares such as "books=3 web=1", separated by spaces or commas (empty: equal shares)
+    domains,  # Names of all domains
+) -> list:  # Weight of each domain
+    "Return the weights of domains, or raise `ValueError` unless each domain has a positive one"
+    if not weights:
+        return [1.0] * len(domains)
+    items = [item.rpartition("=") for item in (weights.split(",") if "," in weights else weights.split())]
+    if sorted(name.strip() for name, _, _ in items) != sorted(domains):
+        raise ValueError(f"weights={weights!r} does not name each domain once. The domains are {', '.join(domains)}")
+    try:
+        found = {name.strip(): float(value) for name, _, value in items}
+    except ValueError as e:
+        raise ValueError(f"weights={weights!r}: {e}. Write numbers, such as books=3") from None
+    if not all(0 < w < np.inf for w in found.values()):
+        raise ValueError(f"weights={weights!r} needs numbers above 0. Omit a domain by naming the others in domains=")
+    return [found[name] for name in domains]
+
+
+def _domain_cycle(weights):
+    "Return the index of the domain of each row in a cycle of rows, with at most about 1,000 rows"
+    counts = [max(1, round(1000 * w / sum(weights))) for w in weights]
+    counts = [n // np.gcd.reduce(counts) for n in counts]
+    return np.array([i for _, i in sorted(((k + 0.5) / n, i) for i, n in enumerate(counts) for k in range(n))])
+
 # %% ../../nbs/data/17_batches.ipynb #8edc2d2b
+# Long: the plan of the rows and the rows are one thing
 class DomainBalancedBatches(SequenceBatches):
-    "Adjacent sequences, with an equal share of the rows from each domain"
+    "Adjacent sequences, with an equal or a given share of the rows from each domain"
 
     def __init__(
         self,
@@ -151,23 +179,47 @@ class DomainBalancedBatches(SequenceBatches):
         batch_size,  # Sequences in the global batch
         ctx_len,  # Context window: targets per sequence
         seed=0,  # Seed of the shuffle
+        weights="",  # Shares such as "books=3 web=1" (empty: equal shares)
     ):
-        for name, span in domains.items():
-            check_length(range(*span), ctx_len, f"domain {name!r} (omit it by naming the others in domains=)")
+        shares = dict(zip(domains, parse_weights(weights, list(domains))))
+        spans = {name: span for name, span in domains.items() if span[1] - span[0] > 1}  # Others have no target
+        if not spans:
+            raise DataError("no domain has two tokens, so there is nothing to predict. Use more text")
         self.ids, self.batch_size, self.ctx_len = ids, batch_size, ctx_len
-        self.domain_starts = np.array([start for start, _ in domains.values()])
-        sizes = [(stop - start - 1) // ctx_len for start, stop in domains.values()]
+        self.domain_starts = np.array([start for start, _ in spans.values()])
+        n_targets = np.array([stop - start - 1 for start, stop in spans.values()])
+        self.row_targets, sizes = np.minimum(n_targets, ctx_len), np.maximum(1, n_targets // ctx_len).tolist()
+        self.unused = int((n_targets - sizes * self.row_targets).sum())  # Targets at the ends of domains
         self.orders = [EpochOrder(n, batch_size, seed + i) for i, n in enumerate(sizes)]
+        self.cycle = _domain_cycle([shares[name] for name in spans])
+        self.per_cycle = np.bincount(self.cycle)
+        self.earlier = np.array([(self.cycle[:i] == d).sum() for i, d in enumerate(self.cycle)])  # In the same cycle
+        self.shares = dict(zip(spans, (self.per_cycle / len(self.cycle)).tolist()))
         # An epoch has as many rows as there are sequences, in whole batches
         self.steps_per_epoch = max(1, sum(sizes) // batch_size)
 
-    def start_positions(self, step) -> np.ndarray:
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        domain, starts = positions % len(self.orders), np.empty_like(positions)
+    def _rows(self, step):
+        "Return (domain, start) of each row"
+        cycle, slot = np.divmod(np.arange(step * self.batch_size, (step + 1) * self.batch_size), len(self.cycle))
+        domain, starts = self.cycle[slot], np.empty_like(slot)
+        positions = cycle * self.per_cycle[domain] + self.earlier[slot]  # In the order of the domain
         for i in np.unique(domain):
-            rows = self.orders[i].rows_at(positions[domain == i] // len(self.orders))
+            rows = self.orders[i].rows_at(positions[domain == i])
             starts[domain == i] = self.domain_starts[i] + rows * self.ctx_len
-        return starts
+        return domain, starts
+
+    def start_positions(self, step) -> np.ndarray:
+        return self._rows(step)[1]
+
+    def __getitem__(self, step):
+        domain, starts = self._rows(step)
+        inside = np.arange(self.ctx_len) < self.row_targets[domain][:, None]
+        if inside.all():
+            return sequences_at(self.ids, starts, self.ctx_len)
+        at = np.minimum(starts[:, None] + np.arange(self.ctx_len + 1), len(self.ids) - 1)
+        w = np.asarray(self.ids[at], np.int64)
+        x, y = np.where(inside, w[:, :-1], 0), np.where(inside, w[:, 1:], IGNORE_INDEX)
+        return Batch(torch.from_numpy(x), torch.from_numpy(y))
 
 # %% ../../nbs/data/17_batches.ipynb #80d5fb0a
 def pack_documents(
@@ -258,11 +310,11 @@ class EvaluationBatches:
 SAMPLERS = "auto", "random", "epochs", "sequential", "domains", "documents"
 
 
-def resolve_sampler(sampler, epochs) -> str:
-    "Return the name of the sampler: `auto` is `epochs` if the length of the run is set in epochs, else `random`"
-    return sampler if sampler != "auto" else "epochs" if epochs else "random"
+def resolve_sampler(sampler, epochs, weights="") -> str:
+    "Return the name of the sampler: `auto` is `domains` with weights, `epochs` if the length is set in epochs, else `random`"
+    return sampler if sampler != "auto" else "domains" if weights else "epochs" if epochs else "random"
 
-
+# %% ../../nbs/data/17_batches.ipynb #58c86fc4
 def get_batches(
     tokens,  # Object with `ids`, `domains` and `doc_starts`, such as `Tokens` (notebook `15_tokens`)
     batch_size,  # Sequences in the global batch
@@ -271,9 +323,12 @@ def get_batches(
     sampler="auto",  # One of `SAMPLERS`
     epochs=0,  # Length of the run in epochs (0: the length is set in steps)
     stride=0,  # Tokens from one sequence to the next, for samplers 'epochs' and 'sequential' (0: `ctx_len`)
+    weights="",  # Shares of the domains such as "books=3 web=1", for sampler 'domains' (empty: equal shares)
 ) -> "SequenceBatches | PackedBatches":  # Object with `[step]`, which is a `Batch`, and `steps_per_epoch`
     "Return the training batches of a token file"
-    sampler = resolve_sampler(sampler, epochs)
+    sampler = resolve_sampler(sampler, epochs, weights)
+    if weights and sampler != "domains":
+        raise ValueError(f"weights={weights!r} needs sampler='domains', not {sampler!r}")
     if stride and sampler not in ("epochs", "sequential"):
         raise ValueError(f"stride={stride} needs sampler='epochs' or 'sequential', not {sampler!r}")
     if sampler == "random":
@@ -281,7 +336,7 @@ def get_batches(
     if sampler in ("epochs", "sequential"):
         return EpochBatches(tokens.ids, batch_size, ctx_len, seed, stride, shuffle=sampler == "epochs")
     if sampler == "domains":
-        return DomainBalancedBatches(tokens.ids, tokens.domains, batch_size, ctx_len, seed)
+        return DomainBalancedBatches(tokens.ids, tokens.domains, batch_size, ctx_len, seed, weights)
     if sampler == "documents":
         if tokens.doc_starts is None:
             raise DataError(

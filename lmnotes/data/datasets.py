@@ -7,6 +7,7 @@ __all__ = ['BUILTIN', 'DOWNLOADS', 'ENWIK8_SIZE', 'ENWIK8_SHA256', 'Download', '
 
 # %% ../../nbs/data/11_datasets.ipynb #4be58ed5
 import importlib.util
+import json
 import os
 import re
 import sysconfig
@@ -18,9 +19,11 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
-from ..core import DataError, data_root, fsync_path, paths_to_try, sha256_file
+from ..core import DataError, data_root, fsync_path, open_new, paths_to_try, sha256_bytes, sha256_file
 from .corpus import *
 from .folders import *
+from .formats import missing_package
+from .records import record_text
 from ..files import open_for_append
 from ..untrusted import check_no_secrets, check_utf8
 
@@ -205,11 +208,50 @@ def _check_archive_member(source, size):
     if size and found != size:
         raise DataError(f"{source.name} has {found:,} bytes, needs {size:,}. Delete the archive to download it again")
 
+# %% ../../nbs/data/11_datasets.ipynb #9ebe3b95
+def _stream_from_hub(given, path, text_key):
+    "Write the texts in a dataset of the Hub to the JSON-lines file `path`"
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise missing_package("datasets", f"data='hf:{given}'") from None
+    name, _, revision = given.partition("@")
+    name, _, config = name.partition(":")
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"streaming {given} to {path}")
+    try:
+        rows = load_dataset(name, config or None, split="train", streaming=True, revision=revision or None)
+        with open_new(tmp) as f:
+            for i, row in enumerate(rows, 1):
+                f.write(json.dumps(dict(text=record_text(row, f"hf:{given}: row {i}", text_key))).encode() + b"\n")
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except DataError:
+        raise
+    except Exception as e:  # Of the network, the Hub or a reader
+        fix = "Check the name and the connection, or download its files and pass their folder"
+        raise DataError(f"data='hf:{given}': cannot be streamed ({type(e).__name__}: {str(e)[:200]}). {fix}") from None
+    finally:
+        tmp.unlink(missing_ok=True)
+
+# %% ../../nbs/data/11_datasets.ipynb #e7da16ce
+def _hub_sources(given, data_dir, text_key):
+    "Return the source of a dataset of the Hub, after streaming it to the data folder if it is not there"
+    stem = re.sub(r"[^\w.-]+", "-", given).strip("-.") + (
+        "" if text_key == "text" else f"-{sha256_bytes(text_key.encode())[:8]}"
+    )
+    path = data_root(data_dir) / "hf" / f"{stem}.jsonl"
+    if not path.is_file():
+        _stream_from_hub(given, path, text_key)
+    return [Source(given.partition("@")[0].rpartition("/")[2], path, stem, "jsonl")]
+
 # %% ../../nbs/data/11_datasets.ipynb #9dc8cb80
 def _check_local(data, name="data"):
     "Raise `DataError` for a URL, which would be the name of a local folder"
     if found := re.match(r"([a-zA-Z][\w.-]*)://", data):
-        fix = "Download it, and pass the path of the file or folder"
+        fix = "Download it, and pass the path of the file or folder. hf:NAME reads a dataset of the Hugging Face Hub"
         raise DataError(f"{name}={data!r} is an address ({found[1]}), and lmnotes reads local files. {fix}")
 
 
@@ -229,7 +271,11 @@ def _not_found(data, tried, kind="file or folder"):
 def _resolve_sources(data, data_dir, recursive, text_key):
     "Return (name of the corpus, its sources, skipped files) for one name, path or glob"
     if data in BUILTIN or data in DOWNLOADS:
+        if data in BUILTIN and Path(data).exists():
+            print(f"data={data!r} is text that comes with Python. To read {Path(data).resolve()}, pass ./{data}")
         return data, BUILTIN[data]() if data in BUILTIN else _named_sources(data, data_dir), []
+    if data.startswith("hf:") and not data.startswith("hf://"):
+        return data[3:].rpartition("/")[2], _hub_sources(data[3:], data_dir, text_key), []
     _check_local(data)
     raw, given = data.startswith("bytes:"), data.removeprefix("bytes:")
     tried = paths_to_try(given, data_dir)

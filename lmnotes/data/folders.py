@@ -183,7 +183,7 @@ def folder_sources(
     if not sources:
         deeper = [s for s in skipped if s.reason.endswith("to read them")]
         raise DataError(
-            f"{folder}: has no data files. {describe_skipped(deeper + [s for s in skipped if s not in deeper])}"
+            f"{folder}: no .txt files or other data in it. {describe_skipped(deeper + [s for s in skipped if s not in deeper])}"
         )
     return sources, skipped
 

@@ -8,6 +8,7 @@ __all__ = ['SPLITS', 'resolve_split', 'parts_of_split', 'split_documents']
 # %% ../../nbs/data/12_splits.ipynb #05802d34
 import hashlib
 from collections.abc import Iterator
+from itertools import accumulate
 
 import torch
 
@@ -15,20 +16,38 @@ from ..core import DataError
 from .corpus import *
 
 # %% ../../nbs/data/12_splits.ipynb #62526ef4
+def _hashes_to_val(d):
+    "Return whether the SHA-256 of a document's text puts it into val, as it does for a tenth of the documents"
+    return int.from_bytes(hashlib.sha256(to_bytes(d.text)).digest()[:8], "big") % 1000 < 100
+
+
+def _kept_in_train(corpus):
+    "Return (domain, id) of the first document of each domain whose documents would all be in val"
+    kept = set()
+    for domain in corpus.domains:
+        documents = (d for s in corpus.sources if s.domain == domain for d in read_source(s))
+        first = next(documents, None)
+        if first and _hashes_to_val(first) and all(map(_hashes_to_val, documents)):
+            kept.add((domain, first.id))
+    return kept
+
+
 def _hash_split(corpus, part):
     "Put a tenth of the documents, selected by the SHA-256 of their text, into val"
+    kept = _kept_in_train(corpus)
     for d in corpus.documents():
-        number = int.from_bytes(hashlib.sha256(to_bytes(d.text)).digest()[:8], "big")
-        if (number % 1000 < 100) == (part == "val"):
+        if (_hashes_to_val(d) and (d.domain, d.id) not in kept) == (part == "val"):
             yield d
 
 
 def _randperm42_split(corpus, part):
     "Return the documents of a part in corpus order: the first nine tenths of a shuffle with seed 42 are train"
-    n = sum(1 for _ in corpus.documents())
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(42))
-    is_train = torch.zeros(n, dtype=torch.bool)
-    is_train[order[: int(n * 0.9)]] = True
+    domains = [d.domain for d in corpus.documents()]
+    order = torch.randperm(len(domains), generator=torch.Generator().manual_seed(42))
+    is_train = torch.zeros(len(domains), dtype=torch.bool)
+    is_train[order[: int(len(domains) * 0.9)]] = True
+    lost = {*domains} - {name for name, t in zip(domains, is_train.tolist()) if t}
+    is_train[[domains.index(name) for name in sorted(lost)]] = True
     return (d for d, t in zip(corpus.documents(), is_train.tolist()) if t == (part == "train"))
 
 # %% ../../nbs/data/12_splits.ipynb #9d4b0fef
@@ -50,11 +69,24 @@ def _slice_documents(documents, start, stop, units=str, text=str):
         if piece:
             yield d._replace(text=text(piece))
 
+# %% ../../nbs/data/12_splits.ipynb #c3d078c2
+def _late_domains(corpus, cut):
+    "Return {domain: its characters} of the domains that begin at or after character `cut`"
+    sizes = dict.fromkeys(corpus.domains if len(corpus.domains) > 1 else (), 0)
+    for d in corpus.documents() if sizes else ():
+        sizes[d.domain] += len(d.text)
+    starts = dict(zip(sizes, accumulate(sizes.values(), initial=0)))
+    return {name: n for name, n in sizes.items() if n and starts[name] >= cut}
+
 
 def _first90_split(corpus, part):
     "Put the first nine tenths of the characters into train, the rest into val"
     cut = int(0.9 * corpus.n_chars)
-    return _slice_documents(corpus.documents(), *((0, cut) if part == "train" else (cut, corpus.n_chars)))
+    late = _late_domains(corpus, cut)
+    for name, n in {"": corpus.n_chars, **late}.items():
+        documents = (d for d in corpus.documents() if (d.domain == name if name in late else d.domain not in late))
+        at = int(0.9 * n) if name in late else cut
+        yield from _slice_documents(documents, *((0, at) if part == "train" else (at, n)))
 
 
 def _enwik8_split(corpus, part):
@@ -63,7 +95,7 @@ def _enwik8_split(corpus, part):
     start, stop = dict(train=(0, n * 90 // 100), val=(n * 90 // 100, n * 95 // 100), test=(n * 95 // 100, n))[part]
     return _slice_documents(corpus.documents(), start, stop, to_bytes, to_text)
 
-
+# %% ../../nbs/data/12_splits.ipynb #ca817acb
 SPLITS = dict(
     hash=_hash_split, randperm42=_randperm42_split, first90=_first90_split, enwik8=_enwik8_split, own=_provided_split
 )

@@ -16,9 +16,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import DataError, fsync_path, name_in_os_errors, open_new, read_json, write_atomic, write_json
+from lmnotes.core import (
+    DataError,
+    fsync_path,
+    name_in_os_errors,
+    open_new,
+    read_json,
+    sha256_json,
+    write_atomic,
+    write_json,
+)
+from .formats import *
+from .token_formats import *
 from .untrusted_files import read_torch_file
-from ..untrusted import escape_terminal
+from ..untrusted import escape_terminal, wrong_entries
 
 # %% ../../nbs/data/15_tokens.ipynb #c8e6ba59
 TOKENS_FORMAT = "lmnotes.tokens"
@@ -60,7 +71,7 @@ class TokenWriter:
     ):
         self.path, self.vocab_size, self.tokenizer, self.source = Path(path), vocab_size, tokenizer, source or {}
         self.dtype = np.dtype(token_dtype(vocab_size)).newbyteorder("<")
-        self.count, self.n_bytes, self.domains = 0, 0, {}
+        self.count, self.n_bytes, self.domains, self.domain_bytes = 0, 0, {}, {}
         self.starts, self.hash = array("q"), hashlib.sha256()
 
     def __enter__(self):
@@ -95,6 +106,7 @@ class TokenWriter:
         self.count += len(ids)
         self.n_bytes += n_bytes
         self.domains[domain][1] = self.count
+        self.domain_bytes[domain] = self.domain_bytes.get(domain, 0) + n_bytes
 
     def __exit__(self, error, *exc):
         try:
@@ -120,7 +132,8 @@ class TokenWriter:
         "Return the content of the metadata file"
         info = dict(format=TOKENS_FORMAT, version=1, dtype=self.dtype.name, count=self.count)
         info |= dict(vocab_size=self.vocab_size, tokenizer=self.tokenizer, source=self.source, n_bytes=self.n_bytes)
-        return info | dict(documents=len(self.starts), domains=self.domains, sha256=self.hash.hexdigest())
+        info |= dict(documents=len(self.starts), domains=self.domains, sha256=self.hash.hexdigest())
+        return info | dict(domain_bytes=self.domain_bytes)
 
 # %% ../../nbs/data/15_tokens.ipynb #3c397608
 class Tokens:
@@ -136,9 +149,11 @@ class Tokens:
         domains=None,  # {name: (start, stop)} (None: one domain without a name)
         doc_starts=None,  # int64 array of the positions at which documents begin, or None
         fingerprint="",  # SHA-256 of the ids as they are stored
+        domain_bytes=None,  # {name: bytes of text} (None: unknown)
     ):
         self.ids, self.vocab_size, self.path, self.tokenizer = ids, vocab_size, Path(path), tokenizer
         self.n_bytes, self.doc_starts, self.fingerprint = n_bytes, doc_starts, fingerprint
+        self.domain_bytes = domain_bytes or {}
         self.domains = {name: tuple(span) for name, span in (domains or {"": (0, len(ids))}).items()}
 
     def __len__(self):
@@ -169,13 +184,13 @@ BIN_DTYPES = "uint16", "uint32", "int32", "int64"
 
 def _read_bin(path, dtype):
     "Memory-map a file of ids without a header"
-    if dtype not in BIN_DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(BIN_DTYPES)}")
-    size, width = path.stat().st_size, np.dtype(dtype).itemsize
+    if dtype not in TOKEN_DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(TOKEN_DTYPES)}")
+    size, width = path.stat().st_size, TOKEN_DTYPES[dtype].itemsize
     if size % width:
         problem = f"{size:,} bytes are not a whole number of {dtype} ids of {width} bytes"
         raise DataError(f"{path}: {problem}. The file is truncated or has another dtype")
-    return np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r") if size else np.empty(0, dtype)
+    return np.memmap(path, TOKEN_DTYPES[dtype], "r") if size else np.empty(0, np.uint16)
 
 
 def _read_npy(path):
@@ -193,19 +208,24 @@ def _read_pt(path):
     known = torch.uint8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32
     if not isinstance(tensor, torch.Tensor) or tensor.dtype not in known:
         found = f"a tensor of {tensor.dtype}" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
-        raise DataError(f"{path}: holds {found}, needs one tensor of integer ids. Save it with torch.save(ids, path)")
+        fix = "Save it with torch.save(torch.as_tensor(ids), path)"
+        raise DataError(f"{path}: holds {found}, needs one tensor of integer ids. {fix}")
     return tensor.numpy()
 
 # %% ../../nbs/data/15_tokens.ipynb #547a87eb
 def _read_ids(path, dtype):
-    "Return the ids in a file, read according to its suffix"
-    if path.suffix == ".bin":
+    "Return the ids in a file of NumPy or torch, or in a `.bin` file"
+    found, by_suffix = recognize(path), {".npy": "npy", ".pt": "torch"}.get(path.suffix, "")
+    kind = found.kind if found.kind in ("npy", "torch") else by_suffix
+    if path.suffix != ".bin" and (not kind or (found.kind in READABLE and found.encoding == "utf-8")):
+        raise DataError(f"{path}: is {found}. Token files end in .bin, or are made by numpy.save or torch.save")
+    if not kind:
         return _read_bin(path, dtype)
-    if path.suffix not in (".npy", ".pt"):
-        raise DataError(f"{path}: token files end in .bin, .npy or .pt, not in {path.suffix or 'no suffix'}")
-    ids = _read_npy(path) if path.suffix == ".npy" else _read_pt(path)
+    ids = _read_npy(path) if kind == "npy" else _read_pt(path)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise DataError(f"{path}: holds {ids.dtype} of shape {ids.shape}, needs one dimension of integers")
+        save = "numpy.save(path, ids.reshape(-1))" if kind == "npy" else "torch.save(ids.reshape(-1), path)"
+        problem = f"holds {ids.dtype} of shape {ids.shape}, needs one dimension of integers"
+        raise DataError(f"{path}: {problem}. If the rows are one text, save it with {save}")
     return ids
 
 # %% ../../nbs/data/15_tokens.ipynb #b333b48d
@@ -228,6 +248,8 @@ def read_metadata(path) -> "dict | None":
         found = f"dtype {info['dtype'][:60]!r} and vocab_size {str(info['vocab_size'])[:60]}"
         raise DataError(f"{file}: {found} do not describe ids. Prepare the tokens again")
     _check_domains(info, file)
+    if problems := list(wrong_entries(info.get("domain_bytes", {}), {str: int}, "domain_bytes")):
+        raise DataError(f"{file}: {problems[0]}. Prepare the tokens again")
     return info
 
 # %% ../../nbs/data/15_tokens.ipynb #b4e8c5c2
@@ -266,10 +288,26 @@ def _check_fit(path, ids, info, tokenizer, ctx_len):
         need = f"needs at least ctx_len + 1 = {ctx_len + 1}. Use a smaller ctx_len or more text"
         raise DataError(f"{path} has {len(ids)} tokens, {need}")
 
+# %% ../../nbs/data/15_tokens.ipynb #72c400ce
+def _read_foreign(path, dtype, vocab_size):
+    "Return (ids, starts of the documents or None) of a token file without metadata of lmnotes"
+    if path.suffix != ".bin" or recognize(path).kind in ("npy", "torch"):
+        return _read_ids(path, None), None
+    if dtype in (None, "auto"):
+        if (found := read_megatron(path)) is not None:
+            return found
+        if (ids := read_shard(path)) is not None:
+            return ids, None
+        dtype = resolve_dtype(path, vocab_size)
+        print(
+            f"{escape_terminal(path.name)}: no metadata, read as {dtype} because of its content. token_dtype sets another dtype"
+        )
+    return _read_ids(path, dtype), None
+
 # %% ../../nbs/data/15_tokens.ipynb #b2ee2662
 def open_tokens(
-    path,  # Token file: `.bin`, `.npy` or `.pt`
-    dtype=None,  # Dtype of a `.bin` without metadata (None: uint16, as nanoGPT writes it)
+    path,  # Token file of lmnotes, NumPy, torch, llm.c or Megatron, or plain ids in a `.bin`
+    dtype=None,  # Dtype of a `.bin` without metadata, a key of `TOKEN_DTYPES` (None or auto: from its content)
     tokenizer=None,  # `Tokenizer` that must have made the ids
     vocab_size=None,  # All ids must be below this (None: from the tokenizer or the metadata, else the largest id + 1)
     ctx_len=None,  # Context window, in tokens (the file must have more)
@@ -279,20 +317,22 @@ def open_tokens(
     if not path.is_file():
         raise DataError(f"Token file not found: {path}")
     info = read_metadata(path)
-    if path.suffix == ".bin" and not info and dtype is None:
-        print(f"{path.name}: no metadata, read as uint16. Call open_tokens(path, dtype=...) for another dtype")
-    ids = _read_ids(path, info["dtype"] if info else dtype or "uint16")
-    _check_fit(path, ids, info, tokenizer, ctx_len)
     if vocab_size is None:
         vocab_size = tokenizer.vocab_size if tokenizer else info["vocab_size"] if info else None
+    ids, starts = (_read_bin(path, info["dtype"]), None) if info else _read_foreign(path, dtype, vocab_size)
+    _check_fit(path, ids, info, tokenizer, ctx_len)
     fingerprint, largest = _hash_and_check_ids(ids, vocab_size, path)
     if not info:
-        return Tokens(ids, largest + 1 if vocab_size is None else vocab_size, path, fingerprint=fingerprint)
+        size = largest + 1 if vocab_size is None else vocab_size
+        if path.suffix == ".bin" and (kind := ids.dtype.str.replace("i", "u")) != "<u2":  # Other ids in the same bytes
+            fingerprint = sha256_json([fingerprint, kind])
+        return Tokens(ids, size, path, doc_starts=starts, fingerprint=fingerprint)
     if fingerprint != info["sha256"]:
         found = f"{fingerprint[:12]}, not {info['sha256'][:12]} as in {_metadata_path(path).name}"
         raise DataError(f"{path}: its content has SHA-256 {found}. Prepare it again")
     starts = _read_doc_starts(path, info["count"], info["documents"])
-    return Tokens(ids, vocab_size, path, info["tokenizer"], info["n_bytes"], info["domains"], starts, fingerprint)
+    found = info["tokenizer"], info["n_bytes"], info["domains"], starts, fingerprint, info.get("domain_bytes")
+    return Tokens(ids, vocab_size, path, *found)
 
 # %% ../../nbs/data/15_tokens.ipynb #83d68d5d
 def describe_tokens(

@@ -82,6 +82,7 @@ def text_run_params(
     settings,  # From `load_text_config`
     data,  # Token file, or any other value of `data`
     tokenizer="",  # Tokenizer of the tokens (empty: the one next to them, else GPT-2's)
+    token_dtype="auto",  # Dtype of ids in a `.bin` without a header (auto: from its content)
 ) -> dict:  # {parameter: value}
     "Convert the settings to parameters of `lmnotes.run`"
     s, folder, course = settings, run_folder(settings), _training_params(settings)
@@ -102,6 +103,7 @@ def text_run_params(
         out_dir=str(folder.parent),
         run=folder.name,
         data=str(data),
+        token_dtype=token_dtype,
     )
 
 # %% ../../nbs/recipes/87_text_only.ipynb #ebd3517a
@@ -289,7 +291,7 @@ def find_run(
     record = record_to_resume(resume, folder)
     if not record or not (folder / SETTINGS_FILE).exists():
         settings, at_start = load_text_config(config, **given), load_text_config(config)
-        params = text_run_params(settings, values["data"], values["tokenizer"])
+        params = text_run_params(settings, *(values[n] for n in ("data", "tokenizer", "token_dtype")))
         return settings, params, record, [SaveSettings(config, at_start, settings)]
     kept = _read_settings_file(folder)
     file = config if names is None or "config" in names else kept["config"]
@@ -297,7 +299,7 @@ def find_run(
     settings["defaults.save_dir"] = kept["settings"]["defaults.save_dir"] = str(folder)
     before, after = (text_run_params(s, "", "unknown") for s in (kept["settings"], settings))
     params = {n: v for n, v in after.items() if v != before[n] or n in ("run", "out_dir", "device")}
-    own = {n: values[n] for n in ("data", "tokenizer") if (names is None or n in names) and values[n]}
+    own = {n: values[n] for n in ("data", "tokenizer", "token_dtype") if (names is None or n in names) and values[n]}
     return settings, params | own, record, [SaveSettings(file, now, settings)]
 
 # %% ../../nbs/recipes/87_text_only.ipynb #edaea750

@@ -11,9 +11,12 @@ __all__ = ['FIXED_PARAMS', 'CHANGEABLE_PARAMS', 'ALIASES', 'MODEL_PARAMS', 'DTYP
 # %% ../../nbs/runs/60_config.ipynb #a0b4f076
 import os
 import shlex
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 from ..core import *
+from ..data.datasets import join_data
 from ..nn.lm import check_minimums
 from ..training.optim import *
 from ..training.trainer import *
@@ -29,10 +32,13 @@ class DataConfig:
     arch: str = "gpt"  # Architecture: gpt | rnn | ssm | bytepatch | diffusion | nanothink | ... (see lmnotes.archs())
     preset: str = ""  # Named configuration of the architecture
     model_args: str = ""  # Model configuration such as "n_layers=4 d_model=256", which overrides the preset
-    data: str = "pydocs"  # Corpus name, text file, folder, .jsonl, token file, or folder written by prepare
+    data: str = "pydocs"  # Corpus name, file, folder, glob or token files, or several joined with +
     data_dir: str = ""  # Folder of named corpora (empty: $LMNOTES_DATA, else data/)
-    domains: str = ""  # Domains to use, separated by spaces (empty: all)
-    recursive: bool = False  # Also read .txt files in subfolders
+    domains: str = ""  # Domains to use, separated by spaces or commas (empty: all)
+    weights: str = ""  # Share of each domain in a batch, such as "books=3 web=1" (empty: equal with sampler domains)
+    recursive: bool = False  # Also read files in subfolders
+    text_key: str = "text"  # Field or column with the text, in JSON, CSV and Parquet
+    token_dtype: str = "auto"  # Ids in a .bin without a header: auto | uint8 | uint16 | int32 | int64 | uint16_be
     split: str = "auto"  # Train/validation split: auto | hash | first90 | randperm42 | enwik8 | own
     tokenizer: str = "bpe:2048"  # bytes | chars | bpe:SIZE | bpe | gpt2 | path of a saved tokenizer
     ctx_len: int = 128  # Context window: tokens per sequence
@@ -138,10 +144,20 @@ def _convert_resume(value):
         raise ValueError(f"resume={value!r} is not True, False or 'auto'") from None
 
 
+def _convert_data(value):
+    "Return the value of `data`: a text, a path, or a list of them as one text"
+    if isinstance(value, Iterable) and not isinstance(value, (str, list, tuple, Path)):
+        record = "Record the texts once with lmnotes.data.prepare.record_texts(texts, folder), and pass the folder"
+        raise ValueError(f"data is a {type(value).__name__}, which a resumed run could not read again. {record}")
+    return join_data(value)
+
+
 def _convert(name, value, kind):
     "Return `value` as the type of the parameter `name`"
     if name == "resume":
         return _convert_resume(value)
+    if name == "data":
+        return _convert_data(value)
     try:
         if kind is bool and isinstance(value, str):
             return _BOOLS[value.lower()]

@@ -151,7 +151,7 @@ def _has_model_args(info, given):
 
 def _merge_saved_config(info, cfg, origins):
     "Return the saved configuration with the changes that `allow_change` permits, and the origins of its values"
-    saved = info["config"]
+    saved = asdict(RunConfig()) | info["config"]  # An earlier version had fewer parameters
     given = {n: v for n, v in asdict(cfg).items() if origins[n] != "default" and v != "auto"}  # auto: as chosen before
     if _has_model_args(info, given):
         given["model_args"] = saved["model_args"]
@@ -213,9 +213,11 @@ class RunSetup:
         if log_fn:  # On the first rank only
             log_fn(self.device_line)
         self.data = self._load_data(log_fn)
-        cfg.sampler = resolve_sampler(cfg.sampler, cfg.epochs)
-        train = self.data.tokens["train"]
-        self.batches = get_batches(train, cfg.batch_size, cfg.ctx_len, cfg.seed, cfg.sampler, stride=cfg.stride)
+        cfg.sampler = resolve_sampler(cfg.sampler, cfg.epochs, cfg.weights)
+        train, options = self.data.tokens["train"], dict(stride=cfg.stride, weights=cfg.weights)
+        self.batches = get_batches(train, cfg.batch_size, cfg.ctx_len, cfg.seed, cfg.sampler, **options)
+        if log_fn:
+            log_fn(describe_data(self.data, self.batches, cfg))
         if cfg.epochs:
             cfg.steps = math.ceil(cfg.epochs * self.batches.steps_per_epoch)
         self.val = EvaluationBatches(self.data.tokens["val"].ids, cfg.batch_size, cfg.ctx_len)
@@ -266,6 +268,7 @@ class RunSetup:
                 f"tokenizer={cfg.tokenizer!r} is not the tokenizer of the pretrained weights of arch={cfg.arch!r}. "
                 f"Leave out {format_params('tokenizer')}, or start from random weights: {format_params(init_from='random')}"
             )
+        check_data_params(cfg, self.origins)
         trained_with = _tokenizer_of_initial_weights(cfg, kind, source)
         data = load_data(cfg, None if is_given else trained_with, log_fn)
         if trained_with and trained_with.fingerprint != data.tokenizer.fingerprint:

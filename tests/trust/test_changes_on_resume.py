@@ -91,6 +91,7 @@ def again(trained, name="r"):
 
 OTHER = dict(
     arch="rnn", preset="small", model_args="d_model=16 n_layers=1 n_heads=1", data="prepared270", domains="sea", recursive=True,
+    weights="sea=2 wood=1", text_key="body", token_dtype="uint32",
     split="first90", tokenizer="bytes", ctx_len=4, batch_size=4, sampler="epochs", epochs=0.5, stride=2, optimizer="adamw",
     lr=0.5, min_lr=0.01, steps=10, warmup=0.5, schedule="linear", cooldown=0.1, weight_decay=0.5, betas="0.5 0.9", clip=0.1,
     accum=2, dtype="bfloat16", compile=True, seed=5, eval_every=3, eval_batches=2, patience=5, init_from="runs/seed",
@@ -124,11 +125,16 @@ def test_a_changed_parameter(place, uninterrupted, name, capsys):
         return
     more = (
         dict(allow_change=f"{name} data")
-        if name in ("data", "domains", "split", "recursive")
+        if name in ("data", "domains", "split", "recursive", "text_key")
         else dict(allow_change=name)
     )
     if name == "stride":
         changed, more = changed | dict(sampler="epochs"), dict(allow_change="stride sampler")
+    if name == "weights":
+        changed, more = changed | dict(sampler="domains"), dict(allow_change="weights sampler")
+    if name == "text_key":
+        for path in Path("corpus").glob("*/*.jsonl"):
+            path.write_text(path.read_text().replace('"text"', '"body"'))
     _, error, text = attempt(lambda _: resume(**changed, **more), None)
     if name == "compile":  # Not every machine has a compiler
         return
