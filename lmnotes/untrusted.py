@@ -17,13 +17,17 @@ from functools import wraps
 from numbers import Real
 from pathlib import Path
 from types import UnionType
-from typing import Any, ParamSpec, TextIO, TypeVar, get_args
+from typing import Annotated, Any, Literal, ParamSpec, TextIO, TypeVar, Union, get_args, get_origin
 
 # %% ../nbs/01_untrusted.ipynb #ee866250
 def _has_type(value, kind):
     "Return True for a value of a type, of a union of types, or in a set of texts"
-    if isinstance(kind, UnionType):
+    if get_origin(kind) in (Union, UnionType):
         return any(_has_type(value, k) for k in get_args(kind))
+    if get_origin(kind) is Annotated:  # The reader checks the range
+        return _has_type(value, get_args(kind)[0])
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
     if isinstance(kind, (set, frozenset)):
         return isinstance(value, str) and value in kind
     if kind is str:  # Half of a character can be in no file that we write

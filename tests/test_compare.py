@@ -312,8 +312,8 @@ def test_equal_time_budget(workdir):
         (dict(model_args="d_model=x"), "d_model must be of type int"),
         (dict(own_args="gpt: width=3"), "'width=3'"),
         (dict(own_args="gtp: d_model=3"), "did you mean 'gpt'?"),
-        (dict(compute="hours"), "compute='hours' is not one of flops, seconds"),
-        (dict(seeds=0), "seeds=0, but seeds must be at least 1"),
+        (dict(compute="hours"), "compute='hours', expected flops or seconds"),
+        (dict(seeds=0), "seeds=0, expected a whole number at least 1"),
     ],
 )
 def test_errors_are_raised_before_training(workdir, monkeypatch, change, message):

@@ -29,7 +29,7 @@ CASE = TINY | dict(
     warmup=0.0,
     steps=10,
     log_every=1,
-    eval_batches=0,
+    eval_batches="all",
 )
 HELD = """
 import sys

@@ -165,7 +165,7 @@ EFFECTS = dict(
     gpt2_model_name=(GPT2, "gpt2-xl", dict(init_from="gpt2-xl")),
     tokenization_method=({}, "custom_bpe", dict(tokenizer="bpe")),
     custom_vocab_size=(dict(TOKENIZATION_METHOD="custom_bpe"), "700", dict(tokenizer="bpe:700")),
-    enable_checkpoints=({}, "True", dict(save_every=500, keep=0)),
+    enable_checkpoints=({}, "True", dict(save_every=500, keep="all")),
     checkpoint_interval=(dict(ENABLE_CHECKPOINTS="True"), "7", dict(save_every=7)),
     checkpoint_dir=({}, "elsewhere", dict(out_dir="elsewhere")),
     test_mode=({}, "True", TESTED | dict(model_args=model_args(d_model=128, n_layers=3))),

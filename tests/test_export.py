@@ -40,7 +40,7 @@ from lmnotes.runs.load import load
 from lmnotes.runs.run import run
 
 TOKEN = "hf_" + "sEcReT0123" * 3
-SMALL = TINY | dict(steps=20, eval_every=5, save_every=5, keep=0, prompt="3: ", eval_batches=1)
+SMALL = TINY | dict(steps=20, eval_every=5, save_every=5, keep="all", prompt="3: ", eval_batches=1)
 SHAPE = "d_model=16 n_layers=1 n_heads=2"
 NANOTHINK = (
     "transformer=gpt,d_model=16,n_layers=1,n_heads=2 state_space=ssm,d_model=16,n_layers=1,head_dim=8 "

@@ -487,8 +487,8 @@ def test_the_command(workdir):
 
     assert command(TRAINING_STEPS="3") == 0 and only_run(workdir).name in read_log(workdir), read_log(workdir)
     (workdir / "log").unlink()
-    assert command(USE_LORA="yes") == 2
-    assert read_log(workdir) == "lmnotes: USE_LORA='yes': expected True or False. Correct it, or unset USE_LORA.\n"
+    assert command(USE_LORA="perhaps") == 2
+    assert read_log(workdir) == "lmnotes: USE_LORA='perhaps', expected True or False\n"
 
 
 # The tables
@@ -654,11 +654,11 @@ def test_unused_variables_on_resume_are_named(workdir, capsys):
         "LEARNING_RATE=0",
         "MAX_NEW_TOKENS=-1",
     ]
-    + ["GENERATION_TEMPERATURE=-1", "GENERATION_TOP_K=-3", "DROPOUT=nan", "DROPOUT=1", "BATCH_SIZE=0", "N_EMBD=None"],
+    + ["GENERATION_TEMPERATURE=-1", "GENERATION_TOP_K=-3", "DROPOUT=nan", "DROPOUT=1", "BATCH_SIZE=0"],
 )
 def test_invalid_numbers_are_rejected(given):
     name, _, value = given.partition("=")
-    with pytest.raises(ValueError, match=f"{name}=.* must be at least"):
+    with pytest.raises(ValueError, match=f"{name}=.*, expected .*a (whole )?number (at least|above)"):
         load_config_fresh_from_env({name: value})
 
 
@@ -666,7 +666,7 @@ def test_resume_steps_without_a_checkpoint(workdir):
     with pytest.raises(ValueError, match="RESUME_STEPS needs CHECKPOINT_PATH, which is not set"):
         from_env(TINY | dict(RESUME_STEPS="300"))
     r = from_env(TINY | KEEP | dict(TRAINING_STEPS="2"))
-    with pytest.raises(ValueError, match="RESUME_STEPS=0 must be at least 1"):
+    with pytest.raises(ValueError, match="RESUME_STEPS='0', expected a whole number at least 1"):
         from_env(TINY | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="0"))
 
 

@@ -224,7 +224,7 @@ def test_lora_hyperparameters_are_fixed(base_run_folder, uninterrupted):
     code = run_in_process(base_run_folder, train, **TINY | dict(resume=True, lora_rank=4))
     assert code == 1 and "lora_rank=2, not 4" in read_log(base_run_folder)
     code = run_in_process(base_run_folder, train, **TINY | dict(resume=True, lora_alpha=1.0))
-    assert code == 1 and "lora_alpha=0.0, not 1.0" in read_log(base_run_folder)
+    assert code == 1 and "lora_alpha='auto', not 1.0" in read_log(base_run_folder)
     assert run_in_process(base_run_folder, train, **TINY | dict(resume=True)) == 0, read_log(base_run_folder)
 
 
@@ -338,7 +338,7 @@ def test_fork_copies_the_run_at_its_step(base_run_folder, uninterrupted, monkeyp
     monkeypatch.chdir(base_run_folder)
     monkeypatch.setenv("LMNOTES_OUT_DIR", str(base_run_folder / "runs"))
     assert (
-        run_in_process(base_run_folder, train, **TINY | LORA | dict(run="many", keep=0, save_every=5, lr=0.3)) == 0
+        run_in_process(base_run_folder, train, **TINY | LORA | dict(run="many", keep="all", save_every=5, lr=0.3)) == 0
     ), read_log(base_run_folder)
     name = fork(base_run_folder / "runs/many/step_00000020")
     r = load(name)

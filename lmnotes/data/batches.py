@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'SAMPLERS', 'Batch', 'sequences_at', 'check_length', 'SequenceBatches', 'RandomBatches', 'EpochOrder',
-           'EpochBatches', 'parse_weights', 'DomainBalancedBatches', 'pack_documents', 'PackedBatches',
-           'EvaluationBatches', 'resolve_sampler', 'get_batches']
+           'EpochBatches', 'parse_weights', 'DomainBalancedBatches', 'pack_documents', 'exchange_equal',
+           'PackedBatches', 'EvaluationBatches', 'resolve_sampler', 'get_batches']
 
 # %% ../../nbs/data/17_batches.ipynb #14d85198
 from collections.abc import Mapping
@@ -223,14 +223,14 @@ class DomainBalancedBatches(SequenceBatches):
 
 # %% ../../nbs/data/17_batches.ipynb #80d5fb0a
 def pack_documents(
-    lengths,  # Array with the number of ids in each document
+    lengths,  # Array with the number of targets in each document
     ctx_len,  # Context window: targets per row
 ) -> tuple:  # (start in its document, document, number of targets, row) of each piece, as four arrays
     "Cut documents into pieces of at most `ctx_len` targets, and fill rows with them in order"
-    per_doc = np.maximum(0, -(-(lengths - 1) // ctx_len))  # Pieces in each document
+    per_doc = -(-lengths // ctx_len)  # Pieces in each document
     doc = np.repeat(np.arange(len(lengths)), per_doc)
     start = (np.arange(len(doc)) - np.repeat(np.cumsum(per_doc) - per_doc, per_doc)) * ctx_len
-    n = np.minimum(ctx_len, lengths[doc] - 1 - start)
+    n = np.minimum(ctx_len, lengths[doc] - start)
     row, used, rows = 0, 0, np.empty(len(n), np.int64)
     for i, k in enumerate(n.tolist()):
         if used + k > ctx_len:
@@ -238,31 +238,61 @@ def pack_documents(
         rows[i], used = row, used + k
     return start, doc, n, rows
 
+# %% ../../nbs/data/17_batches.ipynb #cff73dac
+def exchange_equal(
+    lengths,  # Array of n lengths
+    seed,  # Integers that seed the random numbers
+) -> np.ndarray:  # Permutation of 0 to n-1
+    "Return a random permutation that exchanges only positions with equal lengths"
+    order = np.empty(len(lengths), np.int64)
+    order[np.argsort(lengths, kind="stable")] = np.lexsort((np.random.default_rng(seed).random(len(lengths)), lengths))
+    return order
+
 # %% ../../nbs/data/17_batches.ipynb #7157c661
+# Long: the plan of the rows, and the batches that carry it out
 class PackedBatches:
     "Rows of whole documents (or pieces of long ones), each once per epoch, shuffled"
 
-    def __init__(self, ids, doc_starts, batch_size, ctx_len, seed=0):
-        bounds = np.append(np.asarray(doc_starts, np.int64), len(ids))
-        start, doc, self.n, rows = pack_documents(np.diff(bounds), ctx_len)
+    def __init__(
+        self,
+        ids,  # 1-D array of ids
+        doc_starts,  # Position at which each document begins
+        batch_size,  # Rows in the global batch
+        ctx_len,  # Context window: targets per row
+        seed=0,  # Seed of the shuffle
+        start_id=None,  # Input before the first id of each document, normally the id that ends documents
+    ):
+        bounds, skipped = np.append(np.asarray(doc_starts, np.int64), len(ids)), int(start_id is None)
+        start, doc, self.n, rows = pack_documents(np.maximum(np.diff(bounds) - skipped, 0), ctx_len)
         if not len(rows):
             raise DataError(f"none of {len(doc_starts)} documents has two tokens, so there is nothing to predict")
         self.ids, self.ctx_len = ids, ctx_len
-        self.start = bounds[doc] + start
+        self.start = bounds[doc] + skipped + start  # Position of the first target of each piece
+        self.before = ids[self.start - 1].astype(np.int64)  # Id before it
+        self.before[start == 0] = self.before[start == 0] if start_id is None else start_id
+        self.seed, self.exchange = seed, start_id is not None
         self.first = np.searchsorted(rows, np.arange(rows[-1] + 2))  # First piece of each row
         self.order = EpochOrder(rows[-1] + 1, batch_size, seed)
+        self._epoch, self._pieces = -1, np.arange(len(rows))
         self.steps_per_epoch = self.order.steps_per_epoch
 
+    def _pieces_at(self, epoch):
+        "Return the piece at each place in an epoch"
+        if self.exchange and epoch != self._epoch:
+            self._epoch, self._pieces = epoch, exchange_equal(self.n, (self.seed, epoch, 1))
+        return self._pieces
+
     def __getitem__(self, step):
-        rows = self.order[step]
+        rows, first = self.order[step], step * self.order.batch_size
         x = np.zeros((len(rows), self.ctx_len), np.int64)
         y = np.full_like(x, IGNORE_INDEX)
         for i, row in enumerate(rows):
-            at = 0
-            for p in range(self.first[row], self.first[row + 1]):
-                piece = self.ids[self.start[p] : self.start[p] + self.n[p] + 1]
-                x[i, at : at + self.n[p]], y[i, at : at + self.n[p]] = piece[:-1], piece[1:]
-                at += self.n[p]
+            at, places = 0, np.arange(self.first[row], self.first[row + 1])
+            for p in self._pieces_at((first + i) // self.order.n)[places]:
+                end = at + self.n[p]
+                y[i, at:end] = self.ids[self.start[p] : self.start[p] + self.n[p]]
+                x[i, at], x[i, at + 1 : end] = self.before[p], y[i, at : end - 1]
+                at = end
         return Batch(torch.from_numpy(x), torch.from_numpy(y))
 
 # %% ../../nbs/data/17_batches.ipynb #6db4f39c
@@ -324,6 +354,7 @@ def get_batches(
     epochs=0,  # Length of the run in epochs (0: the length is set in steps)
     stride=0,  # Tokens from one sequence to the next, for samplers 'epochs' and 'sequential' (0: `ctx_len`)
     weights="",  # Shares of the domains such as "books=3 web=1", for sampler 'domains' (empty: equal shares)
+    start_id=None,  # For sampler 'documents': input before the first id of each document, as in `PackedBatches`
 ) -> "SequenceBatches | PackedBatches":  # Object with `[step]`, which is a `Batch`, and `steps_per_epoch`
     "Return the training batches of a token file"
     sampler = resolve_sampler(sampler, epochs, weights)
@@ -342,5 +373,5 @@ def get_batches(
             raise DataError(
                 f"{tokens.path} has no starts of documents for sampler='documents'. Prepare it with lmnotes"
             )
-        return PackedBatches(tokens.ids, tokens.doc_starts, batch_size, ctx_len, seed)
+        return PackedBatches(tokens.ids, tokens.doc_starts, batch_size, ctx_len, seed, start_id)
     raise ValueError(f"sampler={sampler!r} is not one of {', '.join(SAMPLERS)}")

@@ -114,6 +114,7 @@ def tokens_dir(corpus, tokenizer, split="auto") -> Path:
     return project_root() / "data" / "tokens" / f"{re.sub('[^A-Za-z0-9_-]+', '-', corpus.name)}-{key}"
 
 # %% ../../nbs/data/16_prepare.ipynb #bff81346
+# Long: the checks of a batch and its record belong together
 def record_batches(
     function,  # (batch_size, seq_len) -> (batch_size, seq_len) array of ids
     out,  # Folder in which to create the folder of token files

@@ -169,7 +169,7 @@ def _check_agreement(run):
         _require(found == expected, f"run.json has {name}={found!r}, but {run.newest.name} has {expected!r}")
     origins = {} if run.is_clean else info["origins"]
     pending = {n for n, origin in origins.items() if origin == "resume"}  # Changed for steps that are not saved yet
-    pending |= {"steps"} if pending and info["config"]["epochs"] else set()
+    pending |= {"steps"} if pending and info["config"]["epochs"] != "auto" else set()
     for name, value in then.get("params", {}).items():
         found = info["config"].get(name)
         _require(name in pending or found == value, f"run.json has {name}={found!r}, but config.json has {value!r}")

@@ -20,6 +20,7 @@ from ..runs.config import given_param_names
 from ..training.trainer import *
 
 # %% ../../nbs/recipes/83_agiformer.ipynb #2f071648
+# Long: a run that is resumed or extended has cases, which are checked in order
 def _recorded_function(record):
     "Return (name of the function, number of ids) of the recorded batches that a run was trained on, ('', 0) without any"
     path = project_root() / record["config"]["data"] / "train.bin" if record else None
@@ -39,7 +40,7 @@ def recorded_batches(
     name, n_ids = _recorded_function(record)
     if record:
         config = record["config"]
-        batch_size, seq_len = config["batch_size"], config["stride"] or seq_len
+        batch_size, seq_len = config["batch_size"], seq_len if config["stride"] == "auto" else config["stride"]
         steps = steps if "MAX_STEPS" in (given_param_names() or ["MAX_STEPS"]) else config["steps"]
     enough = record and steps * batch_size * seq_len <= n_ids
     if record and function and function.rpartition(":")[2] != name:

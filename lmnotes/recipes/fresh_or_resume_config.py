@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['SMALL_SHAPE', 'LARGE_SHAPE', 'EVERY_500', 'MODES', 'TOKENIZERS', 'ARCHS', 'LORA_FIELDS', 'SCRATCH_FIELDS',
-           'VARIABLES', 'POSITIVE_FIELDS', 'RANGES', 'FIXED_FIELDS', 'RENAMED_FIELDS', 'SHAPE_NOTE', 'FIELD_TABLE',
-           'FUNCTION_TABLE', 'TrainingConfig', 'read_variables', 'merged_environment', 'load_config_fresh_from_env',
+           'VARIABLES', 'FIXED_FIELDS', 'RENAMED_FIELDS', 'SHAPE_NOTE', 'FIELD_TABLE', 'FUNCTION_TABLE',
+           'TrainingConfig', 'read_variables', 'merged_environment', 'load_config_fresh_from_env',
            'load_config_from_checkpoint', 'config_from_record', 'model_shape', 'to_run_params', 'project_path',
            'generation_prompt', 'resume_params', 'is_same_path']
 
 # %% ../../nbs/recipes/84_fresh_or_resume_config.ipynb #5950df5b
-import math
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import get_args
+from typing import Annotated, Literal
+
+from annotated_types import Ge
 
 from ..core import *
 from ..data.tokenizer_files import find_tokenizer_file
+from ..parameters import *
 from ..untrusted import *
 
 # %% ../../nbs/recipes/84_fresh_or_resume_config.ipynb #12dc0ad0
@@ -26,38 +28,40 @@ from ..untrusted import *
 class TrainingConfig:
     "Configuration of the fresh-or-resume guide"
 
-    model_type: str  # from_scratch | gpt2
+    model_type: Literal["from_scratch", "gpt2"]  # from_scratch | gpt2
     use_lora: bool = False  # Train LoRA adapters only
     training_data_source: str = "pydocs"  # Text file, or any other value of `data`
-    batch_size: int  # Sequences per optimizer step
-    block_size: int  # Tokens per sequence
-    training_steps: int  # Steps of this session (on resume $RESUME_STEPS)
-    start_step: int  # 0 for a fresh run, else the step of the checkpoint
-    learning_rate: float  # Peak learning rate
-    n_embd: int | None  # Embedding width (None for GPT-2, whose shape comes with its weights)
-    n_head: int | None  # Attention heads
-    n_layer: int | None  # Layers
-    dropout: float | None  # Dropout probability
+    batch_size: PositiveInt  # Sequences per optimizer step
+    block_size: PositiveInt  # Tokens per sequence
+    training_steps: PositiveInt  # Steps of this session (on resume $RESUME_STEPS)
+    start_step: NonNegativeInt  # 0 for a fresh run, else the step of the checkpoint
+    learning_rate: PositiveFloat  # Peak learning rate
+    n_embd: PositiveInt | None  # Embedding width (None for GPT-2, whose shape comes with its weights)
+    n_head: PositiveInt | None  # Attention heads
+    n_layer: PositiveInt | None  # Layers
+    dropout: Probability | None  # Dropout probability
     gpt2_model_name: str = "gpt2"  # gpt2 | gpt2-medium | gpt2-large | gpt2-xl, or a folder
-    tokenization_method: str = "character"  # character | gpt2 | custom_bpe
-    custom_vocab_size: int | None = None  # Size of the BPE vocabulary (None: chosen by the size of the text)
+    tokenization_method: Literal["character", "gpt2", "custom_bpe"] = "character"  # character | gpt2 | custom_bpe
+    custom_vocab_size: Annotated[int, Ge(257)] | None = (
+        None  # Size of the BPE vocabulary (None: chosen by the size of the text)
+    )
     enable_checkpoints: bool = False  # Save weights under training.py's file names
-    checkpoint_interval: int = 500  # Steps between checkpoints
+    checkpoint_interval: PositiveInt = 500  # Steps between checkpoints
     checkpoint_dir: str = "checkpoints"  # Folder of run folders
     log_dir: str = "logs"  # Folder of log files
     enable_output_to_file: bool = True  # Write an output file at the end
     output_dir: str = "outputs"  # Folder of output files
     test_mode: bool  # Use the small defaults for a quick test
-    eval_interval: int  # Steps between evaluations
-    eval_iters: int  # Batches per evaluation
-    max_new_tokens: int = 300  # Number of tokens to generate
-    generation_temperature: float = 0.7  # Divides the logits: lower is more predictable
-    generation_top_k: int = 50  # Sample from the k most likely tokens
+    eval_interval: PositiveInt  # Steps between evaluations
+    eval_iters: PositiveInt  # Batches per evaluation
+    max_new_tokens: PositiveInt = 300  # Number of tokens to generate
+    generation_temperature: NonNegativeFloat = 0.7  # Divides the logits: lower is more predictable
+    generation_top_k: NonNegativeInt = 50  # Sample from the k most likely tokens
     device: str = "auto"  # auto | cuda | mps | cpu
     use_lr_warmup: bool = True  # GPT-2 only
-    lora_rank: int = 16  # LoRA rank
-    lora_alpha: float = 32.0  # LoRA scale: the correction is multiplied by lora_alpha / lora_rank
-    lora_dropout: float = 0.0  # Dropout probability of the adapter inputs
+    lora_rank: PositiveInt = 16  # LoRA rank
+    lora_alpha: PositiveFloat = 32.0  # LoRA scale: the correction is multiplied by lora_alpha / lora_rank
+    lora_dropout: Probability = 0.0  # Dropout probability of the adapter inputs
 
 # %% ../../nbs/recipes/84_fresh_or_resume_config.ipynb #7fae867c
 SMALL_SHAPE = dict(n_embd=128, n_head=4, n_layer=3, dropout=0.2)
@@ -77,19 +81,6 @@ LORA_FIELDS = "lora_rank", "lora_alpha", "lora_dropout"
 SCRATCH_FIELDS = *SMALL_SHAPE, "custom_vocab_size", "tokenization_method"  # GPT-2's weights determine these
 
 # %% ../../nbs/recipes/84_fresh_or_resume_config.ipynb #215b0385
-def _convert(name, text, kind):
-    "Convert the text of a variable to the type of its field"
-    try:
-        if kind is bool:
-            return dict(true=True, false=False)[text.lower()]
-        if kinds := get_args(kind):  # For example int | None
-            return None if text.lower() == "none" else kinds[0](text)
-        return kind(text)
-    except (KeyError, ValueError):
-        needed = "True or False" if kind is bool else "a number" if kind is float else "a whole number"
-        raise ValueError(f"{name}={text!r}: expected {needed}. Correct it, or unset {name}.") from None
-
-
 VARIABLES = [*(f.name.upper() for f in fields(TrainingConfig)), "CHECKPOINT_PATH", "RESUME_STEPS"]
 
 
@@ -98,12 +89,10 @@ def read_variables(
 ) -> dict:  # {field: value}
     "Return the fields that the environment sets"
     given = {}
-    for f in fields(TrainingConfig):
-        text = environ.get(f.name.upper(), "").strip()
-        if text and f.name != "start_step":
-            given[f.name] = _convert(f.name.upper(), text, f.type)
-    for name in {"model_type", "tokenization_method"} & set(given):
-        given[name] = given[name].lower()
+    for name, p in declared(TrainingConfig).items():
+        text = environ.get(name.upper(), "").strip()
+        value = convert(name.upper(), text, p.kind) if text and name != "start_step" else None
+        given |= {} if value is None else {name: value}
     return given
 
 # %% ../../nbs/recipes/84_fresh_or_resume_config.ipynb #b334ef96
@@ -112,30 +101,6 @@ def merged_environment(
 ) -> dict:  # {variable: text}
     "Merge the process's environment with the non-empty variables in `values`, which take precedence"
     return {**os.environ, **{name: str(values[name]) for name in VARIABLES if values.get(name, "") != ""}}
-
-# %% ../../nbs/recipes/84_fresh_or_resume_config.ipynb #24f20ad1
-POSITIVE_FIELDS = (
-    "batch_size block_size training_steps checkpoint_interval eval_interval eval_iters n_embd n_head n_layer "
-    "lora_rank max_new_tokens"
-)
-RANGES = {
-    **{name: (1, math.inf) for name in POSITIVE_FIELDS.split()},
-    **dict(custom_vocab_size=(257, math.inf), dropout=(0, 0.999), lora_dropout=(0, 0.999), lora_alpha=(1e-9, 1e9)),
-    **dict(learning_rate=(1e-12, 1e3), generation_temperature=(0, 1e3), generation_top_k=(0, math.inf)),
-}
-
-
-def _check_fields(values):
-    "Raise ValueError if a value is unknown or out of range"
-    for field, known in dict(model_type=ARCHS, tokenization_method=TOKENIZERS).items():
-        if (value := values.get(field, next(iter(known)))) not in known:
-            raise ValueError(f"{field.upper()}={value!r} is not known; {did_you_mean(value, known)}")
-    for name in set(RANGES) & set(values):
-        value, (low, high) = values[name], RANGES[name]
-        automatic = name == "custom_vocab_size" and value is None
-        if not automatic and (value is None or not low <= value <= high):
-            most = f", at most {high}" if high < math.inf else ""
-            raise ValueError(f"{name.upper()}={value} must be at least {low}{most}")
 
 # %% ../../nbs/recipes/84_fresh_or_resume_config.ipynb #b1f5e7bd
 def load_config_fresh_from_env(
@@ -147,7 +112,6 @@ def load_config_fresh_from_env(
         raise ValueError("RESUME_STEPS needs CHECKPOINT_PATH, which is not set. Set it, or unset RESUME_STEPS.")
     given = read_variables(environ)
     model_type, test_mode = given.get("model_type", "from_scratch"), given.get("test_mode", False)
-    _check_fields(given)
     mode = MODES["test" if test_mode else model_type]
     values = mode | dict(model_type=model_type, test_mode=test_mode, start_step=0) | given
     if model_type == "gpt2":
@@ -198,10 +162,7 @@ def load_config_from_checkpoint(
                 f"unset {name.upper()} to resume, or CHECKPOINT_PATH to start a fresh run"
             )
     changes = {name: value for name, value in given.items() if name not in (*FIXED_FIELDS, "use_lr_warmup")}
-    steps = _convert("RESUME_STEPS", environ.get("RESUME_STEPS", "").strip() or "5000", int)
-    _check_fields({name: value for name, value in changes.items() if name != "training_steps"})
-    if steps < 1:
-        raise ValueError(f"RESUME_STEPS={steps} must be at least 1")
+    steps = convert("RESUME_STEPS", environ.get("RESUME_STEPS", "").strip() or 5000, PositiveInt)
     config = TrainingConfig(**asdict(saved) | changes | dict(training_steps=steps))
     _warn_unused(config, given)
     return config
@@ -226,12 +187,22 @@ def _check_saved_fields(values, known):
     if problem := next(wrong_entries(values, kinds), None):
         raise CheckpointError(f"env.json: {problem}, which is no valid setting. Remove it")
     try:
-        _check_fields({name: value for name, value in values.items() if name not in known})
+        for name in values.keys() - known.keys():
+            convert(name, values[name], declared(TrainingConfig)[name].kind)
         [project_path(value) for name, value in values.items() if name.endswith("_dir")]  # No null byte or surrogate
     except ValueError as e:
         raise CheckpointError(f"env.json: {e}") from None
 
+# %% ../../nbs/recipes/84_fresh_or_resume_config.ipynb #24b0d14b
+def _automatic_values(c):
+    "Return the values of fields that a run has chosen by itself"
+    rate = dict(muon=0.02, adamw=0.002)[c["optimizer"]]
+    return dict(
+        learning_rate=rate, eval_interval=max(1, c["steps"] // 10), eval_iters=20, lora_alpha=2.0 * c["lora_rank"]
+    )
+
 # %% ../../nbs/recipes/84_fresh_or_resume_config.ipynb #3fd2d0d3
+# Long: a line for each field
 def config_from_record(
     checkpoint,  # Record of a run (run.json)
 ) -> TrainingConfig:
@@ -256,7 +227,9 @@ def config_from_record(
     )
     lora = {name: c[name] for name in LORA_FIELDS} if own["use_lora"] else {}
     known = model_shape(model) | own | lora | {field: c[name] for field, name in RENAMED_FIELDS.items()}
-    env = dict(checkpoint_interval=c["save_every"] or 500) if checkpoint.get("env") is None else checkpoint["env"]
+    known |= {name: value for name, value in _automatic_values(c).items() if known.get(name) in ("auto", "all")}
+    known_interval = c["save_every"] if type(c["save_every"]) is int and c["save_every"] else 500
+    env = dict(checkpoint_interval=known_interval) if checkpoint.get("env") is None else checkpoint["env"]
     _check_saved_fields(env, known)
     return TrainingConfig(**dict(test_mode=False) | env | known)
 
@@ -290,7 +263,7 @@ def to_run_params(
         warmup=_warmup(config, steps),
         clip=(2.0 if config.use_lora else 1.0) if config.model_type == "gpt2" else 0.0,
         save_every=config.checkpoint_interval if config.enable_checkpoints else steps,
-        keep=0 if config.enable_checkpoints else 1,
+        keep="all" if config.enable_checkpoints else 1,
         prompt=generation_prompt(config),
         out_dir=str(project_path(config.checkpoint_dir)),
     )
@@ -347,7 +320,7 @@ def resume_params(
     values = {ours: new[ours] for f, ours in RENAMED_FIELDS.items() if vars(config)[f] != vars(before)[f]}
     if "data" in values and is_same_path(values["data"], before.training_data_source):
         del values["data"]
-    saving = dict(save_every=new["save_every"], **(dict(keep=0) if config.enable_checkpoints else {}))
+    saving = dict(save_every=new["save_every"], **(dict(keep="all") if config.enable_checkpoints else {}))
     if not checkpoint.get("env") and config.checkpoint_interval == before.checkpoint_interval:
         saving = {}  # A run of another interface keeps its checkpoint schedule
     return dict(resume=True, steps=new["steps"], allow_change=" ".join(["steps", *values]), **saving, **values)

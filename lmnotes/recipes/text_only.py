@@ -256,6 +256,7 @@ class LossMonitor(Hook):
             self.warn_once("slow", speed=speed)
 
 # %% ../../nbs/recipes/87_text_only.ipynb #42bbcf1c
+# Long: the hook and the two functions that read its file share its format
 SETTINGS_FILE = "settings.json"
 
 

@@ -19,6 +19,7 @@ from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from statistics import mean, median, stdev
+from typing import Literal
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -28,6 +29,7 @@ from ..files import *
 from ..inference.evaluation import *
 from ..inference.generation import *
 from ..nn.lm import *
+from ..parameters import *
 from .config import *
 from .folder import *
 from .run import *
@@ -83,16 +85,16 @@ class CompareConfig:
     data: str = "pydocs"  # Corpus name, text file, folder or .jsonl
     data_dir: str = ""  # Folder of named corpora (empty: $LMNOTES_DATA, else data/)
     tokenizer: str = "bytes"  # Tokenizer of all architectures
-    ctx_len: int = 256  # Context window: tokens per sequence
-    batch_size: int = 8  # Global batch size: sequences per optimizer step
-    compute: str = "flops"  # Unit of the budget: flops | seconds (of one CPU core)
-    budget: float = 0.0  # FLOPs or seconds to train each run (0: 1e12 FLOPs or 20 seconds)
-    max_steps: int = 1000  # Maximum steps per run, for models too small to use up the budget
-    seeds: int = 3  # Runs of each architecture
-    evals: int = 6  # Evaluations per run, each over the whole validation split
+    ctx_len: PositiveInt = 256  # Context window: tokens per sequence
+    batch_size: PositiveInt = 8  # Global batch size: sequences per optimizer step
+    compute: Literal["flops", "seconds"] = "flops"  # Unit of the budget: flops | seconds (of one CPU core)
+    budget: FloatOrAuto = "auto"  # FLOPs or seconds to train each run (auto: 1e12 FLOPs or 20 seconds)
+    max_steps: PositiveInt = 1000  # Maximum steps per run, for models too small to use up the budget
+    seeds: PositiveInt = 3  # Runs of each architecture
+    evals: PositiveInt = 6  # Evaluations per run, each over the whole validation split
     model_args: str = "d_model=64 n_layers=4 n_heads=2 dropout=0.0"  # For all architectures that have these fields
     own_args: str = ""  # Overrides for single architectures, as NAME: values; NAME: values
-    procs: int = 2  # Runs at a time, each on one core
+    procs: PositiveInt = 2  # Runs at a time, each on one core
     out_dir: str = ""  # Folder of the comparison (empty: checkpoints/compare)
 
 
@@ -141,7 +143,7 @@ def comparison_run_params(cfg, arch, seed=0, steps=1000) -> dict:  # `CompareCon
     "Return the parameters of one run of a comparison"
     data = {name: vars(cfg)[name] for name in "data data_dir tokenizer ctx_len batch_size".split()}
     every = math.ceil(steps / cfg.evals)
-    fixed = dict(init_from="random", dtype="float32", device="cpu", eval_batches=0, keep=1)
+    fixed = dict(init_from="random", dtype="float32", device="cpu", eval_batches="all", keep=1)
     schedule = dict(steps=steps, eval_every=every, save_every=every, sample_every=steps)
     model = dict(arch=arch, model_args=model_args_for(cfg, arch), seed=seed)
     return data | fixed | schedule | model | dict(run=f"{arch}-{seed}", out_dir=cfg.out_dir)
@@ -209,7 +211,7 @@ def plan_steps(
     cost,  # From `measure_costs`
 ) -> dict:  # {architecture: steps}
     "Compute the number of steps of each architecture that spends the budget"
-    budget, steps = cfg.budget or BUDGETS[cfg.compute], {}
+    budget, steps = BUDGETS[cfg.compute] if cfg.budget == "auto" else cfg.budget, {}
     unit = dict(flops="FLOPs", seconds="seconds")[cfg.compute]
     for name, known in cost.items():
         each = known[cfg.compute]
@@ -326,9 +328,7 @@ def compare(**params) -> Comparison:  # Fields of `CompareConfig`
     "Train all architectures of a comparison, or resume it"
     check_no_secrets(params)
     cfg = CompareConfig(**params)
-    if cfg.compute not in BUDGETS:
-        raise ValueError(f"compute={cfg.compute!r} is not one of {', '.join(BUDGETS)}")
-    check_minimums(cfg, ctx_len=1, batch_size=1, max_steps=1, seeds=1, evals=1, procs=1, budget=0)
+    check_declared(cfg)
     names, folder = compared_archs(cfg), comparison_folder(cfg.out_dir)
     cfg.out_dir = str(folder)
     with RunLock(folder):

@@ -24,6 +24,7 @@ from pathlib import Path
 from ..core import *
 from ..data.tokenizer_files import *
 from ..files import *
+from ..parameters import *
 from .config import *
 from ..training.checkpoint import *
 from ..training.saving import *
@@ -207,10 +208,16 @@ def read_run_record(folder) -> dict:
     path = Path(folder) / "run.json"
     info = read_json(path, CheckpointError)
     check_format(info, path)
+    if isinstance(info, dict) and isinstance(info.get("config"), dict):
+        info = info | dict(config=current_params(info["config"], info))
     check_entries(info, _RECORD, path)
+    for change in info.get("changes", []):
+        for when in ("before", "after"):
+            change.update({when: current_params({change["name"]: change[when]}, info)[change["name"]]})
     if unknown := info["config"].keys() - {f.name for f in fields(RunConfig)}:
         raise CheckpointError(f"{path}: config has an unknown parameter {min(unknown)!r}. Restore it from a copy")
-    cfg = RunConfig(**info["config"])
+    documents = info["config"].get("sampler") == "documents"
+    cfg = RunConfig(**{**(dict(packing="0.1") if documents else {}), **info["config"]})
     if cfg.batch_size * cfg.ctx_len > MAX_BATCH_TOKENS:
         sizes = f"batch_size={cfg.batch_size} x ctx_len={cfg.ctx_len}"
         raise CheckpointError(f"{path}: {sizes} is over {MAX_BATCH_TOKENS:,} tokens per step. Restore it from a copy")

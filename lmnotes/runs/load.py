@@ -106,8 +106,9 @@ class Run:
             tokens, cfg = self._tokens_to_evaluate(data, folder), self.config
             if part not in tokens:
                 raise ValueError(f"part={part!r} is not one of {', '.join(tokens)}")
-            lengths, device = self.tokenizer.byte_lengths, next(self.lm.parameters()).device
+            lengths, device = text_byte_lengths(tokens[part], self.tokenizer), next(self.lm.parameters()).device
             options = dict(autocast=lambda: autocast(device, getattr(torch, self.info["dtype"])), seed=cfg.seed)
+            options["unk_id"] = self.tokenizer.unk_id
             if by_domain:
                 return evaluate_domains(self.lm, tokens[part], cfg.batch_size, cfg.ctx_len, lengths, **options)
             batches = EvaluationBatches(tokens[part].ids, cfg.batch_size, cfg.ctx_len)

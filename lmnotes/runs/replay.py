@@ -148,7 +148,7 @@ def _setup_replay(start, end, place, device):
         write_json(place / "replay/run.json", run_record_at_step(dict(then, step=0), end))
     params, old = then.get("params", {}), before.get("params", {})
     changed = {name: value for name, value in params.items() if old.get(name, value) != value}
-    changed.pop("steps" if params.get("epochs") else "", None)
+    changed.pop("steps" if params.get("epochs", "auto") != "auto" else "", None)
     given = dict(changed, resume=True, run="replay", out_dir=str(place), allow_change=" ".join({**changed, "data": 0}))
     s = RunSetup(*resolve_config(given, environ={}), place / "replay", device, None)
     s.cfg.steps = params.get("steps", s.cfg.steps)

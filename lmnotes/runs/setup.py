@@ -96,7 +96,7 @@ def _initial_model(cfg, vocab_size):
     args = {"vocab_size": vocab_size, "ctx_len": cfg.ctx_len, **parse_model_args(cfg.arch, cfg.model_args)}
     kind, source = _initial_weights_source(cfg)
     if kind == "pretrained":
-        if not cfg.lr:
+        if cfg.lr == "auto":
             usual = format_params(lr=2e-4 if cfg.lora_rank else 2e-5, optimizer="adamw")
             print(f"lr={peak_lr(cfg)} is meant for training from scratch. To fine-tune, try {usual}")
         return get_arch(cfg.arch).pretrained(source, **args)
@@ -115,7 +115,8 @@ def _build_model(cfg, tokenizer, checkpoint_folder=None):
         raise ValueError(f"vocab_size={size} in model_args is less than the tokenizer's {tokenizer.vocab_size}")
     if cfg.lora_rank and not lm.lora:
         seed_torch(cfg.seed, 1)  # Independent of how many random numbers the model drew
-        add_lora(lm, LoRAConfig(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.lora_train))
+        alpha = 2.0 * cfg.lora_rank if cfg.lora_alpha == "auto" else cfg.lora_alpha
+        add_lora(lm, LoRAConfig(cfg.lora_rank, alpha, cfg.lora_dropout, cfg.lora_targets, cfg.lora_train))
     if cfg.freeze:
         freeze(lm, cfg.freeze)
     return lm
@@ -158,7 +159,7 @@ def _merge_saved_config(info, cfg, origins):
     by_content = set() if "data" in parse_names(cfg.allow_change) else {"data"}  # `_load_data` compares it
     changes = check_unchanged(saved, given, FIXED_PARAMS, CHANGEABLE_PARAMS | by_content, cfg.allow_change)
     if "steps" in changes:
-        given["epochs"] = 0.0
+        given["epochs"] = "auto"
     elif "epochs" in given and given["epochs"] != saved["epochs"]:
         given.pop("steps", None)
     for name, (old, new) in changes.items():
@@ -213,12 +214,14 @@ class RunSetup:
         if log_fn:  # On the first rank only
             log_fn(self.device_line)
         self.data = self._load_data(log_fn)
-        cfg.sampler = resolve_sampler(cfg.sampler, cfg.epochs, cfg.weights)
-        train, options = self.data.tokens["train"], dict(stride=cfg.stride, weights=cfg.weights)
+        cfg.sampler = resolve_sampler(cfg.sampler, cfg.epochs != "auto", cfg.weights)
+        train, stride = self.data.tokens["train"], 0 if cfg.stride == "auto" else cfg.stride
+        start_id = self.data.tokenizer.eot_id if cfg.packing != "0.1" else None
+        options = dict(stride=stride, weights=cfg.weights, start_id=start_id)
         self.batches = get_batches(train, cfg.batch_size, cfg.ctx_len, cfg.seed, cfg.sampler, **options)
         if log_fn:
             log_fn(describe_data(self.data, self.batches, cfg))
-        if cfg.epochs:
+        if cfg.epochs != "auto":
             cfg.steps = math.ceil(cfg.epochs * self.batches.steps_per_epoch)
         self.val = EvaluationBatches(self.data.tokens["val"].ids, cfg.batch_size, cfg.ctx_len)
         self.batch_function = ""  # Name of a function that makes other batches
@@ -315,18 +318,27 @@ class RunSetup:
         cfg, data, folder = self.cfg, self.data, self.folder
         metrics, samples = JsonlLog(folder / "metrics.jsonl"), JsonlLog(folder / "samples.jsonl")
         tok, prompt = data.tokenizer, cfg.prompt or data.default_prompt
-        eval_every = cfg.eval_every or max(1, cfg.steps // 10)
-        sample_every = cfg.sample_every or math.ceil(cfg.steps / 5)
+        lengths = text_byte_lengths(data.tokens["val"], tok)
+        automatic = dict(eval_every=max(1, cfg.steps // 10), sample_every=math.ceil(cfg.steps / 5))
+        automatic |= dict(save_every=min(1000, max(1, cfg.steps // 10)))
+        every = {n: value if vars(cfg)[n] == "auto" else vars(cfg)[n] for n, value in automatic.items()}
+        limit, keep = (0 if value == "all" else value for value in (cfg.eval_batches, cfg.keep))
         params = {name: value for name, value in asdict(cfg).items() if name not in CHANGEABLE_PARAMS}
         metadata = dict(tokenizer=tok.fingerprint, data=data.fingerprint, params=params)  # Of the run at a checkpoint
         metadata.update(ids=data.ids_fingerprint, batches=self.batch_function)
         metadata["environment"] = environment(self.device, rank_and_world_size()[1])
         return [
             Log(metrics, self.bytes_per_token),
-            Evaluate(self.val, eval_every, cfg.eval_batches, cfg.patience, tok.byte_lengths, metrics),
-            Sample(tok, prompt, sample_every, samples=samples, top_p=0.95),
+            Evaluate(self.val, every["eval_every"], limit, cfg.patience, lengths, metrics, unk_id=tok.unk_id),
+            Sample(tok, prompt, every["sample_every"], samples=samples, top_p=0.95),
             Save(
-                folder, cfg.save_every, cfg.keep, (metrics, samples), self.checkpoint_folder, cfg.keep_every, **metadata
+                folder,
+                every["save_every"],
+                keep,
+                (metrics, samples),
+                self.checkpoint_folder,
+                cfg.keep_every,
+                **metadata,
             ),
         ]
 

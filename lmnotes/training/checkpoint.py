@@ -28,6 +28,7 @@ from ..data.untrusted_files import *
 from ..files import *
 from ..nn.lm import *
 from ..nn.lora import *
+from ..parameters import *
 from .trainer import *
 from ..untrusted import *
 
@@ -179,7 +180,7 @@ def _write_folder_atomic(run, name, step, files):
         shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../../nbs/training/42_checkpoint.ipynb #2d339a86
-FORMAT = 1  # Version of the format of a run folder
+FORMAT = 2  # Version of the format of a run folder
 
 
 def save_checkpoint(
@@ -255,9 +256,9 @@ _CONFIG |= {"lora?": dict, "base?": str, "batches?": str, "ids?": str}
 
 def check_format(values, path) -> None:  # Content of a JSON file, and its path
     "Raise `CheckpointError` if a newer version of lmnotes has written a file of a run"
-    if isinstance(values, dict) and (version := values.get("format", FORMAT)) != FORMAT:
-        text = f"{path}: format {version!r} is not the format {FORMAT} of this version of lmnotes"
-        raise CheckpointError(f"{text}. Update lmnotes")
+    version = values.get("format", 1) if isinstance(values, dict) else FORMAT
+    if type(version) is not int or not 1 <= version <= FORMAT:
+        raise CheckpointError(f"{path}: format {repr(version)[:80]} is none of 1 to {FORMAT}. Update lmnotes")
 
 
 def check_entries(values, kind, path) -> None:  # Content of a file of a run, its declaration, and its path
@@ -272,7 +273,7 @@ def read_checkpoint_config(folder) -> dict:
     saved = read_json(path, CheckpointError)
     check_format(saved, path)
     check_entries(saved, _CONFIG, path)
-    return saved
+    return saved | (dict(params=current_params(saved["params"], saved)) if "params" in saved else {})
 
 # %% ../../nbs/training/42_checkpoint.ipynb #59ac9780
 def _verify_base_weights(folder):

@@ -63,7 +63,7 @@ class Save(Hook):
     def __init__(
         self,
         run,  # Run folder
-        every=0,  # Steps between checkpoints (0: a tenth of the run, at most 1000)
+        every=0,  # Steps between checkpoints (0: only after the last step)
         keep=2,  # Number of recent checkpoints to keep (0: all)
         logs=(),  # `JsonlLog`s to flush to the disk before each checkpoint, which stores their hashes
         start=None,  # Checkpoint folder from which the run resumes, which is never deleted
@@ -77,8 +77,7 @@ class Save(Hook):
         self.best = int(best.name[5:]) if best else 0  # Step of the best checkpoint
 
     def after_step(self, t) -> None:
-        every = self.every or min(1000, max(1, t.cfg.steps // 10))
-        if due := self.is_due(t, every):
+        if due := self.is_due(t, self.every):
             self.mark_done(t)
         try:
             if due or t.counters["best_step"] == t.step > 0:

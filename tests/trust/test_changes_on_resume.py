@@ -92,11 +92,11 @@ def again(trained, name="r"):
 OTHER = dict(
     arch="rnn", preset="small", model_args="d_model=16 n_layers=1 n_heads=1", data="prepared270", domains="sea", recursive=True,
     weights="sea=2 wood=1", text_key="body", token_dtype="uint32",
-    split="first90", tokenizer="bytes", ctx_len=4, batch_size=4, sampler="epochs", epochs=0.5, stride=2, optimizer="adamw",
+    split="first90", tokenizer="bytes", ctx_len=4, batch_size=4, sampler="epochs", epochs=0.5, stride=2, packing="0.1", optimizer="adamw",
     lr=0.5, min_lr=0.01, steps=10, warmup=0.5, schedule="linear", cooldown=0.1, weight_decay=0.5, betas="0.5 0.9", clip=0.1,
     accum=2, dtype="bfloat16", compile=True, seed=5, eval_every=3, eval_batches=2, patience=5, init_from="runs/seed",
     freeze="embed*", lora_rank=2, lora_alpha=3.0, lora_dropout=0.5, lora_targets="qkv", lora_train="embed*",
-    log_every=5, device="auto", sample_every=4, prompt="sea", save_every=3, keep=0, keep_every=5, wait=1.0,
+    log_every=5, device="auto", sample_every=4, prompt="sea", save_every=3, keep="all", keep_every=5, wait=1.0,
 )  # fmt: skip
 ELSEWHERE = dict(
     run="names the run", resume="is what this test is about", out_dir="names the place", data_dir="in the right combinations",
@@ -363,7 +363,7 @@ def change_json(path, **values):
 
 
 def newer_checkpoint():
-    change_json(step() / "config.json", format=2)
+    change_json(step() / "config.json", format=3)
     reseal(step())
 
 
@@ -401,8 +401,8 @@ WRONG = {  # {case: (change, parameters, part of the message)}
     "tokens of another tokenizer": (lambda: put_tokens(280), dict(name="tokens"), "tokenizer"),
     "no checkpoint": (lambda: shutil.rmtree(step()), {}, "none of its step_ folders is here"),
     "no such run": (lambda: None, dict(name="x"), "there is no run here to resume"),
-    "newer record": (lambda: change_json("runs/r/run.json", format=2), {}, "format 2 is not the format 1 of this version of lmnotes. Update"),
-    "newer checkpoint": (newer_checkpoint, {}, "format 2 is not the format 1 of this version of lmnotes. Update"),
+    "newer record": (lambda: change_json("runs/r/run.json", format=3), {}, "format 3 is none of 1 to 2. Update"),
+    "newer checkpoint": (newer_checkpoint, {}, "format 3 is none of 1 to 2. Update"),
 }  # fmt: skip
 
 
@@ -479,7 +479,7 @@ def test_a_right_combination(place, uninterrupted, case):
     assert result(resume(**params)) == uninterrupted
 
 
-@pytest.mark.parametrize("value", [2, 0, "1", None, [], 1.5, {}])
+@pytest.mark.parametrize("value", [3, 0, "1", None, [], 1.5, {}])
 def test_another_format(place, value):
     "A run.json or config.json of another format is rejected with the advice to update"
     change_json("runs/r/run.json", format=value)
@@ -551,8 +551,8 @@ def test_an_edited_value_that_is_allowed(place):
 
 def test_a_fork_has_the_changes_until_its_step(place):
     "Forks before, at and after changes have the changes that lead to their values, and can be resumed and forked"
-    resume(lr=0.003, allow_change="lr", hooks=[StopAtSteps(8)], keep=0)
-    resume(lr=0.004, clip=0.5, allow_change="lr clip", keep=0)
+    resume(lr=0.003, allow_change="lr", hooks=[StopAtSteps(8)], keep="all")
+    resume(lr=0.004, clip=0.5, allow_change="lr clip", keep="all")
     for number, changes in {6: [], 8: [("lr", 0.003)], 12: [("lr", 0.003), ("lr", 0.004), ("clip", 0.5)]}.items():
         name = fork(f"runs/r/step_{number:08d}", f"from{number}")
         info = read_json(f"runs/{name}/run.json")
@@ -648,7 +648,7 @@ def test_the_best_checkpoint_of_an_early_stop(place, monkeypatch, capsys):
         return as_it_is(folder, lm, step, state, **metadata)
 
     monkeypatch.setattr(saving, "save_checkpoint", save)
-    params = dict(run="early", patience=1, eval_every=1, steps=200, lr=0.05, save_every=100, keep=0)
+    params = dict(run="early", patience=1, eval_every=1, steps=200, lr=0.05, save_every=100, keep="all")
     r = run(view=False, **SMALL | params)
     saved = int(find_checkpoint(r.folder, "best").name[5:])
     assert r.status == "early_stop" and saved < r.result["best_step"]

@@ -32,7 +32,7 @@ def trained(tmp_path_factory, corpus):
     "Return a folder with a finished run and an interrupted one"
     folder = tmp_path_factory.mktemp("trained")
     shutil.copytree(corpus, folder / "corpus")
-    assert run_in_process(folder, train, **TINY | dict(keep=0)) == 0, read_log(folder)
+    assert run_in_process(folder, train, **TINY | dict(keep="all")) == 0, read_log(folder)
     assert run_in_process(folder, train, 17, **TINY | dict(run="stopped")) == 130, read_log(folder)
     return folder
 

@@ -55,7 +55,7 @@ def test_a_value_that_is_not_finite(workdir, monkeypatch, capsys, case):
     "The run reports it and ends at the next save, no checkpoint has it, and the last good checkpoint remains"
     monkeypatch.chdir(workdir)
     change, status, last, text = CASES[case]
-    run(hooks=[Inject(change)], view=False, **SMALL | dict(run="r", optimizer="adamw", keep=0))
+    run(hooks=[Inject(change)], view=False, **SMALL | dict(run="r", optimizer="adamw", keep="all"))
     out = capsys.readouterr().out
     assert text in out, out
     assert read_json("runs/r/run.json")["status"] == status

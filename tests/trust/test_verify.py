@@ -291,7 +291,7 @@ def test_a_replay_is_bit_exact_and_only_reads(workdir, monkeypatch, name):
 
 def test_a_run_that_was_stopped_and_changed(workdir, monkeypatch):
     "Stops between checkpoints and at evaluations, other log lines, and a changed learning rate, length and data"
-    keep = KEEP | dict(keep=0)
+    keep = KEEP | dict(keep="all")
     assert run_in_process(workdir, train, 7, **keep) == 130, read_log(workdir)
     resume = dict(run="r", out_dir="runs", resume=True)
     assert run_in_process(workdir, train, 15, **resume, log_every=5, prompt="sea", sample_every=4) == 130
@@ -312,7 +312,7 @@ def test_a_run_that_was_stopped_and_changed(workdir, monkeypatch):
 
 
 def test_stops_and_changes_are_replayed(workdir, monkeypatch):
-    keep = KEEP | dict(keep=0)
+    keep = KEEP | dict(keep="all")
     assert run_in_process(workdir, train, 7, **keep) == 130, read_log(workdir)
     resume = dict(run="r", out_dir="runs", resume=True)
     assert run_in_process(workdir, train, 15, **resume, log_every=5, prompt="sea", sample_every=4) == 130
