@@ -345,6 +345,7 @@ def make_kernel_class(
     return Kernel
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #3cd36a59
+# Long: the methods that papermill calls
 class GracefulEngine:
     "Papermill engine (`--engine lmnotes`) that finishes a stopped notebook instead of killing it"
 

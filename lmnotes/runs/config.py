@@ -52,9 +52,7 @@ class DataConfig:
     sampler: Sampler = "auto"  # Order of the data: auto | random | epochs | sequential | domains | documents
     epochs: FloatOrAuto = "auto"  # Length of the run in passes over the training data (auto: steps decides)
     stride: PositiveInt | Auto = "auto"  # For epochs and sequential: tokens between starts of sequences (auto: ctx_len)
-    packing: Packing = (
-        "joined"  # For sampler documents: joined | 0.1 (as version 0.1, in which a document had no start)
-    )
+    packing: Packing = "joined"  # For sampler documents: joined | 0.1 (as in version 0.1, without a start)
 
 
 @dataclass

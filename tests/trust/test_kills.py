@@ -68,7 +68,9 @@ def pairwise_settings():
     "Return {name: setting}: each pair of architecture, sampler, tokenizer, `keep`, optimizer and way to resume is in one"
     settings = {}
     for (a, arch), (s, sampler) in itertools.product(enumerate(ARCHITECTURES), enumerate(SAMPLERS)):
-        values = dict(arch=arch, sampler=sampler, tokenizer=TOKENIZERS[(a + s) % 3], keep=(2, 1, "all")[(a + 2 * s) % 3])
+        values = dict(
+            arch=arch, sampler=sampler, tokenizer=TOKENIZERS[(a + s) % 3], keep=(2, 1, "all")[(a + 2 * s) % 3]
+        )
         values |= dict(optimizer=("muon", "adamw")[(a + a // 3 + s) % 2]) | ARCHITECTURES[arch]
         name = f"{arch} {sampler} {values['tokenizer']}"
         settings[name] = Setting(values, ("auto", "explicit")[(a + a // 2 + s // 2) % 2])
