@@ -91,6 +91,37 @@ def test_we_load_peft_adapters(tmp_path, peft, arch, targets):
     assert {name.rpartition(".")[2] for name in lora_layers(lm)} == set(targets)
 
 
+@pytest.mark.parametrize("saved", [["wte"], ["lm_head"], ["wte", "lm_head"]], ids="-".join)
+@pytest.mark.parametrize("tying", [False, True], ids=["copies", "tied"])
+def test_we_load_embeddings_and_heads_that_peft_saved(tmp_path, peft, saved, tying):
+    "PEFT trains a copy of a saved embedding or head, and the other one keeps the weight of the base model"
+    config = peft.LoraConfig(r=3, target_modules=["c_attn"], modules_to_save=saved, ensure_weight_tying=tying)
+    made = peft.get_peft_model(peft_base_model(model()), config).eval()
+    torch.manual_seed(1)
+    for p in made.parameters():
+        p.data += 0.1 * torch.randn_like(p) * p.requires_grad
+    made.save_pretrained(tmp_path)
+    expected = logits(peft.PeftModel.from_pretrained(peft_base_model(model()), tmp_path).eval()(IDS))
+    lm = load_adapter(model(), tmp_path).eval()
+    torch.testing.assert_close(lm(IDS), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(merge_and_unload(lm).eval()(IDS), expected, atol=1e-4, rtol=0)
+
+
+def test_our_adapters_in_a_tied_model_and_peft(tmp_path, peft, capsys):
+    "PEFT's merge is right without an adapted head, we say so when the head has one, and a trained embedding stays tied"
+    for lora in (dict(targets="c_attn c_fc"), dict(targets="c_attn", train="*wte*"), {}):
+        lm = model(rank=3, **lora)
+        lm.transformer.wte.weight.data += 0.1 * ("train" in lora)
+        save_adapter(lm, tmp_path)
+        loaded = peft.PeftModel.from_pretrained(peft_base_model(model()), tmp_path).eval()
+        torch.testing.assert_close(logits(loaded(IDS)), lm(IDS), atol=1e-5, rtol=0)
+        torch.testing.assert_close(load_adapter(model(), tmp_path).eval()(IDS), lm(IDS), atol=1e-5, rtol=0)
+        said = capsys.readouterr().out
+        assert ("lm_head is tied to the embedding" in said) == (not lora)
+        if lora:
+            torch.testing.assert_close(logits(loaded.merge_and_unload()(IDS)), lm(IDS), atol=1e-3, rtol=0)
+
+
 def test_other_base_model_is_rejected(tmp_path, peft):
     "peft saves the base weights of an adapted head, so other base weights are detected there"
     made = peft.get_peft_model(peft_base_model(model()), peft.LoraConfig(r=2, target_modules=["lm_head"]))

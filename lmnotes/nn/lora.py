@@ -142,6 +142,12 @@ def merge_adapters(lm) -> nn.Module:  # An adapted model, which is changed in pl
     return lm
 
 
+def _names_tied_to(lm, name):
+    "Return the other names of a parameter. A tied LM head is also the embedding"
+    named = dict(lm.named_parameters(remove_duplicate=False))
+    return [other for other, p in named.items() if p is named[name] and other != name]
+
+
 def unmerge_adapters(lm) -> nn.Module:  # An adapted model, which is changed in place and returned
     "Undo `merge_adapters` bit for bit"
     for layer in lora_layers(lm).values():
@@ -153,7 +159,6 @@ def unmerge_adapters(lm) -> nn.Module:  # An adapted model, which is changed in 
 def merge_and_unload(lm) -> nn.Module:  # An adapted model
     "Return a copy without adapters, with the updates in its weights. An adapted LM head is no longer tied in the copy"
     plain = deepcopy(lm)
-    named = dict(lm.named_parameters(remove_duplicate=False))
     for name, layer in lora_layers(lm).items():
         weight = layer.merged_weight()
         with torch.device("meta"):  # An `nn.Linear`, or the Conv1D of transformers
@@ -161,7 +166,7 @@ def merge_and_unload(lm) -> nn.Module:  # An adapted model
         new.weight = nn.Parameter(weight.t().contiguous() if layer.transposed else weight)
         new.bias = deepcopy(layer.bias)
         plain.set_submodule(name, new)
-        if sum(p is layer.weight for p in named.values()) > 1:
+        if _names_tied_to(lm, f"{name}.weight"):
             plain.cfg = replace(plain.cfg, tie=False)
     plain.lora = None
     return plain.requires_grad_(True)
@@ -182,22 +187,32 @@ def adapter_files(lm) -> dict:  # An adapted model
     from safetensors.torch import save
 
     layers, c = lora_layers(lm), lm.lora
-    others = {n.rpartition(".")[0] for n in adapter_tensors(lm) if "lora_" not in n}
+    beside = [n for n in adapter_tensors(lm) if "lora_" not in n]
+    others = {n.rpartition(".")[0] for n in beside}
     config = dict(peft_type="LORA", task_type=None, base_model_name_or_path=None, inference_mode=True, bias="none")
     config.update(r=c.rank, lora_alpha=c.alpha or 2 * c.rank, lora_dropout=c.dropout, target_modules=list(layers))
     config.update(modules_to_save=sorted(others) or None, fan_in_fan_out=all(m.transposed for m in layers.values()))
+    config["ensure_weight_tying"] = any(_names_tied_to(lm, n) for n in beside) and not _tied_layers(lm)
     tensors = {_name_to_peft(n): t for n, t in adapter_tensors(lm).items()}
     return dict(zip(ADAPTER_FILES, (json.dumps(config, indent=1).encode(), save(tensors, dict(format="pt")))))
+
+
+def _tied_layers(lm):
+    "Return the names of the adapted layers whose weight is tied to another one"
+    return [name for name in lora_layers(lm) if _names_tied_to(lm, f"{name}.weight")]
 
 
 def _name_to_peft(name):
     return _PREFIX + name + (".weight" if name.endswith((".lora_A", ".lora_B")) else "")
 
-
+# %% ../../nbs/nn/25_lora.ipynb #bc05511a
 def save_adapter(lm, folder) -> None:  # An adapted model, and the folder to write to
     "Save the model's adapter in PEFT's format"
     if not lm.lora:
         raise ValueError("the model has no adapter to save. Call add_lora first")
+    for name in _tied_layers(lm):
+        problem = f"{name} is tied to the embedding. PEFT's merge_and_unload would change both"
+        print(f"{problem}: merge with lmnotes, or leave {name} out with LoRAConfig(targets=...)")
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, data in adapter_files(lm).items():
         write_atomic(Path(folder) / name, data)
@@ -266,6 +281,14 @@ def _check_matches_model(lm, layers, others, base_weights, folder):
         if own is None or (own.dtype, own.shape) != (t.dtype, t.shape) or not torch.equal(own, t):
             raise CheckpointError(f"{folder}: made for other weights. Load the base model that it was trained on")
 
+# %% ../../nbs/nn/25_lora.ipynb #b6a92d83
+def _untie(lm, names):
+    "Give the parameters `names` their own copies if they are tied to others"
+    for name in [name for name in names if _names_tied_to(lm, name)]:
+        module, _, leaf = name.rpartition(".")
+        setattr(lm.get_submodule(module), leaf, nn.Parameter(lm.get_parameter(name).detach().clone()))
+        lm.cfg = replace(lm.cfg, tie=False)
+
 # %% ../../nbs/nn/25_lora.ipynb #1165e9cd
 def load_adapter(lm, folder) -> nn.Module:  # The base model, which is changed in place and returned, and the folder
     "Load an adapter that lmnotes or PEFT saved, and add it to its base model"
@@ -279,6 +302,8 @@ def load_adapter(lm, folder) -> nn.Module:  # The base model, which is changed i
     _check_matches_model(lm, layers, others, base_weights, folder)
     _check_shapes(lm, layers, tensors, cfg["rank"], folder)
     check_weights(tensors, Path(folder) / ADAPTER_FILES[1], dict.fromkeys(tensors, torch.empty(0)) | lm.state_dict())
+    if "revision" in config:  # Written by PEFT, which trains a copy of each saved weight
+        _untie(lm, others)
     add_lora(lm, LoRAConfig(**cfg, targets=" ".join(layers), train=" ".join(others)))
     state = lm.state_dict()
     for name, t in tensors.items():
