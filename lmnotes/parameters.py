@@ -10,6 +10,7 @@ __all__ = ['PositiveInt', 'NonNegativeInt', 'PositiveFloat', 'NonNegativeFloat',
 # %% ../nbs/03_parameters.ipynb #14aef19e
 import difflib
 import inspect
+import os
 import re
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
@@ -94,8 +95,7 @@ def _adapter(kind):
 def _plain(value, kinds):
     "Return a value as pydantic takes it. `kinds` are the types that the parameter accepts"
     value = value.item() if hasattr(value, "item") else value  # A number of NumPy or PyTorch
-    if isinstance(value, bool) and str in kinds:
-        return str(value)
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if isinstance(value, bool) and bool not in kinds:
         raise ValueError("a truth value is no number and no text")
     if isinstance(value, str) and str not in kinds:

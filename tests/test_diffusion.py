@@ -137,7 +137,7 @@ def plain_sampler(lm, prompt, steps, seed, row):
     "Sample one window of one row, with a call of the network at each step"
     n = lm.cfg.ctx_len + 1 - len(prompt)
     x = torch.tensor([prompt + [lm.cfg.vocab_size] * n])
-    pick = TokenSampler(seed=seed).reset(x, [row])
+    pick = TokenSampler(temperature=1.0, seed=seed).reset(x, [row])
     order = torch.rand(n, generator=row_generators(pick, 1)[0]).argsort().tolist()
     for step in range(steps, 0, -1):
         logits = lm(x)

@@ -26,7 +26,7 @@ def test_import_loads_no_other_package(module):
 
 @pytest.mark.parametrize("use", ["import lmnotes; lmnotes.run", "import lmnotes.apps.cli"])
 def test_training_code_imports_only_torch(use):
-    assert loaded(use) - loaded("import torch, torch._dynamo") == {"lmnotes"}
+    assert loaded(use) - loaded("import torch, torch._dynamo") == {"lmnotes", "annotated_types"}
 
 
 def test_import_loads_only_the_first_module_of_the_package():

@@ -217,7 +217,8 @@ def check_parameters(
     for name in parameters:
         if name not in known:
             raise ValueError(f"{name!r} is not a parameter of {Path(notebook).name}; {closest_or_all(name, known)}")
-    return {name: convert(name, value, known[name]) for name, value in parameters.items()}
+    texts = {name: str(value) for name, value in parameters.items() if isinstance(value, bool) and known[name] is str}
+    return {name: convert(name, value, known[name]) for name, value in (parameters | texts).items()}
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #1329125d
 def run_name_of_output(

@@ -198,7 +198,10 @@ def _automatic_values(c):
     "Return the values of fields that a run has chosen by itself"
     rate = dict(muon=0.02, adamw=0.002)[c["optimizer"]]
     return dict(
-        learning_rate=rate, eval_interval=max(1, c["steps"] // 10), eval_iters=20, lora_alpha=2.0 * c["lora_rank"]
+        learning_rate=rate,
+        eval_interval=max(1, c["steps"] // 10),
+        eval_iters=20,
+        lora_alpha=2.0 * c.get("lora_rank", 0),
     )
 
 # %% ../../nbs/recipes/84_fresh_or_resume_config.ipynb #3fd2d0d3

@@ -276,14 +276,16 @@ def test_a_full_disk_when_the_peak_memory_is_recorded(tmp_path, monkeypatch):
         RecordPeakMemory(tmp_path).at_end(None)
 
 
-def test_a_full_disk_when_files_of_an_earlier_run_move_aside(tmp_path, monkeypatch):
-    "A run does not start if it would overwrite the files of an earlier one"
-    folder, old = tmp_path / "r", tmp_path / "r.pt"
-    folder.mkdir()
+def test_a_full_disk_when_files_of_another_program_move_aside(workdir, monkeypatch):
+    "A run does not start if it would overwrite them"
+    monkeypatch.chdir(workdir)
+    old = workdir / "runs/r/metrics.jsonl"
+    old.parent.mkdir(parents=True)
     old.write_bytes(b"old")
-    monkeypatch.setattr(os, "replace", full_disk)
+    move = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: full_disk(a, b) if Path(a).name == old.name else move(a, b))
     with pytest.raises(CheckpointError, match="disk full, .* so this run cannot start"):
-        nanothink.SaveRecipeParams(folder, {}).after_step(SimpleNamespace(rank=0, step=0))
+        run(**SHORT)
     assert old.read_bytes() == b"old"
 
 

@@ -146,7 +146,7 @@ def test_papermill_keeps_the_report_of_an_earlier_run(workdir, uninterrupted_run
     report = runs / "r/train.ipynb"
     before = executed(notebook, **then)
     if case == "edited notebook":
-        before = before.replace("seed: int = 0", "seed: int = 1")
+        before = before.replace("seed: NonNegativeInt = 0", "seed: NonNegativeInt = 1")
     report.write_text(before)
     if case == "resumed by a variable":
         monkeypatch.setenv("LMNOTES_RESUME", "auto")
@@ -259,7 +259,8 @@ def test_every_way_to_pass_resume(workdir, monkeypatch):
     ways = {"--resume": True, "--no-resume": False, "--resume auto": "auto", "--resume=auto": "auto"}
     for words, expected in ways.items():
         assert cli.train_command([*words.split(), "--steps", "5"]) == 0
-        assert resolve_config(found[-1], environ={})[0].resume == expected and found[-1]["steps"] == 5
+        cfg = resolve_config(found[-1], environ={})[0]
+        assert (cfg.resume, cfg.steps) == (expected, 5)
     assert [to_cli_flags(dict(resume=v)) for v in (True, False, "auto")] == [
         ["--resume"],
         ["--no-resume"],
