@@ -16,19 +16,19 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import DataError, open_new, project_root, sha256_json
+from ..core import DataError, TokenizerError, open_new, project_root, sha256_json
 from .corpus import to_bytes
 from .datasets import *
 from .folders import describe_skipped
 from .records import record_text
 from .splits import *
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, check_words
 from .tokenizer_files import *
 from .tokens import *
 from ..files import remove_path
 
 # %% ../../nbs/data/16_prepare.ipynb #177fae99
-def _document_batches(documents, n_chars=1 << 22):
+def _document_batches(documents, n_chars=1 << 20):
     "Yield lists of documents with about `n_chars` characters, to tokenize together"
     batch, size = [], 0
     for d in documents:
@@ -47,7 +47,11 @@ def _write_token_file(corpus, documents, tokenizer, path, source):
     last = None
     with TokenWriter(path, tokenizer.vocab_size, tokenizer.fingerprint, source) as out:
         for batch in _document_batches(documents):
-            for d, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch])):
+            try:
+                encoded = tokenizer.encode_batch([d.text for d in batch])
+            except TokenizerError as e:
+                raise DataError(f"{corpus.name}: {e}") from None
+            for d, ids in zip(batch, encoded):
                 ids = np.append(ids, end).astype(np.int64) if end else ids
                 out.add(ids, d.domain, len(to_bytes(d.text)) + len(end), (d.domain, d.id) != last)
                 last = d.domain, d.id
@@ -198,7 +202,13 @@ def get_corpus_tokenizer(corpus, spec, split, data_dir="") -> "Tokenizer":
         yield from (d.text for d in split_documents(corpus, split, "train"))
         corpus.check_unchanged()
 
-    return get_tokenizer(spec, training_texts, data_dir)
+    if spec.partition(":")[0] not in ("bpe", "gpt2"):
+        return get_tokenizer(spec, training_texts, data_dir)
+    try:
+        check_words(next((d.text for d in corpus.documents()), ""))  # Before the whole text is read
+        return get_tokenizer(spec, training_texts, data_dir)
+    except TokenizerError as e:
+        raise DataError(f"{corpus.name}: {e}") from None
 
 # %% ../../nbs/data/16_prepare.ipynb #770246bf
 def tokenizer_folder_for(path) -> Path:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOKENIZER_FORMAT', 'TOKENIZER_FILES', 'EOT', 'BYTE_CHARS', 'BYTE_FROM_CHAR', 'ESCAPED_BYTES', 'Tokenizer',
-           'ByteTokenizer', 'CharTokenizer', 'token_chars', 'parse_merge', 'BPETokenizer', 'auto_vocab_size',
-           'count_bytes_and_chars']
+           'ByteTokenizer', 'CharTokenizer', 'token_chars', 'parse_merge', 'check_words', 'BPETokenizer',
+           'auto_vocab_size', 'count_bytes_and_chars']
 
 # %% ../../nbs/data/13_tokenizer.ipynb #76d68dce
 import copy
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import TokenizerError, sha256_json, write_atomic, write_json
-from .corpus import to_bytes, to_text
+from .corpus import MAX_WORD_CHARS, find_cut, to_bytes, to_text
 
 # %% ../../nbs/data/13_tokenizer.ipynb #e2ef704c
 TOKENIZER_FORMAT = "lmnotes.tokenizer"
@@ -209,6 +209,17 @@ def parse_merge(merge) -> "tuple | list":
     return tuple(merge.split(" ")) if isinstance(merge, str) else merge
 
 
+def check_words(text) -> str:
+    "Return `text`, or raise `TokenizerError` for a word so long that its merges would take too much time and memory"
+    at = 0
+    while len(text) - at >= MAX_WORD_CHARS:
+        if not (cut := find_cut(text[at : at + MAX_WORD_CHARS])):
+            problem = f"{MAX_WORD_CHARS:,} characters without the start of a word, from {text[at : at + 10]!r} on"
+            raise TokenizerError(f"{problem}. BPE needs words, so use tokenizer='bytes' or tokenizer='chars'")
+        at += cut
+    return text
+
+
 def _train_bpe(texts, vocab_size):
     "Return (vocabulary, merges) learned from an iterator of texts"
     import tokenizers as hf
@@ -220,7 +231,7 @@ def _train_bpe(texts, vocab_size):
     trainer = hf.trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=BYTE_CHARS, show_progress=False
     )
-    tok.train_from_iterator((ESCAPED_BYTES.sub("", text) for text in texts), trainer)
+    tok.train_from_iterator((ESCAPED_BYTES.sub("", check_words(text)) for text in texts), trainer)
     model = json.loads(tok.to_str())["model"]
     if len(model["vocab"]) < vocab_size:
         print(f"BPE: the training text allows only {len(model['vocab'])} of {vocab_size} ids (no pair is left)")
@@ -262,7 +273,7 @@ class BPETokenizer(Tokenizer):
 
     def encode_batch(self, texts) -> list:
         "Return the ids of several texts, using all cores"
-        split = [ESCAPED_BYTES.split(text) for text in texts]
+        split = [ESCAPED_BYTES.split(check_words(text)) for text in texts]
         plain = [piece for pieces in split for piece in pieces[::2]]
         encodings = iter(self._hf.encode_batch_fast(plain, add_special_tokens=False))
         return [self._join_encodings(pieces, encodings) for pieces in split]
