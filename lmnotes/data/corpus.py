@@ -89,8 +89,8 @@ def read_chunks(
         at = find_cut(text)
         if not at and len(text) >= MAX_WORD_CHARS:
             at = len(text)
-            if text.count("\0") == at:
-                problem = f"{at:,} zero bytes before byte {offset}, as in a file that was not written completely"
+            if "\0" in text and not text.strip("\0 \t\r\n"):
+                problem = f"{text.count(chr(0)):,} zero bytes before byte {offset}, as in a file that was not written completely"
                 raise DataError(f"{name}:{line}: {problem}. Copy or download it again")
         if at:
             yield text[:at]

@@ -214,7 +214,7 @@ def check_words(text) -> str:
     at = 0
     while len(text) - at >= MAX_WORD_CHARS:
         if not (cut := find_cut(text[at : at + MAX_WORD_CHARS])):
-            problem = f"{MAX_WORD_CHARS:,} characters without the start of a word, from {text[at : at + 10]!r} on"
+            problem = f"{MAX_WORD_CHARS:,} characters without the start of a word (from {text[at : at + 10]!r} on)"
             raise TokenizerError(f"{problem}. BPE needs words, so use tokenizer='bytes' or tokenizer='chars'")
         at += cut
     return text

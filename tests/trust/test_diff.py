@@ -38,7 +38,7 @@ def test_parameters_and_figures(trained):
     d = diff(trained / "r", trained / "faster")
     assert differing(d, "parameter") == {"lr", "steps"}
     assert d.first["step"] == 3 and d.first["name"] == "loss" and d.first["a"] != d.first["b"]
-    assert "| parameter | lr | 0 | 0.05 |" in d._repr_markdown_()
+    assert "| parameter | lr | auto | 0.05 |" in d._repr_markdown_()
     assert [row["step"] for row in d.curves.rows] == list(range(5, 51, 5))
     assert d.curves.rows[-1]["r"] == "-" and d.curves.rows[0]["difference"]
     assert len(d.figure().axes) == 2

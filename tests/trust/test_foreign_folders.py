@@ -180,7 +180,7 @@ def test_a_value_is_never_read_as_a_flag(monkeypatch, text):
     given = {}
     monkeypatch.setattr("lmnotes.runs.run.run", lambda **params: given.update(params))
     monkeypatch.setattr(cli, "_status_to_exit_code", lambda r: 0)
-    params = dict(prompt=text, lr=-0.5, steps=3, resume="auto", compile=False)
+    params = dict(prompt=text, lr=5e-5, steps=3, resume="auto", compile=False)
     assert cli.train_command(to_cli_flags(params)) == 0
     assert {name: vars(resolve_config(given, environ={})[0])[name] for name in params} == params
 
