@@ -64,16 +64,19 @@ def _kinds(kind):
 
 
 _NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", type(None): "None"}
-_BOUNDS = {Ge: ("ge", "at least"), Gt: ("gt", "above"), Le: ("le", "at most"), Lt: ("lt", "below")}
+_BOUNDS = {
+    Ge: lambda c: f"at least {c.ge:g}",
+    Gt: lambda c: f"above {c.gt:g}",
+    Le: lambda c: f"at most {c.le:g}",
+    Lt: lambda c: f"below {c.lt:g}",
+}
 
 
 def describe_kind(kind) -> str:  # An annotation
     "Describe the values that an annotation accepts, such as `auto or a number above 0`"
     texts = []
     for k, extra in _kinds(kind):
-        bounds = [
-            f"{words} {getattr(c, field):g}" for c in extra for t, (field, words) in _BOUNDS.items() if type(c) is t
-        ]
+        bounds = [_BOUNDS[type(c)](c) for c in extra if type(c) in _BOUNDS]
         if get_origin(k) is Literal:
             texts = [*map(str, get_args(k)), *texts]
         elif get_origin(k) is list:
@@ -139,7 +142,7 @@ def convert(
 def check_declared(config) -> None:  # An instance of a dataclass
     "Raise ValueError, naming the field, unless all fields have the declared types and ranges"
     for name, p in declared(type(config)).items():
-        convert(name, getattr(config, name), p.kind)
+        convert(name, vars(config)[name], p.kind)
 
 # %% ../nbs/03_parameters.ipynb #65ac4a18
 ZERO_IN_FORMAT_1 = dict.fromkeys(

@@ -286,7 +286,7 @@ def _untie(lm, names):
     "Give the parameters `names` their own copies if they are tied to others"
     for name in [name for name in names if _names_tied_to(lm, name)]:
         module, _, leaf = name.rpartition(".")
-        setattr(lm.get_submodule(module), leaf, nn.Parameter(lm.get_parameter(name).detach().clone()))
+        lm.get_submodule(module).register_parameter(leaf, nn.Parameter(lm.get_parameter(name).detach().clone()))
         lm.cfg = replace(lm.cfg, tie=False)
 
 # %% ../../nbs/nn/25_lora.ipynb #1165e9cd

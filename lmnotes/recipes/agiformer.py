@@ -21,10 +21,16 @@ from ..training.trainer import *
 
 # %% ../../nbs/recipes/83_agiformer.ipynb #2f071648
 # Long: a run that is resumed or extended has cases, which are checked in order
+def _data_folder(record):
+    "Return the folder of token files that a run was trained on, or None"
+    paths = paths_to_try(record["config"]["data"]) if record else []
+    return next((path for path in paths if (path / "train.bin").is_file()), None)
+
+
 def _recorded_function(record):
     "Return (name of the function, number of ids) of the recorded batches that a run was trained on, ('', 0) without any"
-    path = project_root() / record["config"]["data"] / "train.bin" if record else None
-    info = read_metadata(path) if path and path.is_file() else None
+    folder = _data_folder(record)
+    info = read_metadata(folder / "train.bin") if folder else None
     return (str(info["source"].get("function", "")), info["count"]) if info else ("", 0)
 
 
@@ -54,7 +60,7 @@ def recorded_batches(
     if not function or enough:
         return config["data"] if name else ""
     init_distributed(pick_device(device))
-    earlier = project_root() / config["data"] if record else None
+    earlier = _data_folder(record)
     made = _record(function, batch_size, seq_len, steps, earlier) if rank_and_world_size()[0] == 0 else None
     return broadcast_from_rank0(made)
 
