@@ -196,6 +196,17 @@ def cuts():
     ]
 
 
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", pytest.param("SIGXCPU", marks=pytest.mark.nightly)])
+def test_signals_that_announce_an_end(workdir, uninterrupted, name):
+    "A closed terminal and the limits of a job end a run as SIGTERM does"
+    number = signal.Signals[name]
+    assert send(workdir, "before step 8", number) == 128 + number, read_log(workdir)
+    record = core.read_json(workdir / "runs/r/run.json")
+    assert (record["status"], record["signal"], record["step"]) == ("interrupted", name, 8)
+    assert resume(workdir) == 0, read_log(workdir)
+    assert not differences(uninterrupted, run_results(workdir / "runs/r"))
+
+
 @pytest.mark.parametrize("moment, number", cuts())
 def test_signal_at_each_moment(workdir, uninterrupted, moment, number):
     code = send(workdir, moment, number)

@@ -13,6 +13,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -82,7 +83,8 @@ def _status_to_exit_code(r):
     "Return the exit code for the end of a run"
     if r.status == "diverged":
         return 3
-    return 128 + {"SIGINT": 2, "SIGTERM": 15}.get(r.info.get("signal"), 2) if r.status == "interrupted" else 0
+    numbers = {s.name: s.value for s in signal.Signals}
+    return 128 + numbers.get(r.info.get("signal"), signal.SIGINT) if r.status == "interrupted" else 0
 
 # %% ../../nbs/apps/92_cli.ipynb #5b1288b4
 def train_command(argv) -> int:

@@ -119,7 +119,7 @@ def _start_ranks(n, flags, store, out):
 
 # %% ../../nbs/runs/66_launch.ipynb #74556cae
 GRACE = 30  # Seconds between SIGTERM and SIGKILL for the ranks of a run that has failed
-NORMAL_EXIT_CODES = {None, 0, 3, 130, 143}  # None: still running. The others are in the table of `lmnotes.apps.cli`
+NORMAL_EXIT_CODES = {None, 0, 3, *(128 + s for s in STOP_SIGNALS)}  # None: running. `lmnotes.apps.cli` has a table
 
 
 def _wait_for_ranks(ranks, signals, redraw):

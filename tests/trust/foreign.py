@@ -15,7 +15,8 @@ import torch
 from helpers import DEADLINE, FORK
 from safetensors.torch import save as safetensors_bytes
 
-from lmnotes.core import CheckpointError, DataError, TokenizerError, peak_memory
+from lmnotes.core import CheckpointError, DataError, TokenizerError
+from lmnotes.runs.run import peak_memory
 
 OWN = DataError, TokenizerError, CheckpointError
 SPARE = 1 << 31  # Bytes of address space that a child process may add
