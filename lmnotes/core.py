@@ -362,7 +362,7 @@ STOP_SIGNALS = [
     s for s in signal.Signals if s.name in "SIGINT SIGTERM SIGHUP SIGUSR1 SIGXCPU".split()
 ]  # Of this system
 
-
+# %% ../nbs/00_core.ipynb #cea92340
 # Long: a signal, from its arrival to the end of the block
 class StopSignals:
     "Context manager that is true after one of `STOP_SIGNALS` and restores the previous signal handlers on exit"

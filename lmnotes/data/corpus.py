@@ -61,7 +61,16 @@ def find_cut(text) -> int:
     return len(text) - last.end() if last else 0
 
 # %% ../../nbs/data/10_corpus.ipynb #7134dbf3
+# Long: decoding, counting lines and cutting share the state between two reads
 MAX_WORD_CHARS = 1 << 16  # Characters without a cut that a BPE tokenizer accepts
+
+
+def _check_not_zeros(text, where, offset):
+    "Return `text`, or raise `DataError` if it has only zeros and white space. `offset` is the number of the byte after it"
+    if "\0" not in text or text.strip("\0 \t\r\n"):
+        return text
+    problem = f"{text.count(chr(0)):,} zero bytes before byte {offset}, as in a file that was not written completely"
+    raise DataError(f"{where}: {problem}. Copy or download it again")
 
 
 def read_chunks(
@@ -88,10 +97,7 @@ def read_chunks(
         offset += len(data)
         at = find_cut(text)
         if not at and len(text) >= MAX_WORD_CHARS:
-            at = len(text)
-            if "\0" in text and not text.strip("\0 \t\r\n"):
-                problem = f"{text.count(chr(0)):,} zero bytes before byte {offset}, as in a file that was not written completely"
-                raise DataError(f"{name}:{line}: {problem}. Copy or download it again")
+            at = len(_check_not_zeros(text, f"{name}:{line}", offset))
         if at:
             yield text[:at]
             text = text[at:]

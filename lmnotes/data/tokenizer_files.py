@@ -13,6 +13,7 @@ from pathlib import Path
 from ..core import TokenizerError, check_regular_file, data_root, paths_to_try, read_json
 from .tokenizer import *
 from .untrusted_files import read_plain_pickle
+from ..untrusted import escape_terminal
 
 # %% ../../nbs/data/14_tokenizer_files.ipynb #cb7c6ea0
 def _char_tokenizer_from_json(obj, path):
@@ -24,11 +25,25 @@ def _char_tokenizer_from_json(obj, path):
     return CharTokenizer(map(chr, chars))
 
 # %% ../../nbs/data/14_tokenizer_files.ipynb #b6af764f
+def _is_beyond_vocab(token, vocab):
+    "Return whether an added token is a special one after all others, such as [PAD], so that no text contains its id"
+    if not isinstance(token, dict) or not isinstance(vocab, dict) or not isinstance(token.get("content"), str):
+        return False
+    return (
+        token.get("special") is True
+        and token["content"] != EOT
+        and type(token.get("id")) is int
+        and token["id"] >= len(vocab)
+    )
+
+# %% ../../nbs/data/14_tokenizer_files.ipynb #c651c598
 def _bpe_from_hf_json(obj, path):
     "Return a BPE from Hugging Face's tokenizer.json, if it is GPT-2's kind of BPE"
     model, pre, added = obj["model"], obj.get("pre_tokenizer"), obj.get("added_tokens") or []
     pre = pre if isinstance(pre, dict) else {}
     added = added if isinstance(added, list) else [str(added)]
+    extra = [a for a in added if _is_beyond_vocab(a, model.get("vocab"))]
+    added = [a for a in added if a not in extra]
     names = [a.get("content") if isinstance(a, dict) else f"{a}?" for a in added]
     options = "dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"
     changed = " with ".join(["", *(name for name in options if model.get(name))])
@@ -41,6 +56,9 @@ def _bpe_from_hf_json(obj, path):
     vocab, merges = model.get("vocab"), model.get("merges")
     if names and isinstance(vocab, dict):
         vocab.setdefault(EOT, added[0].get("id"))
+    if extra:
+        ignored = ", ".join(escape_terminal(a["content"]) for a in extra)
+        print(f"{path}: ignored the special tokens {ignored}, which no text contains")
     pairs = [parse_merge(m) for m in merges] if isinstance(merges, list) else merges
     return BPETokenizer(vocab, pairs, source=str(path))
 
