@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 import torch
 from helpers import (
     DEADLINE,
+    ROOT,
     TINY,
     lmnotes_command,
     read_log,
@@ -30,14 +32,16 @@ from safetensors.torch import load_file
 
 import lmnotes
 from lmnotes import files
+from lmnotes.core import CheckpointError
 from lmnotes.export import export as module
 from lmnotes.export.export import export, read_manifest, source_files
 from lmnotes.export.hub import upload
 from lmnotes.export.model_card import retrain_command
-from lmnotes.nn.lm import LM
+from lmnotes.nn.lm import LM, new_lm
 from lmnotes.nn.lora import merge_and_unload
 from lmnotes.runs.load import load
 from lmnotes.runs.run import run
+from lmnotes.training.weights import load_initial_weights, merged_state_dict
 
 TOKEN = "hf_" + "sEcReT0123" * 3
 SMALL = TINY | dict(steps=20, eval_every=5, save_every=5, keep="all", prompt="3: ", eval_batches=1)
@@ -574,3 +578,24 @@ def test_secrets_and_damaged_files_are_not_uploaded(exported, tmp_path, capsys):
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0\0")
     with pytest.raises(ValueError, match="model.safetensors changed or deleted since the export"):
         upload(copy, "me/ok", dry_run=True)
+
+
+def test_an_export_opens_and_is_a_beginning(r, exported, workdir, tmp_path):
+    "It opens like a run, starts another one, and is not read after a change"
+    opened = lmnotes.load(exported)
+    assert opened.generate("The", 8) == r.generate("The", 8) and opened.metrics == r.metrics
+    assert opened.step == r.step and opened.config.ctx_len == r.config.ctx_len
+    with pytest.raises(ValueError, match="is an exported model, which holds one checkpoint"):
+        lmnotes.load(exported, which="best")
+    lm = load_initial_weights(new_lm(r.lm.arch, **asdict(r.lm.cfg)), exported)
+    assert all(torch.equal(t, merged_state_dict(r.lm)[name]) for name, t in lm.state_dict().items())
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    for name in ("config.json", "model.safetensors", "run.json", "tokenizer/tokenizer.json"):
+        before = (copy / name).read_bytes()
+        (copy / name).write_bytes(before + b" ")
+        for use in (lmnotes.load, lambda path: load_initial_weights(lm, path)):
+            with pytest.raises(CheckpointError, match=f"{name}: missing, or changed since the export"):
+                use(copy)
+        (copy / name).write_bytes(before)
+    assert lmnotes.load(copy).step == r.step
+    assert lmnotes.load(ROOT / "tests/golden/0.1/export").step == 400

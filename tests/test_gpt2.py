@@ -22,6 +22,8 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 
+import lmnotes
+from lmnotes.data.tokenizer import BPETokenizer
 from lmnotes.inference.generation import generate_ids
 from lmnotes.models.gpt2 import GPT2, save_hf, to_hf
 from lmnotes.nn.lm import new_lm
@@ -490,3 +492,24 @@ def test_interrupted_download(hub, source, tmp_path):
         OPEN.format(names=["gpt2"]), tmp_path / "home", HF_ENDPOINT=f"http://127.0.0.1:{hub.server_address[1]}"
     )
     assert "gpt2" in output and "logits" not in output
+
+
+def test_a_gpt2_with_an_added_pad_token(tmp_path, monkeypatch, capsys):
+    "Its tokenizer and its embedding have one id more than the tokenizer that it grew from"
+    from transformers import GPT2Tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    text = "The quick brown fox jumps over the lazy dog, and sits down to write a letter home.\n" * 60
+    (tmp_path / "x.txt").write_text(text)
+    BPETokenizer.train([text], 300).save("plain")
+    theirs = GPT2Tokenizer.from_pretrained("plain")
+    size = len(theirs)
+    theirs.add_special_tokens({"pad_token": "[PAD]"})
+    published("tuned", vocab_size=size + 1, n_positions=32)
+    theirs.save_pretrained("tuned")
+    given = dict(data="x.txt", arch="gpt2", init_from="tuned", ctx_len=32, batch_size=2, steps=1, lr=1e-4)
+    given |= dict(model_args="dropout=0", device="cpu", dtype="float32", out_dir="out")
+    runs = [lmnotes.run(run=name, tokenizer=name, **given) for name in ("plain", "tuned")]
+    assert "ignored the special tokens [PAD]" in capsys.readouterr().out
+    assert all(r.lm.cfg.vocab_size == size == r.tokenizer.vocab_size for r in runs)
+    assert state_hash(runs[0].folder / "step_00000001") == state_hash(runs[1].folder / "step_00000001")

@@ -33,8 +33,11 @@ def public_record(info) -> dict:
     config = {n: v for n, v in info["config"].items() if n not in _MACHINE_PARAMS}
     config |= {n: _basename(config[n]) for n in ("data", "tokenizer", "init_from")}  # Each may be a path
     data = {**info["data"], "what": _basename(info["data"]["what"])}
-    names = "status step started updated forked_from tokens n_params dtype device versions tokenizer result".split()
-    return dict({n: info[n] for n in names if n in info}, data=data, config=config)
+    names = (
+        "format status step started updated forked_from tokens n_params dtype device versions tokenizer result model"
+    )
+    origins = {n: "default" for n in info["origins"]}
+    return dict({n: info[n] for n in names.split() if n in info}, data=data, config=config, origins=origins)
 
 # %% ../../nbs/export/80_model_card.ipynb #dd6a6ede
 def retrain_command(info) -> str:

@@ -203,10 +203,14 @@ _RECORD = {
 }
 
 # %% ../../nbs/runs/61_folder.ipynb #eef026aa
-def read_run_record(folder) -> dict:
+def read_run_record(
+    folder,  # Run folder, or an exported model
+    **missing,  # Entries to use where run.json has none
+) -> dict:
     "Return run.json of a run, or raise `CheckpointError` naming the entry that is missing or has a wrong type"
     path = Path(folder) / "run.json"
     info = read_json(path, CheckpointError)
+    info = missing | info if isinstance(info, dict) else info
     check_format(info, path)
     if isinstance(info, dict) and isinstance(info.get("config"), dict):
         info = info | dict(config=current_params(info["config"], info))

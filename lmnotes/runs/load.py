@@ -27,6 +27,7 @@ from .data import *
 from .folder import *
 from ..training.checkpoint import *
 from ..training.trainer import *
+from ..training.weights import *
 from ..untrusted import *
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def actual_status(info, alive) -> str:  # Record, and the result of `is_run_aliv
 # %% ../../nbs/runs/64_load.ipynb #e7aefe57
 @escape_printed
 def load(
-    path: "str | Path" = "",  # Run folder, or its name under checkpoints/ (empty: the most recent run)
+    path: "str | Path" = "",  # Run folder, its name under checkpoints/, or an exported model (empty: the most recent run)
     which: str = "",  # Checkpoint: best | last | interrupted | final (empty: the newest verified one)
     device: str = "auto",  # auto | cuda | mps | cpu
     dtype: str = "float32",  # Data type of the weights. bfloat16 halves the memory that generation reads per token
@@ -154,11 +155,24 @@ def load(
 ) -> Run:
     "Open a trained run, with its model in evaluation mode"
     found, device = find_run_folder(path), pick_device(device)
-    folder, lm, info = read_while_training(found, lambda: _load_model(found, which, device, model_args))
+    if is_export(found):
+        folder, lm, info = _load_export(found, which, device, model_args)
+    else:
+        folder, lm, info = read_while_training(found, lambda: _load_model(found, which, device, model_args))
     tokenizer = load_tokenizer(folder / "tokenizer")
     check_same_tokenizer(tokenizer, info, folder)
     lm.load_extra_files(folder)
     return Run(folder, lm.to(getattr(torch, pick_dtype(device, dtype)[0])), tokenizer, info)
+
+# %% ../../nbs/runs/64_load.ipynb #86514d99
+def _load_export(folder, which, device, model_args):
+    "Return (folder, model, record) of an exported model"
+    if which:
+        raise ValueError(f"which={which!r}: {folder} is an exported model, which holds one checkpoint. Leave it out")
+    verify_export(folder)
+    lm = read_lm(folder, device, model_args)
+    missing = dict(origins={}, model=asdict(lm.cfg))  # Exports of version 0.1 lack these
+    return folder, lm, read_run_record(folder, **missing)
 
 
 def _load_model(path, which, device, model_args):
