@@ -11,8 +11,9 @@ import torch
 from helpers import run_in_process
 
 import lmnotes
-from lmnotes.data.batches import IGNORE_INDEX, PackedBatches
+from lmnotes.data.batches import IGNORE_INDEX, Batch, PackedBatches
 from lmnotes.data.prepare import prepare_data
+from lmnotes.nn.lm import new_lm
 from lmnotes.runs.run import run
 from lmnotes.training.trainer import Hook
 
@@ -103,6 +104,26 @@ def test_runs_of_version_01_resume_with_its_packing(tmp_path, monkeypatch):
     weights = [r.lm.state_dict() for r in (whole, resumed, new)]
     assert all(torch.equal(t, weights[1][name]) for name, t in weights[0].items())
     assert any(not torch.equal(t, weights[2][name]) for name, t in weights[0].items())
+
+
+@pytest.mark.parametrize("arch", ["gpt", "ssm"])
+def test_separate_documents_do_not_see_each_other(arch):
+    "The loss of a batch is the sum of the losses of its documents, each alone in a batch"
+    ids, starts = np.array([*range(1, 9), 0, 3, 4, 0, 9, 8, 7, 6, 5, 0]), [0, 9, 12]
+    torch.manual_seed(0)
+    small = dict(d_model=16, n_layers=1, dropout=0.0, **({} if arch == "ssm" else dict(n_heads=2)))
+    lm = new_lm(arch, vocab_size=10, ctx_len=12, **small).eval()
+    whole = PackedBatches(ids, starts, 3, 12, start_id=0, separate=True)[0]
+    assert sorted(row[row != IGNORE_INDEX].tolist() for row in whole.y) == sorted(
+        part.tolist() for part in np.split(ids, starts[1:])
+    )
+    with torch.no_grad():
+        alone = [
+            lm.loss(Batch(x[None, :n], y[None, :n])) for x, y in zip(whole.x, whole.y) if (n := int((y >= 0).sum()))
+        ]
+        together = lm.loss(whole)
+    assert together["n"] == sum(a["n"] for a in alone) == len(ids)
+    assert torch.allclose(together["nll"], sum(a["nll"] for a in alone), rtol=1e-5)
 
 
 def test_unknown_characters_cost_their_bytes(tmp_path, monkeypatch):

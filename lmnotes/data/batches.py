@@ -225,12 +225,15 @@ class DomainBalancedBatches(SequenceBatches):
 def pack_documents(
     lengths,  # Array with the number of targets in each document
     ctx_len,  # Context window: targets per row
+    separate=False,  # One piece per row (False: as many as fit)
 ) -> tuple:  # (start in its document, document, number of targets, row) of each piece, as four arrays
     "Cut documents into pieces of at most `ctx_len` targets, and fill rows with them in order"
     per_doc = -(-lengths // ctx_len)  # Pieces in each document
     doc = np.repeat(np.arange(len(lengths)), per_doc)
     start = (np.arange(len(doc)) - np.repeat(np.cumsum(per_doc) - per_doc, per_doc)) * ctx_len
     n = np.minimum(ctx_len, lengths[doc] - start)
+    if separate:
+        return start, doc, n, np.arange(len(n))
     row, used, rows = 0, 0, np.empty(len(n), np.int64)
     for i, k in enumerate(n.tolist()):
         if used + k > ctx_len:
@@ -261,9 +264,10 @@ class PackedBatches:
         ctx_len,  # Context window: targets per row
         seed=0,  # Seed of the shuffle
         start_id=None,  # Input before the first id of each document, normally the id that ends documents
+        separate=False,  # One document, or piece of one, per row (False: as many as fit)
     ):
         bounds, skipped = np.append(np.asarray(doc_starts, np.int64), len(ids)), int(start_id is None)
-        start, doc, self.n, rows = pack_documents(np.maximum(np.diff(bounds) - skipped, 0), ctx_len)
+        start, doc, self.n, rows = pack_documents(np.maximum(np.diff(bounds) - skipped, 0), ctx_len, separate)
         if not len(rows):
             raise DataError(f"none of {len(doc_starts)} documents has two tokens, so there is nothing to predict")
         self.ids, self.ctx_len = ids, ctx_len
@@ -355,11 +359,14 @@ def get_batches(
     stride=0,  # Tokens from one sequence to the next, for samplers 'epochs' and 'sequential' (0: `ctx_len`)
     weights="",  # Shares of the domains such as "books=3 web=1", for sampler 'domains' (empty: equal shares)
     start_id=None,  # For sampler 'documents': input before the first id of each document, as in `PackedBatches`
+    separate=False,  # For sampler 'documents': one document per row
 ) -> "SequenceBatches | PackedBatches":  # Object with `[step]`, which is a `Batch`, and `steps_per_epoch`
     "Return the training batches of a token file"
     sampler = resolve_sampler(sampler, epochs, weights)
     if weights and sampler != "domains":
         raise ValueError(f"weights={weights!r} needs sampler='domains', not {sampler!r}")
+    if separate and sampler != "documents":
+        raise ValueError(f"packing='separate' needs sampler='documents', not {sampler!r}")
     if stride and sampler not in ("epochs", "sequential"):
         raise ValueError(f"stride={stride} needs sampler='epochs' or 'sequential', not {sampler!r}")
     if sampler == "random":
@@ -373,5 +380,5 @@ def get_batches(
             raise DataError(
                 f"{tokens.path} has no starts of documents for sampler='documents'. Prepare it with lmnotes"
             )
-        return PackedBatches(tokens.ids, tokens.doc_starts, batch_size, ctx_len, seed, start_id)
+        return PackedBatches(tokens.ids, tokens.doc_starts, batch_size, ctx_len, seed, start_id, separate)
     raise ValueError(f"sampler={sampler!r} is not one of {', '.join(SAMPLERS)}")

@@ -27,7 +27,7 @@ from ..untrusted import *
 # Long: a parameter a line
 Split = Literal["auto", "hash", "first90", "randperm42", "enwik8", "own"]
 Sampler = Literal["auto", "random", "epochs", "sequential", "domains", "documents"]
-Packing = Literal["joined", "0.1"]
+Packing = Literal["joined", "separate", "0.1"]
 
 
 @dataclass
@@ -52,7 +52,9 @@ class DataConfig:
     sampler: Sampler = "auto"  # Order of the data: auto | random | epochs | sequential | domains | documents
     epochs: FloatOrAuto = "auto"  # Length of the run in passes over the training data (auto: steps decides)
     stride: PositiveInt | Auto = "auto"  # For epochs and sequential: tokens between starts of sequences (auto: ctx_len)
-    packing: Packing = "joined"  # For sampler documents: joined | 0.1 (as in version 0.1, without a start)
+    packing: Packing = (
+        "joined"  # Of documents in a row: joined | separate (one per row) | 0.1 (joined, without a start)
+    )
 
 
 @dataclass

@@ -217,7 +217,7 @@ class RunSetup:
         cfg.sampler = resolve_sampler(cfg.sampler, cfg.epochs != "auto", cfg.weights)
         train, stride = self.data.tokens["train"], 0 if cfg.stride == "auto" else cfg.stride
         start_id = self.data.tokenizer.eot_id if cfg.packing != "0.1" else None
-        options = dict(stride=stride, weights=cfg.weights, start_id=start_id)
+        options = dict(stride=stride, weights=cfg.weights, start_id=start_id, separate=cfg.packing == "separate")
         self.batches = get_batches(train, cfg.batch_size, cfg.ctx_len, cfg.seed, cfg.sampler, **options)
         if log_fn:
             log_fn(describe_data(self.data, self.batches, cfg))
