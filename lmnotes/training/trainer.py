@@ -161,8 +161,13 @@ def _check_moments(opt):
             raise CheckpointError(f"the saved optimizers have moments {found} of {name}, expected {expected}")
 
 # %% ../../nbs/training/41_trainer.ipynb #804d5923
-def _explain_out_of_memory(e, trainer):
-    "Return an `OutOfMemoryError` that names the parameters to change, or `e` itself if it is another error"
+def _explain_error(e, trainer):
+    "Return an error of torch.compile or of full memory that names the parameters to change, or `e` itself if it is another"
+    if trainer.cfg.compile and type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        why = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        return ValueError(
+            f"compile=True fails here: {why[:200]}. Install a compiler that torch.compile can use, or omit compile"
+        )
     texts = "not enough memory", "can't allocate memory"
     if not isinstance(e, torch.OutOfMemoryError) and not any(text in str(e) for text in texts):
         return e
@@ -300,7 +305,7 @@ class Trainer:
                 self.seconds += time.perf_counter() - start
                 self._call_hooks()
         except RuntimeError as e:
-            raise _explain_out_of_memory(e, self) from None
+            raise _explain_error(e, self) from None
         self.status = self.stop or ("done" if self.step >= self.cfg.steps else "paused")
         for hook in self.hooks:
             hook.at_end(self)
