@@ -14,13 +14,14 @@ from helpers import TINY, command_line_args, differences, lmnotes_command, read_
 from lmnotes.core import CheckpointError
 from lmnotes.data.batches import RandomBatches
 from lmnotes.nn.lm import new_lm
+from lmnotes.runs.run import run
 from lmnotes.training.checkpoint import (
     latest_checkpoint,
     load_lm,
     save_checkpoint,
     verify_checkpoint,
 )
-from lmnotes.training.trainer import TrainConfig, Trainer
+from lmnotes.training.trainer import Hook, TrainConfig, Trainer
 
 
 def damaged(data, other, draw):
@@ -155,3 +156,30 @@ def test_training_continues_on_a_full_disk(workdir, file, size):
         run_in_process(workdir, lmnotes_command, "train", *command_line_args(run="r", out_dir="runs", resume=True)) == 0
     ), read_log(workdir)
     assert not differences(run_results(workdir / "runs/whole"), run_results(run))
+
+
+class Dashboard(Hook):
+    "Sends figures to a server that cannot be reached"
+
+    observes, calls = True, 0
+
+    def after_step(self, t):
+        self.calls += 1
+        raise ConnectionError("the server does not answer")
+
+
+@pytest.mark.parametrize("observes", [True, False])
+def test_a_hook_that_fails(workdir, uninterrupted_run, capsys, monkeypatch, observes):
+    "An observer is called once, and changes nothing. Any other hook ends the run"
+    monkeypatch.chdir(workdir)
+    hook = Dashboard()
+    hook.observes = observes
+    given = TINY | dict(out_dir=str(workdir / "runs"), run="observed", view=False, hooks=[hook])
+    if not observes:
+        with pytest.raises(ConnectionError):
+            run(**given)
+        return
+    r = run(**given)
+    assert (r.status, hook.calls) == ("done", 1)
+    assert "Dashboard failed and is off from here on: the server does not answer" in capsys.readouterr().out
+    assert not differences(run_results(uninterrupted_run), run_results(r.folder))

@@ -95,7 +95,7 @@ def read_chunks(
         text += new
         line += data.count(10)
         offset += len(data)
-        at = find_cut(text)
+        at = find_cut(text) if len(text) >= size else 0
         if not at and len(text) >= MAX_WORD_CHARS:
             at = len(_check_not_zeros(text, f"{name}:{line}", offset))
         if at:

@@ -68,6 +68,7 @@ class Hook:
 
     key = ""  # Name in the counters. The trainer numbers hooks of the same class
     file_patterns = ()  # Patterns of the extra files that this hook writes into the run folder
+    observes = False  # True: if it fails, the trainer prints a warning and continues without it
 
     def after_step(self, trainer) -> None:
         "Run after every step, and once for the step at which a resumed run starts"
@@ -307,13 +308,23 @@ class Trainer:
         except RuntimeError as e:
             raise _explain_error(e, self) from None
         self.status = self.stop or ("done" if self.step >= self.cfg.steps else "paused")
-        for hook in self.hooks:
-            hook.at_end(self)
+        for hook in list(self.hooks):
+            self._call(hook, hook.at_end)
         return self
 
+    def _call(self, hook, method):
+        "Call a method of a hook. An observer that fails is not called again"
+        try:
+            method(self)
+        except Exception as e:
+            if not hook.observes:
+                raise
+            self.hooks.remove(hook)
+            print(f"warning: step {self.step}: {type(hook).__name__} failed and is off from here on: {e}")
+
     def _call_hooks(self):
-        for hook in self.hooks:
-            hook.after_step(self)
+        for hook in list(self.hooks):
+            self._call(hook, hook.after_step)
         if self.signals and self.world_size == 1:
             self.stop = self.stop or "interrupted"
 
