@@ -198,12 +198,13 @@ def _limit_words(texts, n_chars):
     words, size, taken = set(), 0, 0
     for text in texts:
         new = {*re.findall(r"\w+|[^\w\s]+", text)} - words
-        size, taken = size + sum(map(len, new)), taken + len(text)
-        if size > n_chars:
+        size += sum(map(len, new))
+        if size > n_chars and taken:
             print(f"BPE: trained on the first {taken:,} characters, because almost all their words are different")
             return
         yield text
         words |= new
+        taken += len(text)
 
 # %% ../../nbs/data/14_tokenizer_files.ipynb #2a96bf38
 def _bpe_vocab_size(spec, texts):
