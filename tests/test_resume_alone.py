@@ -6,10 +6,24 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, differences, read_log, run_in_process, run_recipe, run_results, stop_before_step
+from helpers import (
+    ROOT,
+    StopAtSteps,
+    differences,
+    read_log,
+    run_in_process,
+    run_recipe,
+    run_results,
+    stop_before_step,
+)
 
 from lmnotes.data.tokenizer import BPETokenizer
 from lmnotes.data.tokens import TokenWriter
+from lmnotes.inspect.verify import verify
+from lmnotes.runs.replay import MISMATCH
+from lmnotes.runs.run import run
+from lmnotes.runs.setup import build_run
+from lmnotes.training.trainer import Hook
 
 pytestmark = pytest.mark.usefixtures("short_samples")
 EXPERT = dict(tokenizer="bytes", d_model=16, n_heads=2, n_layers=1, max_seq_len=32, batch_size=4, warmup_steps=2)
@@ -110,3 +124,39 @@ def test_resume_alone(name, tmp_path):
     start = stopped("step 0", 1)
     train(start, name, **alone)
     check(start, "step 0")
+
+
+class RecordRows(Hook):
+    "Collects the positions of all rows that a run has seen"
+
+    def __init__(self):
+        self.seen, self.steps = [], 0
+
+    def after_step(self, t):
+        if t.step > self.steps:
+            self.seen += [row.tolist() for row in t.batches[t.step - 1].x]
+        self.steps = t.step
+
+
+@pytest.mark.parametrize("sampler", ["epochs", "sequential", "documents"])
+def test_another_batch_size_continues_after_the_rows_seen(tmp_path, monkeypatch, sampler):
+    "Each row comes once in an epoch, though the batch size changes in it, and a replay gives the same bits"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    for i in range(40):
+        (tmp_path / "x" / f"{i}.txt").write_text(f"{i:03} " * (10 + i))
+    given = dict(data="x", split="first90", tokenizer="bytes", ctx_len=16, epochs=1, sampler=sampler, run="r")
+    given |= dict(
+        model_args="d_model=16 n_layers=1 n_heads=2", device="cpu", dtype="float32", out_dir="out", keep="all"
+    )
+    hook = RecordRows()
+    run(**given, batch_size=4, hooks=[hook, StopAtSteps(5)])
+    assert hook.steps == 5
+    r = run(run="r", out_dir="out", resume=True, batch_size=8, allow_change="batch_size", hooks=[hook])
+    n = round(4 * build_run(**given, batch_size=4).batches.steps_per_epoch)
+    assert r.status == "done" and r.step == 5 + -(-(n - 20) // 8)
+    first = build_run(**given, batch_size=1).batches
+    once = sorted(first[i].x[0].tolist() for i in range(n))
+    assert sorted(hook.seen[:n]) == once
+    assert r.info["changes"][0] | dict(step=5) == dict(step=5, name="batch_size", before=4, after=8)
+    assert not verify(r.folder, replay=9).parts(MISMATCH)

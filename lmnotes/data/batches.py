@@ -73,6 +73,12 @@ def check_length(ids, ctx_len, name="the token stream") -> None:
 class SequenceBatches:
     "Base class: batches of sequences that begin at `start_positions(step)`"
 
+    first_row = 0  # Number of the row at which step 0 begins, other than 0 after a change of the batch size
+
+    def row_numbers(self, step) -> np.ndarray:
+        "Return the numbers of the rows of a step, counted from the beginning of a run"
+        return self.first_row + np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+
     def __getitem__(self, step):
         return sequences_at(self.ids, self.start_positions(step), self.ctx_len)
 
@@ -96,12 +102,10 @@ class EpochOrder:
     def __init__(
         self,
         n,  # Number of rows
-        batch_size,  # Rows in the global batch
         seed=0,  # Seed of the shuffle
         shuffle=True,  # False: ascending order in each epoch
     ):
-        self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
-        self.steps_per_epoch = n / batch_size  # Not rounded
+        self.n, self.seed, self.shuffle = n, seed, shuffle
         self._epoch, self._perm = -1, None
 
     def _permutation(self, epoch):
@@ -110,9 +114,6 @@ class EpochOrder:
         if epoch != self._epoch:
             self._epoch, self._perm = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.n)
         return self._perm
-
-    def __getitem__(self, step):
-        return self.rows_at(np.arange(step * self.batch_size, (step + 1) * self.batch_size))
 
     def rows_at(self, positions) -> np.ndarray:
         "Return the rows at ascending `positions` in the order of the whole run"
@@ -133,13 +134,13 @@ class EpochBatches(SequenceBatches):
         shuffle=True,  # False: in the order of the ids
     ):
         check_length(ids, ctx_len)
-        self.ids, self.ctx_len, self.stride = ids, ctx_len, stride or ctx_len
+        self.ids, self.batch_size, self.ctx_len, self.stride = ids, batch_size, ctx_len, stride or ctx_len
         self.unused = (len(ids) - 1 - ctx_len) % self.stride  # Targets at the end
-        self.order = EpochOrder(1 + (len(ids) - 1 - ctx_len) // self.stride, batch_size, seed, shuffle)
-        self.steps_per_epoch = self.order.steps_per_epoch
+        self.order = EpochOrder(1 + (len(ids) - 1 - ctx_len) // self.stride, seed, shuffle)
+        self.steps_per_epoch = self.order.n / batch_size  # Not rounded
 
     def start_positions(self, step) -> np.ndarray:
-        return self.order[step] * self.stride
+        return self.order.rows_at(self.row_numbers(step)) * self.stride
 
 # %% ../../nbs/data/17_batches.ipynb #b7cfbaec
 def parse_weights(
@@ -190,7 +191,7 @@ class DomainBalancedBatches(SequenceBatches):
         n_targets = np.array([stop - start - 1 for start, stop in spans.values()])
         self.row_targets, sizes = np.minimum(n_targets, ctx_len), np.maximum(1, n_targets // ctx_len).tolist()
         self.unused = int((n_targets - sizes * self.row_targets).sum())  # Targets at the ends of domains
-        self.orders = [EpochOrder(n, batch_size, seed + i) for i, n in enumerate(sizes)]
+        self.orders = [EpochOrder(n, seed + i) for i, n in enumerate(sizes)]
         self.cycle = _domain_cycle([shares[name] for name in spans])
         self.per_cycle = np.bincount(self.cycle)
         self.earlier = np.array([(self.cycle[:i] == d).sum() for i, d in enumerate(self.cycle)])  # In the same cycle
@@ -200,7 +201,7 @@ class DomainBalancedBatches(SequenceBatches):
 
     def _rows(self, step):
         "Return (domain, start) of each row"
-        cycle, slot = np.divmod(np.arange(step * self.batch_size, (step + 1) * self.batch_size), len(self.cycle))
+        cycle, slot = np.divmod(self.row_numbers(step), len(self.cycle))
         domain, starts = self.cycle[slot], np.empty_like(slot)
         positions = cycle * self.per_cycle[domain] + self.earlier[slot]  # In the order of the domain
         for i in np.unique(domain):
@@ -253,7 +254,7 @@ def exchange_equal(
 
 # %% ../../nbs/data/17_batches.ipynb #7157c661
 # Long: the plan of the rows, and the batches that carry it out
-class PackedBatches:
+class PackedBatches(SequenceBatches):
     "Rows of whole documents (or pieces of long ones), each once per epoch, shuffled"
 
     def __init__(
@@ -270,15 +271,15 @@ class PackedBatches:
         start, doc, self.n, rows = pack_documents(np.maximum(np.diff(bounds) - skipped, 0), ctx_len, separate)
         if not len(rows):
             raise DataError(f"none of {len(doc_starts)} documents has two tokens, so there is nothing to predict")
-        self.ids, self.ctx_len = ids, ctx_len
+        self.ids, self.batch_size, self.ctx_len = ids, batch_size, ctx_len
         self.start = bounds[doc] + skipped + start  # Position of the first target of each piece
         self.before = ids[self.start - 1].astype(np.int64)  # Id before it
         self.before[start == 0] = self.before[start == 0] if start_id is None else start_id
         self.seed, self.exchange = seed, start_id is not None
         self.first = np.searchsorted(rows, np.arange(rows[-1] + 2))  # First piece of each row
-        self.order = EpochOrder(rows[-1] + 1, batch_size, seed)
+        self.order = EpochOrder(rows[-1] + 1, seed)
         self._epoch, self._pieces = -1, np.arange(len(rows))
-        self.steps_per_epoch = self.order.steps_per_epoch
+        self.steps_per_epoch = self.order.n / batch_size
 
     def _pieces_at(self, epoch):
         "Return the piece at each place in an epoch"
@@ -287,12 +288,13 @@ class PackedBatches:
         return self._pieces
 
     def __getitem__(self, step):
-        rows, first = self.order[step], step * self.order.batch_size
+        numbers = self.row_numbers(step)
+        rows = self.order.rows_at(numbers)
         x = np.zeros((len(rows), self.ctx_len), np.int64)
         y = np.full_like(x, IGNORE_INDEX)
         for i, row in enumerate(rows):
             at, places = 0, np.arange(self.first[row], self.first[row + 1])
-            for p in self._pieces_at((first + i) // self.order.n)[places]:
+            for p in self._pieces_at(numbers[i] // self.order.n)[places]:
                 end = at + self.n[p]
                 y[i, at:end] = self.ids[self.start[p] : self.start[p] + self.n[p]]
                 x[i, at], x[i, at + 1 : end] = self.before[p], y[i, at : end - 1]

@@ -191,6 +191,14 @@ def describe_batches(name) -> str:  # Recorded name of the function `make_batche
     return f"with batches of its own (make_batches={name})" if name else "without make_batches"
 
 # %% ../../nbs/runs/63_setup.ipynb #81375338
+def _first_row(checkpoint_folder, batch_size):
+    "Return (step, row at which it begins): (0, 0), or after the last change of the batch size, so that a run sees no row twice"
+    saved = read_checkpoint_config(checkpoint_folder) if checkpoint_folder else {}
+    step, row = saved.get("rows", (0, 0))
+    before = saved.get("params", {}).get("batch_size", batch_size)
+    return (step, row) if before == batch_size else (saved["step"], row + (saved["step"] - step) * before)
+
+# %% ../../nbs/runs/63_setup.ipynb #751de534
 # Long: the order in which a run is built, in one place
 class RunSetup:
     "Data, tokenizer, batches, model and hooks of a run, built from its configuration"
@@ -219,10 +227,13 @@ class RunSetup:
         start_id = self.data.tokenizer.eot_id if cfg.packing != "0.1" else None
         options = dict(stride=stride, weights=cfg.weights, start_id=start_id, separate=cfg.packing == "separate")
         self.batches = get_batches(train, cfg.batch_size, cfg.ctx_len, cfg.seed, cfg.sampler, **options)
+        self.first_row = step, row = _first_row(self.checkpoint_folder, cfg.batch_size)
+        self.batches.first_row = row - step * cfg.batch_size
         if log_fn:
             log_fn(describe_data(self.data, self.batches, cfg))
         if cfg.epochs != "auto":
-            cfg.steps = math.ceil(cfg.epochs * self.batches.steps_per_epoch)
+            rows_before = self.batches.first_row / cfg.batch_size
+            cfg.steps = math.ceil(cfg.epochs * self.batches.steps_per_epoch - rows_before)
         self.val = EvaluationBatches(self.data.tokens["val"].ids, cfg.batch_size, cfg.ctx_len)
         self.batch_function = ""  # Name of a function that makes other batches
         self.lm = _build_model(cfg, self.data.tokenizer, self.checkpoint_folder)
@@ -325,7 +336,7 @@ class RunSetup:
         limit, keep = (0 if value == "all" else value for value in (cfg.eval_batches, cfg.keep))
         params = {name: value for name, value in asdict(cfg).items() if name not in CHANGEABLE_PARAMS}
         metadata = dict(tokenizer=tok.fingerprint, data=data.fingerprint, params=params)  # Of the run at a checkpoint
-        metadata.update(ids=data.ids_fingerprint, batches=self.batch_function)
+        metadata.update(ids=data.ids_fingerprint, batches=self.batch_function, rows=self.first_row)
         metadata["environment"] = environment(self.device, rank_and_world_size()[1])
         return [
             Log(metrics, self.bytes_per_token),

@@ -251,7 +251,7 @@ def check_logs(
 VERSIONS = {str: str | float | bool | None}  # Of packages, and of the rest of the environment
 _CONFIG = {"format?": object, "arch": str, "config": dict, "step": int, "versions?": VERSIONS, "environment?": VERSIONS}
 _CONFIG |= {"best?": int, "logs?": {str: (int, str)}, "tokenizer?": str, "data?": str, "params?": dict}
-_CONFIG |= {"lora?": dict, "base?": str, "batches?": str, "ids?": str}
+_CONFIG |= {"lora?": dict, "base?": str, "batches?": str, "ids?": str, "rows?": (int, int)}
 
 
 def check_format(values, path) -> None:  # Content of a JSON file, and its path

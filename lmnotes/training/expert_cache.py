@@ -58,6 +58,7 @@ class CachedExpertBatches:
             raise ValueError("retrieval needs the documents of the text: documents=DocumentOfChunk(tokens, lm.cfg)")
         self.lm.experts.eval()
         self.cached_rows, self.bytes, self.steps_per_epoch = {}, 0, self.batches.steps_per_epoch
+        self.first_row, self.batch_size = self.batches.first_row, self.batches.batch_size
 
     def __getitem__(self, step):
         batch = self.batches[step]

@@ -278,7 +278,9 @@ class Trainer:
     @property
     def epoch(self) -> int:
         "Number of complete passes over the data so far"
-        return int(self.step // self.batches.steps_per_epoch)
+        first_row = getattr(self.batches, "first_row", 0)  # Batches of your own may not have it
+        steps_before = first_row / self.batches.batch_size if first_row else 0
+        return int((self.step + steps_before) // self.batches.steps_per_epoch)
 
     def _accumulate_metrics(self, finite, batch, out):
         "Add a step's values to {name: [sum over targets, number of targets]} since the last record"
