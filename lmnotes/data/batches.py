@@ -351,6 +351,7 @@ def resolve_sampler(sampler, epochs, weights="") -> str:
     return sampler if sampler != "auto" else "domains" if weights else "epochs" if epochs else "random"
 
 # %% ../../nbs/data/17_batches.ipynb #58c86fc4
+# Long: a check and a constructor for each sampler
 def get_batches(
     tokens,  # Object with `ids`, `domains` and `doc_starts`, such as `Tokens` (notebook `15_tokens`)
     batch_size,  # Sequences in the global batch

@@ -52,9 +52,7 @@ class DataConfig:
     sampler: Sampler = "auto"  # Order of the data: auto | random | epochs | sequential | domains | documents
     epochs: FloatOrAuto = "auto"  # Length of the run in passes over the training data (auto: steps decides)
     stride: PositiveInt | Auto = "auto"  # For epochs and sequential: tokens between starts of sequences (auto: ctx_len)
-    packing: Packing = (
-        "joined"  # Of documents in a row: joined | separate (one per row) | 0.1 (joined, without a start)
-    )
+    packing: Packing = "joined"  # Documents in a row: joined | separate (one per row) | 0.1 (joined, without a start)
 
 
 @dataclass
