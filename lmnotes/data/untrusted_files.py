@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..core import CheckpointError, check_regular_file, did_you_mean, read_regular_file
+from ..files import explain_os_error
 
 # %% ../../nbs/data/09_untrusted_files.ipynb #5460a772
 MAX_OPERATIONS = 2_000_000  # Largest number of operations in a pickle, and of values that it builds
@@ -165,7 +166,7 @@ def read_torch_file(
         problem = str(e)
     except OSError as e:
         if e.errno != errno.EINVAL:  # A file that is too short to be mapped
-            raise error(f"{path}: cannot be read ({e.strerror or e})") from None
+            raise error(f"{explain_os_error(e, path)}, so it cannot be read") from None
         problem = "it is damaged"
     except Exception as e:  # A damaged archive can raise anything from KeyError to UnpicklingError
         problem = f"it is damaged or not a file of torch.save ({type(e).__name__})"
@@ -185,6 +186,8 @@ def read_safetensors(
     except BaseException as e:  # The reader is written in Rust, whose panics are no `Exception`
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
+        if isinstance(e, OSError) and e.errno:
+            raise error(f"{explain_os_error(e, path)}, so it cannot be read") from None
         problem = f"{type(e).__name__}: {str(e)[:120]}"
     raise error(f"{path}: cannot be read as safetensors ({problem}). Save or download it again")
 
