@@ -77,7 +77,8 @@ class SequenceBatches:
 
     def row_numbers(self, step) -> np.ndarray:
         "Return the numbers of the rows of a step, counted from the beginning of a run"
-        return self.first_row + np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        first = max(0, self.first_row + step * self.batch_size)  # Below 0 only before the change of the batch size
+        return np.arange(first, first + self.batch_size)
 
     def __getitem__(self, step):
         return sequences_at(self.ids, self.start_positions(step), self.ctx_len)
