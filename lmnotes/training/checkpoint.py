@@ -289,7 +289,8 @@ def _verify_base_weights(folder):
 # %% ../../nbs/training/42_checkpoint.ipynb #9a1dcf4d
 def list_checkpoints(run) -> list:
     "Return the checkpoint folders of a run, oldest first, unverified"
-    return sorted(p for p in Path(run).glob("step_*") if p.is_dir() and is_checkpoint_name(p.name))
+    entries = os.scandir(run) if Path(run).is_dir() else ()  # Names and types in one reading, between two changes
+    return sorted(Path(entry.path) for entry in entries if is_checkpoint_name(entry.name) and entry.is_dir())
 
 
 def latest_checkpoint(run) -> Path:
@@ -352,8 +353,7 @@ def find_checkpoint(
     which="",  # In a run folder: best | last | interrupted | final (empty: the newest verified one)
 ) -> Path:  # A verified checkpoint folder
     "Return the verified checkpoint that a path and a name refer to"
-    path = Path(path)
-    if not path.exists():
+    if not (path := Path(path)).exists():
         raise CheckpointError(f"{path}: there is no such run or checkpoint")
     is_run = (path / "run.json").exists()  # Its folder may have any name
     if (path / "manifest.json").exists() or (is_checkpoint_name(path.name) and not is_run):

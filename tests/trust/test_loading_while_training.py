@@ -32,7 +32,7 @@ from lmnotes.runs.folder import fork
 from lmnotes.runs.load import load
 from lmnotes.runs.replay import MISMATCH, OK
 from lmnotes.training import checkpoint as checkpoint_module
-from lmnotes.training.checkpoint import list_checkpoints, write_pointer
+from lmnotes.training.checkpoint import latest_checkpoint, list_checkpoints, write_pointer
 
 FAST = TINY | dict(model_args="d_model=8 n_layers=1 n_heads=1", ctx_len=8, batch_size=2, accum=1, patience=0)
 FAST |= dict(keep=1, save_every=1, eval_every=1, eval_batches=1, steps=100_000, sample_every=100_000, log_every=1000)
@@ -61,6 +61,25 @@ def test_loading_never_fails(workdir, n):
     process.kill()
     assert all(steps == sorted(steps) for steps in seen.values()), "An older checkpoint than before"
     assert sum(map(len, seen.values())) >= n and len(set(seen[""])) >= 20
+
+
+def test_a_save_while_the_checkpoints_are_listed(two_steps, tmp_path, monkeypatch):
+    "A checkpoint that is deleted after it was listed does not make an older one the newest"
+    run = shutil.copytree(two_steps / "runs/r", tmp_path / "r")
+    last = list_checkpoints(run)[-1]
+    hidden, pruned = last.rename(tmp_path / "hidden"), run / "step_00000006"
+    pruned.mkdir()
+    scan = os.scandir
+
+    def scan_before_a_save(path):
+        entries = list(scan(path))
+        if pruned.exists():
+            pruned.rmdir()
+            hidden.rename(last)
+        return entries
+
+    monkeypatch.setattr(os, "scandir", scan_before_a_save)
+    assert latest_checkpoint(run) == last
 
 
 def problems_of_uses(folder, n, uses):
