@@ -424,10 +424,14 @@ def _changes_until(step, info):
     return kept
 
 # %% ../../nbs/runs/61_folder.ipynb #6e53497c
-def warn_of_damaged_logs(checkpoint_folder) -> bool:
+def warn_of_damaged_logs(checkpoint_folder, finished=False) -> bool:  # Checkpoint, and whether the run ended with it
     "Return True if the logs of a run still hold what they held when a checkpoint was saved, else print a warning"
     try:
         check_logs(checkpoint_folder)
+        sizes = read_checkpoint_config(checkpoint_folder).get("logs", {}) if finished else {}
+        for path, (size, _) in ((Path(checkpoint_folder).parent / name, log) for name, log in sizes.items()):
+            if path.exists() and path.stat().st_size != size:
+                raise CheckpointError(f"{path}: has {path.stat().st_size:,} bytes, but the run wrote {size:,}")
         return True
     except CheckpointError as e:
         print(f"warning: {e}. The records that can be read are kept")
