@@ -318,7 +318,7 @@ class JsonlLog:
         return [self.hashed, self.hash.hexdigest()]
 
 # %% ../nbs/02_files.ipynb #9b3004b7
-def check_prefix(path, size, sha256) -> None:
+def check_prefix(path, size, sha256, whole=False) -> None:  # whole: the file has no more bytes
     "Raise `CheckpointError` unless the first `size` bytes of a file have this SHA-256"
     path = Path(path)
     if size and not path.is_file():
@@ -327,6 +327,8 @@ def check_prefix(path, size, sha256) -> None:
         found = sha256_file(path, size) if size else sha256_bytes(b"")
     if size and path.stat().st_size < size or found != sha256:
         raise CheckpointError(f"{path}: damaged, its first {size:,} bytes are not what was written (SHA-256 differs)")
+    if whole and path.is_file() and (found := path.stat().st_size) != size:
+        raise CheckpointError(f"{path}: has {found:,} bytes, but the run wrote {size:,}")
 
 # %% ../nbs/02_files.ipynb #b2fcf191
 def read_owner(folder) -> dict:  # {pid, host, start}

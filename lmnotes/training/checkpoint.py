@@ -240,12 +240,12 @@ def verify_checkpoint(folder) -> Path:
 def check_logs(
     folder,  # Checkpoint folder
     names=("metrics.jsonl", "samples.jsonl"),  # Logs to check
-    saved=None,  # Content of the checkpoint's config.json (None: read it)
+    finished=False,  # Whether the run ended with this checkpoint, so that its logs hold nothing more
 ) -> None:
     "Raise `CheckpointError` unless the logs of a run still hold what they held when a checkpoint was saved"
-    logs = (saved or read_checkpoint_config(folder)).get("logs", {})
+    logs = read_checkpoint_config(folder).get("logs", {})
     for name in [name for name in names if name in logs]:
-        check_prefix(Path(folder).parent / name, *logs[name])
+        check_prefix(Path(folder).parent / name, *logs[name], finished)
 
 
 VERSIONS = {str: str | float | bool | None}  # Of packages, and of the rest of the environment
