@@ -1,4 +1,4 @@
-"""Time and memory of preparing text of every shape: any newlines, none, no spaces, random bytes, one repeated character.
+"""Time and memory of preparing text of every shape: any newlines, none, no spaces, one repeated character.
 
 Each text is prepared in a new process, by a tokenizer trained on it. We measure the CPU seconds and the peak memory of the whole process, and compare a
 text with half of it. One repeated character is text for the tokenizer `bytes`, and must be rejected within a second for `bpe`.

@@ -358,9 +358,8 @@ def sha256_json(obj) -> str:
     return hashlib.sha256(json.dumps(obj, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/00_core.ipynb #22b761dd
-STOP_SIGNALS = [
-    s for s in signal.Signals if s.name in "SIGINT SIGTERM SIGHUP SIGUSR1 SIGXCPU".split()
-]  # Of this system
+_STOPPING = "SIGINT SIGTERM SIGHUP SIGUSR1 SIGXCPU".split()
+STOP_SIGNALS = [s for s in signal.Signals if s.name in _STOPPING]  # Those that this system has
 
 # %% ../nbs/00_core.ipynb #cea92340
 # Long: a signal, from its arrival to the end of the block

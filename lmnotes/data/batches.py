@@ -75,6 +75,11 @@ class SequenceBatches:
 
     first_row = 0  # Number of the row at which step 0 begins, other than 0 after a change of the batch size
 
+    @property
+    def steps_before(self) -> float:
+        "Steps of this batch size in the rows before `first_row`. Below 0 if earlier steps had fewer rows"
+        return self.first_row / self.batch_size
+
     def row_numbers(self, step) -> np.ndarray:
         "Return the numbers of the rows of a step, counted from the beginning of a run"
         first = max(0, self.first_row + step * self.batch_size)  # Below 0 only before the change of the batch size

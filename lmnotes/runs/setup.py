@@ -227,13 +227,12 @@ class RunSetup:
         start_id = self.data.tokenizer.eot_id if cfg.packing != "0.1" else None
         options = dict(stride=stride, weights=cfg.weights, start_id=start_id, separate=cfg.packing == "separate")
         self.batches = get_batches(train, cfg.batch_size, cfg.ctx_len, cfg.seed, cfg.sampler, **options)
-        self.first_row = step, row = _first_row(self.checkpoint_folder, cfg.batch_size)
+        self.rows = step, row = _first_row(self.checkpoint_folder, cfg.batch_size)  # Recorded in each checkpoint
         self.batches.first_row = row - step * cfg.batch_size
         if log_fn:
             log_fn(describe_data(self.data, self.batches, cfg))
         if cfg.epochs != "auto":
-            rows_before = self.batches.first_row / cfg.batch_size
-            cfg.steps = math.ceil(cfg.epochs * self.batches.steps_per_epoch - rows_before)
+            cfg.steps = math.ceil(cfg.epochs * self.batches.steps_per_epoch - self.batches.steps_before)
         self.val = EvaluationBatches(self.data.tokens["val"].ids, cfg.batch_size, cfg.ctx_len)
         self.batch_function = ""  # Name of a function that makes other batches
         self.lm = _build_model(cfg, self.data.tokenizer, self.checkpoint_folder)
@@ -336,7 +335,7 @@ class RunSetup:
         limit, keep = (0 if value == "all" else value for value in (cfg.eval_batches, cfg.keep))
         params = {name: value for name, value in asdict(cfg).items() if name not in CHANGEABLE_PARAMS}
         metadata = dict(tokenizer=tok.fingerprint, data=data.fingerprint, params=params)  # Of the run at a checkpoint
-        metadata.update(ids=data.ids_fingerprint, batches=self.batch_function, rows=self.first_row)
+        metadata.update(ids=data.ids_fingerprint, batches=self.batch_function, rows=self.rows)
         metadata["environment"] = environment(self.device, rank_and_world_size()[1])
         return [
             Log(metrics, self.bytes_per_token),

@@ -58,7 +58,7 @@ class CachedExpertBatches:
             raise ValueError("retrieval needs the documents of the text: documents=DocumentOfChunk(tokens, lm.cfg)")
         self.lm.experts.eval()
         self.cached_rows, self.bytes, self.steps_per_epoch = {}, 0, self.batches.steps_per_epoch
-        self.first_row, self.batch_size = self.batches.first_row, self.batches.batch_size
+        self.steps_before = self.batches.steps_before
 
     def __getitem__(self, step):
         batch = self.batches[step]

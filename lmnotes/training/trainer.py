@@ -278,8 +278,7 @@ class Trainer:
     @property
     def epoch(self) -> int:
         "Number of complete passes over the data so far"
-        first_row = getattr(self.batches, "first_row", 0)  # Batches of your own may not have it
-        steps_before = first_row / self.batches.batch_size if first_row else 0
+        steps_before = getattr(self.batches, "steps_before", 0)  # Batches of your own may not have it
         return int((self.step + steps_before) // self.batches.steps_per_epoch)
 
     def _accumulate_metrics(self, finite, batch, out):
