@@ -12,6 +12,7 @@ from pathlib import Path
 from ..core import *
 from .export import *
 from ..inference.evaluation import *
+from ..training.weights import read_manifest
 from ..untrusted import *
 
 # %% ../../nbs/export/82_hub.ipynb #f52242c2
