@@ -230,7 +230,8 @@ def _check_records(run, name, **splits):
     "Check that a .jsonl file is readable and reaches the steps that the checkpoints have counted"
     records, last = JsonlLog(run.folder / name).read(strict=True), dict.fromkeys(splits, 0)
     if run.newest:
-        check_logs(run.newest, [name], finished=run.info.get("status") in FINISHED)
+        logs = {log: saved for log, saved in run.configs[run.newest].get("logs", {}).items() if log == name}
+        check_logs(run.folder, logs, finished=run.info.get("status") in FINISHED)
     for r in records:
         _require(r["split"] in splits, f"a record has split={r['split']!r}")
         _require(last[r["split"]] <= r["step"], f"step {r['step']} comes after step {last[r['split']]}")

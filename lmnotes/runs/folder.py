@@ -366,7 +366,8 @@ def _copy_run_at_step(checkpoint_folder, to):
     check_same_record(read_run_record(old), checkpoint_folder)
     counters = read_state(checkpoint_folder)["counters"]
     record = run_record_at_step(then, checkpoint_folder)
-    logs = then.get("logs", {}) if warn_of_damaged_logs(checkpoint_folder) else {}
+    logs = then.get("logs", {})
+    logs = logs if warn_of_damaged_logs(old, logs) else {}
     tokenizer = load_tokenizer(old / "tokenizer")
     if tokenizer.fingerprint != record["tokenizer"]["fingerprint"]:
         raise TokenizerError(f"{old / 'tokenizer'}: not the tokenizer of {checkpoint_folder}. Restore it from a copy")
@@ -424,10 +425,10 @@ def _changes_until(step, info):
     return kept
 
 # %% ../../nbs/runs/61_folder.ipynb #6e53497c
-def warn_of_damaged_logs(checkpoint_folder, finished=False) -> bool:  # Checkpoint, and whether the run ended with it
+def warn_of_damaged_logs(folder, logs, finished=False) -> bool:  # As for `check_logs`
     "Return True if the logs of a run still hold what they held when a checkpoint was saved, else print a warning"
     try:
-        check_logs(checkpoint_folder, finished=finished)
+        check_logs(folder, logs, finished)
         return True
     except CheckpointError as e:
         print(f"warning: {e}. The records that can be read are kept")

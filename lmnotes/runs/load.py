@@ -211,7 +211,8 @@ def load_finished(folder, cfg, origins) -> "Run | None":  # Run folder, `RunConf
         return None
     r = load(folder, device=cfg.device)
     if rank == 0:
-        warn_of_damaged_logs(folder / checkpoint_name(r.step), finished=True)
+        logs = read_checkpoint_config(folder / checkpoint_name(r.step)).get("logs", {})
+        warn_of_damaged_logs(folder, logs, finished=True)
         longer = format_params(steps=2 * r.config.steps)
         at = f"{r.status} at step {r.step:,} of {r.config.steps:,}"
         print(f"{folder.name}: {at}, so nothing is left to train. To train longer, add {longer}")

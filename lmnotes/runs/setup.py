@@ -129,7 +129,7 @@ def _open_for_resume(folder):
     info = read_run_record(folder)
     if list_checkpoints(folder):
         newest = latest_checkpoint(folder)
-        warn_of_damaged_logs(newest)
+        warn_of_damaged_logs(folder, read_checkpoint_config(newest).get("logs", {}))
         return info, newest
     has_saved = info["step"] and info["status"] in ("running", "done", "interrupted", "early_stop")  # Older records
     if info.get("saved") or has_saved or has_checkpoints(folder):

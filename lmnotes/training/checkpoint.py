@@ -238,14 +238,13 @@ def verify_checkpoint(folder) -> Path:
 
 # %% ../../nbs/training/42_checkpoint.ipynb #68af19bc
 def check_logs(
-    folder,  # Checkpoint folder
-    names=("metrics.jsonl", "samples.jsonl"),  # Logs to check
+    folder,  # Run folder
+    logs,  # {log: [size, SHA-256]} in config.json of the checkpoint
     finished=False,  # Whether the run ended with this checkpoint, so that its logs hold nothing more
 ) -> None:
     "Raise `CheckpointError` unless the logs of a run still hold what they held when a checkpoint was saved"
-    logs = read_checkpoint_config(folder).get("logs", {})
-    for name in [name for name in names if name in logs]:
-        check_prefix(Path(folder).parent / name, *logs[name], finished)
+    for name, (size, sha256) in logs.items():
+        check_prefix(Path(folder) / name, size, sha256, finished)
 
 
 VERSIONS = {str: str | float | bool | None}  # Of packages, and of the rest of the environment

@@ -33,6 +33,7 @@ from lmnotes.training.checkpoint import (
     find_checkpoint,
     latest_checkpoint,
     load_lm,
+    read_checkpoint_config,
     read_pointer,
     read_state,
 )
@@ -133,7 +134,7 @@ def recovered(workdir, saved, pointers, written, loaded):
             return "it does not load"
         loaded.add(key)
     try:
-        check_logs(found, LOGS)
+        check_logs(workdir, read_checkpoint_config(found)["logs"])
         if (best := find_checkpoint(workdir, "best")) != found:
             return f"the best checkpoint is {best.name}"
         for name in ("last", "best") if pointers else ():
