@@ -368,6 +368,31 @@ class _PatchLM(LM):
     def forward(self, x):
         return self._read_and_predict(x, BytePatchState(self.cfg, x, EmptyCache))
 
+# %% ../../nbs/models/35_bytepatch.ipynb #6ed51878
+_ORIGINAL_NAMES = (
+    (r"encoder\.inv_freq", None),
+    (r"encoder\.byte_embedding\.(.*)", r"bytes.embed.\1"),
+    (r"encoder\.patch_conv\.(.*)", r"bytes.conv.\1"),
+    (r"encoder\.norm\.(.*)", r"patches.norm_in.\1"),
+    (r"layers\.(\d+)\.norm1\.(.*)", r"patches.layers.\1.norm1.\2"),
+    (r"layers\.(\d+)\.norm_mlp\.(.*)", r"patches.layers.\1.norm2.\2"),
+    (r"layers\.(\d+)\.attn\.qkv\.(.*)", r"patches.layers.\1.local.qkv.\2"),
+    (r"layers\.(\d+)\.attn\.proj\.(.*)", r"patches.layers.\1.local.out.\2"),
+    (r"layers\.(\d+)\.ssm\.out_proj\.(.*)", r"patches.layers.\1.linear.out.\2"),
+    (r"layers\.(\d+)\.ssm\.(.*)", r"patches.layers.\1.linear.\2"),
+    (r"layers\.(\d+)\.out_proj\.(.*)", r"patches.layers.\1.out.\2"),
+    (r"layers\.(\d+)\.mlp\.0\.(.*)", r"patches.layers.\1.ffn.up.\2"),
+    (r"layers\.(\d+)\.mlp\.2\.(.*)", r"patches.layers.\1.ffn.down.\2"),
+    (r"norm_f\.(.*)", r"patches.norm_out.\1"),
+    (r"reasoning\.think_mlp\.0\.(.*)", r"patches.thinking.ffn.up.\1"),
+    (r"reasoning\.think_mlp\.2\.(.*)", r"patches.thinking.ffn.down.\1"),
+    (r"reasoning\.(.*)", r"patches.thinking.\1"),
+    (r"head\.proj_latent\.(.*)", r"bytes.latent.\1"),
+    (r"head\.byte_emb\.(.*)", r"bytes.byte_embed.\1"),
+    (r"head\.rnn\.(.*)", r"bytes.gru.\1"),
+    (r"head\.head\.(.*)", r"bytes.head.\1"),
+)
+
 # %% ../../nbs/models/35_bytepatch.ipynb #4bc7bc26
 @arch("bytepatch")
 class BytePatch(_PatchLM):
@@ -375,6 +400,7 @@ class BytePatch(_PatchLM):
 
     Config = BytePatchConfig
     presets = _PRESETS
+    other_names = _ORIGINAL_NAMES
 
     @inference_step
     def step(self, x, state=None) -> tuple:

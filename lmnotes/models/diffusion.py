@@ -170,6 +170,13 @@ class Diffusion(Denoiser):
         nanothink=dict(objective="mse", d_model=384, n_layers=4, n_heads=6),
     )
 
+    def convert_state_dict(self, tensors) -> dict:
+        if any(name.startswith("diffuser.") for name in tensors):
+            raise ValueError(
+                "NanoThink's diffuser predicts noise on hidden states and no tokens. Train a diffuser here"
+            )
+        return tensors
+
     def loss(self, batch) -> dict:
         "Average over one noise draw in training, with `causal_share` in blocks of one, or over `eval_samples` draws"
         c, sums = self.cfg, {}

@@ -97,12 +97,15 @@ _PRESETS = {
     "gpt2-xl": dict(d_model=1600, n_layers=48, n_heads=25),
 }
 
+# %% ../../nbs/models/33_gpt2.ipynb #456b31db
+_OTHER_NAMES = ((r"model\.((transformer|lm_head)\..*)", r"\1"), (r".*\.attn\.(bias|masked_bias)", None))
+
 # %% ../../nbs/models/33_gpt2.ipynb #0e9904ed
 @arch("gpt2")
 class GPT2(LM):
     "GPT-2 of transformers under the interface of `LM`"
 
-    Config = GPT2Config
+    Config, other_names = GPT2Config, _OTHER_NAMES
     presets, pretrained_names, pretrained_tokenizer = _PRESETS, tuple(_PRESETS), "gpt2"
 
     def __init__(self, cfg, model=None):  # `model`: a `GPT2LMHeadModel` to wrap instead of a new one

@@ -50,6 +50,7 @@ class RNN(LM):
     "Recurrent language model: embedding, GRU or LSTM layers, LM head"
 
     Config = RNNConfig
+    other_names = ((r"fc\.(.*)", r"head.\1"),)
 
     def __init__(self, cfg):
         super().__init__(cfg)

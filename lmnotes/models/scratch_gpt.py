@@ -6,6 +6,7 @@
 __all__ = ['ScratchGPTConfig', 'ScratchGPT']
 
 # %% ../../nbs/models/32_scratch_gpt.ipynb #60e2baaf
+import re
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,6 +34,27 @@ def _block(c):
     ffn = FeedForward(c.d_model, 4 * c.d_model, "relu", bias=True, dropout=c.dropout)
     return Block(attn, ffn, partial(nn.LayerNorm, c.d_model))
 
+# %% ../../nbs/models/32_scratch_gpt.ipynb #300cf503
+_ORIGINAL_NAMES = (
+    (r".*\.tril", None),
+    (r"token_embedding_table\.(.*)", r"embed.\1"),
+    (r"position_embedding_table\.(.*)", r"positions.\1"),
+    (r"blocks\.(\d+)\.ln([12])\.(.*)", r"blocks.\1.norm\2.\3"),
+    (r"blocks\.(\d+)\.sa\.proj\.(.*)", r"blocks.\1.attn.out.\2"),
+    (r"blocks\.(\d+)\.ffwd\.net\.0\.(.*)", r"blocks.\1.ffn.up.\2"),
+    (r"blocks\.(\d+)\.ffwd\.net\.2\.(.*)", r"blocks.\1.ffn.down.\2"),
+    (r"blocks\.\d+\.(weight|bias)", r"norm.\1"),
+    (r"lm_head\.(.*)", r"head.\1"),
+)
+
+
+def _join_heads(tensors, block, n_heads):
+    "Remove the matrices of a block's heads, and return them as one matrix (3D,D)"
+    parts = "query", "key", "value"
+    heads = [[tensors.pop(f"{block}.sa.heads.{h}.{part}.weight") for h in range(n_heads)] for part in parts]
+    q, k, v = map(torch.cat, heads)
+    return torch.cat([q * n_heads**-0.5, k, v])
+
 # %% ../../nbs/models/32_scratch_gpt.ipynb #6a151ddf
 @arch("scratch_gpt")
 class ScratchGPT(Decoder):
@@ -55,3 +77,13 @@ class ScratchGPT(Decoder):
 
     def logits(self, h) -> torch.Tensor:
         return self.head(h)
+
+    def convert_state_dict(self, tensors) -> dict:
+        if "token_embedding_table.weight" not in tensors:
+            return tensors
+        if any(name.endswith("lora_A") for name in tensors):
+            raise ValueError("holds LoRA adapters, but not their scale. Merge them in the program that wrote the file")
+        first = r"(blocks\.\d+)\.sa\.heads\.0\.query\.weight"
+        blocks, tensors = [m[1] for m in (re.fullmatch(first, n) for n in tensors) if m], dict(tensors)
+        qkv = {f"{block}.attn.qkv.weight": _join_heads(tensors, block, self.cfg.n_heads) for block in blocks}
+        return rename_tensors(tensors, _ORIGINAL_NAMES) | qkv

@@ -41,6 +41,7 @@ class SSMConfig(LMConfig):
     mix: bool = True  # Add the embedding to the input of each block, weighted by learned scalars
     tie: bool = False  # Tie the LM head to the embedding
     softcap: float = 15.0  # Soft bound on the logits. 0: none
+    norm_embed: bool = True  # Normalize the embedding
 
     @property
     def inner(self) -> int:
@@ -228,7 +229,35 @@ _PRESETS = dict(
     nanothink_s6=dict(_S6, gain=True, gated_norm=False, mix=False, tie=True, softcap=0.0),
 )
 
+# %% ../../nbs/models/34_ssm.ipynb #b1e52ca7
+_ORIGINAL_NAMES = (
+    (r"embedding\.(.*)", r"embed.\1"),
+    (r"lm_head\.weight", None),  # Tied to the embedding
+    (r"expert\.norm\.weight", r"norm.gain"),
+    (r"expert\.layers\.(\d+)\.norm\.weight", r"blocks.\1.norm.gain"),
+    (r"expert\.layers\.(\d+)\.out_proj\.(.*)", r"blocks.\1.out_proj.\2"),
+    (r"expert\.layers\.(\d+)\.conv1d\.(.*)", r"blocks.\1.scan.conv.\2"),
+    (r"expert\.layers\.(\d+)\.dt_proj\.bias", r"blocks.\1.scan.dt_bias"),
+    (r"expert\.layers\.(\d+)\.(.*)", r"blocks.\1.scan.\2"),
+)
+
+
+def _to_our_layout(name, t):
+    "Return a tensor of the original state-space expert in our layout"
+    if name.endswith("x_proj.weight"):  # B, C, dt -> dt, B, C
+        return torch.cat([t[-1:], t[:-1]])
+    return t.permute(2, 1, 0) if name.endswith("conv.weight") else t.flatten() if name.endswith("A_log") else t
+
+
+def _from_original(tensors, cfg):
+    "Return the state dict of the original state-space expert with our names and layout"
+    sizes = "d_model", "n_layers", "d_inner", "d_state", "dropout"
+    style = {n: value for n, value in _PRESETS["nanothink_s6"].items() if n not in sizes}
+    require_config(cfg, "NanoThink's weights", style | dict(norm_embed=False), "nanothink_s6")
+    return {n: _to_our_layout(n, t) for n, t in rename_tensors(tensors, _ORIGINAL_NAMES).items()}
+
 # %% ../../nbs/models/34_ssm.ipynb #ed415f43
+# Long: the three parts of the model, generation, and the weights of another implementation
 @arch("ssm")
 class SSM(LM):
     "State-space language model"
@@ -246,7 +275,8 @@ class SSM(LM):
         _init_weights(self)
 
     def embed_ids(self, x, start=0) -> torch.Tensor:
-        return row_dropout(rms_norm(self.embed(x)), self.cfg.dropout, self.training)
+        h = self.embed(x)
+        return row_dropout(rms_norm(h) if self.cfg.norm_embed else h, self.cfg.dropout, self.training)
 
     def new_cache(self) -> list:
         return [SSMCache() for _ in self.blocks]
@@ -260,6 +290,9 @@ class SSM(LM):
 
     def logits(self, h) -> torch.Tensor:
         return head_logits(h, self.head, self.embed, self.cfg.softcap)
+
+    def convert_state_dict(self, tensors) -> dict:
+        return _from_original(tensors, self.cfg) if "expert.layers.0.A_log" in tensors else tensors
 
     @inference_step
     def step(self, x, state=None) -> tuple:

@@ -356,6 +356,7 @@ class RunSetup:
 def _check_same_model(lm, info, checkpoint_folder):
     "Raise CheckpointError unless a checkpoint holds the model of the run"
     saved, expected = dict(asdict(lm.cfg), arch=lm.arch), dict(info["model"], arch=info["config"]["arch"])
+    expected = asdict(lm.Config()) | expected  # Records of earlier versions lack newer fields
     if names := [n for n in saved if saved[n] != expected.get(n)]:
         raise CheckpointError(
             f"{checkpoint_folder / 'config.json'} has {names[0]}={saved[names[0]]!r}, but run.json has "

@@ -175,7 +175,16 @@ def _module_names(names):
 # %% ../../nbs/training/43_weights.ipynb #7062e2fe
 def load_initial_weights(lm, path) -> "LM":
     "Load the weights of a run, a checkpoint folder, or a .pt, .pth or .safetensors file into `lm`, and return `lm`"
-    return load_weights(lm, _match_optional_weights(lm, _read_any_weights(path), path), path)
+    tensors = _convert_state_dict(lm, _read_any_weights(path), path)
+    return load_weights(lm, _match_optional_weights(lm, tensors, path), path)
+
+
+def _convert_state_dict(lm, tensors, path):
+    "Return the tensors of a file with the model's names"
+    try:
+        return lm.convert_state_dict(tensors)
+    except (ValueError, KeyError) as e:  # KeyError: a tensor that others belong to
+        raise CheckpointError(f"{path}: {'a tensor is missing: ' * isinstance(e, KeyError)}{e}") from None
 
 # %% ../../nbs/training/43_weights.ipynb #620a0169
 def hash_weights(lm) -> str:
@@ -201,7 +210,9 @@ def load_submodule(
     if not picked:
         hint = did_you_mean(source_part, {n.rpartition(".")[0] for n in tensors})
         raise CheckpointError(f"{path}: there is no part {source_part!r} in it, {hint}")
-    load_weights(modules[part], picked, f"{path}{':' + source_part if source_part else ''}, for the part {part}")
+    where = f"{path}{':' + source_part if source_part else ''}, for the part {part}"
+    picked = _convert_state_dict(modules[part], picked, where) if isinstance(modules[part], LM) else picked
+    load_weights(modules[part], picked, where)
     return lm
 
 # %% ../../nbs/training/43_weights.ipynb #32ef1bc0
