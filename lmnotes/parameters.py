@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PositiveInt', 'NonNegativeInt', 'PositiveFloat', 'NonNegativeFloat', 'Fraction', 'Probability', 'Auto', 'All',
            'IntOrAuto', 'FloatOrAuto', 'IntOrAll', 'ZERO_IN_FORMAT_1', 'Parameter', 'declared', 'describe_kind',
-           'kind_of', 'convert', 'check_declared', 'current_params']
+           'kind_of', 'convert', 'check_declared', 'notebook_params', 'current_params']
 
 # %% ../nbs/03_parameters.ipynb #14aef19e
 import difflib
@@ -13,7 +13,8 @@ import inspect
 import os
 import re
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
+from functools import cache, reduce
+from operator import or_
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -115,12 +116,13 @@ def _plain(value, kinds):
 
 # %% ../nbs/03_parameters.ipynb #bd179070
 def kind_of(
-    annotation,  # Source text of an annotation, such as `PositiveInt` ('': none)
+    annotation,  # Source text of an annotation, such as `PositiveInt | Auto` ('': none)
     default,  # Value of the parameter
 ) -> Any:
-    "Return the kind of a parameter of a notebook: a type of Python or of this module, else the type of its default"
+    "Return the kind of a parameter of a notebook: types of Python and of this module, else the type of its default"
     named = {**globals(), **{k.__name__: k for k in (bool, int, float, str)}}
-    return named.get(annotation, type(default))
+    kinds = [named.get(name) for name in annotation.split(" | ")]
+    return type(default) if None in kinds else reduce(or_, kinds)
 
 # %% ../nbs/03_parameters.ipynb #db9912f9
 def convert(
@@ -143,6 +145,13 @@ def check_declared(config) -> None:  # An instance of a dataclass
     "Raise ValueError, naming the field, unless all fields have the declared types and ranges"
     for name, p in declared(type(config)).items():
         convert(name, vars(config)[name], p.kind)
+
+# %% ../nbs/03_parameters.ipynb #2bdc2653
+def notebook_params(
+    values,  # `globals()` of a notebook whose only annotated assignments are its parameters
+) -> dict:  # {name: value}
+    "Return the parameters of a notebook, converted to their kinds, or raise ValueError unless they are in range"
+    return {n: convert(n, values[n], kind) for n, kind in values["__annotations__"].items()}
 
 # %% ../nbs/03_parameters.ipynb #65ac4a18
 ZERO_IN_FORMAT_1 = dict.fromkeys(

@@ -147,5 +147,7 @@ def split_documents(
     if part not in parts_of_split(corpus, split):
         raise ValueError(f"part={part!r} is not one of {', '.join(parts_of_split(corpus, split))} (split={split!r})")
     if split in ("hash", "randperm42") and corpus.is_single_text:
-        raise DataError(f"split={split!r} divides documents, but {corpus.name} is one text. Use split='first90'")
+        raise DataError(
+            f"split={split!r} divides documents, but {corpus.name} is one text. Use split='first90', or data with several documents"
+        )
     return _require_nonempty(SPLITS[split](corpus, part), corpus, split, part)

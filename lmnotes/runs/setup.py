@@ -240,7 +240,10 @@ class RunSetup:
         if self.checkpoint_folder:
             _check_same_model(self.lm, self.info, self.checkpoint_folder)
             if cfg.steps < (done := int(self.checkpoint_folder.name[5:])):
-                raise ValueError(f"steps={cfg.steps}, but this run is at step {done}. Give more, or fork an older step")
+                more = format_params("steps" if cfg.epochs == "auto" else "epochs")
+                raise ValueError(
+                    f"the run is at step {done}, after its end at step {cfg.steps}. Increase {more}, or fork an older step"
+                )
 
     def _load_data(self, log_fn):
         "Load tokens and tokenizer, which must be unchanged when a run is resumed"

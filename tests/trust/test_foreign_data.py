@@ -398,7 +398,7 @@ RECORD = dict(model=dict(d_model=16, n_layers=1, n_heads=2, dropout=0.0), step=5
 def case_recipe(rng, folder):
     def read():
         try:
-            recipe_params(folder, True, " ".join(RECIPE), RECIPE)
+            recipe_params(folder, True, RECIPE | dict(__annotations__={n: type(v) for n, v in RECIPE.items()}))
         except CheckpointError as e:
             if "this run has " not in str(e):  # A valid value that is not the given one
                 raise

@@ -214,7 +214,7 @@ def test_message_on_different_tokenizers_names_no_other_folder(work):
 def test_recipe_json_sets_no_other_names(work):
     (work / "recipe.json").write_text(json.dumps(dict(lr=0.1, runs_folder="x", name="../../outside")))
     with pytest.raises(CheckpointError, match="'runs_folder' is not a parameter of this recipe"):
-        recipe_params(work, True, "lr", dict(lr=0.1))
+        recipe_params(work, True, dict(lr=0.1, __annotations__=dict(lr=float)))
 
 
 @pytest.mark.parametrize("name", [n for n in OUTSIDE if n])
@@ -655,7 +655,7 @@ def test_environment_and_recipe_parameters_reject_secrets(work, monkeypatch):
     with pytest.raises(ValueError, match="CHECKPOINT_PATH looks like a secret"):
         from_env(dict(CHECKPOINT_PATH=TOKENS["url"]))
     with pytest.raises(ValueError, match="data_dir looks like a secret"):
-        recipe_params(work, False, "data_dir", dict(data_dir=TOKENS["url"]))
+        recipe_params(work, False, dict(data_dir=TOKENS["url"], __annotations__=dict(data_dir=str)))
     with pytest.raises(ValueError, match="data looks like a secret"):
         compare(data=TOKENS["url"])
     with pytest.raises(ValueError, match="data looks like a secret"):
