@@ -6,8 +6,8 @@
 __all__ = ['SMALL_SHAPE', 'LARGE_SHAPE', 'EVERY_500', 'MODES', 'TOKENIZERS', 'ARCHS', 'LORA_FIELDS', 'SCRATCH_FIELDS',
            'VARIABLES', 'FIXED_FIELDS', 'RENAMED_FIELDS', 'SHAPE_NOTE', 'FIELD_TABLE', 'FUNCTION_TABLE',
            'TrainingConfig', 'read_variables', 'merged_environment', 'load_config_fresh_from_env',
-           'load_config_from_checkpoint', 'config_from_record', 'model_shape', 'to_run_params', 'project_path',
-           'generation_prompt', 'resume_params', 'is_same_path']
+           'load_config_from_checkpoint', 'config_from_file', 'config_from_record', 'model_shape', 'to_run_params',
+           'project_path', 'generation_prompt', 'resume_params', 'is_same_path']
 
 # %% ../../nbs/recipes/84_fresh_or_resume_config.ipynb #5950df5b
 import os
@@ -145,12 +145,13 @@ FIXED_FIELDS = ["model_type", "use_lora", "block_size", "gpt2_model_name", *SCRA
 
 
 def load_config_from_checkpoint(
-    checkpoint,  # Record of a run (run.json) with the `step` of the checkpoint, and `env` from env.json if there is one
+    checkpoint,  # Content of a checkpoint file, or record of a run (run.json) with `step`, and `env` from env.json
     environ=None,  # {variable: text} (None: the process's environment)
 ) -> TrainingConfig:
     "Read the configuration of a resumed run: the checkpoint's, with the changes in the environment"
     environ = os.environ if environ is None else environ
-    saved, given = config_from_record(checkpoint), read_variables(environ)
+    given = read_variables(environ)
+    saved = config_from_file(checkpoint) if "hyperparameters" in checkpoint else config_from_record(checkpoint)
     for name in ("checkpoint_dir", "log_dir", "output_dir"):  # env.json may be from someone else
         if name not in given and not project_path(vars(saved)[name]).is_relative_to(project_root()):
             value, variable = vars(saved)[name], name.upper()
@@ -203,6 +204,19 @@ def _automatic_values(c):
         eval_iters=20,
         lora_alpha=2.0 * c.get("lora_rank", 0),
     )
+
+# %% ../../nbs/recipes/84_fresh_or_resume_config.ipynb #0667a5b6
+def config_from_file(
+    checkpoint,  # Content of a checkpoint file
+) -> TrainingConfig:
+    "Return the configuration in a checkpoint file"
+    known = declared(TrainingConfig)
+    saved = {n: value for n, value in checkpoint["hyperparameters"].items() if n in known}
+    values = asdict(load_config_fresh_from_env({})) | saved | dict(start_step=checkpoint["step"])
+    try:
+        return TrainingConfig(**{n: convert(n, value, known[n].kind) for n, value in values.items()})
+    except ValueError as e:
+        raise CheckpointError(f"hyperparameters of the checkpoint: {e}") from None
 
 # %% ../../nbs/recipes/84_fresh_or_resume_config.ipynb #3fd2d0d3
 # Long: a line for each field
@@ -369,17 +383,20 @@ def _function_row(guide, here, note=""):
     return dict(guide=guide, here=here, note=note)
 
 
+_FUNCTIONS = "lmnotes.recipes.training_functions"
 FUNCTION_TABLE = [
     _function_row("load_config_fresh_from_env", "lmnotes.recipes.fresh_or_resume_config.load_config_fresh_from_env"),
     _function_row("load_config_from_checkpoint", "lmnotes.recipes.fresh_or_resume_config.load_config_from_checkpoint"),
-    _function_row("select_device", "lmnotes.core.pick_device", "cuda, mps or cpu, or an error if it is missing"),
-    _function_row("prepare_data_and_tokenizer", "lmnotes.runs.data.load_data", "saves the tokenizer with the run"),
-    _function_row("build_model", "lmnotes.new_lm", "then lmnotes.nn.lora.add_lora"),
-    _function_row("build_optimizer", "lmnotes.training.optim.make_optimizers", "by parameter names"),
-    _function_row("get_batch", "lmnotes.data.batches.get_batches", "batches[step], a function of seed and step"),
-    _function_row("estimate_loss", "lmnotes.evaluate", "fixed batches, in eval mode"),
-    _function_row("save_checkpoint", "lmnotes.training.checkpoint.save_checkpoint", "atomic, see also SaveWeights"),
-    _function_row("run_training", "lmnotes.run", "one loop, fresh or resumed"),
+    _function_row("select_device", f"{_FUNCTIONS}.select_device", "an error if the device is missing"),
+    _function_row(
+        "prepare_data_and_tokenizer", f"{_FUNCTIONS}.prepare_data_and_tokenizer", "lmnotes.runs.data.load_data"
+    ),
+    _function_row("build_model", f"{_FUNCTIONS}.build_model", "lmnotes.new_lm, then lmnotes.nn.lora.add_lora"),
+    _function_row("build_optimizer", f"{_FUNCTIONS}.build_optimizer", "lmnotes.training.optim.make_optimizers"),
+    _function_row("get_batch", f"{_FUNCTIONS}.get_batch", "a function of seed and step"),
+    _function_row("estimate_loss", f"{_FUNCTIONS}.estimate_loss", "fixed batches, in eval mode"),
+    _function_row("save_checkpoint", f"{_FUNCTIONS}.save_checkpoint", "for exact runs, lmnotes.run saves its own"),
+    _function_row("run_training", f"{_FUNCTIONS}.run_training", "in place of lmnotes.run"),
     _function_row("TeeOutput", "lmnotes.recipes.fresh_or_resume.TeeOutput"),
     _function_row("get_data_source_name", "lmnotes.recipes.fresh_or_resume.get_data_source_name"),
     _function_row("get_model_name", "lmnotes.recipes.fresh_or_resume.get_model_name"),
