@@ -340,7 +340,7 @@ def test_processes_take_turns(workdir):
 def test_half_precision_keeps_its_scaler(workdir, monkeypatch):
     "float16 without a GPU is an error, and a file has `amp_scaler` only if the run scales its loss"
     assert run_in_process(workdir, expert, amp_dtype="fp16")
-    assert "dtype='float16' needs a CUDA device" in read_log(workdir)
+    assert "amp_dtype='fp16' needs a CUDA device. Use bf16, or use_amp=False" in read_log(workdir)
     assert run_in_process(workdir, expert, use_amp=False, max_epochs=1) == 0, read_log(workdir)
     assert info(workdir, "transformer_expert")["dtype"] == "float32"
     monkeypatch.chdir(workdir)

@@ -201,9 +201,26 @@ def test_agiformer(tmp_path):
     assert torch.equal(state["bytes.gru.weight_hh_l0"], w["head.rnn.weight_hh_l0"])
 
 
+def test_an_untied_head_and_another_width_are_rejected(tmp_path):
+    w = transformer_expert()
+    head = {"lm_head.weight": w["embedding.weight"] + 1}
+    with pytest.raises(CheckpointError, match="lm_head.weight and embedding.weight differ, but are tied in this model"):
+        logits_of_ours(tmp_path, w | head, "gpt", "nanothink", **GPT)
+    with pytest.raises(CheckpointError, match="weights.pt: does not fit the sizes of this model"):
+        logits_of_ours(tmp_path, w, "gpt", "nanothink", **GPT | dict(d_model=18, n_heads=3))
+
+
+def test_two_names_for_one_tensor(tmp_path):
+    with pytest.raises(CheckpointError, match="two of the tensors are head.bias"):
+        logits_of_ours(tmp_path, random_tensors({"fc.bias": (V,), "head.bias": (V,)}), "rnn")
+
+
 def test_gpt2_in_a_wrapper(tmp_path):
     lm = new_lm("gpt2", vocab_size=V, ctx_len=T, d_model=D, n_layers=1, n_heads=H)
-    torch.save(dict(model_state_dict={f"model.{n}": t for n, t in lm.state_dict().items()}), tmp_path / "gpt2.pt")
+    mask = {"model.transformer.h.0.attn.bias": torch.ones(1, 1, T, T)}  # Of older versions of transformers
+    torch.save(
+        dict(model_state_dict={f"model.{n}": t for n, t in lm.state_dict().items()} | mask), tmp_path / "gpt2.pt"
+    )
     other = new_lm("gpt2", vocab_size=V, ctx_len=T, d_model=D, n_layers=1, n_heads=H)
     loaded = load_initial_weights(other, tmp_path / "gpt2.pt").state_dict()
     assert all(torch.equal(loaded[n], t) for n, t in lm.state_dict().items())

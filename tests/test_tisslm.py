@@ -181,7 +181,7 @@ def test_mistake_nothing_loads_it(uninterrupted, tmp_path, monkeypatch):
     [
         (dict(CORPUS_PATH="./nowhere"), ["nowhere"]),
         (dict(CORPUS_PATH="./bare"), ["bare: no .txt files"]),
-        (dict(CORPUS_PATH="./empty"), ["the train part of split='first90' is empty"]),
+        (dict(CORPUS_PATH="./empty"), ["the train part of the split first90 is empty"]),
         (dict(CORPUS_PATH="./short"), ["tokens, and seq_len=16 needs at least 17. Use a smaller seq_len or more text"]),
         (dict(VOCAB_SIZE=256), ["256", "257"]),
     ],

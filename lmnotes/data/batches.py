@@ -141,8 +141,6 @@ class EpochBatches(SequenceBatches):
     ):
         check_length(ids, ctx_len)
         self.ids, self.batch_size, self.ctx_len, self.stride = ids, batch_size, ctx_len, stride or ctx_len
-        if self.stride > ctx_len + 1:
-            raise ValueError(f"stride={stride} leaves gaps between sequences of ctx_len={ctx_len}. Use 1 to ctx_len")
         self.unused = (len(ids) - 1 - ctx_len) % self.stride  # Targets at the end
         self.order = EpochOrder(1 + (len(ids) - 1 - ctx_len) // self.stride, seed, shuffle)
         self.steps_per_epoch = self.order.n / batch_size  # Not rounded

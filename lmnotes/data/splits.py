@@ -133,8 +133,8 @@ def _require_nonempty(documents, corpus, split, part):
         yield d
     if not n:
         total = f"{sum(1 for _ in corpus.documents())} documents, {corpus.n_chars:,} characters in all"
-        fix = "Use more text, or split='first90', which needs only two characters"
-        raise DataError(f"{corpus.name}: the {part} part of split={split!r} is empty ({total}). {fix}")
+        fix = "Use more text, or the split first90, which needs only two characters"
+        raise DataError(f"{corpus.name}: the {part} part of the split {split} is empty ({total}). {fix}")
 
 
 def split_documents(
@@ -148,6 +148,6 @@ def split_documents(
         raise ValueError(f"part={part!r} is not one of {', '.join(parts_of_split(corpus, split))} (split={split!r})")
     if split in ("hash", "randperm42") and corpus.is_single_text:
         raise DataError(
-            f"split={split!r} divides documents, but {corpus.name} is one text. Use split='first90', or data with several documents"
+            f"{corpus.name} is one text, and the split {split} divides documents. Use data with several documents, or the split first90"
         )
     return _require_nonempty(SPLITS[split](corpus, part), corpus, split, part)

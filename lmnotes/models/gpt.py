@@ -81,7 +81,6 @@ _PRESETS = dict(
 # %% ../../nbs/models/31_gpt.ipynb #56910764
 _ORIGINAL_NAMES = (
     (r"embedding\.(.*)", r"embed.\1"),
-    (r"lm_head\.weight", None),  # Tied to the embedding
     (r"expert\.norm\.(.*)", r"norm.\1"),
     (r"expert\.layers\.(\d+)\.attn_norm\.(.*)", r"blocks.\1.norm1.\2"),
     (r"expert\.layers\.(\d+)\.ffn_norm\.(.*)", r"blocks.\1.norm2.\2"),
@@ -100,7 +99,7 @@ def _from_original(tensors, cfg):
     sizes = "d_model", "n_layers", "n_heads", "d_ff", "dropout"
     style = {n: value for n, value in _PRESETS["nanothink"].items() if n not in sizes}
     require_config(cfg, "NanoThink's weights", style, "nanothink")
-    tensors, qkv = dict(tensors), {}
+    tensors, qkv = drop_tied(tensors, "lm_head.weight", "embedding.weight"), {}
     for i in range(sum(name.endswith(".wq.weight") for name in tensors)):
         q, k, v = (tensors.pop(f"expert.layers.{i}.w{part}.weight") for part in "qkv")
         qkv[f"blocks.{i}.attn.qkv.weight"] = torch.cat([*(pairs_to_halves(w, cfg.n_heads) for w in (q, k)), v])

@@ -98,7 +98,7 @@ _PRESETS = {
 }
 
 # %% ../../nbs/models/33_gpt2.ipynb #456b31db
-_OTHER_NAMES = ((r"model\.((transformer|lm_head)\..*)", r"\1"), (r".*\.attn\.(bias|masked_bias)", None))
+_OTHER_NAMES = ((r".*\.attn\.(bias|masked_bias)", None), (r"model\.((transformer|lm_head)\..*)", r"\1"))
 
 # %% ../../nbs/models/33_gpt2.ipynb #0e9904ed
 @arch("gpt2")

@@ -154,7 +154,9 @@ def check_config(c) -> None:  # A `NanoThinkConfig`
     if c.memory and (c.attention_first or not c.transformer.strip()):
         raise ValueError(f"memory={c.memory} needs a transformer expert that reads only text (attention_first=False)")
     if c.memory and not 1 <= chunk <= most:
-        raise ValueError(f"memory_chunk={chunk} does not fit twice in ctx_len={c.ctx_len}. Use 1 to {most} or memory=0")
+        raise ValueError(
+            f"memory_chunk={chunk} does not fit twice in ctx_len={c.ctx_len}. Use 1 to {most}, or no vector store"
+        )
 
 # %% ../../nbs/models/37_nanothink.ipynb #0f3639f9
 def _build_experts(c):

@@ -232,7 +232,6 @@ _PRESETS = dict(
 # %% ../../nbs/models/34_ssm.ipynb #b1e52ca7
 _ORIGINAL_NAMES = (
     (r"embedding\.(.*)", r"embed.\1"),
-    (r"lm_head\.weight", None),  # Tied to the embedding
     (r"expert\.norm\.weight", r"norm.gain"),
     (r"expert\.layers\.(\d+)\.norm\.weight", r"blocks.\1.norm.gain"),
     (r"expert\.layers\.(\d+)\.out_proj\.(.*)", r"blocks.\1.out_proj.\2"),
@@ -254,6 +253,7 @@ def _from_original(tensors, cfg):
     sizes = "d_model", "n_layers", "d_inner", "d_state", "dropout"
     style = {n: value for n, value in _PRESETS["nanothink_s6"].items() if n not in sizes}
     require_config(cfg, "NanoThink's weights", style | dict(norm_embed=False), "nanothink_s6")
+    tensors = drop_tied(tensors, "lm_head.weight", "embedding.weight")
     return {n: _to_our_layout(n, t) for n, t in rename_tensors(tensors, _ORIGINAL_NAMES).items()}
 
 # %% ../../nbs/models/34_ssm.ipynb #ed415f43

@@ -69,7 +69,9 @@ def _record(function, batch_size, seq_len, steps, earlier):
     sys.path.insert(0, str(project_root()))
     try:
         found, out = pkgutil.resolve_name(function), project_root() / "data" / "recorded"
-    except (ImportError, AttributeError, ValueError) as e:
+    except (ModuleNotFoundError, AttributeError, ValueError) as e:
+        if isinstance(e, ModuleNotFoundError) and e.name != function.partition(":")[0]:  # Imported by the module
+            raise
         raise ValueError(f"DATA_FUNCTION={function!r}: {e}. Give module:function, of a module in the project") from None
     folder = record_batches(found, out, ByteTokenizer(), batch_size, seq_len, steps, earlier=earlier)
     return str(folder.relative_to(project_root()))

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Split', 'Sampler', 'Packing', 'TokenDtype', 'FIXED_PARAMS', 'CHANGEABLE_PARAMS', 'ALIASES', 'MODEL_PARAMS',
            'DTYPE_ALIASES', 'HINTS', 'OTHER_VARIABLES', 'MAX_BATCH_TOKENS', 'DataConfig', 'RunConfig',
-           'canonical_params', 'resolve_config', 'given_param_names', 'params_from', 'given_settings', 'parameter_name',
-           'recipe_names', 'run_of_folder', 'to_cli_flags', 'format_params', 'command_with', 'check_params',
-           'parse_names', 'check_unchanged']
+           'canonical_params', 'resolve_config', 'given_param_names', 'params_from', 'given_settings', 'setting_names',
+           'parameter_name', 'recipe_names', 'run_of_folder', 'to_cli_flags', 'format_params', 'command_with',
+           'check_params', 'parse_names', 'check_unchanged']
 
 # %% ../../nbs/runs/60_config.ipynb #a0b4f076
 import os
@@ -236,6 +236,13 @@ def given_settings(
     given = given_param_names() if is_resuming else None
     return {n: value for n, (value, names) in settings.items() if given is None or given & set(names.split())}
 
+
+def setting_names(
+    settings,  # As for `given_settings`
+) -> dict:  # {parameter: name of the notebook's parameter}, for `recipe_names`
+    "Return the names of the notebook's parameters on which alone a parameter depends"
+    return {n: names for n, (_, names) in settings.items() if names and " " not in names}
+
 # %% ../../nbs/runs/60_config.ipynb #0fd37df2
 _recipe_names = {}  # {parameter of a run: parameter of the recipe in use}
 
@@ -244,8 +251,8 @@ def parameter_name(
     name,  # Parameter of a run, or of the recipe in use
 ) -> str:  # In a recipe, that of the recipe on which it depends, or '' if there is none
     "Return the name of a parameter in the interface in use"
-    own = set(" ".join(_recipe_names.values()).split())
-    return name if name in own or not own else _recipe_names.get(name, "")
+    is_own = not _recipe_names or name in _recipe_names.values() or name not in declared(RunConfig)
+    return name if is_own else _recipe_names.get(name, "")
 
 
 def _with_recipe_names(text):
@@ -259,9 +266,10 @@ def _with_recipe_names(text):
 
 @contextmanager
 def recipe_names(
-    names,  # {parameter of a run: parameter of the recipe, or several with spaces}
+    names,  # {parameter of a run: parameter of the recipe with the same value}
 ) -> Iterator[None]:
     "Context manager: errors that are raised inside name the parameters of a recipe"
+    before = dict(_recipe_names)
     _recipe_names.update(names)
     try:
         yield
@@ -270,6 +278,7 @@ def recipe_names(
         raise
     finally:
         _recipe_names.clear()
+        _recipe_names.update(before)
 
 # %% ../../nbs/runs/60_config.ipynb #3075a32d
 def run_of_folder(
@@ -331,6 +340,9 @@ def check_params(cfg, world) -> None:  # `RunConfig`, and the number of processe
     if cfg.batch_size * cfg.ctx_len > MAX_BATCH_TOKENS:
         sizes = f"batch_size={cfg.batch_size} x ctx_len={cfg.ctx_len}"
         raise ValueError(f"{sizes} is over {MAX_BATCH_TOKENS:,} tokens per step. Reduce one of them")
+    if cfg.stride != "auto" and cfg.stride > cfg.ctx_len + 1 and not cfg.resume:  # Version 0.1 allowed it
+        gaps = f"stride={cfg.stride} leaves gaps between sequences of ctx_len={cfg.ctx_len}"
+        raise ValueError(f"{gaps}. Use 1 to {cfg.ctx_len + 1}")
     rows = cfg.accum * world
     if cfg.batch_size % rows:
         raise ValueError(

@@ -213,7 +213,8 @@ def load_finished(folder, cfg, origins) -> "Run | None":  # Run folder, `RunConf
     if rank == 0:
         logs = read_checkpoint_config(folder / checkpoint_name(r.step)).get("logs", {})
         warn_of_damaged_logs(folder, logs, finished=True)
-        longer = format_params(steps=2 * r.config.steps)
+        by_epochs = r.config.epochs != "auto"
+        longer = format_params(**(dict(epochs=2 * r.config.epochs) if by_epochs else dict(steps=2 * r.config.steps)))
         at = f"{r.status} at step {r.step:,} of {r.config.steps:,}"
         print(f"{folder.name}: {at}, so nothing is left to train. To train longer, add {longer}")
     return r

@@ -259,7 +259,8 @@ class RunSetup:
         if "data" not in parse_names(self.cfg.allow_change):
             if data.fingerprint != self.info["data"]["fingerprint"]:  # Another name is another text
                 check_unchanged(self.info["config"], dict(data=self.cfg.data), ())
-            remedy = f"or add {format_params(allow_change='data')} to continue with the new data"
+            other = f"add {format_params(allow_change='data')} to continue with the new data"
+            remedy = f"or {other if parameter_name('allow_change') else 'start a new run'}"
             check_same_data(data, self.info, self.cfg, remedy)
         then = read_checkpoint_config(self.checkpoint_folder) if self.checkpoint_folder else {}
         if (changes := environment_changes(recorded_environment(self.info, then), self.device)) and log_fn:

@@ -183,8 +183,12 @@ def _convert_state_dict(lm, tensors, path):
     "Return the tensors of a file with the model's names"
     try:
         return lm.convert_state_dict(tensors)
-    except (ValueError, KeyError) as e:  # KeyError: a tensor that others belong to
-        raise CheckpointError(f"{path}: {'a tensor is missing: ' * isinstance(e, KeyError)}{e}") from None
+    except KeyError as e:  # A tensor that others belong to
+        raise CheckpointError(f"{path}: a tensor is missing: {e}") from None
+    except ValueError as e:
+        raise CheckpointError(f"{path}: {e}") from None
+    except (RuntimeError, IndexError) as e:  # Of tensors with another shape
+        raise CheckpointError(f"{path}: does not fit the sizes of this model ({escape_terminal(e)[:200]})") from None
 
 # %% ../../nbs/training/43_weights.ipynb #620a0169
 def hash_weights(lm) -> str:
