@@ -20,14 +20,23 @@ OTHERS = {
     | dict(STRONG=True, INIT_FROM="weights.pth", run="other", NUM_HEADS=1, PATCH_SIZE=1, FINAL_BATCHES=2),
     "text_only": dict(config="other.yaml", data="corpus", dry_run=True, tokenizer="bytes", token_dtype="uint16")
     | dict(max_steps=5, batch_size=2, learning_rate=0.1, device="auto", save_dir="other", prompt="Hello"),
-    "pretrain_expert": dict(expert="state_space", data_dir="corpus", domains="sea", device="auto", schedule="linear")
+    "pretrain_expert": dict(data_dir="corpus", domains="sea", device="auto", schedule="linear")
     | dict(
         n_layers=2, lr=0.1, weight_decay=0.3, warmup_steps=3, batch_size=2, use_amp=True, amp_dtype="fp16", n_heads=1
     )
     | dict(tokenizer="chars", strong=True),
+    "train_mla": dict(data_dir="corpus", domains="sea", device="auto", use_vector_store=False, transformer_ckpt="")
+    | dict(
+        state_space_ckpt="", diffuser_ckpt="", fusion="hidden", attention_first=True, use_amp=True, amp_dtype="fp16"
+    ),
 }
 USED_LATER = {"prompt", "FINAL_BATCHES"}  # After the run, for samples and a further evaluation
-OF_OTHER_EXPERTS = "training_steps inference_steps schedule d_inner d_state d_conv causal_share".split()
+JOINED = dict(
+    d_model=16, n_heads=2, head_dim=8, kv_latent_dim=8, rope_dim=4, max_seq_len=32, memory_chunk=8, max_epochs=2
+)
+JOINED |= dict(
+    batch_size=8, grad_accum_steps=2, warmup_steps=2, lr=1e-2, use_amp=False, device="cpu", use_vector_store=True
+)
 
 
 class Started(Exception):
@@ -40,8 +49,11 @@ def describe(value):
         return {str(k): describe(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [describe(v) for v in value]
-    if callable(value) or isinstance(value, (str, int, float, bool, type(None))):
-        return getattr(value, "__qualname__", value)
+    if callable(value):  # A function, with the values that it was made from
+        cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+        return [getattr(value, "__qualname__", ""), [c for c in cells if isinstance(c, (int, float, str))]]
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
     return [type(value).__name__, describe(vars(value))] if hasattr(value, "__dict__") else str(value)
 
 
@@ -70,38 +82,58 @@ def start(monkeypatch, tmp_path):
 
 def other_value(name, parameter, value):
     "Return another value of a parameter of a recipe"
+    if parameter == "expert":
+        return "transformer" if value == "state_space" else "state_space"
     if parameter in OTHERS[name]:
         return OTHERS[name][parameter]
     return value / 2 if isinstance(value, float) else value * 2 if value else 3
 
 
-def idle_parameters(start, name, given, base):
-    "Return the parameters whose change neither changes the run nor is rejected under the parameter's name"
+def is_named(parameter, value, text):
+    "Return whether a message names a parameter, or its value if that is a text, such as a path"
+    value = value if isinstance(value, str) and value else "no text"
+    return re.search(rf"\b{parameter}=|-p {parameter}\b|Leave out {parameter}\b|\b{re.escape(value)}", text)
+
+
+def idle_parameters(start, name, given, base, capsys):
+    "Return the parameters whose change neither changes the run, nor is rejected or reported under the parameter's name"
     before, idle = start(name, **base), []
     for parameter, value in recipe_parameters(NOTEBOOKS[name]).items():
-        if parameter in ("resume", *USED_LATER, *(OF_OTHER_EXPERTS if name == "pretrain_expert" else ())):
+        if parameter in ("resume", *USED_LATER):
             continue
         changed = base | {parameter: other_value(name, parameter, given.get(parameter, value))}
+        capsys.readouterr()
         try:
-            if start(name, **changed) == before:
+            is_idle = start(name, **changed) == before
+            reported = re.findall(r"given, but not used by this \w+: (.*)", capsys.readouterr().out)
+            if is_idle and not any(parameter in line.split(", ") for line in reported):
                 idle.append(parameter)
         except ValueError as e:
-            value = (
-                changed[parameter] if isinstance(changed[parameter], str) else " "
-            )  # A text, such as a path, is enough
-            if not re.search(rf"\b{parameter}=|-p {parameter}\b|Leave out {parameter}\b|\b{re.escape(value)}", str(e)):
+            if not is_named(parameter, changed[parameter], str(e)):
                 idle.append(f"{parameter}: {e}")
     return idle
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_parameter_takes_effect(name, start):
+def check_parameters_take_effect(start, name, given, identity, capsys):
     "In a new run and in a resumed one"
-    params, identity, data, place, _ = RECIPES[name]
-    given = params | {data: place}
-    assert idle_parameters(start, name, given, given) == []
+    assert idle_parameters(start, name, given, given, capsys) == []
     start(name, is_real=True, **given)
-    assert idle_parameters(start, name, given, {n: params[n] for n in identity} | dict(resume="True")) == []
+    assert idle_parameters(start, name, given, identity | dict(resume="True"), capsys) == []
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_parameter_takes_effect(name, start, capsys):
+    params, identity, data, place, _ = RECIPES[name]
+    check_parameters_take_effect(start, name, params | {data: place}, {n: params[n] for n in identity}, capsys)
+
+
+def test_every_parameter_of_the_experts_takes_effect(start, capsys):
+    params, _, data, place, _ = RECIPES["pretrain_expert"]
+    start("pretrain_expert", is_real=True, **params | {data: place})
+    for expert in ("state_space", "diffuser"):
+        given = params | {data: place, "expert": expert, "d_inner": 32}
+        check_parameters_take_effect(start, "pretrain_expert", given, dict(expert=expert), capsys)
+    check_parameters_take_effect(start, "train_mla", JOINED | {data: place}, {}, capsys)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
