@@ -149,7 +149,9 @@ def model_args(**changes):
 TESTED = dict(batch_size=32, ctx_len=64, steps=1000, eval_every=100, save_every=1000)
 TO_GPT2 = dict(arch="gpt2", init_from="gpt2", model_args=None, tokenizer="gpt2", batch_size=16, eval_batches=20)
 TO_GPT2 |= dict(lr=2e-5, warmup=100.0, clip=1.0, prompt="QUESTION: ")
-ADAPTED = dict(lora_rank=16, lora_alpha=32.0, lora_dropout=0.0, lora_train="embed.* positions.* *norm*")
+ADAPTED = dict(
+    lora_rank=16, lora_alpha=32.0, lora_dropout=0.0, lora_targets="*", lora_train="embed.* positions.* *norm*"
+)
 EFFECTS = dict(
     model_type=({}, "gpt2", TO_GPT2),
     use_lora=({}, "True", ADAPTED),

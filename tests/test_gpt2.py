@@ -318,7 +318,7 @@ def test_damaged_files_are_rejected_by_name(source, what, capfd):
 def adapted(source, **more):
     "Return a GPT-2 with non-zero adapters on all layers"
     torch.manual_seed(2)
-    lm = add_lora(GPT2.pretrained(source, **more), LoRAConfig(rank=3, alpha=5))
+    lm = add_lora(GPT2.pretrained(source), LoRAConfig(rank=3, alpha=5, **more))
     for name, p in lm.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1)
@@ -326,7 +326,7 @@ def adapted(source, **more):
 
 
 def test_merged_adapters_untie_the_head(source, tmp_path):
-    lm, x = adapted(source), ids(2, 9)
+    lm, x = adapted(source, targets="*"), ids(2, 9)
     with pytest.raises(ValueError, match="merge_and_unload"):
         to_hf(lm)
     plain = merge_and_unload(lm)
@@ -345,7 +345,9 @@ def test_peft_opens_the_adapters_on_transformers_model(source, tmp_path):
     save_adapter(lm, tmp_path / "adapter")
     base = GPT2LMHeadModel.from_pretrained(source)
     assert not torch.allclose(base(x).logits, lm(x), atol=1e-2)
-    close(PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(x).logits, lm(x))
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    close(model(x).logits, lm(x))
+    close(model.merge_and_unload()(x).logits, lm(x))
 
 
 # Runs

@@ -32,7 +32,7 @@ class LoRAConfig:
     rank: int = 16  # Rank r of the updates
     alpha: float = 0.0  # The updates are scaled by alpha / rank. 0: twice the rank
     dropout: float = 0.0  # Dropout probability of the adapters' inputs
-    targets: str = ""  # Names or patterns of linear layers to adapt, such as "qkv blocks.0.*". Empty: all
+    targets: str = "auto"  # Names or patterns of linear layers, such as "qkv blocks.0.*". auto: all but a tied LM head
     train: str = ""  # Names or patterns of other parameters to train and save, such as "embed.* norm*"
 
 # %% ../../nbs/nn/25_lora.ipynb #adaa1d3b
@@ -111,6 +111,12 @@ def lora_layers(lm) -> dict:  # A model
     return {n: m for n, m in lm.named_modules() if isinstance(m, LoRALinear)}
 
 # %% ../../nbs/nn/25_lora.ipynb #426f7a96
+def _names_tied_to(lm, name):
+    "Return the other names of a parameter. A tied LM head is also the embedding"
+    named = dict(lm.named_parameters(remove_duplicate=False))
+    return [other for other, p in named.items() if p is named[name] and other != name]
+
+
 def add_lora(lm, cfg) -> nn.Module:  # A model, which is changed in place and returned, and a `LoRAConfig`
     "Add adapters to the linear layers of a model and freeze everything else"
     if lm.lora:
@@ -121,7 +127,9 @@ def add_lora(lm, cfg) -> nn.Module:  # A model, which is changed in place and re
     if not layers:
         raise ValueError(f"arch={lm.arch!r} has no linear layer to adapt")
     lm.requires_grad_(False)
-    for name in _match_names(cfg.targets.strip() or "*", list(layers), "lora_targets"):
+    untied = [name for name in layers if not _names_tied_to(lm, f"{name}.weight")]
+    targets = cfg.targets.strip() or "*"  # Version 0.1 wrote an empty text for all
+    for name in untied if targets == "auto" else _match_names(targets, list(layers), "lora_targets"):
         lm.set_submodule(name, LoRALinear(layers[name], cfg.rank, cfg.alpha or 2 * cfg.rank, cfg.dropout))
     for name in _other_trainable_names(lm, cfg.train):
         lm.get_parameter(name).requires_grad_()
@@ -140,12 +148,6 @@ def merge_adapters(lm) -> nn.Module:  # An adapted model, which is changed in pl
     for layer in lora_layers(lm.eval()).values():
         layer.merged = layer.merged_weight()
     return lm
-
-
-def _names_tied_to(lm, name):
-    "Return the other names of a parameter. A tied LM head is also the embedding"
-    named = dict(lm.named_parameters(remove_duplicate=False))
-    return [other for other, p in named.items() if p is named[name] and other != name]
 
 
 def unmerge_adapters(lm) -> nn.Module:  # An adapted model, which is changed in place and returned
@@ -212,7 +214,7 @@ def save_adapter(lm, folder) -> None:  # An adapted model, and the folder to wri
         raise ValueError("the model has no adapter to save. Call add_lora first")
     for name in _tied_layers(lm):
         problem = f"{name} is tied to the embedding. PEFT's merge_and_unload would change both"
-        print(f"{problem}: merge with lmnotes, or leave {name} out with LoRAConfig(targets=...)")
+        print(f"{problem}: merge with lmnotes, or leave {name} out, as targets='auto' does")
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, data in adapter_files(lm).items():
         write_atomic(Path(folder) / name, data)

@@ -325,7 +325,7 @@ def _lora_params(config):
     if not config.use_lora:
         return {}
     trained = "embed.* positions.* *norm*" if config.model_type == "from_scratch" else ""
-    return {name: vars(config)[name] for name in LORA_FIELDS} | dict(lora_train=trained)
+    return {name: vars(config)[name] for name in LORA_FIELDS} | dict(lora_targets="*", lora_train=trained)
 
 # %% ../../nbs/recipes/84_fresh_or_resume_config.ipynb #28029750
 def resume_params(

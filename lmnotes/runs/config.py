@@ -82,7 +82,7 @@ class RunConfig(TrainConfig, DataConfig):
     lora_rank: NonNegativeInt = 0  # LoRA rank: freeze the model and train adapters of this rank (0: no adapters)
     lora_alpha: FloatOrAuto = "auto"  # Adapters are scaled by lora_alpha / lora_rank (auto: twice the rank)
     lora_dropout: Probability = 0.0  # Dropout probability on the input of the adapters
-    lora_targets: str = ""  # Linear layers to adapt, as names or patterns such as qkv (empty: all)
+    lora_targets: str = "auto"  # Linear layers to adapt, as names or patterns (auto: all but a tied LM head)
     lora_train: str = ""  # Other parameters to train in full, as names or patterns such as embed.*
     procs: PositiveInt = 1  # Processes on this machine (data parallel)
     dry_run: bool = False  # Try ten steps, write and read a checkpoint, estimate time and memory
@@ -349,7 +349,7 @@ def check_params(cfg, world) -> None:  # `RunConfig`, and the number of processe
             f"batch_size={cfg.batch_size} does not divide into accum={cfg.accum} micro-batches on {world} processes. "
             f"The next size that does is {-(-cfg.batch_size // rows) * rows}"
         )
-    lora = [n for n in _LORA_PARAMS if vars(cfg)[n] != getattr(RunConfig, n)]
+    lora = [n for n in _LORA_PARAMS if vars(cfg)[n] not in (getattr(RunConfig, n), "")]
     if lora and not cfg.lora_rank:
         raise ValueError(f"{lora[0]}={vars(cfg)[lora[0]]!r} needs adapters. Add {format_params(lora_rank=8)}")
 
