@@ -68,7 +68,8 @@ def did_you_mean(
     known,  # Valid names
 ) -> str:  # End of an error message
     "Return `did you mean …?` with the closest known name, or the list of known names"
-    close = difflib.get_close_matches(name, known, n=1)
+    lower = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(name, known, n=1) or [lower[n] for n in [name.lower()] if n in lower]
     return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(known))}"
 
 # %% ../nbs/00_core.ipynb #ff2650a9
@@ -186,7 +187,7 @@ def _auto_dtype(device):
     ratio = ms[torch.float32] / ms[torch.bfloat16]
     if ratio > 1.2:
         return "bfloat16", f"matmuls run {ratio:.1f}x as fast as in float32 on this device"
-    return "float32", f"bfloat16 matmuls run only {ratio:.1f}x as fast on this device"
+    return "float32", f"bfloat16 matmuls run only {ratio:.2g}x as fast on this device"
 
 # %% ../nbs/00_core.ipynb #0cca339a
 DTYPES = "float32", "bfloat16", "float16"

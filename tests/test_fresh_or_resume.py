@@ -34,6 +34,7 @@ from lmnotes.recipes.fresh_or_resume_config import (
     TrainingConfig,
     load_config_fresh_from_env,
     to_run_params,
+    warn_of_misspelt_variables,
 )
 from lmnotes.runs.config import RunConfig
 from lmnotes.runs.load import load
@@ -705,3 +706,26 @@ def test_a_text_without_line_breaks_can_begin(workdir):
     Path("text.txt").write_text("wave salt tide foam " * 300)
     r = from_env(TINY | dict(TRAINING_STEPS="2", TOKENIZATION_METHOD="character"))
     assert r.info["data"]["start"] == "" and len(r.generate("", 5)) <= 5
+
+
+def test_misspelt_variables_are_named(capsys):
+    warn_of_misspelt_variables(
+        dict(TRAINING_STEP="20", BATCHSIZE="4", LOG_DIR="x", PATH="/bin", HOME="/root", LANG="C")
+    )
+    assert capsys.readouterr().out == (
+        "$BATCHSIZE is not used; did you mean BATCH_SIZE?\n$TRAINING_STEP is not used; did you mean TRAINING_STEPS?\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(N_HEAD="5", N_EMBD="32"), "N_EMBD=32 is not a multiple of N_HEAD=5"),
+        (dict(TRAINING_DATA_SOURCE="nowhere.txt"), "TRAINING_DATA_SOURCE='nowhere.txt' is not one of"),
+    ],
+    ids=str,
+)
+def test_messages_name_the_variables(workdir, monkeypatch, given, message):
+    monkeypatch.chdir(workdir)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_env(dict(TEST_MODE="True", DEVICE="cpu") | given)

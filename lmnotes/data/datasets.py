@@ -22,7 +22,7 @@ from typing import NamedTuple
 from ..core import DataError, data_root, fsync_path, open_new, paths_to_try, sha256_bytes, sha256_file
 from .corpus import *
 from .folders import *
-from .formats import missing_package
+from .formats import encoding_of_bytes, missing_package
 from .records import record_text
 from ..files import open_for_append
 from ..untrusted import check_no_secrets, check_utf8
@@ -287,6 +287,8 @@ def _resolve_sources(data, data_dir, recursive, text_key):
         return re.sub(r"\W+", "-", given).strip("-"), *found
     if path is None:
         raise _not_found(data, tried, "file" if raw else "file or folder")
+    if raw and (found := encoding_of_bytes(path)):
+        print(f"{path.name} is {found}. With bytes: the model reads the bytes of the file as they are")
     sources = ([Source(path.stem, path, path.name, "bytes")], []) if raw else _path_sources(path, recursive, text_key)
     return Path(given).stem, *sources
 

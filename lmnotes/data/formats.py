@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEAD_BYTES', 'READABLE', 'TOKEN_KINDS', 'COMPRESSIONS', 'TEXT_COLUMNS', 'MAX_EXPANSION', 'FREE_BYTES', 'Format',
-           'conversion_advice', 'missing_package', 'open_content', 'recognize_stream', 'recognize']
+           'encoding_of_bytes', 'conversion_advice', 'missing_package', 'open_content', 'recognize_stream', 'recognize']
 
 # %% ../../nbs/data/09_formats.ipynb #96fa77ee
 import bz2
@@ -97,6 +97,14 @@ def _magic_kind(head):
     if head[8:10] == b'{"' and 0 < int.from_bytes(head[:8], "little") < 1 << 27:
         return "weights in safetensors"
     return "a Python pickle" if _PICKLE.match(head) else ""
+
+# %% ../../nbs/data/09_formats.ipynb #c3242e30
+def encoding_of_bytes(path) -> str:  # A file that is read as bytes
+    "Return how the text of a file is compressed or encoded, or an empty string for plain bytes"
+    with open(path, "rb") as f:
+        head = f.read(16)
+    packed = next((name for name, start in _COMPRESSED.items() if re.match(start, head)), "")
+    return f"compressed ({packed})" if packed else "UTF-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
 
 # %% ../../nbs/data/09_formats.ipynb #24e2a57f
 _MAX_MEMBERS = 100_000

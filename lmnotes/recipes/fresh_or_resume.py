@@ -222,8 +222,14 @@ def from_env(
     if rank_and_world_size()[1] > 1:
         raise ValueError("from_env trains in one process. Start it without torchrun, or call lmnotes.run.")
     check_no_secrets({name: environ.get(name, "") for name in VARIABLES})
+    warn_of_misspelt_variables(environ)
     path = environ.get("CHECKPOINT_PATH", "").strip()
-    return _resume_run(path, environ, timestamp()) if path else _start_fresh_run(environ, timestamp())
+    names = {parameter: field.upper() for field, parameter in (RENAMED_FIELDS | _MODEL_FIELDS).items()}
+    with recipe_names(names | dict(run="CHECKPOINT_PATH", dropout="DROPOUT")):
+        return _resume_run(path, environ, timestamp()) if path else _start_fresh_run(environ, timestamp())
+
+
+_MODEL_FIELDS = dict(n_embd="d_model", n_head="n_heads", n_layer="n_layers", checkpoint_dir="out_dir")
 
 
 def _start_fresh_run(environ, at):
@@ -314,6 +320,10 @@ def _resolve_checkpoint_path(path, environ):
         raise CheckpointError(
             f"CHECKPOINT_PATH={path}: no run.json in {found if found.is_dir() else run_folder}, so the optimizer state "
             f"and the tokenizer are unknown. Pass a run folder or a checkpoint in it."
+        )
+    if found.exists() and not found.is_dir():
+        raise CheckpointError(
+            f"CHECKPOINT_PATH={path}: {found.name} is a file of weights without a step in its name. Pass its run folder"
         )
     if not found.is_dir():
         names = ", ".join(p.name for p in list_checkpoints(run_folder))

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['SMALL_SHAPE', 'LARGE_SHAPE', 'EVERY_500', 'MODES', 'TOKENIZERS', 'ARCHS', 'LORA_FIELDS', 'SCRATCH_FIELDS',
            'VARIABLES', 'FIXED_FIELDS', 'RENAMED_FIELDS', 'SHAPE_NOTE', 'FIELD_TABLE', 'FUNCTION_TABLE',
-           'TrainingConfig', 'read_variables', 'merged_environment', 'load_config_fresh_from_env',
-           'load_config_from_checkpoint', 'config_from_file', 'config_from_record', 'model_shape', 'to_run_params',
-           'project_path', 'generation_prompt', 'resume_params', 'is_same_path']
+           'TrainingConfig', 'read_variables', 'warn_of_misspelt_variables', 'merged_environment',
+           'load_config_fresh_from_env', 'load_config_from_checkpoint', 'config_from_file', 'config_from_record',
+           'model_shape', 'to_run_params', 'project_path', 'generation_prompt', 'resume_params', 'is_same_path']
 
 # %% ../../nbs/recipes/84_fresh_or_resume_config.ipynb #5950df5b
+import difflib
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -95,6 +96,14 @@ def read_variables(
         given |= {} if value is None else {name: value}
     return given
 
+
+def warn_of_misspelt_variables(environ) -> None:  # {variable: text}
+    "Print a line for each variable with almost the name of one of ours"
+    for name in sorted(set(environ) - set(VARIABLES)):
+        close = difflib.get_close_matches(name, VARIABLES, 1, cutoff=0.88)
+        if close and close[0] not in environ and environ[name]:
+            print(f"${name} is not used; did you mean {close[0]}?")
+
 # %% ../../nbs/recipes/84_fresh_or_resume_config.ipynb #b334ef96
 def merged_environment(
     values,  # {name: value}, such as a notebook's `globals()`
@@ -164,6 +173,8 @@ def load_config_from_checkpoint(
             )
     changes = {name: value for name, value in given.items() if name not in (*FIXED_FIELDS, "use_lr_warmup")}
     steps = convert("RESUME_STEPS", environ.get("RESUME_STEPS", "").strip() or 5000, PositiveInt)
+    if not environ.get("RESUME_STEPS", "").strip():
+        print(f"RESUME_STEPS is not set, so this session trains {steps:,} more steps")
     config = TrainingConfig(**asdict(saved) | changes | dict(training_steps=steps))
     _warn_unused(config, given)
     return config
@@ -228,7 +239,7 @@ def config_from_record(
     types = {arch: name for name, arch in ARCHS.items()}
     if c["arch"] not in types:
         raise CheckpointError(
-            f"this run has arch={c['arch']!r}, but this entry point resumes {', '.join(types)}. Use lmnotes.run(resume=True)."
+            f"this run has arch={c['arch']!r}, but this entry point resumes {', '.join(types)}. Use lmnotes.run(resume=True, run={c.get('run') or 'NAME'!r})."
         )
     spec, tokens = c["tokenizer"], dict(zip(TOKENIZERS.values(), TOKENIZERS))
     own = dict(

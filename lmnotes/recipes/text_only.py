@@ -181,7 +181,8 @@ def _check_vocab(settings, data, tokenizer):
     if tokenizer.vocab_size != vocab:
         raise TokenizerError(
             f"{ENCODER_PREFIX}.vocab_size is {vocab}, but {data} was made with {tokenizer.name}, which has {tokenizer.vocab_size} "
-            f"ids. Write {tokenizer.vocab_size} there, or prepare the data with the other tokenizer."
+            f"ids. Set {ENCODER_PREFIX}.vocab_size to {tokenizer.vocab_size} in your configuration file, or prepare the data with "
+            f"a tokenizer of {vocab} ids."
         )
 
 # %% ../../nbs/recipes/87_text_only.ipynb #cc493d2b

@@ -6,6 +6,7 @@
 __all__ = ['Run', 'is_run_alive', 'actual_status', 'load', 'load_finished']
 
 # %% ../../nbs/runs/64_load.ipynb #ac4bc172
+import re
 import socket
 import sys
 import tempfile
@@ -147,7 +148,7 @@ def actual_status(info, alive) -> str:  # Record, and the result of `is_run_aliv
 # %% ../../nbs/runs/64_load.ipynb #e7aefe57
 @escape_printed
 def load(
-    path: "str | Path" = "",  # Run folder, its name under checkpoints/, or an exported model (empty: the most recent run)
+    path: "str | Path" = "",  # Run folder, its name under checkpoints/, a file of weights of a run, or an exported model
     which: str = "",  # Checkpoint: best | last | interrupted | final (empty: the newest verified one)
     device: str = "auto",  # auto | cuda | mps | cpu
     dtype: str = "float32",  # Data type of the weights. bfloat16 halves the memory that generation reads per token
@@ -155,7 +156,9 @@ def load(
 ) -> Run:
     "Open a trained run, with its model in evaluation mode"
     found, device = find_run_folder(path), pick_device(device)
-    if is_export(found):
+    if found.is_file():
+        folder, lm, info = _load_file(found, which, device, model_args)
+    elif is_export(found):
         folder, lm, info = _load_export(found, which, device, model_args)
     else:
         folder, lm, info = read_while_training(found, lambda: _load_model(found, which, device, model_args))
@@ -174,7 +177,29 @@ def _load_export(folder, which, device, model_args):
     missing = dict(origins={}, model=asdict(lm.cfg))  # Exports of version 0.1 lack these
     return folder, lm, read_run_record(folder, **missing)
 
+# %% ../../nbs/runs/64_load.ipynb #e5cc04b4
+def _load_file(path, which, device, model_args):
+    "Return (run folder, model, record) of a file of weights that a run has written"
+    if which:
+        raise ValueError(f"which={which!r}: {path} is a file, which holds one state of the weights. Leave it out")
+    own = path.with_name(re.sub(r"_(epoch\d+|interrupted)$", "", path.stem))  # Beside the run folder, as for experts
+    folder = next((p for p in (path.parent, own) if (p / "run.json").is_file()), None)
+    if folder is None:
+        start = f"To start a run from its weights, pass {format_params(init_from=str(path))}"
+        raise CheckpointError(
+            f"{path}: the run folder, with the tokenizer and the sizes, is not beside this file. {start}"
+        )
+    info = read_run_record(folder)
+    lm = new_lm(info["config"]["arch"], **info["model"] | parse_model_args(info["config"]["arch"], model_args))
+    lm = load_initial_weights(lm, path).to(device).eval()
+    steps = re.findall(r"step_?(\d+)", path.stem)
+    return (
+        folder,
+        lm,
+        dict(info, step=int(steps[-1]) if steps else info["step"], status=actual_status(info, is_run_alive(folder))),
+    )
 
+# %% ../../nbs/runs/64_load.ipynb #b77adb07
 def _load_model(path, which, device, model_args):
     "Return (run folder, model, record as of its checkpoint)"
     checkpoint_folder = find_checkpoint(path, which)

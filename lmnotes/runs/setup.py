@@ -293,9 +293,10 @@ class RunSetup:
         trained_with = _tokenizer_of_initial_weights(cfg, kind, source)
         data = load_data(cfg, None if is_given else trained_with, log_fn)
         if trained_with and trained_with.fingerprint != data.tokenizer.fingerprint:
+            leave_out = f"Leave out {format_params('tokenizer')} to use that, or start"
+            fix = leave_out if parameter_name("tokenizer") else "Start"
             raise TokenizerError(
-                f"tokenizer={cfg.tokenizer!r} is not the tokenizer of {source} ({trained_with}). "
-                f"Leave out {format_params('tokenizer')} to use that, or start from other weights"
+                f"tokenizer={cfg.tokenizer!r} is not the tokenizer of {source} ({trained_with}). {fix} from other weights"
             )
         return data
 
