@@ -25,6 +25,7 @@ from ..runs.config import *
 from ..runs.folder import *
 from ..training.checkpoint import *
 from ..training.trainer import *
+from ..training.weights import *
 from ..untrusted import *
 
 # %% ../../nbs/recipes/88_nanothink_checkpoints.ipynb #c1264c1d
@@ -35,7 +36,7 @@ def content_hash(value) -> str:
     def add(value):
         if isinstance(value, torch.Tensor):
             h.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            h.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            h.update(tensor_bytes(value.detach().cpu()).numpy())
         elif isinstance(value, (dict, list, tuple)):
             h.update(f"{len(value)} in".encode())
             for item in value.items() if isinstance(value, dict) else value:

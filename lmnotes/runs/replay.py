@@ -28,6 +28,7 @@ from .setup import *
 from ..training.checkpoint import *
 from ..training.saving import *
 from ..training.trainer import *
+from ..training.weights import *
 from ..untrusted import *
 
 # %% ../../nbs/runs/69_replay.ipynb #3aadcbb0
@@ -89,7 +90,7 @@ def _difference(a, b):
     tensors = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
     if tensors and (a.dtype, a.shape) == (b.dtype, b.shape):
         a, b = a.detach().cpu(), b.detach().cpu()
-        if torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))):
+        if torch.equal(*(tensor_bytes(t) for t in (a, b))):
             return 0
         size = float((a.double() - b.double()).abs().max())
     elif not tensors and (type(a), repr(a)) == (type(b), repr(b)):

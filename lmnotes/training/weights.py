@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPORT_MANIFEST', 'WEIGHT_KEYS', 'WRAPPERS', 'merged_state_dict', 'save_torch_file', 'SaveWeights', 'read_manifest',
-           'is_export', 'verify_export', 'load_initial_weights', 'hash_weights', 'load_submodule', 'freeze']
+           'is_export', 'verify_export', 'load_initial_weights', 'tensor_bytes', 'hash_weights', 'load_submodule',
+           'freeze']
 
 # %% ../../nbs/training/43_weights.ipynb #37fa71d4
 import fnmatch
@@ -191,12 +192,17 @@ def _convert_state_dict(lm, tensors, path):
         raise CheckpointError(f"{path}: does not fit the sizes of this model ({escape_terminal(e)[:200]})") from None
 
 # %% ../../nbs/training/43_weights.ipynb #620a0169
+def tensor_bytes(t) -> torch.Tensor:  # A tensor of any strides: a file may declare some for a single value
+    "Return the bytes of a tensor, as a 1-D tensor"
+    return t.contiguous().as_strided((t.numel(),), (1,)).view(torch.uint8)
+
+
 def hash_weights(lm) -> str:
     "Return the SHA-256 of the names, types, shapes and values of a model's weights, in hex"
     h = hashlib.sha256()
     for name, t in model_tensors(lm).items():
         h.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
-        h.update(t.reshape(-1).view(torch.uint8).numpy())
+        h.update(tensor_bytes(t).numpy())
     return h.hexdigest()
 
 # %% ../../nbs/training/43_weights.ipynb #b5aad192
