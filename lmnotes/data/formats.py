@@ -99,11 +99,16 @@ def _magic_kind(head):
     return "a Python pickle" if _PICKLE.match(head) else ""
 
 # %% ../../nbs/data/09_formats.ipynb #c3242e30
+def _compression_of(head):
+    "Return the kind of compression of a file, given its first bytes, or an empty string"
+    return next((name for name, magic in _COMPRESSED.items() if re.match(magic, head)), "")
+
+
 def encoding_of_bytes(path) -> str:  # A file that is read as bytes
     "Return how the text of a file is compressed or encoded, or an empty string for plain bytes"
     with open(path, "rb") as f:
         head = f.read(16)
-    packed = next((name for name, start in _COMPRESSED.items() if re.match(start, head)), "")
+    packed = _compression_of(head)
     return f"compressed ({packed})" if packed else "UTF-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
 
 # %% ../../nbs/data/09_formats.ipynb #24e2a57f
@@ -391,7 +396,7 @@ def recognize_stream(
 ) -> Format:
     "Return the format of a binary stream, by its content"
     head, complete = _read_head(f)
-    compression = next((n for n, magic in _COMPRESSED.items() if re.match(magic, head)), "")
+    compression = _compression_of(head)
     name = Path(path)
     if not compression:
         return _kind_of_bytes(head, complete, name.suffix.lower(), text_key)
@@ -399,7 +404,7 @@ def recognize_stream(
     inner, complete = _read_head(open_content(f, compression, "utf-8", str(path), size))
     suffix = Path(name.stem).suffix if name.suffix.lower() in (".gz", ".xz", ".bz2", ".zst") else name.suffix
     found = _kind_of_bytes(inner, complete, suffix.lower(), text_key)
-    twice = any(re.match(magic, inner) for magic in _COMPRESSED.values()) or inner[:4] == b"PK\3\4"
+    twice = _compression_of(inner) or inner[:4] == b"PK\3\4"
     if twice or found.kind in ("parquet", "arrow", "npy", "torch", "shard"):
         found = Format("", "a compressed archive" if twice else found.what)
     return found._replace(compression=compression)

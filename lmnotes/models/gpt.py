@@ -97,8 +97,7 @@ def pairs_to_halves(w, n_heads) -> torch.Tensor:  # (D,E) projection to queries 
 def _from_original(tensors, cfg):
     "Return the state dict of the original transformer expert with our names and layout"
     sizes = "d_model", "n_layers", "n_heads", "d_ff", "dropout"
-    style = {n: value for n, value in _PRESETS["nanothink"].items() if n not in sizes}
-    require_config(cfg, "NanoThink's weights", style, "nanothink")
+    require_config(cfg, "NanoThink's weights", _PRESETS["nanothink"], "nanothink", sizes)
     tensors, qkv = drop_tied(tensors, "lm_head.weight", "embedding.weight"), {}
     for i in range(sum(name.endswith(".wq.weight") for name in tensors)):
         q, k, v = (tensors.pop(f"expert.layers.{i}.w{part}.weight") for part in "qkv")

@@ -251,8 +251,8 @@ def _to_our_layout(name, t):
 def _from_original(tensors, cfg):
     "Return the state dict of the original state-space expert with our names and layout"
     sizes = "d_model", "n_layers", "d_inner", "d_state", "dropout"
-    style = {n: value for n, value in _PRESETS["nanothink_s6"].items() if n not in sizes}
-    require_config(cfg, "NanoThink's weights", style | dict(norm_embed=False), "nanothink_s6")
+    values = _PRESETS["nanothink_s6"] | dict(norm_embed=False)
+    require_config(cfg, "NanoThink's weights", values, "nanothink_s6", sizes)
     tensors = drop_tied(tensors, "lm_head.weight", "embedding.weight")
     return {n: _to_our_layout(n, t) for n, t in rename_tensors(tensors, _ORIGINAL_NAMES).items()}
 

@@ -41,7 +41,7 @@ class LMConfig:
 # %% ../../nbs/nn/20_lm.ipynb #d80e4a66
 def rename_tensors(
     tensors,  # {name: tensor}
-    pairs,  # (regular expression of a whole name, replacement such as blocks.\\1.weight, or None to drop the tensor)
+    pairs,  # (regular expression of a whole name, replacement such as blocks.\1.weight, or None to drop the tensor)
 ) -> dict:  # {name: tensor}
     "Rename tensors by the first pattern that matches. Names that match none stay"
     renamed = {}
@@ -65,9 +65,9 @@ def drop_tied(
     return {n: t for n, t in tensors.items() if n != name}
 
 # %% ../../nbs/nn/20_lm.ipynb #5363f5ef
-def require_config(cfg, what, values, preset) -> None:  # Whose weights, {field: value}, preset with these values
-    "Raise `ValueError` unless a configuration has the given values"
-    wrong = {n: value for n, value in values.items() if vars(cfg)[n] != value}
+def require_config(cfg, what, values, preset, free) -> None:  # Whose weights, {field: value}, their preset, free fields
+    "Raise `ValueError` unless a configuration has the given values, apart from those of the `free` fields"
+    wrong = {n: value for n, value in values.items() if n not in free and vars(cfg)[n] != value}
     if wrong:
         needed = " ".join(f"{n}={value}" for n, value in wrong.items())
         raise ValueError(f"{what} need {needed}. Pass preset={preset!r} and model_args={needed!r}")

@@ -121,15 +121,13 @@ def _read_saved_params(path, kinds):
     for name in saved.keys() - {"format", "resume"}:
         if name not in kinds:  # It would become a name of the notebook
             raise CheckpointError(f"{path}: {name[:80]!r} is not a parameter of this recipe. Remove it")
+        if is_old and (name, saved[name]) == ("log_interval", 0):
+            continue  # In 0.1, about forty lines. The notebook's value replaces it
         try:
             value = _value_in_format_2(name, saved[name], kinds[name]) if is_old else saved[name]
             found[name] = convert(name, value, kinds[name])
         except (ValueError, TypeError) as e:  # TypeError: a text where a number belongs
-            if (name, saved[name]) != (
-                "log_interval",
-                0,
-            ):  # In 0.1, about forty lines. The notebook's value replaces it
-                raise CheckpointError(f"{path}: {e}. Restore it from a copy") from None
+            raise CheckpointError(f"{path}: {e}. Restore it from a copy") from None
     return found
 
 # %% ../../nbs/recipes/89_nanothink.ipynb #f9f2b5d5
