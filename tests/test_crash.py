@@ -183,3 +183,20 @@ def test_a_hook_that_fails(workdir, uninterrupted_run, capsys, monkeypatch, obse
     assert (r.status, hook.calls) == ("done", 1)
     assert "Dashboard failed and is off from here on: the server does not answer" in capsys.readouterr().out
     assert not differences(run_results(uninterrupted_run), run_results(r.folder))
+
+
+class ClampWeights(Hook):
+    "Keeps the weights small"
+
+    @torch.no_grad()
+    def after_step(self, t):
+        if t.step == 2:
+            for p in t.lm.parameters():
+                p.clamp_(-0.1, 0.1)
+
+
+def test_a_hook_that_changes_the_weights(workdir, monkeypatch):
+    "It is an error, because a run resumed without the hook would end in other weights"
+    monkeypatch.chdir(workdir)
+    with pytest.raises(ValueError, match="step 2: a hook changed the weights, one of .*ClampWeights"):
+        run(**TINY | dict(out_dir=str(workdir / "runs"), run="clamped", view=False, hooks=[ClampWeights()]))

@@ -160,3 +160,18 @@ def test_another_batch_size_continues_after_the_rows_seen(tmp_path, monkeypatch,
     assert sorted(hook.seen[:n]) == once
     assert r.info["changes"][0] | dict(step=5) == dict(step=5, name="batch_size", before=4, after=8)
     assert not verify(r.folder, replay=9).parts(MISMATCH)
+
+
+def test_another_stride_continues_at_the_same_text(tmp_path, monkeypatch):
+    "A run that reads its text in order leaves nothing out, and reads nothing twice"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.txt").write_text("".join(f"{i:03} " for i in range(400)))
+    given = dict(data="x.txt", tokenizer="bytes", ctx_len=16, batch_size=4, epochs=1, sampler="sequential", run="r")
+    given |= dict(model_args="d_model=16 n_layers=1 n_heads=2", device="cpu", dtype="float32", out_dir="out")
+    hook = RecordRows()
+    run(**given, hooks=[hook, StopAtSteps(5)])
+    r = run(run="r", out_dir="out", resume=True, stride=8, allow_change="stride", hooks=[hook])
+    ids = build_run(**given).data.tokens["train"].ids
+    starts = [*range(0, 320, 16), *range(320, len(ids) - 16, 8)]
+    assert hook.seen[: len(starts)] == [ids[i : i + 16].tolist() for i in starts]
+    assert r.status == "done" and r.step == 5 + -(-(len(starts) - 20) // 4)

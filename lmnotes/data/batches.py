@@ -73,7 +73,7 @@ def check_length(ids, ctx_len, name="the token stream") -> None:
 class SequenceBatches:
     "Base class: batches of sequences that begin at `start_positions(step)`"
 
-    first_row = 0  # Number of the row at which step 0 begins, other than 0 after a change of the batch size
+    first_row = 0  # Number of the row at which step 0 begins, other than 0 after a change of batch size or stride
 
     @property
     def steps_before(self) -> float:
@@ -82,7 +82,7 @@ class SequenceBatches:
 
     def row_numbers(self, step) -> np.ndarray:
         "Return the numbers of the rows of a step, counted from the beginning of a run"
-        first = max(0, self.first_row + step * self.batch_size)  # Below 0 only before the change of the batch size
+        first = max(0, self.first_row + step * self.batch_size)  # Below 0 only before such a change
         return np.arange(first, first + self.batch_size)
 
     def __getitem__(self, step):

@@ -268,16 +268,15 @@ def remove_abandoned_folders(runs) -> None:
 # %% ../../nbs/runs/61_folder.ipynb #362e5bf9
 @contextmanager
 def locked_run_folder(folder, wait=0.0, stop=None) -> "Iterator[RunLock]":  # Further arguments as in `RunLock`
-    "Hold the lock of a run folder. At the end, remove a new folder in which no run has started"
+    "Hold the lock of a run folder. At the end, remove a folder in which no run has started"
     check_no_links(folder)
-    new = not folder.exists() or not any(folder.iterdir())
     with RunLock(folder, wait, stop) as lock:
         try:
             remove_temporary_files(folder)
             remove_abandoned_folders(folder.parent)
             yield lock
         finally:
-            if new and folder.exists() and not (folder / "run.json").exists():
+            if folder.exists() and not (folder / "run.json").exists():
                 with suppress(OSError):  # It would hide the error that ended the run
                     for name in (".owner.json", ".lock"):
                         (folder / name).unlink(missing_ok=True)

@@ -195,12 +195,19 @@ def describe_batches(name) -> str:  # Recorded name of the function `make_batche
     return f"with batches of its own (make_batches={name})" if name else "without make_batches"
 
 # %% ../../nbs/runs/63_setup.ipynb #81375338
-def _first_row(checkpoint_folder, batch_size):
-    "Return (step, row at which it begins): (0, 0), or after the last change of the batch size, so that a run sees no row twice"
+def _first_row(checkpoint_folder, cfg):
+    "Return (step, row at which it begins): (0, 0), or after the last change of batch size or stride, so that a run sees no text twice"
     saved = read_checkpoint_config(checkpoint_folder) if checkpoint_folder else {}
     step, row = saved.get("rows", (0, 0))
-    before = saved.get("params", {}).get("batch_size", batch_size)
-    return (step, row) if before == batch_size else (saved["step"], row + (saved["step"] - step) * before)
+    (size, stride), now = (_row_size(params) for params in (vars(cfg) | saved.get("params", {}), vars(cfg)))
+    if (size, stride) == now:
+        return step, row
+    return saved["step"], (row + (saved["step"] - step) * size) * stride // now[1]
+
+
+def _row_size(params):
+    "Return (rows of a step, tokens from one row to the next)"
+    return params["batch_size"], params["ctx_len"] if params["stride"] in ("auto", 0) else params["stride"]
 
 # %% ../../nbs/runs/63_setup.ipynb #751de534
 # Long: the order in which a run is built, in one place
@@ -231,7 +238,7 @@ class RunSetup:
         start_id = self.data.tokenizer.eot_id if cfg.packing != "0.1" else None
         options = dict(stride=stride, weights=cfg.weights, start_id=start_id, separate=cfg.packing == "separate")
         self.batches = get_batches(train, cfg.batch_size, cfg.ctx_len, cfg.seed, cfg.sampler, **options)
-        self.rows = step, row = _first_row(self.checkpoint_folder, cfg.batch_size)  # Recorded in each checkpoint
+        self.rows = step, row = _first_row(self.checkpoint_folder, cfg)  # Recorded in each checkpoint
         self.batches.first_row = row - step * cfg.batch_size
         if log_fn:
             log_fn(describe_data(self.data, self.batches, cfg))

@@ -324,8 +324,15 @@ class Trainer:
             print(f"warning: step {self.step}: {type(hook).__name__} failed and is off from here on: {e}")
 
     def _call_hooks(self):
+        writes = [p._version for p in self.lm.parameters()]
         for hook in list(self.hooks):
             self._call(hook, hook.after_step)
+        if writes != [p._version for p in self.lm.parameters()]:
+            names = ", ".join(type(hook).__name__ for hook in self.hooks)
+            raise ValueError(
+                f"step {self.step}: a hook changed the weights, one of {names}. Hooks only observe, because a "
+                "run that resumes without them must end in the same weights"
+            )
         if self.signals and self.world_size == 1:
             self.stop = self.stop or "interrupted"
 

@@ -1,9 +1,12 @@
 """A run that trains can be loaded at any moment, and of two processes that want one run exactly one gets it."""
 
+import fcntl
 import itertools
 import json
 import os
+import random
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +24,7 @@ from helpers import (
 )
 from helpers import command_line_args as words
 
+from lmnotes import files as files_module
 from lmnotes.apps import doctor as doctor_module
 from lmnotes.apps.doctor import check_files, doctor
 from lmnotes.core import CheckpointError, RunLockedError, read_json, write_json
@@ -237,32 +241,82 @@ def test_two_processes_resume_one_run(workdir, repeat):
 N_PROCESSES = 8
 
 
-def take_folder(number, name):
-    "Take the folder of a new run at the moment and in the second in which the other processes do"
+def take_folder(number):
+    "Take the folder of a new run without a name in the second in which the other processes do"
     folder_module.time = SimpleNamespace(strftime=lambda form: "20260101-000000")
-    cfg, _ = resolve_config(dict(run=name, out_dir="runs"), environ={})
+    cfg, _ = resolve_config(dict(out_dir="runs"), environ={})
     meet("at", number)
     folder = folder_module.take_run_folder(cfg)
-    try:
-        with folder_module.locked_run_folder(folder):
-            write_json(folder / "run.json", dict(number=number))
-            (folder / f"file of {number}").touch()
-            meet("taken", number)
-    except RunLockedError:
+    with folder_module.locked_run_folder(folder):
+        write_json(folder / "run.json", dict(number=number))
+        (folder / f"file of {number}").touch()
         meet("taken", number)
     return 0
 
 
-def meet(moment, number):
+def meet(moment, number, n=N_PROCESSES):
     Path(f"{moment} {number}").touch()
-    wait_until(lambda: all(Path(f"{moment} {n}").exists() for n in range(N_PROCESSES)))
+    wait_until(lambda: all(Path(f"{moment} {i}").exists() for i in range(n)))
 
 
-@pytest.mark.parametrize("name, n_runs", [("r", 1), ("", N_PROCESSES)])
-def test_eight_processes_in_one_second(workdir, name, n_runs):
-    "Of eight processes that start runs of one name in one second, one owns it. Without a name, each owns a run"
-    processes = [start_process(workdir, take_folder, number, name) for number in range(N_PROCESSES)]
+def test_eight_processes_in_one_second(workdir):
+    "Of eight processes that start runs without a name in one second, each owns one"
+    processes = [start_process(workdir, take_folder, number) for number in range(N_PROCESSES)]
     assert [wait_for_exit(process) for process in processes] == [0] * N_PROCESSES, read_log(workdir)
     files = list((workdir / "runs").glob("*/file of *"))
-    assert len(files) == len({path.parent for path in files}) == n_runs
+    assert len(files) == len({path.parent for path in files}) == N_PROCESSES
     assert all(path.name == f"file of {read_json(path.parent / 'run.json')['number']}" for path in files)
+
+
+N_SCHEDULES, STARTERS = 100, 3
+
+
+def delay(draw, module, name):
+    "Make a function wait for a random moment before each call"
+    original = getattr(module, name)
+
+    def delayed(*args, **kwargs):
+        time.sleep(draw.choice([0, 0, 0, 0.0002, 0.001]))
+        return original(*args, **kwargs)
+
+    setattr(module, name, delayed)
+
+
+def try_to_own(number):
+    "Try to start each run at the moment at which two other processes do, with random delays between all operations on files"
+    draw = random.Random(number)
+    for name in "open mkdir rmdir unlink replace rename".split():
+        delay(draw, os, name)
+    delay(draw, fcntl, "flock")
+    fast = SimpleNamespace(monotonic=lambda: 20 * time.monotonic(), sleep=lambda seconds: time.sleep(seconds / 20))
+    files_module.time = fast  # A lock is tried for at least one second
+    for i in range(N_SCHEDULES):
+        folder = Path(f"runs/r{i}")
+        meet(f"start {i}", number, STARTERS)
+        try:
+            with folder_module.locked_run_folder(folder) as lock:
+                Path(f"owner {i} {number}").touch()
+                if i % 3:
+                    folder_module.move_earlier_run_aside(lock, [])
+                    write_json(folder / "run.json", dict(number=number))
+                meet(f"tried {i}", number, STARTERS)
+        except RunLockedError:
+            meet(f"tried {i}", number, STARTERS)
+    return 0
+
+
+def test_schedules_of_three_processes(workdir):
+    "In 100 random schedules of three processes that start one run, one owns it: a new run, one that ends before it starts, or in place of an old one"
+    for i in range(2, N_SCHEDULES, 3):
+        (workdir / f"runs/r{i}").mkdir(parents=True)
+        (workdir / f"runs/r{i}/run.json").write_text('{"number": "old"}')
+    processes = [start_process(workdir, try_to_own, number) for number in range(STARTERS)]
+    assert [wait_for_exit(process) for process in processes] == [0] * STARTERS, read_log(workdir)
+    for i in range(N_SCHEDULES):
+        (owner,) = workdir.glob(f"owner {i} *")
+        folders = sorted(p.name for p in (workdir / "runs").glob(f"r{i}*") if p.name in (f"r{i}", f"r{i}-1"))
+        assert folders == [[], [f"r{i}"], [f"r{i}", f"r{i}-1"]][i % 3]
+        if i % 3:
+            assert read_json(workdir / f"runs/r{i}/run.json")["number"] == int(owner.name.split()[-1])
+        if i % 3 == 2:
+            assert read_json(workdir / f"runs/r{i}-1/run.json")["number"] == "old"
