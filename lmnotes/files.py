@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NO_EXCHANGE', 'MAX_LOG_BYTES', 'exchange_paths', 'fsync_folders', 'replace_folder', 'finish_replacing',
            'is_process_alive', 'remove_leftovers', 'file_identity', 'remove_path', 'explain_os_error',
-           'explain_read_errors', 'check_disk_space', 'open_for_append', 'check_no_links', 'JsonlLog', 'check_prefix',
-           'read_owner', 'is_locked', 'RunLock']
+           'explain_read_errors', 'check_disk_space', 'open_for_append', 'check_no_links', 'round_for_json',
+           'check_entries', 'JsonlLog', 'check_prefix', 'check_logs', 'read_owner', 'is_locked', 'RunLock']
 
 # %% ../nbs/02_files.ipynb #4111acae
 import ctypes
@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .core import *
 from .untrusted import *
@@ -199,7 +199,7 @@ def check_no_links(folder) -> None:
 MAX_LOG_BYTES = 1 << 30  # About five million records
 
 
-def _round_for_json(v):
+def round_for_json(v) -> Any:
     "Round a float to the seven digits of float32. NaN and infinity become null"
     return (float(f"{v:.7g}") if math.isfinite(v) else None) if isinstance(v, float) else v
 
@@ -231,6 +231,12 @@ def _is_record(value):
     return "time" not in value or datetime.fromisoformat(value["time"]).timestamp() > 0
 
 # %% ../nbs/02_files.ipynb #2c38020f
+def check_entries(values, kind, path) -> None:  # Content of a file of a run, its declaration, and its path
+    "Raise `CheckpointError`, naming the entry, unless a file of a run has the declared entries"
+    if problem := next(wrong_entries(values, kind), None):
+        raise CheckpointError(f"{path}: damaged, or not such a file of a run: {problem}. Restore it from a copy")
+
+# %% ../nbs/02_files.ipynb #5b1c7ad0
 # Long: one line of the file, from its writing to its repair
 class JsonlLog:
     "An append-only file of records, one JSON object per line"
@@ -241,7 +247,7 @@ class JsonlLog:
 
     def append(self, **record) -> None:
         "Append a record. If that fails, keep it in memory, print a warning, and try again with the next record"
-        line = json.dumps({k: _round_for_json(v) for k, v in record.items()})
+        line = json.dumps({k: round_for_json(v) for k, v in record.items()})
         if _parse_record(line.encode()) is None:  # Then `read` would skip it
             raise ValueError(
                 f"{self.path.name}: {line[:200]} is not a record. Pass an integer `step`, a text `split`, and numbers for all others"
@@ -274,7 +280,9 @@ class JsonlLog:
     def _read(self, strict=False):
         "Return (records, damaged lines), with a warning for each damaged line"
         records, damaged = [], []
-        *lines, _ = read_regular_file(self.path, MAX_LOG_BYTES).split(b"\n") if self.path.exists() else [b""]
+        *lines, end = read_regular_file(self.path, MAX_LOG_BYTES).split(b"\n") if self.path.exists() else [b""]
+        if _parse_record(end) is not None:  # Else it is empty, or a write that has not ended
+            lines.append(end)
         for number, line in enumerate(lines, 1):
             record = _parse_record(line)
             if record is not None:
@@ -290,15 +298,18 @@ class JsonlLog:
         "Return all records. Skip damaged lines with a warning, or raise `CheckpointError` at the first if `strict`"
         return self._read(strict)[0]
 
-    def truncate_after(self, last_steps) -> None:
-        "Drop the records after the last step of their split, given as {split: step}, such as dict(train=100, val=50)"
+    def truncate_after(self, step, **last_steps) -> None:
+        "Drop the records after a step, or after the last step of their split, such as `truncate_after(100, val=50)`"
         if self.path.exists():
             records, damaged = self._read()
             if damaged:
                 with open_for_append(self.path.with_name(f"{self.path.name}.damaged")) as f:
                     f.writelines(damaged)
+                    f.flush()
+                    os.fsync(f.fileno())
+                fsync_path(self.path.parent)  # Before the lines leave the log
                 print(f"The damaged lines are now in {f.name}")
-            records = [r for r in records if r["step"] <= last_steps.get(r["split"], 0)]
+            records = [r for r in records if r["step"] <= last_steps.get(r["split"], step)]
             write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in records))
             self.hash, self.hashed = hashlib.sha256(), 0
 
@@ -329,6 +340,16 @@ def check_prefix(path, size, sha256, whole=False) -> None:  # whole: the file ha
         raise CheckpointError(f"{path}: damaged, its first {size:,} bytes are not what was written (SHA-256 differs)")
     if whole and path.is_file() and (found := path.stat().st_size) != size:
         raise CheckpointError(f"{path}: has {found:,} bytes, but the run wrote {size:,}")
+
+
+def check_logs(
+    folder,  # Run folder
+    logs,  # {log: [size, SHA-256]} in config.json of the checkpoint
+    finished=False,  # Whether the run ended with this checkpoint, so that its logs hold nothing more
+) -> None:
+    "Raise `CheckpointError` unless the logs of a run still hold what they held when a checkpoint was saved"
+    for name in [name for name in ("metrics.jsonl", "samples.jsonl") if name in logs]:
+        check_prefix(Path(folder) / name, *logs[name], finished)
 
 # %% ../nbs/02_files.ipynb #b2fcf191
 def read_owner(folder) -> dict:  # {pid, host, start}

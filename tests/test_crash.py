@@ -9,7 +9,16 @@ import signal
 
 import pytest
 import torch
-from helpers import TINY, command_line_args, differences, lmnotes_command, read_log, run_in_process, run_results
+from helpers import (
+    TINY,
+    StopAtSteps,
+    command_line_args,
+    differences,
+    lmnotes_command,
+    read_log,
+    run_in_process,
+    run_results,
+)
 
 from lmnotes.core import CheckpointError
 from lmnotes.data.batches import RandomBatches
@@ -107,6 +116,23 @@ def test_all_checkpoints_damaged(two_steps, tmp_path):
         file.write_bytes(b"")
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         latest_checkpoint(tmp_path / "run")
+
+
+def test_the_base_weights_of_adapters_need_space_once(tmp_path, monkeypatch):
+    "A resume with adapters needs space for them only, because the base weights are there"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.txt").write_text("The sea was calm.\n" * 20)
+    given = dict(
+        data="x.txt", tokenizer="bytes", model_args="d_model=64 n_layers=4 n_heads=2", ctx_len=8, batch_size=2, steps=3
+    )
+    given |= dict(lora_rank=1, optimizer="adamw", device="cpu", dtype="float32", out_dir="runs", run="r", view=False)
+    run(**given, hooks=[StopAtSteps(2)])
+    base = (tmp_path / "runs/r/base.safetensors").stat().st_size
+    free = shutil.disk_usage(tmp_path)._replace(free=base // 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    assert run(run="r", out_dir="runs", resume=True, view=False).status == "done"
+    with pytest.raises(CheckpointError, match="final checkpoint"):
+        run(**given | dict(run="new"))
 
 
 def test_missing_disk_space_is_found_before_writing(two_steps, tmp_path, monkeypatch):

@@ -161,24 +161,18 @@ def check_space(folder) -> list:  # Run folder
     return [_finding("ok", "disk", detail)]
 
 # %% ../../nbs/apps/94_doctor.ipynb #6e3467ea
-def _is_downloaded(name, root):
-    "Return True if all files of a named download are where `get_corpus` looks for them first"
-    files = [item.url.rpartition("/")[2] for item in DOWNLOADS[name]]
-    return all(any(p.is_file() for p in (root / name / f, root / (name + Path(f).suffix))) for f in files)
-
-
 def check_data(folder, info) -> list:  # Run folder, and run.json
-    "Return the finding about the data, without downloading any"
+    "Return the finding about the data. Download and write nothing"
     cfg = RunConfig(**info["config"])
-    missing = [n for n in cfg.data.split("+") if n in DOWNLOADS and not _is_downloaded(n, data_root(cfg.data_dir))]
-    if missing:
+    if missing := missing_downloads(cfg.data, cfg.data_dir, cfg.text_key):
         return [_finding("note", "data", f"{missing[0]} is not in {data_root(cfg.data_dir)}. A resume downloads it")]
     try:
         tokenizer = load_tokenizer(folder / "tokenizer")
     except (ValueError, OSError):  # `check_files` reports it
         return []
     try:
-        check_same_data(load_data(cfg, tokenizer, log_fn=None), info, cfg, "")
+        if not check_content(cfg, info, folder, tokenizer):
+            return [_finding("note", "data", f"{cfg.data}: its content is compared when the run resumes")]
     except (ValueError, OSError) as e:
         return [
             _finding("PROBLEM", "data", f"{e}".rstrip(", "), resume_command(folder, data="PATH", allow_change="data"))

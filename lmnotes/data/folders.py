@@ -10,6 +10,7 @@ import glob
 import os
 import re
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 from ..core import DataError, read_json
@@ -53,10 +54,23 @@ def _not_text(found):
     return f"{found}, which lmnotes cannot read as text"
 
 # %% ../../nbs/data/10_folders.ipynb #aa3b2ed9
+def _check_members(path, members):
+    "Raise `DataError` if the files in a zip archive have the same name, or are much larger than the archive"
+    size = sum(info.file_size for info in members)
+    name, count = Counter(info.filename for info in members).most_common(1)[0] if members else ("", 0)
+    if count > 1:
+        raise DataError(f"{path}: holds {count} files with the name {name[:80]!r}. Unpack it, and pass the folder")
+    if size > FREE_BYTES + MAX_EXPANSION * path.stat().st_size:
+        raise DataError(
+            f"{path}: expands more than {MAX_EXPANSION} times, to {size:,} bytes. Unpack it, and pass the folder"
+        )
+
+
 def _zip_sources(path, domain, file_id, text_key):
     "Return (sources, skipped files) of a zip archive"
     sources, skipped = [], []
     with zipfile.ZipFile(path) as archive:
+        _check_members(path, archive.infolist())
         for info in sorted(archive.infolist(), key=lambda info: info.filename):
             name = info.filename
             if info.is_dir():
@@ -64,9 +78,8 @@ def _zip_sources(path, domain, file_id, text_key):
             if any(is_temporary(part) for part in name.split("/")):
                 skipped.append(SkippedFile(f"{file_id}/{name}", "hidden or temporary"))
                 continue
-            if info.flag_bits & 1 or info.file_size > FREE_BYTES + MAX_EXPANSION * info.compress_size:
-                reason = "encrypted" if info.flag_bits & 1 else f"expands more than {MAX_EXPANSION} times"
-                skipped.append(SkippedFile(f"{file_id}/{name}", reason))
+            if info.flag_bits & 1:
+                skipped.append(SkippedFile(f"{file_id}/{name}", "encrypted"))
                 continue
             with archive.open(info) as f:
                 found = recognize_stream(f, name, info.compress_size, text_key)

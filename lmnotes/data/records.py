@@ -158,6 +158,7 @@ def read_arrow(
             fix = f"Set text_key to one of its columns ({', '.join(str(n)[:40] for n in names[:8])})"
             raise DataError(f"{name}: {READABLE[kind]} without the column {text_key!r}. {fix}")
         for batch in batches:
+            batch.validate(full=True)  # Offsets outside the file would read other memory
             for text in batch.column(batch.schema.get_field_index(text_key)):
                 row += 1
                 yield row, record_text({text_key: text.as_py()}, f"{name}: row {row}", text_key)

@@ -125,7 +125,7 @@ _MEGATRON_DTYPES = {1: "uint8", 4: "int32", 5: "int64", 8: "uint16"}
 
 def _read_index(path):
     "Return (dtype, lengths of the sequences, offsets of the sequences in bytes, first sequences of the documents) of an `.idx` file"
-    data = np.memmap(path, np.uint8, "r")
+    data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
     start = data[:34].tobytes()
     if len(start) < 34 or start[:9] != _MEGATRON_MAGIC or int.from_bytes(start[9:17], "little") != 1:
         raise DataError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..core import *
 from ..files import *
 from ..inference.evaluation import *
-from ..runs.compare import standard_error
+from ..runs.compare import read_peak_memory, standard_error
 from ..training.trainer import *
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _result(c, name, runs):
         bytes=steps * cost["bytes_per_step"],
         flops=steps * cost["flops"],
         seconds=steps * cost["seconds"],
-        memory=mean(read_json(folder / "memory.json")["bytes"] for folder, _ in runs),
+        memory=mean(read_peak_memory(folder) for folder, _ in runs),
         bytes_per_s=cost["bytes_per_s"],
     )
 
@@ -62,7 +62,7 @@ def _mean_curve(runs):
     points = {}
     for folder, _ in runs:
         for r in JsonlLog(folder / "metrics.jsonl").read():
-            if r["split"] == "val":
+            if r["split"] == "val" and isinstance(r.get("bpb"), float):
                 points.setdefault(r["step"], []).append(r["bpb"])
     return [(step, mean(values), standard_error(values)) for step, values in sorted(points.items())]
 

@@ -30,10 +30,15 @@ def _text(value):
     return printable(f"{value:,}" if type(value) is int else value if isinstance(value, str) and value else repr(value))
 
 
+def _newest_config(folder):
+    newest = list_checkpoints(folder)[-1:]
+    return read_checkpoint_config(newest[0]) if newest else {}
+
+
 def run_facts(view) -> dict:  # A `RunView`
     "Return {part: {name: value}} of the facts that a run folder records"
-    info, newest = view.info, list_checkpoints(view.folder)[-1:]
-    then = read_checkpoint_config(newest[0]) if newest else {}
+    info = view.info
+    then = read_while_training(view.folder, lambda: _newest_config(view.folder))
     config = {name: value for name, value in info["config"].items() if name not in NOT_COMPARED}
     data = dict(description=info["data"]["what"], content=info["data"]["fingerprint"][:12], **info["data"]["tokens"])
     tokenizer = dict(info["tokenizer"], fingerprint=info["tokenizer"]["fingerprint"][:12])

@@ -45,7 +45,7 @@ def inspect_run(
     context="",  # Text before it, such as the prompt
 ) -> Iterator:  # Yields an `HtmlDisplay` or a figure for each part that the architecture has
     "Show token probabilities, attention maps, router weights and thinking steps for a text"
-    val = load_data(r.config, r.tokenizer, log_fn=None).tokens["val"]
+    val = load_data_of_run(r.config, r.info, r.folder, r.tokenizer, log_fn=None).tokens["val"]
     yield _result_or_reason(lambda: show_probabilities(r.lm, r.tokenizer, text, context))
     yield _result_or_reason(lambda: plot_run_attention(r, val.ids[:N_ATTENTION_TOKENS]))
     if isinstance(r.lm, SupportsRouting):

@@ -252,8 +252,7 @@ def _check_records(run, name, **splits):
 def _check_evaluation(record, result, folder):
     "Check that a record of an evaluation has the figures in the state of a checkpoint"
     for name, value in result.items():
-        rounded = float(f"{value:.7g}") if isinstance(value, float) and math.isfinite(value) else value
-        same = record.get(name) == rounded or (record.get(name) is None and rounded != value)
+        same = record.get(name) == round_for_json(value)
         _require(same, f"step {record.get('step')} has {name}={record.get(name)!r}, but {folder.name} has {value!r}")
 
 # %% ../../nbs/inspect/78_verify.ipynb #8f7c6b98

@@ -94,12 +94,22 @@ class TeeOutput(StringIO):
     def __exit__(self, kind, error, trace):
         sys.stdout = self.stdout
         if error is not None:
-            self.file.write(f"{kind.__name__}: {error}\n")
-        self.file.close()
+            self._write_to_file(f"{kind.__name__}: {error}\n")
+        with suppress(OSError):  # It would hide the error that ended the run
+            self.file.close()
+
+    def _write_to_file(self, text):
+        try:
+            self.file.write(text)
+        except (OSError, ValueError) as e:  # A full disk must not end a run. ValueError: the file is closed
+            if not self.file.closed:
+                self.stdout.write(f"warning: {self.path} ends here: {e}\n")
+                with suppress(OSError):
+                    self.file.close()
 
     def write(self, text) -> int:
         self.stdout.write(text)
-        self.file.write(text)
+        self._write_to_file(text)
         return super().write(text)
 
     def flush(self) -> None:

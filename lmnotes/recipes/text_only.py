@@ -22,12 +22,12 @@ import torch
 from ..core import *
 from ..data.prepare import *
 from ..data.tokenizer_files import load_tokenizer
+from ..files import check_entries
 from ..nn.lm import *
 from .text_only_config import *
 from ..runs.config import *
 from ..runs.data import *
 from ..runs.folder import record_to_resume
-from ..training.checkpoint import check_entries
 from ..training.saving import WriteOnce
 from ..training.trainer import *
 from ..training.weights import *

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BUDGETS', 'CHANGEABLE_FIELDS', 'MIN_STEPS', 'count_flops', 'CompareConfig', 'model_args_for', 'compared_archs',
            'standard_error', 'comparison_run_params', 'ArchMeasurement', 'measure_costs', 'plan_steps',
-           'RecordPeakMemory', 'comparison_folder', 'Comparison', 'compare']
+           'read_peak_memory', 'RecordPeakMemory', 'comparison_folder', 'Comparison', 'compare']
 
 # %% ../../nbs/runs/68_compare.ipynb #82cf50ba
 import json
@@ -19,9 +19,10 @@ from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Le
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..core import *
@@ -90,7 +91,7 @@ class CompareConfig:
     compute: Literal["flops", "seconds"] = "flops"  # Unit of the budget: flops | seconds (of one CPU core)
     budget: FloatOrAuto = "auto"  # FLOPs or seconds to train each run (auto: 1e12 FLOPs or 20 seconds)
     max_steps: PositiveInt = 1000  # Maximum steps per run, for models too small to use up the budget
-    seeds: PositiveInt = 3  # Runs of each architecture
+    seeds: Annotated[int, Ge(1), Le(1000)] = 3  # Runs of each architecture
     evals: PositiveInt = 6  # Evaluations per run, each over the whole validation split
     model_args: str = "d_model=64 n_layers=4 n_heads=2 dropout=0.0"  # For all architectures that have these fields
     own_args: str = ""  # Overrides for single architectures, as NAME: values; NAME: values
@@ -224,6 +225,14 @@ def plan_steps(
     return steps
 
 # %% ../../nbs/runs/68_compare.ipynb #84a1f068
+def read_peak_memory(folder) -> int:
+    "Return the bytes in memory.json of a run"
+    path = Path(folder) / "memory.json"
+    known = read_json(path, CheckpointError)
+    check_entries(known, {"bytes": int}, path)
+    return known["bytes"]
+
+
 class RecordPeakMemory(Hook):
     "Write the peak memory of a run to memory.json, minus the peak of its process before the run"
 
@@ -233,7 +242,7 @@ class RecordPeakMemory(Hook):
         self.path, self.before = Path(folder) / self.file_patterns[0], peak_memory("cpu")
 
     def at_end(self, t) -> None:
-        earlier = read_json(self.path)["bytes"] if self.path.exists() else 0  # From before an interruption
+        earlier = read_peak_memory(self.path.parent) if self.path.exists() else 0  # From before an interruption
         try:
             write_json(self.path, dict(bytes=max(earlier, peak_memory("cpu") - self.before)))
         except OSError as e:  # The table needs this file, so the next comparison repeats the end of the run
@@ -300,18 +309,48 @@ def comparison_folder(out_dir="") -> Path:
     return runs_folder(out_dir) if out_dir else runs_folder() / "compare"
 
 
+_COSTS = dict.fromkeys("n_params flops pointwise seconds bytes_per_s bytes_per_step".split(), float)
+_COMPARISON = {
+    "cfg": {f"{f.name}?": f.type for f in fields(CompareConfig)},
+    "cost": {str: _COSTS},
+    "steps": {str: int},
+}
+
+
+def _read_comparison(folder):
+    "Return compare.json, with its parameters as a `CompareConfig`, or raise `CheckpointError`"
+    path = folder / "compare.json"
+    known = read_json(path, CheckpointError)
+    check_entries(known, _COMPARISON, path)
+    for name in [*known["cost"], *known["steps"]]:
+        path_inside(folder, name, source=path, error=CheckpointError)
+    if unknown := known["steps"].keys() - known["cost"].keys() or known["cfg"].keys() - CompareConfig().__dict__.keys():
+        raise CheckpointError(f"{path}: {min(unknown)!r} is not a parameter, or has no cost. Restore it from a copy")
+    cfg = CompareConfig(**known["cfg"])
+    try:
+        check_declared(cfg)
+    except ValueError as e:
+        raise CheckpointError(f"{path}: {e}") from None
+    return known | dict(cfg=cfg)
+
+
 class Comparison:
     "A folder of runs with equal compute"
 
     def __init__(self, folder=""):  # Folder of the comparison (empty: checkpoints/compare)
         self.folder = comparison_folder(folder)
-        known = read_json(self.folder / "compare.json")
-        self.cfg, self.cost, self.steps = CompareConfig(**known["cfg"]), known["cost"], known["steps"]
+        known = _read_comparison(self.folder)
+        self.cfg, self.cost, self.steps = known["cfg"], known["cost"], known["steps"]
 
     def record(self, arch, seed) -> dict:
         "Return the record of a run, {} if it has not started"
-        path = self.folder / f"{arch}-{seed}" / "run.json"
-        return read_json(path) if path.exists() else {}
+        folder = self.folder / f"{arch}-{seed}"
+        if not (folder / "run.json").exists():
+            return {}
+        info = read_run_record(folder)
+        if info["status"] == "done" and not isinstance(info.get("result", {}).get("last", {}).get("bpb"), float):
+            raise CheckpointError(f"{folder / 'run.json'}: no bits per byte of the last evaluation. Delete this run")
+        return info
 
     def finished_runs(self, arch) -> list:
         "Return [(folder, record)] of the finished runs of an architecture"
@@ -346,11 +385,11 @@ def _read_earlier(cfg, folder):
     "Return the record of the comparison so far, and raise if its parameters differ"
     if not (folder / "compare.json").exists():
         return dict(cost={})
-    known = read_json(folder / "compare.json")
+    known = _read_comparison(folder)
     for name, value in asdict(cfg).items():
-        if name not in CHANGEABLE_FIELDS and known["cfg"][name] != value:
+        if name not in CHANGEABLE_FIELDS and (then := vars(known["cfg"])[name]) != value:
             raise ValueError(
-                f"{folder}: this comparison was started with {name}={known['cfg'][name]!r}, not {value!r}. "
+                f"{folder}: this comparison was started with {name}={then!r}, not {value!r}. "
                 f"Choose another {format_params('out_dir')}, or remove the folder"
             )
     return known

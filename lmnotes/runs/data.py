@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKEN_FILES', 'RunData', 'load_data', 'describe_data', 'check_data_params', 'data_place', 'load_data_of_run',
-           'check_same_data', 'check_same_tokenizer']
+           'check_same_data', 'check_content', 'check_same_tokenizer']
 
 # %% ../../nbs/runs/62_data.ipynb #6025aee0
 import os
@@ -106,13 +106,18 @@ def load_data(
     if files := _find_token_files(path, cfg):
         tokenizer = tokenizer or _tokenizer_beside(path, files, cfg, log_fn) or _configured_tokenizer(cfg)
         return _load_token_files(files, path.name, tokenizer, cfg)
-    corpus = get_corpus(cfg.data, cfg.data_dir, cfg.domains, cfg.recursive, cfg.text_key)
+    corpus, fingerprint = _open_text(cfg)
     tokenizer = tokenizer or get_corpus_tokenizer(corpus, cfg.tokenizer, cfg.split, cfg.data_dir)
     folder = folder or tokens_dir(corpus, tokenizer, cfg.split)
     tokens = tokenize_splits(corpus, tokenizer, folder, cfg.split, verbose=log_fn is print)
-    fingerprint = sha256_json([corpus.fingerprint, resolve_split(corpus, cfg.split)])
     files = {name: sum(s.domain == name for s in corpus.sources) for name in corpus.domains}
     return RunData(tokens, tokenizer, fingerprint, corpus.name, files, corpus.skipped)
+
+
+def _open_text(cfg):
+    "Return the corpus that a configuration names, and the SHA-256 of its content and split"
+    corpus = get_corpus(cfg.data, cfg.data_dir, cfg.domains, cfg.recursive, cfg.text_key)
+    return corpus, sha256_json([corpus.fingerprint, resolve_split(corpus, cfg.split)])
 
 
 def _data_path(cfg):
@@ -235,6 +240,15 @@ def data_place(cfg, folder) -> str:  # `RunConfig`, and the run folder
     return ""
 
 
+def _with_recorded_place(cfg, info, folder):
+    "Return the configuration of a run with the recorded place of its data, if its path does not exist from this folder"
+    is_lost = cfg.data == info["config"]["data"] and not data_place(cfg, folder)
+    place = info["data"].get("place") if is_lost else ""
+    if not place or not (found := (Path(folder) / place).resolve()).exists():
+        return cfg
+    return replace(cfg, data=f"{'bytes:' * cfg.data.startswith('bytes:')}{found}")
+
+
 def load_data_of_run(
     cfg,  # `RunConfig`
     info,  # run.json
@@ -243,27 +257,39 @@ def load_data_of_run(
     log_fn=print,  # Function that reports progress, or None
 ) -> RunData:
     "Load the data of a run, also if the current folder is not the one that its path was relative to"
-    is_lost = cfg.data == info["config"]["data"] and not data_place(cfg, folder)
-    place = info["data"].get("place") if is_lost else ""
-    if place and (found := (Path(folder) / place).resolve()).exists():
-        kind = "bytes:" if cfg.data.startswith("bytes:") else ""
-        cfg = replace(cfg, data=f"{kind}{found}")
-    return load_data(cfg, tokenizer, log_fn)
+    return load_data(_with_recorded_place(cfg, info, folder), tokenizer, log_fn)
 
 # %% ../../nbs/runs/62_data.ipynb #e0d02a6b
-def check_same_data(data, info, cfg, remedy) -> None:  # `RunData`, run.json, `RunConfig`, and the end of the message
-    "Raise CheckpointError unless the data is the data of the run"
-    if data.fingerprint != info["data"]["fingerprint"]:
+def _check_fingerprint(found, info, cfg, remedy):
+    if found != info["data"]["fingerprint"]:
         raise CheckpointError(
             f"the data has changed: this run was trained on content {info['data']['fingerprint'][:12]}, but {cfg.data} has "
-            f"{data.fingerprint[:12]}. Restore the old data, {remedy}"
+            f"{found[:12]}. Restore the old data, {remedy}"
         )
+
+
+def check_same_data(data, info, cfg, remedy) -> None:  # `RunData`, run.json, `RunConfig`, and the end of the message
+    "Raise CheckpointError unless the data is the data of the run"
+    _check_fingerprint(data.fingerprint, info, cfg, remedy)
     then, now = info["data"].get("ids"), data.ids_fingerprint
     if then and now and then != now:  # The tokenizer is the same, so another program has applied it
         raise CheckpointError(
             f"the token ids of {cfg.data} have changed: run.json has the hash {then[:12]}, but this version "
             f"of `tokenizers` gives {now[:12]}. Install {info['tokenizer'].get('library') or 'the one that the run used'}, {remedy}"
         )
+
+
+def check_content(cfg, info, folder, tokenizer) -> bool:  # As for `load_data_of_run`
+    "Raise CheckpointError unless the data has the recorded content. Write nothing. Return False if only a resume can compare it"
+    cfg = _with_recorded_place(cfg, info, folder)
+    files = _find_token_files(_data_path(cfg), cfg)
+    if any(len(shards) > 1 for shards in files.values()):  # To compare them, they are merged into a file
+        return False
+    if files:
+        check_same_data(load_data(cfg, tokenizer, log_fn=None), info, cfg, "")
+    else:
+        _check_fingerprint(_open_text(cfg)[1], info, cfg, "")
+    return True
 
 
 def check_same_tokenizer(tokenizer, info, folder) -> None:  # Tokenizer, run.json, and the run folder

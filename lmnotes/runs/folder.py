@@ -328,9 +328,7 @@ def fork(
     out_dir: "str | Path" = "",  # Folder for the new run (empty: the folder that holds the old one)
 ) -> str:  # Name of the new run
     "Copy a run as it was at one of its steps, to resume from that step with `run(resume=True, run=...)`"
-    if run:
-        check_run_name(run)
-    path = find_run_folder(path)
+    path = find_run_folder(path).resolve()
     return read_while_training(path, lambda: _fork_once(find_checkpoint(path), run, out_dir))
 
 # %% ../../nbs/runs/61_folder.ipynb #5c2431ae
@@ -339,6 +337,7 @@ def _fork_once(checkpoint_folder, run, out_dir):
     old = checkpoint_folder.parent
     check_no_links(old)  # A copy follows them
     name = run or f"{old.name}-from-{int(checkpoint_folder.name[5:])}"
+    check_run_name(name)
     runs = Path(out_dir).resolve() if out_dir else old.parent
     new, tmp = runs / name, runs / f".{name}.{os.getpid()}.tmp"
     if new.exists():
@@ -364,7 +363,7 @@ def _copy_run_at_step(checkpoint_folder, to):
     old, then = checkpoint_folder.parent, read_checkpoint_config(checkpoint_folder)
     check_same_record(read_run_record(old), checkpoint_folder)
     counters = read_state(checkpoint_folder)["counters"]
-    record = run_record_at_step(then, checkpoint_folder)
+    record = run_record_at_step(then, checkpoint_folder, to)
     logs = then.get("logs", {})
     logs = logs if warn_of_damaged_logs(old, logs) else {}
     tokenizer = load_tokenizer(old / "tokenizer")
@@ -381,7 +380,7 @@ def _copy_run_at_step(checkpoint_folder, to):
             shutil.copy2(old / file, to)
             if file in logs:  # Records that a killed process or someone else has added belong to no checkpoint
                 os.truncate(to / file, logs[file][0])
-    truncate_metrics(to, counters)
+    truncate_metrics(to, then["step"], counters)
     for name, folder in dict(last=checkpoint_folder, best=best).items():
         if folder:
             write_pointer(to, name, folder)
@@ -399,7 +398,9 @@ def _usable_best_checkpoint(checkpoint_folder):
         print(f"warning: {e}. The best checkpoint is not copied")
 
 
-def run_record_at_step(then, checkpoint_folder) -> dict:  # The checkpoint's config.json, and its folder
+def run_record_at_step(
+    then, checkpoint_folder, to
+) -> dict:  # The checkpoint's config.json, its folder, folder of the copy
     "Return the record of a run as it was at one step, because its parameters and data may have changed later"
     run = checkpoint_folder.parent
     info = read_run_record(run)
@@ -409,6 +410,9 @@ def run_record_at_step(then, checkpoint_folder) -> dict:  # The checkpoint's con
     for name in ("data", "tokenizer"):
         info[name]["fingerprint"] = then.get(name, info[name]["fingerprint"])
     info["data"]["ids"] = then.get("ids", "")
+    if place := info["data"].get("place"):
+        with suppress(ValueError):  # Another drive
+            info["data"]["place"] = os.path.relpath((run / place).resolve(), to)
     info["changes"] = _changes_until(then["step"], info)
     later = "result", "tokens", "error", "signal", "saved", "unsaved", "failed_saves"
     return {name: value for name, value in info.items() if name not in later}
@@ -434,8 +438,8 @@ def warn_of_damaged_logs(folder, logs, finished=False) -> bool:  # As for `check
         return False
 
 
-def truncate_metrics(folder, counters) -> None:  # Run folder, and the counters of the checkpoint
+def truncate_metrics(folder, step, counters) -> None:  # Run folder, and step and counters of the checkpoint
     "Drop the records of steps that a resumed run repeats"
     c = counters
-    JsonlLog(folder / "metrics.jsonl").truncate_after(dict(train=c.get("Log", 0), val=c.get("Evaluate", 0)))
-    JsonlLog(folder / "samples.jsonl").truncate_after(dict(sample=c.get("Sample", 0)))
+    JsonlLog(folder / "metrics.jsonl").truncate_after(step, train=c.get("Log", 0), val=c.get("Evaluate", 0))
+    JsonlLog(folder / "samples.jsonl").truncate_after(step, sample=c.get("Sample", 0))

@@ -190,8 +190,8 @@ def _load_file(path, which, device, model_args):
             f"{path}: the run folder, with the tokenizer and the sizes, is not beside this file. {start}"
         )
     info = read_run_record(folder)
-    lm = new_lm(info["config"]["arch"], **info["model"] | parse_model_args(info["config"]["arch"], model_args))
-    lm = load_initial_weights(lm, path).to(device).eval()
+    declared = folder / "run.json", info["config"]["arch"], info["model"]
+    lm = load_initial_weights(new_lm_from_config(*declared, path.stat().st_size, model_args), path).to(device).eval()
     steps = re.findall(r"step_?(\d+)", path.stem)
     return (
         folder,

@@ -146,7 +146,7 @@ def _setup_replay(start, end, place, device):
         before = read_checkpoint_config(start)
     else:
         load_tokenizer(end.parent / "tokenizer").save(place / "replay/tokenizer")
-        write_json(place / "replay/run.json", run_record_at_step(dict(then, step=0), end))
+        write_json(place / "replay/run.json", run_record_at_step(dict(then, step=0), end, place / "replay"))
     params, old = then.get("params", {}), before.get("params", {})
     changed = {name: value for name, value in params.items() if old.get(name, value) != value}
     changed.pop("steps" if params.get("epochs", "auto") != "auto" else "", None)

@@ -150,13 +150,14 @@ def _start_record(record, s, trainer):
     if not s.info:
         move_earlier_run_aside(s.lock, [pattern for hook in trainer.hooks for pattern in hook.file_patterns])
     trained = n_params(s.lm, trainable=True)
-    check_disk_space(s.folder, 4 * (n_params(s.lm) + 2 * trained), " for its final checkpoint")
+    kept = trained if s.lm.lora and s.checkpoint_folder else n_params(s.lm)  # The base weights are there
+    check_disk_space(s.folder, 4 * (kept + 2 * trained), " for its final checkpoint")
     if s.lm.lora:
         if not s.checkpoint_folder:
             (s.folder / BASE_WEIGHTS_FILE).unlink(missing_ok=True)  # Left over from a start that failed
         write_base_weights(s.folder, s.lm)
     s.data.tokenizer.save(s.folder / "tokenizer")
-    truncate_metrics(s.folder, trainer.counters)
+    truncate_metrics(s.folder, trainer.step, trainer.counters)
     try:
         write_atomic(s.folder.parent / ".last", s.folder.name + "\n")
     except OSError as e:  # Only an empty run name needs it
@@ -217,15 +218,19 @@ def _fit_and_record(record, s, trainer):
 # %% ../../nbs/runs/67_run.ipynb #aae6d3c6
 def _announce_next_step(trainer, folder):
     "Print the command of the next step in a notebook that papermill executes, which repeats it at its end"
-    name = folder.name if folder.parent == runs_folder() else str(folder)
-    command = shlex.join(["lmnotes", "generate", "--run", name])
-    if trainer.status not in FINISHED:
-        lower = float(f"{peak_lr(trainer.cfg) / 2:.2g}") if trainer.status == "diverged" else None
-        resume = trainer.log_format.resume or (lambda lr: resume_command(folder, lr=lr, allow_change=lr and "lr"))
-        command = resume(lower)
     if is_headless():
+        name = folder.name if folder.parent == runs_folder() else str(folder)
+        finished = trainer.status in FINISHED
+        command = shlex.join(["lmnotes", "generate", "--run", name]) if finished else _resume_line(trainer, folder)
         note_run(folder, command)
         print(f"next: {command}")
+
+
+def _resume_line(trainer, folder):
+    "Return the line that resumes a run, after a divergence with half the learning rate"
+    lower = float(f"{peak_lr(trainer.cfg) / 2:.2g}") if trainer.status == "diverged" else None
+    resume = trainer.log_format.resume or (lambda lr: resume_command(folder, lr=lr, allow_change=lr and "lr"))
+    return resume(lower)
 
 
 def _final_message(trainer, folder):
@@ -233,16 +238,15 @@ def _final_message(trainer, folder):
     at = f"at step {trainer.step:,} of {trainer.cfg.steps:,}"
     if not trainer.step:
         return f"{trainer.status} {at}, before there was anything to save"
-    lower = float(f"{peak_lr(trainer.cfg) / 2:.2g}") if trainer.status == "diverged" else None
-    resume = trainer.log_format.resume or (lambda lr: resume_command(folder, lr=lr, allow_change=lr and "lr"))
     n_failed = len(trainer.failed_saves)
     lost = f"{n_failed} saves failed during training (see the warnings). " if n_failed else ""
     best = best_checkpoint(folder / checkpoint_name(trainer.step)) if trainer.status == "early_stop" else None
     named = f". The best checkpoint is from step {int(best.name[5:]):,} ({format_params(which='best')})" if best else ""
+    resume = _resume_line(trainer, folder)
     return lost + dict(
-        interrupted=f"interrupted {at} and saved. Resume with: {resume(lower)}",
+        interrupted=f"interrupted {at} and saved. Resume with: {resume}",
         early_stop=f"stopped early {at}{named}",
-        diverged=f"diverged {at}. Resume from the last good checkpoint with a lower learning rate: {resume(lower)}",
+        diverged=f"diverged {at}. Resume from the last good checkpoint with a lower learning rate: {resume}",
     ).get(trainer.status, f"{trainer.status} {at}")
 
 # %% ../../nbs/runs/67_run.ipynb #b3dd0ad5

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['BASE_WEIGHTS_FILE', 'FORMAT', 'VERSIONS', 'POINTERS', 'check_serializable', 'check_finite', 'model_tensors',
            'load_weights', 'canonical', 'write_base_weights', 'checkpoint_name', 'save_checkpoint', 'verify_checkpoint',
-           'check_logs', 'check_format', 'check_entries', 'read_checkpoint_config', 'list_checkpoints',
-           'latest_checkpoint', 'write_pointer', 'read_pointer', 'best_checkpoint', 'find_checkpoint',
-           'read_while_training', 'read_weights', 'read_state', 'new_lm_from_checkpoint', 'read_lm', 'load_lm']
+           'check_format', 'read_checkpoint_config', 'list_checkpoints', 'latest_checkpoint', 'write_pointer',
+           'read_pointer', 'best_checkpoint', 'find_checkpoint', 'read_while_training', 'read_weights', 'read_state',
+           'new_lm_from_config', 'new_lm_from_checkpoint', 'read_lm', 'load_lm']
 
 # %% ../../nbs/training/42_checkpoint.ipynb #e15a37b7
 import hashlib
@@ -237,16 +237,6 @@ def verify_checkpoint(folder) -> Path:
     return folder
 
 # %% ../../nbs/training/42_checkpoint.ipynb #68af19bc
-def check_logs(
-    folder,  # Run folder
-    logs,  # {log: [size, SHA-256]} in config.json of the checkpoint
-    finished=False,  # Whether the run ended with this checkpoint, so that its logs hold nothing more
-) -> None:
-    "Raise `CheckpointError` unless the logs of a run still hold what they held when a checkpoint was saved"
-    for name in [name for name in ("metrics.jsonl", "samples.jsonl") if name in logs]:
-        check_prefix(Path(folder) / name, *logs[name], finished)
-
-
 VERSIONS = {str: str | float | bool | None}  # Of packages, and of the rest of the environment
 _CONFIG = {"format?": object, "arch": str, "config": dict, "step": int, "versions?": VERSIONS, "environment?": VERSIONS}
 _CONFIG |= {"best?": int, "logs?": {str: (int, str)}, "tokenizer?": str, "data?": str, "params?": dict}
@@ -258,12 +248,6 @@ def check_format(values, path) -> None:  # Content of a JSON file, and its path
     version = values.get("format", 1) if isinstance(values, dict) else FORMAT
     if type(version) is not int or not 1 <= version <= FORMAT:
         raise CheckpointError(f"{path}: format {repr(version)[:80]} is none of 1 to {FORMAT}. Update lmnotes")
-
-
-def check_entries(values, kind, path) -> None:  # Content of a file of a run, its declaration, and its path
-    "Raise `CheckpointError`, naming the entry, unless a file of a run has the declared entries"
-    if problem := next(wrong_entries(values, kind), None):
-        raise CheckpointError(f"{path}: damaged, or not such a file of a run: {problem}. Restore it from a copy")
 
 
 def read_checkpoint_config(folder) -> dict:
@@ -411,27 +395,39 @@ def _build_within(build, n_bytes):
         return build()
 
 # %% ../../nbs/training/42_checkpoint.ipynb #51505399
-def new_lm_from_checkpoint(folder, model_args="") -> "LM":
-    "Build a checkpoint's model, adapters included, with random weights. `model_args` overrides configuration values"
-    path, saved = Path(folder) / "config.json", read_checkpoint_config(folder)
-    parts = [saved.get(name, {}) for name in ("config", "lora")]
-    if saved["arch"] not in archs():
+def new_lm_from_config(
+    path,  # File that holds the configuration, for error messages
+    arch,  # Name of the architecture in it
+    config,  # Configuration of the model in it
+    n_bytes,  # Size of the files of its weights, which limits the size of the model
+    model_args="",  # Configuration values that override those in the file
+    lora=None,  # Configuration of its adapters in the file (None: it has none)
+) -> "LM":
+    "Build the model that a file describes, with random weights"
+    if arch not in archs():
         raise CheckpointError(f"{path}: does not name an architecture and its configuration. Use a whole checkpoint")
-    check_config_types(parts[0], get_arch(saved["arch"]).Config, path)
-    check_config_types(parts[1], LoRAConfig, path)
-    changes = parse_model_args(saved["arch"], model_args)
+    check_config_types(config, get_arch(arch).Config, path)
+    check_config_types(lora or {}, LoRAConfig, path)
+    changes = parse_model_args(arch, model_args)
 
     def build():
-        lm = new_lm(saved["arch"], **parts[0] | changes)
-        return add_lora(lm, LoRAConfig(**parts[1])) if "lora" in saved else lm
+        lm = new_lm(arch, **config | changes)
+        return lm if lora is None else add_lora(lm, LoRAConfig(**lora))
 
-    files = [p for p in (*Path(folder).glob("*.safetensors"), Path(folder).parent / BASE_WEIGHTS_FILE) if p.is_file()]
     try:
-        return _build_within(build, sum(p.stat().st_size for p in files))
+        return _build_within(build, n_bytes)
     except Exception as e:  # A model's class can raise anything for values that do not fit each other
         if changes and isinstance(e, ValueError) and not isinstance(e, CheckpointError):
             raise
         raise CheckpointError(f"{path}: describes no model that can be built ({str(e)[:300]})") from None
+
+
+def new_lm_from_checkpoint(folder, model_args="") -> "LM":
+    "Build a checkpoint's model, adapters included, with random weights. `model_args` overrides configuration values"
+    saved, base = read_checkpoint_config(folder), Path(folder).parent / BASE_WEIGHTS_FILE
+    n_bytes = sum(p.stat().st_size for p in (*Path(folder).glob("*.safetensors"), base) if p.is_file())
+    config, path = saved.get("config", {}), Path(folder) / "config.json"
+    return new_lm_from_config(path, saved["arch"], config, n_bytes, model_args, saved.get("lora"))
 
 # %% ../../nbs/training/42_checkpoint.ipynb #47a344ed
 def read_lm(folder, device="cpu", model_args="") -> "LM":  # Arguments as in `load_lm`

@@ -471,6 +471,17 @@ class CountSteps(Hook):
         self.steps += 1
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is always full")
+def test_a_log_of_printed_lines_on_a_full_disk(capsys):
+    "A run continues without the log of what it prints, with one warning"
+    with fresh_or_resume.TeeOutput("/dev/full") as output:
+        for i in range(3):
+            print(f"line {i}")
+    shown = capsys.readouterr().out
+    assert output.getvalue() == "line 0\nline 1\nline 2\n"
+    assert shown.count("warning: /dev/full ends here") == 1 and all(f"line {i}" in shown for i in range(3))
+
+
 def test_no_space_for_the_final_checkpoint(workdir):
     "A run without space for its final checkpoint ends before its first step, and its message names it"
     hook, usage = CountSteps(), shutil.disk_usage(workdir)._replace(free=1000)

@@ -24,6 +24,10 @@ from helpers import (
 from lmnotes.apps import doctor as module
 from lmnotes.apps.doctor import doctor
 from lmnotes.core import CheckpointError, read_json, write_json
+from lmnotes.inspect.report import inspect_run
+from lmnotes.inspect.verify import verify
+from lmnotes.runs.folder import fork
+from lmnotes.runs.run import run
 from lmnotes.runs.setup import environment_changes
 
 
@@ -203,6 +207,22 @@ def test_another_environment(runs):
 def test_left_over_files(runs):
     (runs / "r/.step_00000010.99.tmp").mkdir()
     assert "temporary files" in [row["about"] for row in doctor(runs / "r").findings]
+
+
+def test_from_another_folder(runs, tmp_path, monkeypatch):
+    "`doctor`, `verify`, `fork` and `inspect_run` find the data of a run though its path is relative to another folder, and `doctor` writes nothing"
+    shutil.rmtree(runs.parent / "data", ignore_errors=True)
+    (tmp_path / "elsewhere/data").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert doctor(runs / "r").problems == [] and "the same content" in repr(doctor(runs / "r"))
+    assert not list((tmp_path / "elsewhere").rglob("*.bin")) and not (runs.parent / "data").exists()
+    assert verify(runs / "r", replay=1).exit_code == 0
+    name = fork(runs / "stopped", out_dir="forks")
+    r = run(run=name, out_dir="forks", resume=True, view=False)
+    assert r.status == "done"
+    assert len(list(inspect_run(r, "The sea"))) >= 2
+    monkeypatch.chdir(runs / "stopped")
+    assert fork(".") == "stopped-from-17" and (runs / "stopped-from-17/run.json").exists()
 
 
 def test_the_command(runs):

@@ -1,17 +1,25 @@
 """Texts, tokens, tokenizers and settings from other people: rejected with an error that names the file, in little memory."""
 
+import bz2
+import gzip
 import hashlib
 import http.server
 import io
 import json
+import lzma
 import os
+import pickle
 import shutil
 import threading
+import zipfile
 from dataclasses import asdict
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
+import zstandard
 from foreign import (
     NIGHT,
     call,
@@ -26,15 +34,17 @@ from foreign import (
 )
 
 from lmnotes.core import CheckpointError, DataError, TokenizerError, read_json
-from lmnotes.data import corpus, datasets
+from lmnotes.data import corpus, datasets, folders
 from lmnotes.data.datasets import download, get_corpus
 from lmnotes.data.prepare import tokenize_splits
 from lmnotes.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
-from lmnotes.data.tokenizer_files import load_tokenizer
+from lmnotes.data.tokenizer_files import load_nanogpt_meta, load_tokenizer
 from lmnotes.data.tokens import TokenWriter, open_tokens
+from lmnotes.inspect.comparison import comparison_table
 from lmnotes.recipes.fresh_or_resume_config import config_from_record, load_config_from_checkpoint
 from lmnotes.recipes.nanothink import recipe_params
 from lmnotes.recipes.text_only_config import load_text_config, read_settings
+from lmnotes.runs.compare import CompareConfig, Comparison, read_peak_memory
 from lmnotes.runs.config import RunConfig
 
 # Settings in YAML
@@ -286,6 +296,38 @@ def test_a_file_that_is_there_is_checked(server, tmp_path, monkeypatch):
         get_corpus("tinyshakespeare", tmp_path)
 
 
+OFFSETS = {"backwards": [0, 3, 2, 11], "huge": [0, 3, 2**31 - 1, 2**31 - 1], "outside": [0, 40, 60, 100]}
+
+
+@pytest.mark.parametrize("name", OFFSETS)
+def test_offsets_outside_an_arrow_file(name, tmp_path):
+    "A table whose texts would lie outside the file is rejected before memory is read"
+    table = pyarrow.table({"text": ["abc", "defg", "hijk"]})
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema) as w:
+        w.write_table(table)
+    data = (tmp_path / "a.arrow").read_bytes()
+    good = np.array([0, 3, 7, 11], "<i4").tobytes()
+    assert data.count(good) == 1
+    (tmp_path / "a.arrow").write_bytes(data.replace(good, np.array(OFFSETS[name], "<i4").tobytes()))
+    kind, found = call(read_all, tmp_path / "a.arrow")
+    assert kind == "DataError" and "a.arrow" in found, (kind, found)
+
+
+def test_a_zip_of_many_large_files(tmp_path, monkeypatch):
+    "An archive is limited by the size of all of its files together, and a name comes once"
+    monkeypatch.setattr(folders, "FREE_BYTES", 1 << 16)
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for i in range(20):
+            archive.writestr(f"{i}.txt", b"The sea.\n" * (1 << 16))
+    with pytest.raises(DataError, match=r"bomb.zip: expands more than 200 times, to 11,796,480 bytes. Unpack it"):
+        get_corpus(tmp_path / "bomb.zip")
+    with zipfile.ZipFile(tmp_path / "twice.zip", "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("a.txt", "The sea.\n")
+        archive.writestr("a.txt", "The tide.\n")
+    with pytest.raises(DataError, match=r"twice.zip: holds 2 files with the name 'a.txt'"):
+        get_corpus(tmp_path / "twice.zip")
+
+
 # Mutated files
 
 
@@ -415,15 +457,130 @@ def case_env(rng, folder):
     return "env.json", lambda: load_config_from_checkpoint(record | dict(env=read_json(folder / "env.json")), {})
 
 
+ROWS = [dict(text=f'line {i} of, "text" é', n=i) for i in range(6)]
+
+
+def table_bytes(kind):
+    "Return a table of texts in a format of pyarrow"
+    table, out = pyarrow.table({name: [row[name] for row in ROWS] for name in ("text", "n")}), io.BytesIO()
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, out)
+        return out.getvalue()
+    with (
+        pyarrow.ipc.new_stream(out, table.schema) if kind == "stream" else pyarrow.ipc.new_file(out, table.schema) as w
+    ):
+        w.write_table(table)
+    return out.getvalue()
+
+
+def zip_bytes():
+    "Return a zip archive of two texts"
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.jsonl", LINES)
+        archive.writestr("b/c.txt", "The sea was calm.\n" * 20)
+    return out.getvalue()
+
+
+def shard_bytes():
+    "Return a token shard of llm.c"
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, 40
+    return header.tobytes() + np.arange(40, dtype="<u2").tobytes()
+
+
+def index_bytes():
+    "Return an index of Megatron for two documents with 60 ids"
+    numbers = (2).to_bytes(8, "little") + (3).to_bytes(8, "little")
+    arrays = (
+        np.array([40, 20], "<i4").tobytes() + np.array([0, 80], "<i8").tobytes() + np.array([0, 1, 2], "<i8").tobytes()
+    )
+    return b"MMIDIDX\0\0" + (1).to_bytes(8, "little") + bytes([8]) + numbers + arrays
+
+
+LINES = "\n".join(map(json.dumps, ROWS)).encode()
+TABLE = "".join(f'"line {i}, é",{i}\n' for i in range(6))
+TEXTS = {  # Each a small text in a format that holds texts
+    "a.csv": lambda: f"text,n\n{TABLE}".encode(),
+    "a.tsv": lambda: f"text\tn\n{TABLE}".replace('",', '"\t').encode(),
+    "a.json": lambda: json.dumps(ROWS).encode(),
+    "a.jsonl.gz": lambda: gzip.compress(LINES),
+    "a.jsonl.bz2": lambda: bz2.compress(LINES),
+    "a.jsonl.xz": lambda: lzma.compress(LINES),
+    "a.jsonl.zst": lambda: zstandard.compress(LINES),
+    "a.zip": zip_bytes,
+    "a.parquet": lambda: table_bytes("parquet"),
+    "a.arrow": lambda: table_bytes("file"),
+    "b.arrow": lambda: table_bytes("stream"),
+    "utf16.txt": lambda: ("The sea was calm, é.\n" * 5).encode("utf-16"),
+}
+
+
+class TextCase:
+    "The case of a format that holds texts"
+
+    def __init__(self, name):
+        self.name, self.__name__, self.data = name, f"case_{name}", TEXTS[name]()
+
+    def __call__(self, rng, folder):
+        mutate = mutate_archive if self.name == "a.zip" else mutate_bytes
+        (folder / self.name).write_bytes(mutate(rng, self.data))
+        return self.name, lambda: read_all(folder / self.name)
+
+
+def case_saved_dataset(rng, folder):
+    "The folder of `save_to_disk` of the library datasets"
+    state = dict(_data_files=[dict(filename="data-00000-of-00001.arrow")], _split=None, _fingerprint="a")
+    (folder / "saved").mkdir(exist_ok=True)
+    (folder / "saved/data-00000-of-00001.arrow").write_bytes(table_bytes("stream"))
+    (folder / "saved/dataset_info.json").write_text("{}")
+    (folder / "saved/state.json").write_text(mutate_json(rng, state))
+    return "saved", lambda: read_all(folder / "saved")
+
+
+def case_shard(rng, folder):
+    (folder / "shard.bin").write_bytes(mutate_bytes(rng, shard_bytes()))
+    return "shard.bin", lambda: open_tokens(folder / "shard.bin")
+
+
+def case_megatron(rng, folder):
+    (folder / "ids.bin").write_bytes(np.arange(60, dtype="<u2").tobytes())
+    (folder / "ids.idx").write_bytes(mutate_bytes(rng, index_bytes()))
+    return "ids.", lambda: open_tokens(folder / "ids.bin")
+
+
+def case_nanogpt(rng, folder):
+    chars = "abc é\n"
+    meta = dict(vocab_size=6, itos=dict(enumerate(chars)), stoi={c: i for i, c in enumerate(chars)})
+    (folder / "meta.pkl").write_bytes(mutate_bytes(rng, pickle.dumps(meta)))
+    return "meta.pkl", lambda: use_tokenizer(load_nanogpt_meta(folder / "meta.pkl"))
+
+
+def case_comparison(rng, folder):
+    costs = dict(n_params=10, flops=1e6, pointwise=10.0, seconds=0.1, bytes_per_s=1e3, bytes_per_step=64.0)
+    known = dict(cfg=asdict(CompareConfig(archs="gpt")), cost=dict(gpt=costs), steps=dict(gpt=5))
+    (folder / "compare.json").write_text(mutate_json(rng, known))
+    (folder / "gpt-0").mkdir(exist_ok=True)
+    (folder / "gpt-0/memory.json").write_text(mutate_json(rng, dict(bytes=5)))
+
+    def read():
+        comparison_table(Comparison(str(folder)))
+        read_peak_memory(folder / "gpt-0")
+
+    return ".json", read
+
+
 def use_tokenizer(tokenizer):
     ids = tokenizer.encode("the cat é\n")
     return tokenizer.decode(ids), tokenizer.fingerprint
 
 
 ERRORS = {case_yaml: (ValueError,), case_env: (ValueError,), case_recipe: (CheckpointError,)}
-ERRORS |= dict.fromkeys([case_tokenizer, case_tisslm], (TokenizerError,))
+ERRORS |= dict.fromkeys([case_tokenizer, case_tisslm, case_nanogpt], (TokenizerError,))
+ERRORS |= {case_comparison: (CheckpointError,)}
 CASES = [case_pt_tokens, case_npy, case_bin, case_jsonl, case_txt, case_yaml, case_tokenizer, case_tisslm]
-CASES += [case_recipe, case_env]
+CASES += [case_recipe, case_env, case_saved_dataset, case_shard, case_megatron, case_nanogpt, case_comparison]
+CASES += map(TextCase, TEXTS)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__[5:])

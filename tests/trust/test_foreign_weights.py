@@ -32,8 +32,10 @@ from lmnotes.nn.lm import LM, arch, new_lm
 from lmnotes.nn.lora import LoRAConfig, add_lora, load_adapter, save_adapter
 from lmnotes.nn.vector_store import VectorStore
 from lmnotes.recipes.nanothink_checkpoints import check_content_hash, read_checkpoint_file
+from lmnotes.runs.load import load
+from lmnotes.runs.run import run
 from lmnotes.training.checkpoint import load_lm, new_lm_from_checkpoint, read_state, save_checkpoint
-from lmnotes.training.weights import load_initial_weights
+from lmnotes.training.weights import load_initial_weights, merged_state_dict, save_torch_file
 
 SMALL = dict(vocab_size=32, ctx_len=8, d_model=8, n_layers=1, n_heads=2)
 
@@ -45,6 +47,52 @@ def small_lm():
 
 def load_into_small_lm(path):
     load_initial_weights(small_lm(), path)
+
+
+@pytest.fixture(scope="module")
+def run_with_a_weight_file(tmp_path_factory):
+    "Return the folder of a tiny run beside whose checkpoints there is a file of weights"
+    folder = tmp_path_factory.mktemp("weight_file")
+    (folder / "x.txt").write_text("The sea was calm.\n" * 20)
+    small = dict(
+        data=str(folder / "x.txt"),
+        arch="gpt",
+        tokenizer="bytes",
+        ctx_len=8,
+        batch_size=2,
+        steps=2,
+        device="cpu",
+        dtype="float32",
+    )
+    r = run(**small, run="r", out_dir=str(folder), model_args="d_model=8 n_layers=1 n_heads=2", view=False)
+    save_torch_file(merged_state_dict(r.lm), r.folder / "weights_step_2.pt")
+    return r.folder
+
+
+MODELS = {  # Entries of run.json, and the message
+    "many weights": (dict(d_model=40_000), "has more weights than its file"),
+    "many layers": (dict(n_layers=10**9), "has more weights than its file"),
+    "a text": (dict(d_model="x"), "d_model is 'x', expected int"),
+    "a fraction": (dict(n_layers=1.5), "n_layers is 1.5, expected int"),
+    "dropout": (dict(dropout="a"), "dropout is 'a', expected float"),
+    "an unknown field": (dict(zzz=1), "has no field 'zzz'"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_weight_file_beside_a_forged_record(name, run_with_a_weight_file, tmp_path):
+    "The model in run.json has the limits of the model in a checkpoint"
+    folder, (model, message) = shutil.copytree(run_with_a_weight_file, tmp_path / "r"), MODELS[name]
+    kind, found = call(load_weight_file, folder)
+    assert not kind, found
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | dict(model=record["model"] | model)))
+    kind, found = call(load_weight_file, folder)
+    assert kind == "CheckpointError" and "run.json" in found and message in found, (kind, found)
+
+
+def load_weight_file(folder):
+    return load(folder / "weights_step_2.pt", device="cpu").step
 
 
 def weights_with(change):

@@ -28,7 +28,9 @@ from lmnotes import files as files_module
 from lmnotes.apps import doctor as doctor_module
 from lmnotes.apps.doctor import check_files, doctor
 from lmnotes.core import CheckpointError, RunLockedError, read_json, write_json
+from lmnotes.inspect import diff as diff_module
 from lmnotes.inspect import verify as verify_module
+from lmnotes.inspect.diff import diff
 from lmnotes.inspect.verify import verify
 from lmnotes.runs import folder as folder_module
 from lmnotes.runs.config import resolve_config
@@ -115,12 +117,16 @@ def checked(folder, i):
     return [*doctor(folder).problems, *(row for row in check_files(folder) if row["about"] == "temporary files")]
 
 
+def compared(folder, i):
+    return [row for row in diff(folder, folder).rows if row["part"] != "result"]
+
+
 def test_other_uses_never_fail(workdir, monkeypatch):
-    "A run that saves at every step and keeps one checkpoint can be forked, verified and checked at any moment"
+    "A run that saves at every step and keeps one checkpoint can be forked, verified, checked and compared at any moment"
     monkeypatch.chdir(workdir)
     process = start_process(workdir, lmnotes_command, "train", *words(**FAST))
     wait_until((workdir / "runs/r/best").exists, process)
-    assert not problems_of_uses(workdir / "runs/r", 8, (forked, verified, checked))
+    assert not problems_of_uses(workdir / "runs/r", 8, (forked, verified, checked, compared))
     assert process.exitcode is None, read_log(workdir)
     process.kill()
 
@@ -147,6 +153,7 @@ MOMENTS = [
     (checked, checkpoint_module, "sha256_file", 1),
     (checked, doctor_module, "list_checkpoints", 1),
     (checked, doctor_module, "list_checkpoints", 2),
+    (compared, diff_module, "list_checkpoints", 1),
 ]
 
 

@@ -22,14 +22,13 @@ from lmnotes import files
 from lmnotes.core import CheckpointError, fsync_path, write_atomic, write_json
 from lmnotes.data.batches import RandomBatches
 from lmnotes.export import export as export_module
-from lmnotes.files import JsonlLog, exchange_paths, finish_replacing, replace_folder
+from lmnotes.files import JsonlLog, check_logs, exchange_paths, finish_replacing, replace_folder
 from lmnotes.nn.lm import new_lm
 from lmnotes.nn.lora import LoRAConfig, add_lora
 from lmnotes.runs import folder as folder_module
 from lmnotes.runs.folder import locked_run_folder, move_earlier_run_aside
 from lmnotes.training import saving
 from lmnotes.training.checkpoint import (
-    check_logs,
     find_checkpoint,
     latest_checkpoint,
     load_lm,

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import TINY, StopAtSteps, lmnotes_command, read_log, run_in_process, train
+from helpers import ROOT, TINY, StopAtSteps, lmnotes_command, read_log, read_records, run_in_process, train
 from safetensors.torch import load_file, save_file
 
 from lmnotes.core import CheckpointError, environment, read_json, sha256_file, write_json
@@ -457,6 +457,19 @@ def test_the_command(r):
     assert run_in_process(folder, lmnotes_command, "verify", "--run", "runs/r") == 5
     assert "r: MISMATCH in 1 of" in read_log(folder) and STEPS[0] in read_log(folder)
     assert run_in_process(folder, lmnotes_command, "verify", "--run", "runs/none") == 2
+
+
+def test_erased_figures_of_an_earlier_version(tmp_path):
+    "Validation figures that are missing are a mismatch, also in a run whose checkpoints hold no hashes of the logs"
+    folder = shutil.copytree(ROOT / "tests/golden/0.1/runs/gpt", tmp_path / "gpt")
+    assert not verify(folder).parts(MISMATCH)
+    records = read_records(folder / "metrics.jsonl")
+    for r in records:
+        if r["split"] == "val":
+            r["loss"] = None
+            r.pop("bpb", None)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert verify(folder).parts(MISMATCH) == ["metrics.jsonl"]
 
 
 def test_a_run_with_its_own_batches(workdir, monkeypatch, capsys):
