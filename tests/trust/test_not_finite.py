@@ -1,6 +1,7 @@
 """NaN and infinity in a gradient, a weight, an optimizer state or an evaluation reach no checkpoint, and are reported."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -25,14 +26,26 @@ class Inject(Hook):
             self.change(t)
 
 
-def spoil_gradient(t):
-    "Make the next gradient NaN"
-    handle = next(t.lm.parameters()).register_hook(lambda g: (handle.remove(), g * math.nan)[1])
+def spoil_gradient(value, t):
+    "Spoil the next gradient"
+    handle = next(t.lm.parameters()).register_hook(lambda g: (handle.remove(), torch.full_like(g, value))[1])
 
 
-def spoil_weight(t):
-    "Make a weight NaN, in a way that the trainer does not notice"
-    next(t.lm.parameters()).data.view(-1)[0] = math.nan
+def spoil_loss(value, t):
+    "Spoil the next loss"
+    loss = t.lm.loss
+
+    def spoiled(batch):
+        t.lm.loss = loss
+        out = loss(batch)
+        return out | dict(loss=out["loss"] * value)
+
+    t.lm.loss = spoiled
+
+
+def spoil_weight(value, t):
+    "Spoil a weight, in a way that the trainer does not notice"
+    next(t.lm.parameters()).data.view(-1)[0] = value
 
 
 def spoil_moment(t):
@@ -42,9 +55,12 @@ def spoil_moment(t):
 
 
 # (change, status, last checkpoint that was saved, part of the output)
-CASES = {
-    "gradient": (spoil_gradient, "done", 12, "skipped"),
-    "weight": (spoil_weight, "diverged", 4, "warning: step 8 is not saved: step 8: embed.weight holds NaN or infinity"),
+NOT_SAVED = "warning: step 8 is not saved: step 8: embed.weight holds NaN or infinity"
+VALUES = dict(nan=math.nan, inf=math.inf, minus_inf=-math.inf)
+CASES = {f"loss {name}": (partial(spoil_loss, value), "done", 12, "skipped") for name, value in VALUES.items()}
+CASES |= {f"gradient {name}": (partial(spoil_gradient, v), "done", 12, "skipped") for name, v in VALUES.items()}
+CASES |= {f"weight {name}": (partial(spoil_weight, v), "diverged", 4, NOT_SAVED) for name, v in VALUES.items()}
+CASES |= {
     "moment": (spoil_moment, "diverged", 4, "exp_avg_sq holds NaN or infinity and is not saved"),
 }
 
