@@ -126,6 +126,25 @@ def test_separate_documents_do_not_see_each_other(arch):
     assert torch.allclose(together["nll"], sum(a["nll"] for a in alone), rtol=1e-5)
 
 
+def test_separate_documents_are_validated_separately(tmp_path, monkeypatch):
+    "The validation loss of a run with separate documents is that of each document alone, also by domain"
+    monkeypatch.chdir(tmp_path)
+    write_documents(tmp_path, 20)
+    given = SMALL | dict(steps=6, eval_every=6, sample_every=6, ctx_len=12, batch_size=4, tokenizer="bytes", run="r")
+    r = run(data="docs", sampler="documents", packing="separate", **given)
+    val, start = r._tokens_to_evaluate("", "")["val"], torch.tensor([r.tokenizer.eot_id])
+    losses, n = [], 0
+    for first, end in zip(val.doc_starts, [*val.doc_starts[1:], len(val.ids)]):
+        y = torch.from_numpy(val.ids[first:end].astype(np.int64))
+        with torch.no_grad():
+            losses.append(r.lm.loss(Batch(torch.cat([start, y[:-1]])[None], y[None]))["nll"].item())
+        n += len(y)
+    found = [r.evaluate(), r.metrics[-1]]
+    assert all(abs(m["loss"] - sum(losses) / n) < 1e-4 for m in found) and found[0]["tokens"] == n == len(val.ids)
+    parts = r.evaluate(by_domain=True)
+    assert sum(m["tokens"] * m["loss"] for m in parts.values()) == pytest.approx(sum(losses), rel=1e-4)
+
+
 def test_unknown_characters_cost_their_bytes(tmp_path, monkeypatch):
     "A model whose tokenizer does not know the characters of the validation text is not better than one of bytes"
     monkeypatch.chdir(tmp_path)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'SAMPLERS', 'Batch', 'sequences_at', 'check_length', 'SequenceBatches', 'RandomBatches', 'EpochOrder',
            'EpochBatches', 'parse_weights', 'DomainBalancedBatches', 'pack_documents', 'exchange_equal',
-           'PackedBatches', 'EvaluationBatches', 'resolve_sampler', 'get_batches']
+           'PackedBatches', 'FixedBatches', 'EvaluationBatches', 'EvaluationDocuments', 'evaluation_batches',
+           'resolve_sampler', 'get_batches']
 
 # %% ../../nbs/data/17_batches.ipynb #14d85198
 from collections.abc import Mapping
@@ -308,8 +309,17 @@ class PackedBatches(SequenceBatches):
         return Batch(torch.from_numpy(x), torch.from_numpy(y))
 
 # %% ../../nbs/data/17_batches.ipynb #6db4f39c
+class FixedBatches:
+    "Base class: a fixed list of batches"
+
+    def subset(self, n) -> "list | FixedBatches":
+        "Return `n` batches spread evenly over the list (0: all of them)"
+        n = min(n or len(self), len(self))
+        return [self[int(i)] for i in np.linspace(0, len(self) - 1, n).round()] if n < len(self) else self
+
+# %% ../../nbs/data/17_batches.ipynb #6c5e5486
 # Long: `__getitem__` must produce the targets that `__init__` plans
-class EvaluationBatches:
+class EvaluationBatches(FixedBatches):
     "A fixed list of batches in which every id of `ids[start:stop]` except the first is a target once"
 
     def __init__(
@@ -343,10 +353,37 @@ class EvaluationBatches:
         y = np.where((at[:, 1:] < self.stop) & (np.arange(self.ctx_len) >= overlap), w[:, 1:], IGNORE_INDEX)
         return Batch(torch.from_numpy(w[:, :-1]), torch.from_numpy(y))
 
-    def subset(self, n) -> "list | EvaluationBatches":
-        "Return `n` batches spread evenly over the part (0: all of them)"
-        n = min(n or len(self), len(self))
-        return [self[int(i)] for i in np.linspace(0, len(self) - 1, n).round()] if n < len(self) else self
+# %% ../../nbs/data/17_batches.ipynb #b7dab083
+class EvaluationDocuments(FixedBatches, PackedBatches):
+    "A fixed list of batches in which every id of a document is a target once, and no row has ids of two documents"
+
+    def __init__(self, ids, doc_starts, batch_size, ctx_len, start_id):  # As for `PackedBatches`
+        super().__init__(ids, doc_starts, batch_size, ctx_len, start_id=start_id, separate=True)
+        self.order, self.exchange = EpochOrder(self.order.n, shuffle=False), False
+
+    def __len__(self):
+        return -(-self.order.n // self.batch_size)
+
+    def row_numbers(self, i) -> np.ndarray:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return np.arange(i * self.batch_size, min((i + 1) * self.batch_size, self.order.n))
+
+
+def evaluation_batches(
+    tokens,  # Object with `ids` and `doc_starts`, such as `Tokens` (notebook `15_tokens`)
+    batch_size,  # Sequences per batch
+    ctx_len,  # Context window: targets per sequence
+    start_id=None,  # Input before each document, if documents are separate (None: adjacent sequences)
+    start=0,  # First position to evaluate
+    stop=None,  # Position after the last one (None: the end)
+) -> FixedBatches:
+    "Return the batches in which a model is evaluated"
+    if start_id is None or tokens.doc_starts is None:
+        return EvaluationBatches(tokens.ids, batch_size, ctx_len, start, stop)
+    stop, starts = len(tokens.ids) if stop is None else stop, np.asarray(tokens.doc_starts)
+    starts = starts[(start <= starts) & (starts < stop)] - start
+    return EvaluationDocuments(tokens.ids[start:stop], starts, batch_size, ctx_len, start_id)
 
 # %% ../../nbs/data/17_batches.ipynb #8ed35f04
 SAMPLERS = "auto", "random", "epochs", "sequential", "domains", "documents"

@@ -65,7 +65,7 @@ def _check_members(path, members):
             f"{path}: expands more than {MAX_EXPANSION} times, to {size:,} bytes. Unpack it, and pass the folder"
         )
 
-
+# %% ../../nbs/data/10_folders.ipynb #e727607d
 def _zip_sources(path, domain, file_id, text_key):
     "Return (sources, skipped files) of a zip archive"
     sources, skipped = [], []

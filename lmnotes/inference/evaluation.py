@@ -128,13 +128,14 @@ def evaluate_domains(
     batch_size,  # Sequences per batch
     ctx_len,  # Tokens per sequence
     byte_lengths=None,  # Bytes of text that each id stands for (None: no bits per byte)
+    start_id=None,  # Input before each document, as in `evaluation_batches`
     **options,  # Further parameters of `evaluate`
 ) -> dict:  # {domain: metrics}
     "Compute the metrics of each domain of a token file"
     out = {}
     for name, (start, stop) in tokens.domains.items():
         if stop - start > 1:
-            batches = EvaluationBatches(tokens.ids, batch_size, ctx_len, start, stop)
+            batches = evaluation_batches(tokens, batch_size, ctx_len, start_id, start, stop)
             out[name] = evaluate(lm, batches, byte_lengths, **options)
     return out
 

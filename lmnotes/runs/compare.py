@@ -308,7 +308,7 @@ def comparison_folder(out_dir="") -> Path:
     "Return the folder of a comparison"
     return runs_folder(out_dir) if out_dir else runs_folder() / "compare"
 
-
+# %% ../../nbs/runs/68_compare.ipynb #bb457e7d
 _COSTS = dict.fromkeys("n_params flops pointwise seconds bytes_per_s bytes_per_step".split(), float)
 _COMPARISON = {
     "cfg": {f"{f.name}?": f.type for f in fields(CompareConfig)},
@@ -333,7 +333,7 @@ def _read_comparison(folder):
         raise CheckpointError(f"{path}: {e}") from None
     return known | dict(cfg=cfg)
 
-
+# %% ../../nbs/runs/68_compare.ipynb #b24f7983
 class Comparison:
     "A folder of runs with equal compute"
 

@@ -278,7 +278,7 @@ def check_same_data(data, info, cfg, remedy) -> None:  # `RunData`, run.json, `R
             f"of `tokenizers` gives {now[:12]}. Install {info['tokenizer'].get('library') or 'the one that the run used'}, {remedy}"
         )
 
-
+# %% ../../nbs/runs/62_data.ipynb #88a74a18
 def check_content(cfg, info, folder, tokenizer) -> bool:  # As for `load_data_of_run`
     "Raise CheckpointError unless the data has the recorded content. Write nothing. Return False if only a resume can compare it"
     cfg = _with_recorded_place(cfg, info, folder)

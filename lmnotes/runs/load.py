@@ -111,9 +111,11 @@ class Run:
             lengths, device = text_byte_lengths(tokens[part], self.tokenizer), next(self.lm.parameters()).device
             options = dict(autocast=lambda: autocast(device, getattr(torch, self.info["dtype"])), seed=cfg.seed)
             options["unk_id"] = self.tokenizer.unk_id
+            sizes = cfg.batch_size, cfg.ctx_len
+            start_id = self.tokenizer.eot_id if cfg.packing == "separate" else None
             if by_domain:
-                return evaluate_domains(self.lm, tokens[part], cfg.batch_size, cfg.ctx_len, lengths, **options)
-            batches = EvaluationBatches(tokens[part].ids, cfg.batch_size, cfg.ctx_len)
+                return evaluate_domains(self.lm, tokens[part], *sizes, lengths, start_id, **options)
+            batches = evaluation_batches(tokens[part], *sizes, start_id)
             return evaluate(self.lm, batches, lengths, **options)
 
     def _tokens_to_evaluate(self, data, folder):

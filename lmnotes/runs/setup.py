@@ -244,7 +244,8 @@ class RunSetup:
             log_fn(describe_data(self.data, self.batches, cfg))
         if cfg.epochs != "auto":
             cfg.steps = math.ceil(cfg.epochs * self.batches.steps_per_epoch - self.batches.steps_before)
-        self.val = EvaluationBatches(self.data.tokens["val"].ids, cfg.batch_size, cfg.ctx_len)
+        separate_id = start_id if cfg.packing == "separate" else None
+        self.val = evaluation_batches(self.data.tokens["val"], cfg.batch_size, cfg.ctx_len, separate_id)
         self.batch_function = ""  # Name of a function that makes other batches
         self.lm = build_model(cfg, self.data.tokenizer.vocab_size, self.checkpoint_folder)
         self.initial_weights = self._hash_initial_weights()
