@@ -2,7 +2,8 @@
 
 We train each expert on 1.54 M characters (2,000 steps of 12 x 64). Then we freeze them and train the attention and router of
 `arch='nanothink'` on sequences that repeat in each epoch, starting from the expert with the lowest loss. We evaluate everything on
-the whole validation split, and compare with the plain averages of the experts' probabilities and log-probabilities. Finally we time
+the whole validation split, and compare with the plain averages of the experts' probabilities and log-probabilities. Each expert also
+generates a text, which the transformer scores, and we report the mean weight that the router gives to each. Finally we time
 steps of phase two interleaved, with experts computed at each step and with cached expert outputs (`CachedExpertBatches`), here and at
 NanoThink's shapes (one sequence of 256).
 """
@@ -11,11 +12,14 @@ from common import load_corpus, timing_columns, report, interleave, min_cpu, par
 import copy
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from lmnotes.data.batches import IGNORE_INDEX, EpochBatches, EvaluationBatches
 from lmnotes.inference.evaluation import evaluate
+from lmnotes.inference.generation import generate
+from lmnotes.inspect.routing import router_usage
 from lmnotes.models.nanothink import EXPERTS
 from lmnotes.nn.lm import lm_config, n_params, new_lm, parse_model_args
 from lmnotes.nn.mixture import new_expert
@@ -66,6 +70,13 @@ def averages(experts, batches, context):
     return dict(zip(("average of probabilities", "average of log-probabilities"), (sums / n).tolist()))
 
 
+def text_score(judge, writer, data, context, n):
+    "Return the nats per token that `judge` gives to eight texts of `n` tokens that `writer` generates"
+    texts = generate(writer.eval(), data.tokenizer, ["\n"] * 8, n, temperature=1.0, seed=0)
+    ids = np.concatenate([data.tokenizer.encode("\n" + text) for text in texts])
+    return evaluate(judge, EvaluationBatches(ids, 64, judge.cfg.ctx_len), autocast=context)["loss"]
+
+
 def speed(lm, windows, cfg, turn, rounds):
     "Return {name: clocks} of turns of steps in phase two, from the second epoch on"
     computed, cached = Trainer(copy.deepcopy(lm), windows, cfg), Trainer(lm, windows, cfg)
@@ -84,7 +95,7 @@ def main():
         steps=(2000, "training steps of each expert"),
         phase2=(2000, "steps of phase two"),
         folder=("", "folder that keeps trained experts between runs of this script"),
-        lr=(0.0, "learning rate of phase two, 0 for the optimizer's default"),
+        lr=("auto", "learning rate of phase two, auto for the default of the optimizer"),
         optimizer=("muon", "optimizer of phase two"),
         config=("", "further configuration values of the mixture, such as 'memory=4 memory_chunk=16'"),
     )
@@ -94,7 +105,7 @@ def main():
     experts = {name: train_expert(name, specs[name], cfg, data, args.folder) for name in EXPERTS}
 
     own = copy.copy(cfg)
-    vars(own).update(steps=phase2, lr=args.lr, optimizer=args.optimizer)
+    vars(own).update(steps=phase2, lr=args.lr if args.lr == "auto" else float(args.lr), optimizer=args.optimizer)
     judged = EvaluationBatches(data.tokens["val"].ids, 64, cfg.ctx_len).subset(2 if args.quick else 0)
     windows = EpochBatches(data.tokens["train"].ids, cfg.batch_size, cfg.ctx_len, cfg.seed)
     context = Trainer(experts["transformer"], windows, own).autocast
@@ -117,7 +128,13 @@ def main():
     losses["mixture"] = evaluate(lm, judged, autocast=context)["loss"]
 
     sizes = {name: n_params(e) for name, e in experts.items()} | {"mixture": n_params(lm, trainable=True)}
-    rows = [dict(model=name, trained=sizes.get(name, ""), loss=loss) for name, loss in losses.items()]
+    writers, n = experts | dict(mixture=lm), 40 if args.quick else 400
+    texts = {name: text_score(experts["transformer"], writer, data, context, n) for name, writer in writers.items()}
+    (weights,) = router_usage(lm, data.tokens["val"]).rows
+    rows = [
+        dict(model=name, trained=sizes.get(name, ""), loss=loss, text=texts.get(name, ""), weight=weights.get(name, ""))
+        for name, loss in losses.items()
+    ]
     turn, rounds = (2, 1) if args.quick else (20, 8)
     few = EpochBatches(data.tokens["train"].ids[: 64 * 12 * 10 + 1], cfg.batch_size, cfg.ctx_len)
     clocks = speed(mixture(experts, cfg, data), few, own, turn, rounds)
@@ -153,6 +170,11 @@ def main():
                 "mixture at most the better plain average",
                 f"{losses['mixture'] - average:+.4f}",
                 losses["mixture"] <= average,
+            ),
+            (
+                "text of the diffuser within 1.5 times the nats of real text",
+                f"{texts['diffuser'] / losses['transformer']:.2f}",
+                texts["diffuser"] <= 1.5 * losses["transformer"],
             ),
             ("steps with cached expert outputs 3 times as fast", f"{faster:.2f}", faster >= 3),
         ],
