@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 help:
 	@echo "make train        train a small model and leave its report in checkpoints/first/train.ipynb"
-	@echo "make test         run every notebook cell and every test"
+	@echo "make test         run the fast notebook cells and tests, which need no GPU"
 	@echo "make lab          open the notebooks in JupyterLab"
 	@echo "make docs         build the documentation site in _docs/"
 	@echo "make bench        run the benchmarks"

@@ -121,16 +121,16 @@ def sentence(text):
 
 
 def mutants():
-    "Yield (measure that is removed or changed, test that then fails)"
+    "Yield (change to the library, test that then fails)"
     for name, test in MUTANT_TESTS.items():
         for mutant, row in tests(name).MUTANTS.items():
             yield mutant, f"{name}.py::{test}" if test else f"{row[-1].__module__}.py::{row[-1].__name__}"
 
 
 def mutants_table():
-    "Return the table of all removed measures and the tests that fail without them"
+    "Return the table of all changes to the library and the tests that then fail"
     rows = [(sentence(mutant), f"`tests/trust/{test}`") for mutant, test in mutants()]
-    return table(("Removed or changed measure", "Test that fails"), rows)
+    return table(("Change to the library", "Test that fails"), rows)
 
 
 def files_of_suite():

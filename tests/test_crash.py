@@ -162,7 +162,7 @@ def train_on_a_full_disk(size, *command_line_args):
 
 @pytest.mark.parametrize("file, size", [("model.safetensors", 20_000), ("state.pt", 60_000)])
 def test_training_continues_on_a_full_disk(workdir, file, size):
-    "Training continues without saving, the last good checkpoint stays, no partial file does, and a resume is exact"
+    "On a full disk, training continues without saving, the last good checkpoint and no partial file remains, and a resume is exact"
     case = TINY | dict(optimizer="adamw")
     assert run_in_process(workdir, lmnotes_command, "train", *command_line_args(**case | dict(run="whole"))) == 0, (
         read_log(workdir)
@@ -196,7 +196,7 @@ class Dashboard(Hook):
 
 @pytest.mark.parametrize("observes", [True, False])
 def test_a_hook_that_fails(workdir, uninterrupted_run, capsys, monkeypatch, observes):
-    "An observer is called once, and changes nothing. Any other hook ends the run"
+    "A hook that observes and fails is called once, and changes nothing. Any other hook that fails ends the run"
     monkeypatch.chdir(workdir)
     hook = Dashboard()
     hook.observes = observes
@@ -222,7 +222,7 @@ class ClampWeights(Hook):
 
 
 def test_a_hook_that_changes_the_weights(workdir, monkeypatch):
-    "It is an error, because a run resumed without the hook would end in other weights"
+    "A hook that changes the weights is an error, because a run resumed without it would end in other weights"
     monkeypatch.chdir(workdir)
     with pytest.raises(ValueError, match="step 2: a hook changed the weights, one of .*ClampWeights"):
         run(**TINY | dict(out_dir=str(workdir / "runs"), run="clamped", view=False, hooks=[ClampWeights()]))

@@ -80,7 +80,7 @@ def single_process_run(tmp_path_factory, corpus):
 
 
 def test_two_processes_equal_one(workdir, single_process_run):
-    "Ten steps on two processes, then ten on one from their checkpoint"
+    "Ten steps on two processes, then ten on one from their checkpoint, have the losses of twenty steps on one process"
     process = torchrun(workdir, "-m", "--", "lmnotes", "train", *command_line_args(**CASE))
     assert process.wait(DEADLINE) == 0, read_log(workdir)
     two = figures(workdir, "r")

@@ -243,7 +243,7 @@ def test_links_have_targets(site, pages):
     assert not wrong
 
 
-@pytest.mark.parametrize("name", ["README", *build_docs.PROJECT_PAGES])
+@pytest.mark.parametrize("name", ["README", *build_docs.PROJECT_PAGES, "docs/results"])
 def test_links_of_project_pages_have_targets(name):
     "The pages are also read on the repository's site, where links are relative to the project's folder"
     text = re.sub(r"(`+).*?\1", "", (ROOT / f"{name}.md").read_text(encoding="utf-8"))  # Without code

@@ -43,7 +43,7 @@ def resume(workdir, *stops, run="r", **params):
 
 @pytest.mark.parametrize("name, branches", BRANCHES)
 def test_stop_and_resume_at_every_step(workdir, name, branches):
-    "One run is stopped after every step and resumed in a new process. Copies of it are resumed to the end"
+    "A run stopped after every step, and copies of it that resume to the end, have the results of an uninterrupted run"
     case = TINY | CASES[name]
     whole = run_results(start_run(workdir, case))
     chain = start_run(workdir, case, 1, run="chain")
@@ -59,7 +59,7 @@ def test_stop_and_resume_at_every_step(workdir, name, branches):
 
 
 def test_cases_use_their_features(workdir, monkeypatch):
-    "In these cases two epochs end within the run, in the middle of a batch, and early stopping stops the run"
+    "In the cases of this file, two epochs end within the run, in the middle of a batch, and early stopping stops the run"
     monkeypatch.chdir(workdir)
     for name, case in CASES.items():
         cfg = RunConfig(**TINY | case)
@@ -82,7 +82,7 @@ def whole(tmp_path_factory, corpus):
 
 @pytest.mark.parametrize("step", [1, 10, 15, pytest.param(23, marks=pytest.mark.nightly), 39])
 def test_one_stop_and_resume(workdir, whole, step):
-    "Stop at the first step, at a checkpoint and evaluation, at a sample, in between, and before the last step"
+    "A run stopped at the first step, at a checkpoint and evaluation, at a sample, in between, or before the last step resumes to the same results"
     start_run(workdir, TINY, step, run="once")
     assert not differences(whole, run_results(resume(workdir, run="once")))
 

@@ -39,7 +39,7 @@ def expected(release, name, tmp_path, monkeypatch):
 
 
 def test_golden_folders_exist():
-    "There are golden folders. Without them the other tests would have no cases"
+    "The golden folders exist, so the other tests have cases"
     assert len(RELEASES["0.1"]["runs"]) == 12
 
 
@@ -81,7 +81,7 @@ def test_an_export_generates(release, tmp_path):
 
 @each_release
 def test_export_files_are_unchanged(release):
-    "Neither git's line endings nor a formatter have changed a file"
+    "The files of the golden exports are unchanged by git's line endings and by formatters"
     folder = GOLDEN / release / "export"
     files = json.loads((folder / "manifest.json").read_bytes())["files"]
     changed = [

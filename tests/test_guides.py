@@ -26,7 +26,13 @@ from lmnotes.nn.lm import new_lm
 
 pytestmark = pytest.mark.usefixtures("short_samples")
 PAGES = {path.stem: path for path in sorted((ROOT / "docs/guides").glob("*.md"))}
-NAMES = "agiformer fresh_or_resume nanothink text_only tisslm".split()
+SYSTEMS = dict(  # Heading of the first column of each page
+    agiformer="AGIFORMER",
+    fresh_or_resume="Fresh-or-resume guide",
+    nanothink="NanoThink",
+    text_only="MultiModalCreature",
+    tisslm="TissLM",
+)
 
 
 # Reading the tables of a page
@@ -49,8 +55,8 @@ def read_page(path):
         if line.startswith("|"):
             found = cells(line)
             if heads is None:
-                heads = tuple(found)
-                assert heads in CHECKS, f"{path.name}, line {number}: no check for a table with these headings: {heads}"
+                heads = tuple("System" if cell == SYSTEMS[path.stem] else cell for cell in found)
+                assert heads in CHECKS, f"{path.name}, line {number}: no check for a table with these headings: {found}"
             elif set(line) <= set("|- "):
                 continue
             else:
@@ -272,15 +278,15 @@ def same(value, found):
 
 
 CHECKS = {
-    ("There", "Type here", "Note"): Reader.command,
-    ("There", "Type here", "Message"): Reader.trouble,
-    ("There", "Parameter here", "In the record", "Note"): Reader.parameter,
-    ("There", "Setting here", "In the record", "Note"): Reader.setting,
-    ("There", "Variable here", "In the record", "Note"): Reader.variable,
-    ("There", "File here", "Note"): Reader.file,
-    ("There", "Line here", "Note"): Reader.line,
-    ("There", "In Python here", "Note"): Reader.name,
-    ("There", "Here", "Shown by"): Reader.elsewhere,
+    ("System", "Command in lmnotes", "Note"): Reader.command,
+    ("System", "Command in lmnotes", "Message"): Reader.trouble,
+    ("System", "Parameter in lmnotes", "In the record", "Note"): Reader.parameter,
+    ("System", "Setting in lmnotes", "In the record", "Note"): Reader.setting,
+    ("System", "Variable in lmnotes", "In the record", "Note"): Reader.variable,
+    ("System", "File in lmnotes", "Note"): Reader.file,
+    ("System", "Line in lmnotes", "Note"): Reader.line,
+    ("System", "Name in lmnotes", "Note"): Reader.name,
+    ("System", "In lmnotes", "Shown by"): Reader.elsewhere,
     ("Measurement", "Figure", "Command"): Reader.figure,
 }
 
@@ -513,20 +519,20 @@ MATERIAL = dict(
 
 
 def test_every_guide_has_its_page():
-    assert sorted(PAGES) == NAMES
+    assert sorted(PAGES) == sorted(SYSTEMS)
 
 
 WRONG = {
-    "| There | Parameter here | In the record | Note |\n|---|---|---|---|\n| `seq_len` | `seq_len=64` | `config.ctx_len` | |": "seq_len=128",
-    "| There | Parameter here | In the record | Note |\n|---|---|---|---|\n| `lr` | `lr=0.001` | `config.lr` | |": "shows nothing",
-    "| There | Parameter here | In the record | Note |\n|---|---|---|---|\n| `epochs` | `epochs=5` | `config.steps` | |": "config.steps=1",
-    "| There | File here | Note |\n|---|---|---|\n| a | `run/*.pt` | |": "there is no run/*.pt",
-    "| There | Line here | Note |\n|---|---|---|\n| a | `step #/#` | |": "'step #/#' was not printed",
-    "| There | In Python here | Note |\n|---|---|---|\n| a | `lmnotes.runs.run.runn` | |": "there is no lmnotes.runs.run.runn",
-    "| There | Here | Shown by |\n|---|---|---|\n| a | b | `tests/test_guides.py::test_none` |": "there is no tests/test_guides.py::test_none",
-    "| There | Type here | Note |\n|---|---|---|\n| a | `exit 3` | |": "exit 3: exit code 3",
-    "| There | Type here | Note |\n|---|---|---|\n| a | nothing | |": "there is nothing to type",
-    "| There | Type here | Message |\n|---|---|---|\n| a | `echo 12 and more` | `# and less` |": "'# and less' was not printed",
+    "| TissLM | Parameter in lmnotes | In the record | Note |\n|---|---|---|---|\n| `seq_len` | `seq_len=64` | `config.ctx_len` | |": "seq_len=128",
+    "| TissLM | Parameter in lmnotes | In the record | Note |\n|---|---|---|---|\n| `lr` | `lr=0.001` | `config.lr` | |": "shows nothing",
+    "| TissLM | Parameter in lmnotes | In the record | Note |\n|---|---|---|---|\n| `epochs` | `epochs=5` | `config.steps` | |": "config.steps=1",
+    "| TissLM | File in lmnotes | Note |\n|---|---|---|\n| a | `run/*.pt` | |": "there is no run/*.pt",
+    "| TissLM | Line in lmnotes | Note |\n|---|---|---|\n| a | `step #/#` | |": "'step #/#' was not printed",
+    "| TissLM | Name in lmnotes | Note |\n|---|---|---|\n| a | `lmnotes.runs.run.runn` | |": "there is no lmnotes.runs.run.runn",
+    "| TissLM | In lmnotes | Shown by |\n|---|---|---|\n| a | b | `tests/test_guides.py::test_none` |": "there is no tests/test_guides.py::test_none",
+    "| TissLM | Command in lmnotes | Note |\n|---|---|---|\n| a | `exit 3` | |": "exit 3: exit code 3",
+    "| TissLM | Command in lmnotes | Note |\n|---|---|---|\n| a | nothing | |": "there is nothing to type",
+    "| TissLM | Command in lmnotes | Message |\n|---|---|---|\n| a | `echo 12 and more` | `# and less` |": "'# and less' was not printed",
     "| Measurement | Figure | Command |\n|---|---|---|\n| a | 98.7 | `python benchmarks/memory.py` |": "98.7 is not among",
     "| Measurement | Figure | Command |\n|---|---|---|\n| a | 1 | `python benchmarks/none.py` |": "no such command",
 }
@@ -537,20 +543,21 @@ def test_wrong_rows_are_found(tmp_path, table):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/run.json").write_text(json.dumps(dict(config=dict(steps=1, lr=0.001))))
     shutil.copytree(ROOT / "nbs/recipes", tmp_path / "nbs/recipes")
-    (tmp_path / "page.md").write_text(f"In `nbs/recipes/tisslm.ipynb` and `run/run.json`:\n\n{table}\n")
+    (tmp_path / "tisslm.md").write_text(f"In `nbs/recipes/tisslm.ipynb` and `run/run.json`:\n\n{table}\n")
     reader = Reader(tmp_path, "tisslm")
     reader.given[tmp_path / "run"] = dict(seq_len=16, lr=0.001, epochs=2)
-    ((_, heads, row, about),) = read_page(tmp_path / "page.md")
+    ((_, heads, row, about),) = read_page(tmp_path / "tisslm.md")
     assert WRONG[table] in CHECKS[heads](reader, row, about)
 
 
 @pytest.mark.parametrize(
-    "table", ["| There | Else |\n|---|---|\n| a | b |", "| There | File here | Note |\n|---|---|---|\n| a | b |"]
+    "table",
+    ["| TissLM | Else |\n|---|---|\n| a | b |", "| TissLM | File in lmnotes | Note |\n|---|---|---|\n| a | b |"],
 )
 def test_unreadable_tables_are_found(tmp_path, table):
-    (tmp_path / "page.md").write_text(table)
-    with pytest.raises(AssertionError, match="page.md, line"):
-        read_page(tmp_path / "page.md")
+    (tmp_path / "tisslm.md").write_text(table)
+    with pytest.raises(AssertionError, match="tisslm.md, line"):
+        read_page(tmp_path / "tisslm.md")
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -329,7 +329,7 @@ def test_every_file_of_a_run(trained, runs, name):
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("name", RUNS)
 def test_every_file_of_a_run_in_more_ways(trained, runs, name, use):
-    "Twice as many damages of every file, for every use"
+    "Each of twice as many damages is named by every use, or the result is that of the undamaged run"
     n, problems = check_run(trained, runs, name, 4, [use])
     assert not problems, "\n".join(problems)
     assert n > 500
@@ -397,7 +397,7 @@ def test_a_missing_record(trained, runs, left):
 
 
 def test_a_folder_in_place_of_the_owner(runs):
-    "The error names it, the lock is free again, and without the folder the run resumes"
+    "An error names a folder in place of .owner.json, and frees the lock. Without the folder the run resumes"
     owner = runs / "stopped/.owner.json"
     owner.unlink()
     owner.mkdir()

@@ -229,7 +229,7 @@ SMALL_FILES = {
 
 @pytest.mark.parametrize("name", SMALL_FILES)
 def test_a_full_disk_when_a_recipe_writes_a_small_file(tmp_path, monkeypatch, capsys, name):
-    "A file of a recipe that cannot be written is a single warning, and is written when there is room again"
+    "If a file of a recipe cannot be written, a single warning names it, and it is written when there is space again"
     store = SimpleNamespace(save=lambda path: write_json(path, {}))
     t = SimpleNamespace(rank=0, step=0, lm=SimpleNamespace(store=store))
     hook = SMALL_FILES[name](tmp_path)
@@ -245,7 +245,7 @@ def test_a_full_disk_when_a_recipe_writes_a_small_file(tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("when", ["step", "best"])
 def test_a_full_disk_when_weights_are_saved(tmp_path, monkeypatch, capsys, when):
-    "Weights that cannot be saved are a warning, and are saved by the resume at this step, with the counters of a save without an error"
+    "If weights cannot be saved, a warning names them, and the resume at this step saves them with the counters of a save without an error"
 
     def trainer(state=None):
         lm = new_lm("bigram", vocab_size=8)
@@ -271,13 +271,14 @@ def full_disk(source, target):
 
 
 def test_a_full_disk_when_the_peak_memory_is_recorded(tmp_path, monkeypatch):
+    "If the peak memory cannot be recorded on a full disk, the error advises to run the comparison again"
     monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(CheckpointError, match=r"memory.json: disk full, .* Run the comparison again"):
         RecordPeakMemory(tmp_path).at_end(None)
 
 
 def test_a_full_disk_when_files_of_another_program_move_aside(workdir, monkeypatch):
-    "A run does not start if it would overwrite them"
+    "A run does not start if the files of another program in its folder cannot move aside"
     monkeypatch.chdir(workdir)
     old = workdir / "runs/r/metrics.jsonl"
     old.parent.mkdir(parents=True)
@@ -494,16 +495,16 @@ def test_no_space_for_the_final_checkpoint(workdir):
 
 
 MUTANTS = {
-    "a failed save ends training": (end_at_a_failed_save, "write r/.step_00000006"),
-    "records that were not written are dropped": (drop_records, "write r/metrics.jsonl"),
-    "errors of writing are hidden": (hide_errors_of_writing, "write r/.step_00000009"),
-    "checkpoints are deleted before the next is written": (prune_first, "mkdir r/.step_00000006"),
+    "ends training at a failed save": (end_at_a_failed_save, "write r/.step_00000006"),
+    "drops records that were not written": (drop_records, "write r/metrics.jsonl"),
+    "hides errors of writing": (hide_errors_of_writing, "write r/.step_00000009"),
+    "deletes old checkpoints before it writes the new one": (prune_first, "mkdir r/.step_00000006"),
 }
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_errors_detect_a_missing_measure(tmp_path, unbroken, mutant):
-    "Without the measure, an error has another result, so the tests above would detect its absence"
+    "If a measure is removed, an error has another result, so the tests above detect its absence"
     operation = MUTANTS[mutant][1]
     number = next(n for n, op in enumerate(affected("ENOSPC", unbroken[2]), 1) if op.startswith(operation))
-    assert problems(tmp_path, unbroken, "ENOSPC", "deleted" in mutant, number, mutant)
+    assert problems(tmp_path, unbroken, "ENOSPC", "deletes" in mutant, number, mutant)

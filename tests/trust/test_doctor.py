@@ -72,6 +72,7 @@ def test_the_machine():
 
 
 def test_a_finished_run_is_well(runs):
+    "`doctor` reports no problem for a finished run"
     report = doctor(runs / "r")
     assert report.problems == [] and {row["state"] for row in report.findings} <= {"ok", "note"}
     assert "done at step 40 of 40" in repr(report)
@@ -136,7 +137,7 @@ def test_damaged_checkpoints(runs):
 
 
 def test_a_damaged_older_checkpoint(runs):
-    "It is deleted by the printed command, because no resume needs it"
+    "The printed command deletes the damaged checkpoint that no resume needs"
     (runs / "r/step_00000020/model.safetensors").write_bytes(b"damaged")
     ((name, (detail, command)),) = problems(runs / "r").items()
     assert name == "step_00000020" and "No resume needs it" in detail
@@ -146,7 +147,7 @@ def test_a_damaged_older_checkpoint(runs):
 
 
 def test_missing_tokenizer(runs):
-    "The data is not blamed for it"
+    "If the tokenizer is missing, `doctor` does not report the data as the cause"
     shutil.rmtree(runs / "r/tokenizer")
     assert list(problems(runs / "r")) == ["tokenizer"]
 

@@ -585,12 +585,12 @@ CASES += map(TextCase, TEXTS)
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__[5:])
 def test_mutated_files(case, tmp_path):
-    "200 files of each format, and those that failed in an earlier night"
+    "Each of 200 mutated files of each format, and of those that failed in an earlier night, loads or raises an error that names it"
     fuzz(case, tmp_path, 200, seed=0, allowed=ERRORS.get(case, (DataError,)))
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__[5:])
 def test_ten_thousand_mutated_files(case, tmp_path):
-    "Ten thousand files of each format, with another seed each night"
+    "The same for ten thousand mutated files of each format, with another seed each night"
     fuzz(case, tmp_path, 10_000, seed=NIGHT, allowed=ERRORS.get(case, (DataError,)))

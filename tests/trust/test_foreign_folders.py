@@ -1,5 +1,4 @@
-"""A run folder from someone else may hold links, names and entries of any kind. None of them leads a write, a command or a choice of
-the library elsewhere."""
+"""Links, names and entries in a run folder from someone else cannot redirect a write, a command or a choice."""
 
 import json
 import os

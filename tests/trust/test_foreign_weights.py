@@ -307,6 +307,7 @@ def test_a_declared_rank_is_compared_with_the_weights(tmp_path):
 
 
 def test_invalid_model_args_are_no_fault_of_the_checkpoint(tmp_path):
+    "An error for invalid `model_args` does not report the checkpoint as damaged"
     folder = save_small(tmp_path)
     with pytest.raises(ValueError, match="n_heads") as e:
         new_lm_from_checkpoint(folder, "n_heads=3")
@@ -384,7 +385,7 @@ def test_a_declared_size_of_gpt2_is_compared_with_the_files(name, tmp_path):
 
 
 def test_gpt2_with_many_labels_is_loaded(tmp_path):
-    "transformers would make a table of the labels, which GPT-2 does not use"
+    "A GPT-2 whose configuration declares a billion labels loads without a table of them, which GPT-2 does not use"
     gpt2_folder(tmp_path, num_labels=10**9)
     assert call(GPT2.pretrained, tmp_path)[0] == ""
 
@@ -533,12 +534,12 @@ ERRORS = {case_gpt2: (ValueError,)}
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__[5:])
 def test_mutated_files(case, tmp_path):
-    "200 files of each format, and those that failed in an earlier night"
+    "Each of 200 mutated files of each format, and of those that failed in an earlier night, loads or raises an error that names it"
     fuzz(case, tmp_path, 200, seed=0, allowed=ERRORS.get(case, (CheckpointError,)))
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__[5:])
 def test_ten_thousand_mutated_files(case, tmp_path):
-    "Ten thousand files of each format, with another seed each night"
+    "The same for ten thousand mutated files of each format, with another seed each night"
     fuzz(case, tmp_path, 10_000, seed=NIGHT, allowed=ERRORS.get(case, (CheckpointError,)))

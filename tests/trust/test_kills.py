@@ -203,7 +203,7 @@ def further(number, i):
 
 @pytest.mark.parametrize("case", DEFAULT, indirect=True)
 def test_kills(case):
-    "Two kills in a setting of each architecture and each scenario, spread over all file operations of a run"
+    "A run that is killed twice, at operations spread over all of a run, resumes to the results of an unbroken run, in each architecture and scenario"
     i, n = DEFAULT.index(case.name), len(case.operations)
     numbers = [1 + n * (2 * i + 1) // (4 * len(DEFAULT)), 1 + n // 2 + n * (2 * i + 1) // (4 * len(DEFAULT))]
     if case.setting.before == "finished":  # Near the operation that moves it
@@ -272,16 +272,16 @@ def lose_counters():
 
 # {name: (function that replaces a part of the library, setting, operation before which the run is killed)}
 MUTANTS = {
-    "run.json is written in place": (write_in_place, "gpt random bytes", "write r/run.json"),
-    "an earlier run moves file by file": (move_file_by_file, "an earlier run moves aside", "rename r-1/metrics.jsonl"),
-    "checkpoints are deleted before the next is written": (
+    "writes run.json in place": (write_in_place, "gpt random bytes", "write r/run.json"),
+    "moves an earlier run file by file": (move_file_by_file, "an earlier run moves aside", "rename r-1/metrics.jsonl"),
+    "deletes old checkpoints before it writes the new one": (
         prune_first,
         "one checkpoint is kept",
         "mkdir r/.step_00000008",
     ),
-    "metrics are not cut on resume": (keep_metrics, "gpt random bytes", "mkdir r/.step_00000008"),
-    "temporary files are not removed": (keep_temporary_files, "gpt random bytes", "write r/.step_00000008"),
-    "counters are not restored": (lose_counters, "gpt random bytes", "mkdir r/.step_00000008"),
+    "does not cut metrics on resume": (keep_metrics, "gpt random bytes", "mkdir r/.step_00000008"),
+    "does not remove temporary files": (keep_temporary_files, "gpt random bytes", "write r/.step_00000008"),
+    "does not restore counters": (lose_counters, "gpt random bytes", "mkdir r/.step_00000008"),
 }
 
 
@@ -296,7 +296,7 @@ def unbroken(tmp_path_factory, corpus, earlier):
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_kills_detect_a_missing_measure(unbroken, mutant):
-    "Without the measure, a kill leaves another result, so the tests above would detect its absence"
+    "If a measure is removed, a kill leaves another result, so the tests above detect its absence"
     _, name, operation = MUTANTS[mutant]
     case = unbroken[name]
     assert case.kill([operation], mutant)

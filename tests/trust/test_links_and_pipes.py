@@ -76,7 +76,7 @@ def test_a_resume_rejects_a_link(stopped, tmp_path, name, is_dangling):
 
 
 def test_a_link_is_rejected_by_every_writer(place, stopped, tmp_path):
-    "So do the resume of a finished run, a new run of the same name, a fork, a lock of another folder and papermill"
+    "Resuming a finished run, starting a new run of the same name, forking, locking and papermill reject the link"
     done, link = place / "runs/done", tmp_path / "link"
     for folder in (stopped, done):
         (folder / "samples.jsonl.damaged").symlink_to(tmp_path / "yours")

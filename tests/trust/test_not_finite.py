@@ -67,7 +67,7 @@ CASES |= {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_value_that_is_not_finite(workdir, monkeypatch, capsys, case):
-    "The run reports it and ends at the next save, no checkpoint has it, and the last good checkpoint remains"
+    "A run reports NaN or infinity and ends at the next save. No checkpoint holds the value, and the last good checkpoint remains"
     monkeypatch.chdir(workdir)
     change, status, last, text = CASES[case]
     run(hooks=[Inject(change)], view=False, **SMALL | dict(run="r", optimizer="adamw", keep="all"))

@@ -146,7 +146,7 @@ def recovered(workdir, saved, pointers, written, loaded):
 
 @linux
 def test_power_cut_at_every_operation_of_a_save(saves, tmp_path):
-    "The last completed save or the next one is found, bit for bit, and so is the best checkpoint"
+    "After a power cut at any operation of a save, the last completed save or the next one is found, bit for bit, and so is the best checkpoint"
     *wrong, states = failures(tmp_path, *saves)
     assert not wrong, wrong[:5]
     assert states > 2000, states
@@ -180,23 +180,23 @@ def exchanged_by_renames(operations):
 
 
 MUTANTS = {
-    "config.json is not flushed": without("fsync", ".step_", "config.json"),
-    "model.safetensors is not flushed": without("fsync", ".step_", "model.safetensors"),
-    "state.pt is not flushed": without("fsync", ".step_", "state.pt"),
-    "manifest.json is not flushed": without("fsync", ".step_", "manifest.json"),
-    "the names in the folder are not flushed": lambda ops: [
+    "does not flush config.json": without("fsync", ".step_", "config.json"),
+    "does not flush model.safetensors": without("fsync", ".step_", "model.safetensors"),
+    "does not flush state.pt": without("fsync", ".step_", "state.pt"),
+    "does not flush manifest.json": without("fsync", ".step_", "manifest.json"),
+    "does not flush the names in a checkpoint folder": lambda ops: [
         op for op in ops if not (op[0] == "fsync" and op[1].startswith(".step_") and op[1].endswith(".tmp"))
     ],
-    "the folder's name is not flushed": lambda ops: [op for op in ops if op[:2] != ("fsync", ".")],
-    "`last` is not flushed": without("fsync", ".last."),
-    "`best` is not flushed": without("fsync", ".best."),
-    "the folder is not exchanged": without("exchange", ".step_"),
-    "the folder is exchanged by renames": exchanged_by_renames,
-    "metrics.jsonl is not flushed": without("fsync", "metrics.jsonl"),
-    "samples.jsonl is not flushed": without("fsync", "samples.jsonl"),
-    "`last` is not renamed": without("replace", ".last."),
-    "`best` is not renamed": without("replace", ".best."),
-    "pruned before the next is there": pruned_first,
+    "does not flush the name of a checkpoint folder": lambda ops: [op for op in ops if op[:2] != ("fsync", ".")],
+    "does not flush `last`": without("fsync", ".last."),
+    "does not flush `best`": without("fsync", ".best."),
+    "does not exchange the old and the new folder": without("exchange", ".step_"),
+    "renames the folders instead of exchanging them": exchanged_by_renames,
+    "does not flush metrics.jsonl": without("fsync", "metrics.jsonl"),
+    "does not flush samples.jsonl": without("fsync", "samples.jsonl"),
+    "does not rename the new `last`": without("replace", ".last."),
+    "does not rename the new `best`": without("replace", ".best."),
+    "deletes old checkpoints before the new one is complete": pruned_first,
 }
 
 
@@ -204,7 +204,7 @@ MUTANTS = {
 @pytest.mark.parametrize("saves", ["bigram"], indirect=True)
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_measure_against_a_power_cut_is_needed(saves, tmp_path, name):
-    "Without the measure, some state does not recover, so the test above would detect its absence"
+    "If a measure is removed, some state does not recover, so the test above detects its absence"
     operations, done, pointed, written = saves
     marked = []  # Marks replace the numbers of operations, so that they stay in place when operations are removed
     for number, op in enumerate(operations, 1):
@@ -249,7 +249,7 @@ def content_of(folder):
 
 @linux
 def test_power_cut_while_an_earlier_run_moves_aside(tmp_path, monkeypatch):
-    "The earlier run is complete in one folder, and so is the new record, at every operation"
+    "After a power cut while an earlier run moves aside, the earlier run is complete in one folder, and so is the new record"
     runs = tmp_path / "runs"
     runs.mkdir()
     with monkeypatch.context() as patched:
@@ -320,7 +320,7 @@ def recorded_exports(run, root, monkeypatch):
 @linux
 @pytest.mark.parametrize("exchange", [exchange_paths, no_exchange])
 def test_power_cut_while_an_export_is_replaced(small_run, tmp_path, monkeypatch, exchange):
-    "The old or the new export is complete under its name, at every operation, when the next export starts"
+    "After a power cut while an export is replaced, the old or the new export is complete under its name when the next export starts"
     root = tmp_path / "exports"
     root.mkdir()
     with monkeypatch.context() as patched:
@@ -343,7 +343,7 @@ def test_power_cut_while_an_export_is_replaced(small_run, tmp_path, monkeypatch,
 
 @linux
 def test_power_cut_during_a_fork(small_run, tmp_path, monkeypatch):
-    "Under the name of a fork there is the complete copy or nothing, at every operation, and the copy once `fork` returns"
+    "After a power cut during a fork, its name has the complete copy or does not exist. Once `fork` has returned, the copy exists"
     with monkeypatch.context() as patched:
         recorder = Recorder(tmp_path, patched)
         copy = recorder.as_writes(folder_module._copy_run_at_step, lambda checkpoint, to: to)
@@ -361,7 +361,7 @@ def test_power_cut_during_a_fork(small_run, tmp_path, monkeypatch):
 
 
 def test_an_export_finishes_a_killed_one(tmp_path, monkeypatch):
-    "An export returns the old folder that a killed one moved away, and removes temporary folders of ended processes only"
+    "An export restores the old folder that a killed export moved away, and removes temporary folders of ended processes only"
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     old, new = tmp_path / ".model.replaced", tmp_path / f".model.{ended.pid}.tmp"
@@ -381,7 +381,7 @@ def test_an_export_finishes_a_killed_one(tmp_path, monkeypatch):
 
 
 def test_a_leftover_of_a_killed_replacement_does_not_prevent_the_next(tmp_path, monkeypatch):
-    "An old folder that a killed replacement did not delete is deleted by the next one"
+    "The next replacement deletes an old folder that a killed replacement did not delete"
     monkeypatch.setattr(files, "exchange_paths", no_exchange)
     for name in ("model", ".model.replaced", "new"):
         (tmp_path / name).mkdir()

@@ -91,7 +91,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason=
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.nightly), 1])
 def test_killed_rank_of_procs(workdir, rank):
-    "One line names the rank, the signal, the step and the command that resumes. The record has the reason, and no rank is left"
+    "If a rank is killed, one line names the rank, the signal, the step and the command that resumes. The record has the reason, and no rank remains"
     launcher = start(workdir, "procs", **LONG)
     wait_for_step(workdir, 10, launcher)
     ranks = ranks_of(launcher)
@@ -110,7 +110,7 @@ def test_killed_rank_of_procs(workdir, rank):
 
 @pytest.mark.parametrize("way", ["procs", pytest.param("torchrun", marks=pytest.mark.nightly)])
 def test_killed_launcher(workdir, way):
-    "Its ranks stop by themselves, save and free the lock"
+    "If the launcher is killed, its ranks stop, save and free the lock"
     launcher = start(workdir, way, **LONG)
     wait_for_step(workdir, 10, launcher)
     ranks = ranks_of(launcher)
@@ -145,7 +145,7 @@ def test_killed_rank_of_torchrun(workdir, rank):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.nightly)])
 def test_stopped_launcher(workdir, number):
-    "A signal to `lmnotes train --procs 2` saves the run, and its last line is ours"
+    "After a signal to `lmnotes train --procs 2`, the run saves a checkpoint and prints its status as the last line"
     launcher = start(workdir, "procs", **LONG)
     wait_for_step(workdir, 10, launcher)
     launcher.send_signal(number)
@@ -256,7 +256,7 @@ def test_ranks_wait_for_rank_0(monkeypatch, wait):
 
 
 def test_a_run_passes_its_wait_to_the_ranks(monkeypatch):
-    "`wait` reaches the process group"
+    "A run passes `wait` to the process group of its ranks"
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(run_module, "init_distributed", lambda device, wait: pytest.fail(f"wait={wait}"))
     with pytest.raises(pytest.fail.Exception, match="wait=7200"):

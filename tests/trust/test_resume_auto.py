@@ -83,7 +83,7 @@ def test_requeued_run_is_bit_identical(workdir, uninterrupted_run):
 @pytest.mark.parametrize("resume", [True, "auto"])
 @pytest.mark.parametrize("more", [{}, dict(procs=2), dict(keep=1, wait=5)], ids=["alone", "procs", "keep"])
 def test_a_finished_run_is_left_alone(workdir, uninterrupted_run, resume, more):
-    "Every way to resume a finished run returns at once. No file or folder has other content or another time"
+    "Commands for a finished run return at once, and no content or time of its files and folders changes"
     runs = uninterrupted_run.parent
     before = content(runs)
     params = TINY | dict(resume=resume, out_dir=str(runs), data=str(runs.parent / "corpus")) | more
@@ -105,7 +105,7 @@ TRAIN, AGIFORMER = ROOT / "nbs/train.ipynb", ROOT / "nbs/recipes/agiformer.ipynb
 
 @pytest.mark.parametrize("way", ["papermill", pytest.param("torchrun", marks=pytest.mark.nightly)])
 def test_papermill_and_torchrun_leave_a_finished_run_alone(workdir, uninterrupted_run, way):
-    "They return at once, and the report of the run stays as it is"
+    "papermill and torchrun return at once for a finished run, and its report stays as it is"
     runs = shutil.copytree(uninterrupted_run.parent, workdir / "runs")
     given = {name: value for name, value in TINY.items() if name != "data"} | dict(resume="auto", out_dir=str(runs))
     if way == "papermill":

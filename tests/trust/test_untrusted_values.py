@@ -1,5 +1,6 @@
-"""A value from a file of someone else never becomes a path, a Python name, HTML, Markdown or a terminal sequence, and a secret
-is never recorded. Every test uses a file or a parameter that an attacker or a mistake could produce."""
+"""Values from files are only text, and secrets are rejected.
+
+A value from a file of someone else never becomes a path, a Python name, HTML, Markdown or a terminal sequence. Every test uses a file or a parameter that an attacker or a mistake could produce."""
 
 import ast
 import html.parser
@@ -187,7 +188,7 @@ def test_expert_does_not_replace_the_tokenizer_of_another(work):
 
 
 def test_second_stage_with_the_checkpoint_of_someone_else(work):
-    "The attack from start to end: a recipe opens a downloaded expert whose names lead into the project's folder"
+    "A recipe that opens a downloaded expert writes nothing to the paths in the project that the expert names"
     content = expert()
     content["run"]["tokenizer"]["fingerprint"] = "../.."
     content["tokenizer"] |= {"Makefile": "attacked", "sitecustomize.py": "attacked"}
@@ -377,7 +378,7 @@ def test_model_card_of_a_hostile_run(work):
 
 
 def test_jupyterlab_runs_no_script_of_a_run(work):
-    "The attack from start to end, in a real JupyterLab: look at a run of someone else"
+    "A real JupyterLab runs no script of a run from someone else"
     from browser import chromium, open_browser
     from test_jupyterlab import jupyterlab, kernel, until
 
@@ -728,7 +729,7 @@ def test_upload_uses_the_same_pattern(work, kind):
 
 
 def test_library_contains_nothing_like_a_secret():
-    "An export contains these files, and the upload checks them"
+    "The source of the library, which an export contains, has nothing like a secret, so an upload accepts it"
     for path in (ROOT / "lmnotes").rglob("*.py"):
         assert not find_secret(path.read_bytes()), path
 

@@ -91,6 +91,7 @@ def forge_json(path, change):
 
 
 def test_an_untouched_run_holds(r):
+    "`verify` accepts an unmodified run"
     report = verify(r)
     assert report.exit_code == 0 and not report.parts(MISMATCH)
     assert {"run.json", *STEPS, "tokenizer", "best", "last", "final", "metrics.jsonl"} <= set(report.parts("ok"))
@@ -204,7 +205,7 @@ def test_results_of_the_record(r, change):
     "claim", [dict(what="FineWeb"), dict(start="Hello"), dict(tokens=dict(train=5 * 10**12, val=1))]
 )
 def test_claims_about_the_data(r, claim):
-    "A replay prepares the data, and so finds a wrong description of it"
+    "A replay prepares the data, so it finds a wrong description of the data"
     forge_json(r / "run.json", lambda info: info["data"].update(claim))
     report = verify(r, replay=1)
     assert report.parts(MISMATCH) == ["steps 30 to 40"] and f"run.json has {min(claim)}=" in repr(report)
@@ -290,7 +291,7 @@ def test_a_replay_is_bit_exact_and_only_reads(workdir, monkeypatch, name):
 
 
 def test_a_run_that_was_stopped_and_changed(workdir, monkeypatch):
-    "Stops between checkpoints and at evaluations, other log lines, and a changed learning rate, length and data"
+    "A run with stops, another learning rate, more steps and other data is replayed from the change of the data on"
     keep = KEEP | dict(keep="all")
     assert run_in_process(workdir, train, 7, **keep) == 130, read_log(workdir)
     resume = dict(run="r", out_dir="runs", resume=True)
@@ -312,6 +313,7 @@ def test_a_run_that_was_stopped_and_changed(workdir, monkeypatch):
 
 
 def test_stops_and_changes_are_replayed(workdir, monkeypatch):
+    "A run with stops, other log lines, another learning rate and more steps is replayed to the same bits"
     keep = KEEP | dict(keep="all")
     assert run_in_process(workdir, train, 7, **keep) == 130, read_log(workdir)
     resume = dict(run="r", out_dir="runs", resume=True)
@@ -359,7 +361,7 @@ def test_forged_state(r, part):
 
 
 def test_forged_configuration(r):
-    "All records name the same wrong learning rate"
+    "A replay finds a wrong learning rate even if all records agree on it"
     forge_json(r / "run.json", lambda info: info["config"].update(lr=0.013))
     for step in STEPS:
         forge_json(r / step / "config.json", lambda then: then["params"].update(lr=0.013))
@@ -405,7 +407,7 @@ def add(path, change):
 
 
 def test_another_environment(r, monkeypatch):
-    "Differences by rounding are accepted, and their size is in the last line"
+    "A replay in another environment accepts differences by rounding, and its last line has their size"
     monkeypatch.setattr(setup, "environment", lambda *args: environment(*args) | dict(torch="9.0"))
     assert verify(r, replay=1).parts(BIT_EXACT) == ["steps 30 to 40"]  # Equal bits are equal bits
     add(r / STEPS[-1] / "model.safetensors", 0.003)
@@ -429,7 +431,7 @@ def test_a_forger_cannot_blame_another_environment(r):
 
 @pytest.mark.parametrize("key, factor", [("tokens", 1.001), ("loss", 1.1)])
 def test_a_forged_figure_in_another_environment(r, monkeypatch, key, factor):
-    "A count must be equal in every environment, and a loss within the bound"
+    "In another environment, a replay requires equal counts, and losses within a bound"
     monkeypatch.setattr(setup, "environment", lambda *args: environment(*args) | dict(torch="9.0"))
     records = [json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()]
     record = next(x for x in records if (x["split"], x["step"]) == ("train", 33))
@@ -473,7 +475,7 @@ def test_erased_figures_of_an_earlier_version(tmp_path):
 
 
 def test_a_run_with_its_own_batches(workdir, monkeypatch, capsys):
-    "A resume and a replay need the function that makes the batches, and its name is recorded"
+    "A run with `make_batches` records its name, and needs the function for a resume and a replay"
     monkeypatch.chdir(workdir)
 
     def every_second(s):
@@ -505,7 +507,7 @@ def test_a_run_with_its_own_batches(workdir, monkeypatch, capsys):
 
 
 def test_a_run_without_its_own_batches(workdir, monkeypatch):
-    "A run that was trained with its own batches cannot resume with those of a function"
+    "A run that was trained without `make_batches` cannot resume with it"
     monkeypatch.chdir(workdir)
     run(hooks=[StopAtSteps(20)], view=False, **KEEP)
     own = lambda s: s.batches  # noqa: E731
@@ -516,7 +518,7 @@ def test_a_run_without_its_own_batches(workdir, monkeypatch):
 
 
 def test_a_run_with_its_own_batches_that_has_saved_nothing(workdir, monkeypatch):
-    "A run that starts over before its first checkpoint needs the function too"
+    "A run with `make_batches` needs it too when it starts over before its first checkpoint"
     monkeypatch.chdir(workdir)
     with pytest.raises(KeyboardInterrupt):
         run(make_batches=lambda s: s.batches, hooks=[Interrupt()], view=False, **KEEP)
@@ -533,7 +535,7 @@ class Interrupt(Hook):
 
 
 def test_a_run_without_the_hash_of_its_token_ids(workdir, monkeypatch):
-    "A run of an earlier version, and a fork of it, are replayed. If the ids are known and differ, they are not"
+    "A run without the hash of its token ids, and a fork of it, are replayed. A run whose ids differ is not"
     monkeypatch.chdir(workdir)
     r = run(hooks=[StopAtSteps()], view=False, **KEEP)
     info = read_json(r.folder / "run.json")
@@ -554,7 +556,7 @@ def test_a_run_without_the_hash_of_its_token_ids(workdir, monkeypatch):
 
 
 def test_other_files(workdir, monkeypatch):
-    "A file that belongs to the weights is read with its own checksum, and all that no hash covers is named"
+    "An extra file of the model is checked by its own checksum, and every file that no hash covers is named"
     monkeypatch.chdir(workdir)
     r = run(hooks=[StopAtSteps(10)], view=False, **KEEP)
     for name in ("memory.safetensors", "recipe.json", "train.ipynb", "step_notes.txt", ".hidden", "tokenizer/evil.py"):
