@@ -1,4 +1,4 @@
-"""A process that is killed at any of its file operations, even repeatedly, resumes to the results of an unbroken run.
+"""A process that is killed at any of its file operations, even repeatedly, resumes to the results of an uninterrupted run.
 
 The process kills itself at its k-th operation in the folder of runs. A write is killed when half of it is written. A failed case
 names its setting and the numbers of its operations, with which you can repeat it.
@@ -203,7 +203,7 @@ def further(number, i):
 
 @pytest.mark.parametrize("case", DEFAULT, indirect=True)
 def test_kills(case):
-    "A run that is killed twice, at operations spread over all of a run, resumes to the results of an unbroken run, in each architecture and scenario"
+    "A run that is killed twice, at operations spread over all of a run, resumes to the results of an uninterrupted run, in each architecture and scenario"
     i, n = DEFAULT.index(case.name), len(case.operations)
     numbers = [1 + n * (2 * i + 1) // (4 * len(DEFAULT)), 1 + n // 2 + n * (2 * i + 1) // (4 * len(DEFAULT))]
     if case.setting.before == "finished":  # Near the operation that moves it
@@ -303,7 +303,7 @@ def test_kills_detect_a_missing_measure(unbroken, mutant):
 
 
 def test_killed_before_best_points_at_the_last_best(unbroken):
-    "The best checkpoint of a run that is killed before `best` changes for the last time is that of an unbroken run"
+    "The best checkpoint of a run that is killed before `best` changes for the last time is that of an uninterrupted run"
     case = unbroken["one checkpoint is kept"]
     last = [k for k, operation in enumerate(case.operations, 1) if operation == "rename r/best"][-1]
     failures = case.failures([[last], [last + 1]])
