@@ -250,7 +250,7 @@ class JsonlLog:
         line = json.dumps({k: round_for_json(v) for k, v in record.items()})
         if _parse_record(line.encode()) is None:  # Then `read` would skip it
             raise ValueError(
-                f"{self.path.name}: {line[:200]} is not a record. Pass an integer `step`, a text `split`, and numbers for all others"
+                f"{self.path.name}: {line[:200]} is not a record. Pass an integer `step`, a string `split`, and numbers for all others"
             )
         self.unwritten.append(line + "\n")
         is_first = len(self.unwritten) == 1
@@ -337,7 +337,9 @@ def check_prefix(path, size, sha256, whole=False) -> None:  # whole: the file ha
     with explain_read_errors(path):
         found = sha256_file(path, size) if size else sha256_bytes(b"")
     if size and path.stat().st_size < size or found != sha256:
-        raise CheckpointError(f"{path}: damaged, its first {size:,} bytes are not what was written (SHA-256 differs)")
+        raise CheckpointError(
+            f"{path}: damaged, its first {size:,} bytes have changed (SHA-256 mismatch). Restore it from a copy"
+        )
     if whole and path.is_file() and (found := path.stat().st_size) != size:
         raise CheckpointError(f"{path}: has {found:,} bytes, but the run wrote {size:,}")
 

@@ -64,7 +64,7 @@ def _kinds(kind):
     return [(kind, [])]
 
 
-_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", type(None): "None"}
+_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text", type(None): "None"}
 _BOUNDS = {
     Ge: lambda c: f"at least {c.ge:g}",
     Gt: lambda c: f"above {c.gt:g}",

@@ -141,7 +141,7 @@ def test_interrupted_and_resumed(workdir):
     assert all(torch.equal(last[name], tensor) for name, tensor in stopped.lm.state_dict().items())
     assert "Saved last_model.pth" in read_log(workdir)
     assert paste_resume_line(workdir) == 0, read_log(workdir)  # Other parameters keep their values
-    assert "Resumed from checkpoint" in read_log(workdir) and "from here on" not in read_log(workdir)
+    assert "Resumed from checkpoint" in read_log(workdir) and "changed " not in read_log(workdir)
     assert run_in_process(workdir, recipe, **many, run="at_once") == 0, read_log(workdir)
     assert not differences(run_results(folder(workdir)), run_results(folder(workdir, "at_once")))
 

@@ -71,7 +71,7 @@ def test_exit_code_0_on_success(trained_copy):
 
 
 WRONG = {
-    "batch_size=3 does not divide into accum=2": dict(batch_size=3),
+    "batch_size=3 is not divisible by accum=2": dict(batch_size=3),
     "optimizer='adam', expected muon or adamw; did you mean 'adamw'": dict(optimizer="adam"),
     "nowhere": dict(data="nowhere/at/all"),
     "needs at least": dict(ctx_len=100_000),
@@ -203,8 +203,8 @@ def test_changeable_parameters(trained_copy):
         trained_copy, "train", **RESUME, steps=50, lr=0.01, data="other", allow_change="steps lr data"
     )
     assert code == 0, output
-    for name in ("steps=50 (was 40)", "lr=0.01 (was 'auto')", "data='other' (was 'corpus')"):
-        assert f"from here on {name}" in output, output
+    for name in ("steps to 50 (was 40)", "lr to 0.01 (was 'auto')", "data to 'other' (was 'corpus')"):
+        assert f"changed {name}" in output, output
     assert record(trained_copy)["step"] == 50 and "from step 40" in output
     code, output = command(trained_copy, "train", **RESUME)
     assert code == 0 and "done at step 50 of 50" in output, "what was allowed to change has not become the run's own"

@@ -404,4 +404,4 @@ def train_with_weights(**params):
 
 def test_fewer_steps_than_done_are_rejected(base_run_folder, uninterrupted):
     code = run_in_process(base_run_folder, train, **TINY | dict(resume=True, steps=5, allow_change="steps"))
-    assert code == 1 and "the run is at step 40, after its end at step 5. Increase" in read_log(base_run_folder)
+    assert code == 1 and "the run is already at step 40, past its end at step 5. Increase" in read_log(base_run_folder)

@@ -220,7 +220,7 @@ def test_resume_from_a_missing_file(workdir):
     assert run_in_process(workdir, expert, resume="checkpoints/transformer_expert.pt")
     assert "there is no such file" in read_log(workdir)
     assert run_in_process(workdir, expert, resume="True")
-    assert "there is nothing to resume: no whole transformer_expert_interrupted.pt" in read_log(workdir)
+    assert "there is nothing to resume: no undamaged transformer_expert_interrupted.pt" in read_log(workdir)
     assert not (workdir / "checkpoints/transformer_expert").exists()
 
 
@@ -230,7 +230,7 @@ def test_a_checkpoint_of_another_expert(experts):
     run = experts / "checkpoints/transformer_expert"
     step = sorted(run.glob("step_*"))[-1]
     assert run_in_process(experts, expert, resume=str(step))
-    assert "is a folder; give True, or one of the files next to transformer_expert: transformer_expert.pt" in read_log(
+    assert "is a folder. Pass True, or one of the files next to transformer_expert: transformer_expert.pt" in read_log(
         experts
     )
 
@@ -290,7 +290,7 @@ def test_damaged_files(experts):
     assert "Resuming from transformer_expert.pt" in read_log(experts)
     torch.save(held, files / "transformer_expert.pt")
     assert run_in_process(experts, join)
-    assert "transformer_expert.pt: damaged, its content is not what was written" in read_log(experts)
+    assert "transformer_expert.pt: damaged (SHA-256 mismatch)" in read_log(experts)
     for content, message in ((b"", "the file is empty"), (whole[:-100], "it is damaged or not a file of torch.save")):
         (files / "transformer_expert.pt").write_bytes(content)
         assert run_in_process(experts, join) and message in read_log(experts)
@@ -299,7 +299,7 @@ def test_damaged_files(experts):
     )
     assert run_in_process(experts, join)
     assert (
-        "'counters' is missing; give another checkpoint, or start a new run with its weights: lmnotes train"
+        "'counters' is missing. Pass another checkpoint, or start a new run with its weights: lmnotes train"
         in read_log(experts)
     )
 
@@ -321,7 +321,7 @@ def test_invalid_values_are_rejected(trained, params, message):
 
 def test_missing_experts_are_named(trained):
     assert run_in_process(trained, join, transformer_ckpt="", state_space_ckpt="", diffuser_ckpt="")
-    assert "are all empty; give at least one expert" in read_log(trained)
+    assert "are all empty. Pass at least one expert" in read_log(trained)
 
 
 def test_processes_take_turns(workdir):
@@ -355,7 +355,7 @@ def test_half_precision_keeps_its_scaler(workdir, monkeypatch):
 
 def test_the_diffuser_needs_the_transformer(workdir):
     assert run_in_process(workdir, expert, expert="diffuser")
-    assert "train that first: papermill nbs/recipes/pretrain_expert.ipynb -p expert transformer" in read_log(workdir)
+    assert "Train it first: papermill nbs/recipes/pretrain_expert.ipynb -p expert transformer" in read_log(workdir)
 
 
 def test_the_diffuser_has_the_transformers_tokens_and_width(workdir):
@@ -365,7 +365,7 @@ def test_the_diffuser_has_the_transformers_tokens_and_width(workdir):
         r"tokenizer='bytes' is not the one that .*transformer_expert.pt was trained with", read_log(workdir)
     )
     assert run_in_process(workdir, expert, expert="diffuser", tokenizer="chars", d_model=32)
-    assert "have 16; give -p d_model 16" in read_log(workdir)
+    assert "have 16. Pass -p d_model 16" in read_log(workdir)
     free = {n: v for n, v in QUICK.items() if n != "tokenizer"}
     its = info(workdir, "transformer_expert")["tokenizer"]["fingerprint"]
     for name in ("diffuser", "state_space"):
@@ -388,7 +388,7 @@ def test_the_diffuser_stands_on_its_embeddings(experts):
 def test_early_stopping(workdir):
     assert run_in_process(workdir, expert, lr=1e-30, patience=2, max_epochs=20) == 0, read_log(workdir)
     assert info(workdir, "transformer_expert")["status"] == "early_stop"
-    assert "the best by validation, of step" in read_log(workdir)
+    assert "Using the best checkpoint by validation loss (step " in read_log(workdir)
     step = info(workdir, "transformer_expert")["step"]
     assert run_in_process(workdir, run_recipe, EXPERT, resume="True") == 0, read_log(workdir)
     assert "had stopped early, after patience=2" in read_log(workdir)
@@ -458,7 +458,7 @@ def test_the_vector_store_changes_the_run(experts):
 def test_an_expert_is_missing(experts):
     (experts / "checkpoints/state_space_expert.pt").unlink()
     assert run_in_process(experts, join)
-    assert "state_space_expert.pt does not exist; train that expert first" in read_log(experts)
+    assert "state_space_expert.pt does not exist. Train that expert first" in read_log(experts)
     assert run_in_process(experts, join, state_space_ckpt="") == 0, read_log(experts)
     assert info(experts, "nanothink_mla")["model"]["state_space"] == ""
     assert "was trained on other data" not in read_log(experts)
@@ -471,7 +471,7 @@ def test_experts_with_different_tokenizers_are_rejected(experts):
     assert run_in_process(experts, expert, expert="state_space", tokenizer="chars") == 0, read_log(experts)
     assert run_in_process(experts, join)
     assert re.search(r"state_space_expert.pt was trained with the tokenizer chars", read_log(experts))
-    assert "train them with the same one: -p tokenizer bytes\n" in read_log(experts)
+    assert "Train them with the same one: -p tokenizer bytes\n" in read_log(experts)
 
 
 def test_strong_experts(workdir):

@@ -131,7 +131,7 @@ def test_a_different_style_is_rejected(tmp_path):
 def test_a_missing_tensor_is_named(tmp_path):
     w = transformer_expert()
     del w["expert.layers.0.wk.weight"]
-    with pytest.raises(CheckpointError, match="weights.pt: a tensor is missing: 'expert.layers.0.wk.weight'"):
+    with pytest.raises(CheckpointError, match="weights.pt: tensor 'expert.layers.0.wk.weight' is missing"):
         logits_of_ours(tmp_path, w, "gpt", "nanothink", **GPT)
 
 
@@ -206,12 +206,12 @@ def test_an_untied_head_and_another_width_are_rejected(tmp_path):
     head = {"lm_head.weight": w["embedding.weight"] + 1}
     with pytest.raises(CheckpointError, match="lm_head.weight and embedding.weight differ, but are tied in this model"):
         logits_of_ours(tmp_path, w | head, "gpt", "nanothink", **GPT)
-    with pytest.raises(CheckpointError, match="weights.pt: does not fit the sizes of this model"):
+    with pytest.raises(CheckpointError, match="weights.pt: tensor shapes do not match this model"):
         logits_of_ours(tmp_path, w, "gpt", "nanothink", **GPT | dict(d_model=18, n_heads=3))
 
 
 def test_two_names_for_one_tensor(tmp_path):
-    with pytest.raises(CheckpointError, match="two of the tensors are head.bias"):
+    with pytest.raises(CheckpointError, match="two tensors have the name head.bias after conversion"):
         logits_of_ours(tmp_path, random_tensors({"fc.bias": (V,), "head.bias": (V,)}), "rnn")
 
 

@@ -1,4 +1,4 @@
-"""Every file of weights that a recipe writes under a name of its guide opens in `load`, `generate`, `evaluate` and `init_from`."""
+"""Every weights file that a recipe writes under a name of its guide opens in `load`, `generate`, `evaluate` and `init_from`."""
 
 import shutil
 
@@ -44,7 +44,5 @@ def test_files_open(name, tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="is a file, which holds one state of the weights"):
         lmnotes.load(files[0], "best")
     alone = shutil.copy(files[0], tmp_path / "alone.pt")
-    with pytest.raises(
-        CheckpointError, match="alone.pt: the run folder, with the tokenizer and the sizes, is not beside"
-    ):
+    with pytest.raises(CheckpointError, match="alone.pt: no run folder next to this file"):
         lmnotes.load(alone)

@@ -153,7 +153,7 @@ MESSAGES = {  # {recipe: [(parameters, message)]}
     "tisslm": [
         (dict(CORPUS_PATH="nope"), f"CORPUS_PATH='nope' {NO_TEXT}"),
         (dict(SAVE_DIR="a*b"), "SAVE_DIR='a*b' is not a folder name for a run"),
-        (dict(SAVE_DIR="."), "SAVE_DIR='.' is the project or a folder around it"),
+        (dict(SAVE_DIR="."), "SAVE_DIR='.' is the project folder or contains it"),
         (dict(seq_len=10_000), "seq_len=10000 needs at least 10,001. Use a smaller seq_len or more text"),
         (dict(batch_size=10**8), "batch_size=100000000 x seq_len=16 is over"),
         (dict(stride=10**8), "stride=100000000 leaves gaps between sequences of seq_len=16. Use 1 to 17"),
@@ -169,7 +169,7 @@ MESSAGES = {  # {recipe: [(parameters, message)]}
     "text_only": [
         (dict(batch_size=10**8), "batch_size=100000000 x model.encoders.internal_voice.max_seq_length=32 is over"),
         (dict(token_dtype="int12"), "token_dtype='int12', expected auto, uint8"),
-        (dict(save_dir=".."), "save_dir='..' is the project or a folder around it"),
+        (dict(save_dir=".."), "save_dir='..' is the project folder or contains it"),
     ],
     "pretrain_expert": [
         (dict(data_dir="nope"), f"data_dir='nope' {NO_TEXT}"),
@@ -185,7 +185,7 @@ CHANGES = {  # Of a run that is resumed
     ],
     "agiformer": [
         (dict(D_MODEL=32), "this run has D_MODEL=16, not 32, and that cannot change"),
-        (dict(MAX_STEPS=3), "the run is at step 12, after its end at step 3. Increase MAX_STEPS"),
+        (dict(MAX_STEPS=3), "the run is already at step 12, past its end at step 3. Increase MAX_STEPS"),
         (dict(DATA="corpus/a.txt"), "Leave out DATA to resume exactly, or start a new run"),
     ],
     "text_only": [(dict(config="other.yaml"), "this run has model.transformer.hidden_dim=16, not 32")],

@@ -178,7 +178,7 @@ def test_mistake_ctrl_c_saved_nothing(workdir):
     assert stop_before_step(13, workdir, recipe, max_steps=40) == 130, read_log(workdir)
     assert (workdir / "checkpoints/text_only/model_step_10.pt").exists()
     step = json.loads((workdir / "checkpoints/text_only/run.json").read_bytes())["step"]
-    assert step == 13 and f"Training is interrupted at step {step}\n" in read_log(workdir)
+    assert step == 13 and f"Training was interrupted at step {step}\n" in read_log(workdir)
     assert paste_resume_line(workdir) == 0, read_log(workdir)
     assert run_in_process(workdir, recipe, max_steps=40, save_dir="at_once/text_only") == 0, read_log(workdir)
     a, b = workdir / "checkpoints/text_only", workdir / "at_once/text_only"
@@ -194,7 +194,7 @@ def test_what_the_advice_says_can_be_followed(uninterrupted, tmp_path):
     )
     (workdir / "small.yaml").write_text(changed)
     assert run_in_process(workdir, recipe, max_steps=35, resume=True) == 0, read_log(workdir)
-    words = ["from here on batch_size=8 (was 4)", "from here on accum=2", "from here on lr=0.005 (was 0.01)"]
+    words = ["changed batch_size to 8 (was 4)", "changed accum to 2", "changed lr to 0.005 (was 0.01)"]
     assert all(word in read_log(workdir) for word in words), read_log(workdir)
 
 

@@ -127,7 +127,7 @@ def test_vocabulary_size_is_as_requested_or_explained(workdir):
 def test_resume_adds_epochs(workdir):
     assert run_in_process(workdir, recipe, **QUICK) == 0, read_log(workdir)
     assert run_in_process(workdir, recipe, **QUICK | dict(epochs=2, resume=True)) == 0, read_log(workdir)
-    assert "from here on epochs=2.0 (was 1.0)" in read_log(workdir)
+    assert "changed epochs to 2.0 (was 1.0)" in read_log(workdir)
     assert run_in_process(workdir, recipe, **QUICK | dict(epochs=2, SAVE_DIR="./at_once")) == 0, read_log(workdir)
     assert equal(workdir / "training_output/final_model.pt", workdir / "at_once/final_model.pt")
 

@@ -306,7 +306,8 @@ def _resolve_sources(data, data_dir, recursive, text_key):
     if path is None:
         raise _not_found(data, tried, "file" if raw else "file or folder")
     if raw and (found := encoding_of_bytes(path)):
-        print(f"{path.name} is {found}. With bytes: the model reads the bytes of the file as they are")
+        fix = "Decompress it" if "compressed" in found else "Convert it to UTF-8"
+        print(f"warning: {path.name} is {found}. The model reads these bytes, not the text. {fix} to train on the text")
     sources = ([Source(path.stem, path, path.name, "bytes")], []) if raw else _path_sources(path, recursive, text_key)
     return Path(given).stem, *sources
 

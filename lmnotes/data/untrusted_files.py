@@ -290,7 +290,7 @@ def check_config_types(
 # %% ../../nbs/data/09_untrusted_files.ipynb #ad35183c
 @contextmanager
 def limit_model_size(
-    n_bytes,  # Size of the file of weights
+    n_bytes,  # Size of the weights file
 ) -> Iterator[None]:
     "Context manager that raises `CheckpointError` when a model built inside has more values than `n_bytes` can hold"
     left = n_bytes + (1 << 20)

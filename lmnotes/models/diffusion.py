@@ -172,9 +172,7 @@ class Diffusion(Denoiser):
 
     def convert_state_dict(self, tensors) -> dict:
         if any(name.startswith("diffuser.") for name in tensors):
-            raise ValueError(
-                "NanoThink's diffuser predicts noise on hidden states and no tokens. Train a diffuser here"
-            )
+            raise ValueError("NanoThink's diffuser predicts noise on hidden states, not tokens. Train a diffuser here")
         return tensors
 
     def loss(self, batch) -> dict:

@@ -49,7 +49,7 @@ def rename_tensors(
         found = next(((m, new) for old, new in pairs if (m := re.fullmatch(old, name))), None)
         new = name if not found else found[1] and found[0].expand(found[1])
         if new in renamed:
-            raise ValueError(f"two of the tensors are {new}")
+            raise ValueError(f"two tensors have the name {new} after conversion")
         renamed |= {new: t} if new else {}
     return renamed
 

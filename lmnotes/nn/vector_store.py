@@ -130,7 +130,7 @@ def _read_store(path):
     if set(tensors) != {"keys", "values", "groups", "max_vectors"}:
         raise CheckpointError(f"{path}: not a vector store, it holds {', '.join(sorted(tensors))}. Choose another file")
     if metadata.get("sha256") != _checksum(tensors):
-        raise CheckpointError(f"{path}: damaged (SHA-256 differs). Fill the store again")
+        raise CheckpointError(f"{path}: damaged (SHA-256 mismatch). Fill the store again")
     return tensors
 
 # %% ../../nbs/nn/26_vector_store.ipynb #95c41105

@@ -272,7 +272,7 @@ def _reserve_run_names(config, at, runs):
             with suppress(FileExistsError):
                 (project_path(config.log_dir) / log_filename(config, tried)).touch(exist_ok=False)
                 return tried
-    raise ValueError(f"{config.log_dir} has a thousand logs of this second. Choose another LOG_DIR.")
+    raise ValueError(f"{config.log_dir} already has 999 logs with this timestamp. Choose another LOG_DIR.")
 
 # %% ../../nbs/recipes/85_fresh_or_resume.ipynb #c72cd60a
 def _make_hooks(config, folder, at, ignore_earlier=False):
@@ -333,7 +333,7 @@ def _resolve_checkpoint_path(path, environ):
         )
     if found.exists() and not found.is_dir():
         raise CheckpointError(
-            f"CHECKPOINT_PATH={path}: {found.name} is a file of weights without a step in its name. Pass its run folder"
+            f"CHECKPOINT_PATH={path}: {found.name} is a weights file without a step in its name. Pass its run folder"
         )
     if not found.is_dir():
         names = ", ".join(p.name for p in list_checkpoints(run_folder))

@@ -197,7 +197,7 @@ def _check_saved_fields(values, known):
     "Raise `CheckpointError`, naming the field, unless env.json holds valid values of fields, apart from the `known` ones"
     kinds = {f"{f.name}?": f.type for f in fields(TrainingConfig)} | {str: frozenset()}  # No other names
     if problem := next(wrong_entries(values, kinds), None):
-        raise CheckpointError(f"env.json: {problem}, which is no valid setting. Remove it")
+        raise CheckpointError(f"env.json: {problem}, which is not a valid setting. Remove it")
     try:
         for name in values.keys() - known.keys():
             convert(name, values[name], declared(TrainingConfig)[name].kind)
@@ -380,7 +380,7 @@ FIELD_TABLE = [
     _field_row("gpt2_model_name", "init_from"),
     _field_row("tokenization_method", "tokenizer", "chars, gpt2 or bpe"),
     _field_row("custom_vocab_size", "tokenizer", "bpe:SIZE, or bpe for None (size by the text)"),
-    _field_row("enable_checkpoints", "keep", "0 (keep all), without checkpoints the newest and the best"),
+    _field_row("enable_checkpoints", "keep", "all, or without ENABLE_CHECKPOINTS the newest and the best"),
     _field_row("checkpoint_interval", "save_every"),
     _field_row("checkpoint_dir", "out_dir"),
     _field_row("log_dir", "", "where from_env writes its log"),

@@ -200,7 +200,7 @@ def check_experts_share_tokenizer(experts) -> None:  # {path: content} from `rea
             saved = extract_tokenizer(one)
             raise TokenizerError(
                 f"{path} was trained with the tokenizer {b['name']} ({b['fingerprint'][:12]}), and {first} with "
-                f"{a['name']} ({a['fingerprint'][:12]}); train them with the same one: -p tokenizer {shlex.quote(saved)}"
+                f"{a['name']} ({a['fingerprint'][:12]}). Train them with the same one: -p tokenizer {shlex.quote(saved)}"
             )
 
 # %% ../../nbs/recipes/89_nanothink.ipynb #8f67e8fe
@@ -237,7 +237,7 @@ def matching_tokenizer(
     if found and load_tokenizer(found).fingerprint == content["run"]["tokenizer"]["fingerprint"]:
         return tokenizer
     problem = f"tokenizer={tokenizer!r} is not the one that {path} was trained with"
-    raise TokenizerError(f"{problem}; leave it out, or give -p tokenizer {shlex.quote(saved)}")
+    raise TokenizerError(f"{problem}. Leave it out, or pass -p tokenizer {shlex.quote(saved)}")
 
 # %% ../../nbs/recipes/89_nanothink.ipynb #45d30ef8
 def format_init_from(
@@ -285,11 +285,12 @@ def load_best(
     "Return a run at its best checkpoint, or unchanged if the run folder has none. Print which one"
     if not (r.folder / "best").exists():
         print(
-            f"the last, of step {r.step:,}. {r.folder.name} has no best checkpoint, so look for the .pt file next to it"
+            f"Using the last checkpoint (step {r.step:,}): {r.folder.name} has no best checkpoint. "
+            "The .pt file next to the folder may hold the best weights"
         )
         return r
     best = load(r.folder, "best", device)
-    print(f"the best by validation, of step {best.step:,}. The run ended at step {r.step:,}")
+    print(f"Using the best checkpoint by validation loss (step {best.step:,}). The run ended at step {r.step:,}")
     return best
 
 

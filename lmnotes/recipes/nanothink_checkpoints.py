@@ -65,14 +65,14 @@ def read_checkpoint_file(
         weights = shlex.quote(str(path))  # In a list of paths
         command = shlex.join(["lmnotes", "train", "--init-from", weights])
         hint = f", or start a new run with its weights: {command}" * ("model_state" in top)
-        raise CheckpointError(f"{path}: cannot resume, {missing[0]!r} is missing; give another checkpoint{hint}")
+        raise CheckpointError(f"{path}: cannot resume, {missing[0]!r} is missing. Pass another checkpoint{hint}")
     return content
 
 # %% ../../nbs/recipes/88_nanothink_checkpoints.ipynb #058825c0
 def check_content_hash(content, path) -> None:  # From `read_checkpoint_file`, and the path for the error message
     "Raise `CheckpointError` if a checkpoint has changed since it was written"
     if content_hash({n: v for n, v in content.items() if n != "sha256"}) != content["sha256"]:
-        raise CheckpointError(f"{path}: damaged, its content is not what was written (SHA-256 differs)")
+        raise CheckpointError(f"{path}: damaged (SHA-256 mismatch). Restore it from a copy, or use another checkpoint")
 
 # %% ../../nbs/recipes/88_nanothink_checkpoints.ipynb #6a567d36
 def find_checkpoint_files(
@@ -141,7 +141,7 @@ def _prepare_resume_on_rank0(folder, resume):
         _restore_run_folder(content, path, folder, newest)
     elif record.get("status") == "early_stop":
         patience = record["config"]["patience"]
-        print(f"{folder.name} had stopped early, after patience={patience} epochs; increase patience to continue")
+        print(f"{folder.name} had stopped early, after patience={patience} epochs. Increase patience to continue")
     return True
 
 # %% ../../nbs/recipes/88_nanothink_checkpoints.ipynb #795f0db6
@@ -150,15 +150,15 @@ def _requested_checkpoint(folder, resume):
     path = next((p for p in (*paths_to_try(resume), folder.parent / resume) if p.exists()), None)
     names = ", ".join(p.name for p in find_checkpoint_files(folder)) or "none"
     if path is None:
-        raise CheckpointError(f"resume={resume!r}: there is no such file; files next to {folder.name}: {names}")
+        raise CheckpointError(f"resume={resume!r}: there is no such file. Files next to {folder.name}: {names}")
     if path.resolve() == folder.resolve():
         return None, None
     if path.is_dir():
-        message = f"resume={resume!r} is a folder; give True, or one of the files next to {folder.name}: {names}"
+        message = f"resume={resume!r} is a folder. Pass True, or one of the files next to {folder.name}: {names}"
         raise CheckpointError(message)
     content = read_checkpoint_file(path)
     if (name := content["run"]["config"]["run"]) != folder.name:
-        raise CheckpointError(f"{path}: a checkpoint of the run {name!r}, not of {folder.name!r}; give another")
+        raise CheckpointError(f"{path}: a checkpoint of the run {name!r}, not of {folder.name!r}. Pass another")
     check_content_hash(content, path)
     return path, content
 
@@ -188,12 +188,12 @@ def _furthest_checkpoint(folder, newest):
             chosen = path
             break
         except CheckpointError as e:
-            print(f"warning: {e}; trying the previous one")
+            print(f"warning: {e}. Trying the previous one")
     if not chosen and not newest:
         name = folder.name
         raise CheckpointError(
-            f"there is nothing to resume: no whole {name}_interrupted.pt, {name}_epoch*.pt or {name}.pt, "
-            f"and no run {name} in {folder.parent}; start without resume"
+            f"there is nothing to resume: no undamaged {name}_interrupted.pt, {name}_epoch*.pt or {name}.pt, "
+            f"and no run {name} in {folder.parent}. Leave out resume to start a new run"
         )
     furthest = steps[chosen] if chosen else newest
     if first and steps[first] < furthest:

@@ -229,7 +229,7 @@ def checkpoint_contents(
 WARNINGS = dict(
     nan="the loss is NaN at step {step}. Check the data, and reduce training.optimizer.lr",
     high="the loss is {loss:.2f} after {step} steps, above {high}. Check the data, and reduce training.optimizer.lr",
-    plateau="the loss has not fallen for {after} steps, from {best:.2f}. Check training.optimizer.lr and the data",
+    plateau="the loss has not fallen below {best:.2f} for {after} steps. Check training.optimizer.lr and the data",
     slow="{speed:.1f} samples/sec, less than {slow}. Look for another process on the device, or use shorter sequences",
 )
 
@@ -343,7 +343,7 @@ def print_footer(r) -> None:  # A `Run`
     "Print MultiModalCreature's closing lines"
     ends = dict(done="Training complete!", dry_run="Training complete!")
     ends["diverged"] = f"Training diverged at step {r.step}. Lower training.optimizer.lr, then resume or start again"
-    end = ends.get(r.status, f"Training is {r.status} at step {r.step}")
+    end = ends.get(r.status, f"Training was {r.status} at step {r.step}")
     print(f"\n{SEPARATOR}\n{end}\n{SEPARATOR}")
 
 # %% ../../nbs/recipes/87_text_only.ipynb #1778ebf7

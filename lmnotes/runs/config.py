@@ -50,7 +50,7 @@ class DataConfig:
     weights: str = ""  # Share of each domain in a batch, such as "books=3 web=1" (empty: equal with sampler domains)
     recursive: bool = False  # Also read files in subfolders
     text_key: str = "text"  # Field or column with the text, in JSON, CSV and Parquet
-    token_dtype: TokenDtype = "auto"  # Ids in a .bin without a header: auto | uint16 | int32 | uint16_be | ...
+    token_dtype: TokenDtype = "auto"  # Dtype of the ids in a .bin file without a header: auto | uint16 | int32 | ...
     split: Split = "auto"  # Train/validation split: auto | hash | first90 | randperm42 | enwik8 | own
     tokenizer: str = "bpe:2048"  # bytes | chars | bpe:SIZE | bpe | gpt2 | path of a saved tokenizer
     ctx_len: PositiveInt = 128  # Context window: tokens per sequence
@@ -58,7 +58,7 @@ class DataConfig:
     sampler: Sampler = "auto"  # Order of the data: auto | random | epochs | sequential | domains | documents
     epochs: FloatOrAuto = "auto"  # Length of the run in passes over the training data (auto: steps decides)
     stride: PositiveInt | Auto = "auto"  # For epochs and sequential: tokens between starts of sequences (auto: ctx_len)
-    packing: Packing = "joined"  # Documents in a row: joined | separate (one per row) | 0.1 (joined, without a start)
+    packing: Packing = "joined"  # Documents per row: joined | separate (1) | 0.1 (joined, no end-of-document id first)
 
 
 @dataclass
@@ -67,14 +67,14 @@ class RunConfig(TrainConfig, DataConfig):
 
     device: str = "auto"  # auto | cuda | mps | cpu
     eval_every: IntOrAuto = "auto"  # Steps between evaluations (auto: ten per run, 0: only the last)
-    eval_batches: IntOrAll = 20  # Batches per evaluation, or all. The one after the last step uses all
+    eval_batches: IntOrAll = 20  # Batches per evaluation, or all. The final evaluation uses all
     patience: NonNegativeInt = 0  # Early stopping: evaluations without improvement before the run stops (0: never)
     sample_every: IntOrAuto = "auto"  # Steps between samples (auto: five per run, 0: only the last)
     prompt: str = ""  # Prompt of the samples generated during training
     save_every: IntOrAuto = "auto"  # Steps between checkpoints (auto: a tenth of the run, at most 1000)
     keep: IntOrAll = 2  # Recent checkpoints to keep, or all. The best one is kept in any case
-    keep_every: NonNegativeInt = 0  # Also keep the checkpoints at multiples of this step, for verify --replay
-    resume: bool | Auto = False  # Resume the run (with an empty run: the last one). auto: start it if it does not exist
+    keep_every: NonNegativeInt = 0  # Also keep the checkpoints at multiples of this step (0: none), for verify --replay
+    resume: bool | Auto = False  # Resume the run (empty run: the last one). auto: resume it if it exists, else start it
     wait: NonNegativeFloat = 0.0  # Seconds to wait if another process is using the run folder (0: end with an error)
     allow_change: str = ""  # Names of parameters that may change on resume, separated by spaces
     init_from: str = ""  # Initial weights: run, checkpoint, file, pretrained name, random, or PART=PATH for one part
@@ -182,7 +182,7 @@ def _read_variables(environ):
     names = {f"LMNOTES_{n.upper()}": n for n in (*declared(RunConfig), *ALIASES, *MODEL_PARAMS)}
     for variable in environ:
         if variable.startswith("LMNOTES_") and variable not in (*names, *OTHER_VARIABLES):
-            raise ValueError(f"${variable} is no parameter; {did_you_mean(variable, names)} Correct or unset it")
+            raise ValueError(f"${variable} is not a parameter; {did_you_mean(variable, names)} Correct or unset it")
     del names["LMNOTES_DATA"]  # The folder of named corpora
     return {n: environ[variable] for variable, n in names.items() if variable in environ}
 
@@ -288,7 +288,9 @@ def run_of_folder(
     "Return the parameters of a run in a folder that is given as a path"
     path = (project_root() / Path(folder or ".").expanduser()).resolve()
     if project_root().is_relative_to(path):
-        raise ValueError(f"{name}={str(folder)!r} is the project or a folder around it. Give a folder inside it")
+        raise ValueError(
+            f"{name}={str(folder)!r} is the project folder or contains it. Pass a folder inside the project"
+        )
     return dict(out_dir=str(path.parent), run=path.name)
 
 # %% ../../nbs/runs/60_config.ipynb #90e3ff17
@@ -346,8 +348,8 @@ def check_params(cfg, world) -> None:  # `RunConfig`, and the number of processe
     rows = cfg.accum * world
     if cfg.batch_size % rows:
         raise ValueError(
-            f"batch_size={cfg.batch_size} does not divide into accum={cfg.accum} micro-batches on {world} processes. "
-            f"The next size that does is {-(-cfg.batch_size // rows) * rows}"
+            f"batch_size={cfg.batch_size} is not divisible by accum={cfg.accum} times {world} processes = {rows}. "
+            f"The next size that is: {-(-cfg.batch_size // rows) * rows}"
         )
     lora = [n for n in _LORA_PARAMS if vars(cfg)[n] not in (getattr(RunConfig, n), "")]
     if lora and not cfg.lora_rank:

@@ -150,7 +150,7 @@ def actual_status(info, alive) -> str:  # Record, and the result of `is_run_aliv
 # %% ../../nbs/runs/64_load.ipynb #e7aefe57
 @escape_printed
 def load(
-    path: "str | Path" = "",  # Run folder, its name under checkpoints/, a file of weights of a run, or an exported model
+    path: "str | Path" = "",  # Run folder, its name under checkpoints/, a weights file of a run, or an exported model
     which: str = "",  # Checkpoint: best | last | interrupted | final (empty: the newest verified one)
     device: str = "auto",  # auto | cuda | mps | cpu
     dtype: str = "float32",  # Data type of the weights. bfloat16 halves the memory that generation reads per token
@@ -181,15 +181,16 @@ def _load_export(folder, which, device, model_args):
 
 # %% ../../nbs/runs/64_load.ipynb #e5cc04b4
 def _load_file(path, which, device, model_args):
-    "Return (run folder, model, record) of a file of weights that a run has written"
+    "Return (run folder, model, record) of a weights file of a run"
     if which:
         raise ValueError(f"which={which!r}: {path} is a file, which holds one state of the weights. Leave it out")
     own = path.with_name(re.sub(r"_(epoch\d+|interrupted)$", "", path.stem))  # Beside the run folder, as for experts
     folder = next((p for p in (path.parent, own) if (p / "run.json").is_file()), None)
     if folder is None:
-        start = f"To start a run from its weights, pass {format_params(init_from=str(path))}"
+        start = f"or start a run from its weights with {format_params(init_from=str(path))}"
         raise CheckpointError(
-            f"{path}: the run folder, with the tokenizer and the sizes, is not beside this file. {start}"
+            f"{path}: no run folder next to this file. The folder holds the tokenizer and the model configuration. "
+            f"Move the file back, {start}"
         )
     info = read_run_record(folder)
     declared = folder / "run.json", info["config"]["arch"], info["model"]

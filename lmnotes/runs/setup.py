@@ -167,7 +167,7 @@ def _merge_saved_config(info, cfg, origins):
     elif "epochs" in given and given["epochs"] != saved["epochs"]:
         given.pop("steps", None)
     for name, (old, new) in changes.items():
-        print(f"from here on {name}={new!r} (was {old!r})")
+        print(f"changed {name} to {new!r} (was {old!r})")
     new = {n for n in given if given[n] != saved.get(n)}
     origins = {n: "resume" if n in new else info["origins"].get(n, "default") for n in origins}
     return RunConfig(**{**saved, **given, "allow_change": cfg.allow_change, "resume": True}), origins
@@ -254,7 +254,7 @@ class RunSetup:
             if cfg.steps < (done := int(self.checkpoint_folder.name[5:])):
                 more = format_params("steps" if cfg.epochs == "auto" else "epochs")
                 raise ValueError(
-                    f"the run is at step {done}, after its end at step {cfg.steps}. Increase {more}, or fork an older step"
+                    f"the run is already at step {done}, past its end at step {cfg.steps}. Increase {more}, or fork an older step"
                 )
 
     def _load_data(self, log_fn):

@@ -231,7 +231,7 @@ def verify_checkpoint(folder) -> Path:
         if found[0] != size:
             raise CheckpointError(f"{path}: damaged, has {found[0]} bytes instead of {size}")
         if found[1] != sha256:
-            raise CheckpointError(f"{path}: damaged, its content is not what was written (SHA-256 differs)")
+            raise CheckpointError(f"{path}: damaged (SHA-256 mismatch)")
     if adapter:
         _verify_base_weights(folder)
     return folder
@@ -247,7 +247,8 @@ def check_format(values, path) -> None:  # Content of a JSON file, and its path
     "Raise `CheckpointError` if a newer version of lmnotes has written a file of a run"
     version = values.get("format", 1) if isinstance(values, dict) else FORMAT
     if type(version) is not int or not 1 <= version <= FORMAT:
-        raise CheckpointError(f"{path}: format {repr(version)[:80]} is none of 1 to {FORMAT}. Update lmnotes")
+        known = f"This version reads formats 1 to {FORMAT}. Update lmnotes"
+        raise CheckpointError(f"{path}: format {repr(version)[:80]} is not supported. {known}")
 
 
 def read_checkpoint_config(folder) -> dict:
@@ -267,7 +268,7 @@ def _verify_base_weights(folder):
     with explain_read_errors(path):
         found = sha256_file(path)
     if found != sha256:
-        raise CheckpointError(f"{path}: damaged, or not the base weights of {folder.name} (SHA-256 differs)")
+        raise CheckpointError(f"{path}: damaged, or not the base weights of {folder.name} (SHA-256 mismatch)")
 
 # %% ../../nbs/training/42_checkpoint.ipynb #9a1dcf4d
 def list_checkpoints(run) -> list:

@@ -185,11 +185,14 @@ def _convert_state_dict(lm, tensors, path):
     try:
         return lm.convert_state_dict(tensors)
     except KeyError as e:  # A tensor that others belong to
-        raise CheckpointError(f"{path}: a tensor is missing: {e}") from None
+        raise CheckpointError(f"{path}: tensor {e} is missing. Use a complete weights file") from None
     except ValueError as e:
         raise CheckpointError(f"{path}: {e}") from None
     except (RuntimeError, IndexError) as e:  # Of tensors with another shape
-        raise CheckpointError(f"{path}: does not fit the sizes of this model ({escape_terminal(e)[:200]})") from None
+        fix = "Give the model the sizes of the file"
+        raise CheckpointError(
+            f"{path}: tensor shapes do not match this model ({escape_terminal(e)[:200]}). {fix}"
+        ) from None
 
 # %% ../../nbs/training/43_weights.ipynb #620a0169
 def tensor_bytes(t) -> torch.Tensor:  # A tensor of any strides: a file may declare some for a single value

@@ -398,7 +398,7 @@ def test_other_data(r):
 
 
 def add(path, change):
-    "Add to the first value of the first tensor of a file of weights, and seal its checkpoint again"
+    "Add to the first value of the first tensor of a weights file, and seal its checkpoint again"
     tensors = load_file(path)
     tensor = tensors[min(tensors)]
     tensor.view(-1)[0] += change * float(tensor.abs().max())
