@@ -17,7 +17,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/trust.md"
 ALSO = "tests/test_exact.py", "tests/test_signals.py", "tests/test_crash.py", "tests/test_distributed.py"
-ALSO += "tests/test_golden.py", "tests/test_security.py"
+ALSO += "tests/test_golden.py", "tests/test_security.py", "tests/test_accumulation.py"
+ALSO += "tests/test_papermill.py", "tests/test_papermill_train.py"
 # The tests that a missing measure makes fail, for the lists of mutants that do not name a test for each
 MUTANT_TESTS = {
     "test_mutants": "",
@@ -104,11 +105,13 @@ def changes_table():
     t = tests("test_changes_on_resume")
     groups = {"No effect on the bits": t.CHANGEABLE_PARAMS, "An error that names it": t.FIXED_PARAMS}
     free = [name for name in t.NAMES if not any(name in names for names in groups.values())]
-    groups["An error that names it, unless you add `allow_change`. Then the run records the change"] = free
+    allowed = "An error that names it, unless you add `allow_change`. Then the run records the change"
+    groups[f"{allowed}. More `steps` or `epochs` need no `allow_change`"] = free
     rows = []
     for text, names in groups.items():
         rows += [("Parameter " + ", ".join(f"`{name}`" for name in t.NAMES if name in names), text)]
-    rows += [(f"Environment: {name}", "The run prints that bits may differ") for name, *_ in t.ENVIRONMENTS]
+    conditions = ", ".join(f"`{name}`" for name in t.environment())
+    rows += [(f"Environment: {conditions}", "The run prints that bits may differ")]
     rows += [(sentence(case), "The same checkpoints and bits") for case in t.CLOCKS]
     rows += [(sentence(case), "The same bits") for case in t.RIGHT]
     rows += [(sentence(case), f"An error with `{message}`") for case, (_, _, message) in t.WRONG.items()]

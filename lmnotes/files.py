@@ -305,9 +305,8 @@ class JsonlLog:
             if damaged:
                 with open_for_append(self.path.with_name(f"{self.path.name}.damaged")) as f:
                     f.writelines(damaged)
-                    f.flush()
-                    os.fsync(f.fileno())
-                fsync_path(self.path.parent)  # Before the lines leave the log
+                for path in (f.name, self.path.parent):
+                    fsync_path(path)  # Before the lines leave the log
                 print(f"The damaged lines are now in {f.name}")
             records = [r for r in records if r["step"] <= last_steps.get(r["split"], step)]
             write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in records))
@@ -337,9 +336,8 @@ def check_prefix(path, size, sha256, whole=False) -> None:  # whole: the file ha
     with explain_read_errors(path):
         found = sha256_file(path, size) if size else sha256_bytes(b"")
     if size and path.stat().st_size < size or found != sha256:
-        raise CheckpointError(
-            f"{path}: damaged, its first {size:,} bytes have changed (SHA-256 mismatch). Restore it from a copy"
-        )
+        problem = f"damaged, its first {size:,} bytes have changed (SHA-256 mismatch)"
+        raise CheckpointError(f"{path}: {problem}. Restore it from a copy")
     if whole and path.is_file() and (found := path.stat().st_size) != size:
         raise CheckpointError(f"{path}: has {found:,} bytes, but the run wrote {size:,}")
 
