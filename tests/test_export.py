@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 
 import lmnotes
 from lmnotes import files
-from lmnotes.core import CheckpointError
+from lmnotes.core import CheckpointError, sha256_file
 from lmnotes.export import export as module
 from lmnotes.export.export import export, read_manifest, source_files
 from lmnotes.export.hub import upload
@@ -590,7 +590,11 @@ def test_an_export_opens_and_is_a_beginning(r, exported, workdir, tmp_path):
     lm = load_initial_weights(new_lm(r.lm.arch, **asdict(r.lm.cfg)), exported)
     assert all(torch.equal(t, merged_state_dict(r.lm)[name]) for name, t in lm.state_dict().items())
     copy = shutil.copytree(exported, tmp_path / "copy")
-    for name in ("config.json", "model.safetensors", "run.json", "tokenizer/tokenizer.json"):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "memory.safetensors").write_bytes(b"a file that belongs to the weights, as of nanothink")
+    manifest["files"]["memory.safetensors"] = sha256_file(copy / "memory.safetensors")
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    for name in ("config.json", "model.safetensors", "run.json", "memory.safetensors", "tokenizer/tokenizer.json"):
         before = (copy / name).read_bytes()
         (copy / name).write_bytes(before + b" ")
         for use in (lmnotes.load, lambda path: load_initial_weights(lm, path)):

@@ -95,6 +95,7 @@ class SaveWeights(Hook):
 
 # %% ../../nbs/training/43_weights.ipynb #0a6da8eb
 EXPORT_MANIFEST = "manifest.json"
+_EXPORTED = "config.json", "model.safetensors", "run.json"  # In every exported model
 
 
 def read_manifest(folder) -> dict:
@@ -122,7 +123,8 @@ def verify_export(folder) -> Path:
     "Return the folder of an exported model, or raise `CheckpointError` if its model, tokenizer or record have changed"
     folder = Path(folder)
     exported, tokenizer = read_manifest(folder), sorted((folder / "tokenizer").glob("*"))
-    for path in (*(folder / name for name in ("config.json", "model.safetensors", "run.json")), *tokenizer):
+    here = {p.name for p in folder.iterdir() if p.suffix in (".json", ".safetensors") and p.name in exported}
+    for path in (*(folder / name for name in sorted({*_EXPORTED, *here})), *tokenizer):
         if not path.is_file() or sha256_file(path) != exported.get(path.relative_to(folder).as_posix()):
             raise CheckpointError(f"{path}: missing, or changed since the export. Export the run again")
     return folder
