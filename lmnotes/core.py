@@ -336,7 +336,7 @@ def read_json(
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as e:
-        raise error(f"{path}: not valid JSON ({e})") from None
+        raise error(f"{path}: not valid JSON ({e}). Correct it, or restore it from a copy") from None
 
 # %% ../nbs/00_core.ipynb #0eb03f53
 def sha256_bytes(data) -> str:

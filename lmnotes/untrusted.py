@@ -102,7 +102,8 @@ def check_run_name(run) -> None:
     plain = re.fullmatch(r"[\w-][\w.-]*", run) and len(run.encode()) <= 200
     if not plain or is_checkpoint_name(run):
         rule = "Use letters, digits, '_', '-' and '.', up to 200 bytes, and no name of a checkpoint such as step_100"
-        raise ValueError(f"run={run[:250]!r} is not a folder name for a run. {rule}")
+        elsewhere = ". To choose another folder for the runs, pass out_dir" if "/" in run else ""
+        raise ValueError(f"run={run[:250]!r} is not a folder name for a run. {rule}{elsewhere}")
 
 # %% ../nbs/01_untrusted.ipynb #2cd25091
 def check_utf8(params) -> None:  # {parameter: value}

@@ -22,6 +22,7 @@ from helpers import (
 )
 from test_signals import command_held
 
+import lmnotes
 from lmnotes.core import CheckpointError
 from lmnotes.data.batches import RandomBatches
 from lmnotes.models.gpt import GPT
@@ -79,6 +80,9 @@ WRONG = {
     "no_such_thing": dict(model_args="no_such_thing=3"),
     "there is no run here to resume": dict(run="other", resume=True),
     "device='tpu'": dict(device="tpu"),
+    "d_model must be of type int. Separate fields by spaces": dict(model_args="d_model=16,n_layers=2"),
+    "gives a field twice. Give each once": dict(model_args="d_model=16 n_layers=2 d_model=32"),
+    "To choose another folder for the runs, pass out_dir": dict(run="/tmp/x"),
 }
 
 
@@ -87,6 +91,25 @@ def test_exit_code_2_for_invalid_parameters(workdir, message):
     code, output = command(workdir, "train", **TINY | WRONG[message])
     assert code == 2 and message in output and "Traceback" not in output, output
     assert not (workdir / "runs/r").exists(), "a run that never began left a folder"
+
+
+def test_a_path_that_does_not_exist_is_named_as_given(workdir):
+    "A name is looked up among the runs, and a path is not"
+    code, output = command(workdir, "generate", "--run", "checkpoints/nope")
+    assert code == 2 and "checkpoints/nope: " in output and "checkpoints/checkpoints" not in output, output
+    code, output = command(workdir, "generate", "--run", "nope")
+    assert code == 2 and "checkpoints/nope: " in output, output
+
+
+def test_run_takes_only_keywords():
+    with pytest.raises(TypeError, match="positional argument"):
+        lmnotes.run("x")
+
+
+def test_evaluate_uses_the_most_recent_run(trained_copy):
+    (trained_copy / "runs").rename(trained_copy / "checkpoints")
+    code, output = command(trained_copy, "evaluate")
+    assert code == 0 and "bpb" in output, output
 
 
 def test_exit_code_2_for_unknown_parameters(workdir):

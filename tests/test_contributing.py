@@ -49,6 +49,7 @@ def files(copy):
     return {p.relative_to(copy).as_posix(): p.read_bytes() for p in found if "__pycache__" not in p.parts}
 
 
+@pytest.mark.nightly
 def test_new_architecture_needs_one_notebook(copy):
     assert run(copy, "nbdev_export").returncode == 0
     before = files(copy)

@@ -33,7 +33,7 @@ def prepare_command(args) -> None:
 class EvaluateOptions:
     "Compute loss, perplexity and bits per byte of a trained model"
 
-    run: str  # Run folder, or its name under checkpoints/
+    run: str = ""  # Run folder, or its name under checkpoints/ (empty: the most recent run)
     which: str = ""  # Checkpoint: best | last | interrupted | final (empty: the newest verified one)
     part: str = "val"  # train | val | test
     data: str = ""  # Other data to evaluate on (empty: the data of the run)

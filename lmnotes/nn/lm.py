@@ -221,7 +221,8 @@ def parse_model_args(name, text) -> dict:  # Architecture, and a string such as 
         try:
             values[key] = dict(true=True, false=False)[value.lower()] if types[key] is bool else types[key](value)
         except (KeyError, ValueError):
-            raise ValueError(f"model_args: {item!r} is invalid: {key} must be of type {types[key].__name__}") from None
+            kind, hint = types[key].__name__, ". Separate fields by spaces" if "," in value else ""
+            raise ValueError(f"model_args: {item!r} is invalid: {key} must be of type {kind}{hint}") from None
     return values
 
 # %% ../../nbs/nn/20_lm.ipynb #aee430bb

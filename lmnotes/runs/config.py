@@ -173,6 +173,8 @@ def canonical_params(given) -> dict:  # {parameter or alias: value}
         args = replace_aliases({key: eq + value for key, eq, value in items}, names)
         if twice := own.keys() & args.keys():
             raise ValueError(f"{min(twice)} is given both in model_args and separately. Give it once")
+        if len(args) < len(items):
+            raise ValueError(f"model_args={values['model_args']!r} gives a field twice. Give each once")
         values["model_args"] = " ".join(key + value for key, value in {**args, **own}.items())
     return values
 

@@ -60,12 +60,14 @@ def last_run_name(folder) -> str:
         )
     return max(times, key=times.get)
 
-
+# %% ../../nbs/runs/61_folder.ipynb #e0a0f369
 def find_run_folder(path) -> Path:
     "Return the folder of a run, given its path or name (empty: the most recent run)"
     if not path:
         return runs_folder() / last_run_name(runs_folder())
-    return next((p for p in (Path(path), project_root() / path) if p.exists()), runs_folder() / path)
+    places = [Path(path), project_root() / path, runs_folder() / path]
+    missing = places[-1] if len(places[0].parts) == 1 else places[0]  # A name, or a path
+    return next((p for p in places if p.exists()), missing)
 
 # %% ../../nbs/runs/61_folder.ipynb #d74e3bec
 def describe_existing_runs(folder) -> str:

@@ -64,6 +64,7 @@ class RunArguments(RunConfig):
 # Long: the whole interface of a run, and its order of steps
 @typed_by(RunArguments)
 def run(
+    *,
     recipe=None,  # {parameter: value} of a recipe: stronger than defaults, weaker than the environment
     hooks=(),  # Additional hooks, called last
     log_format=None,  # `LogFormat` of the log lines (None: the default)
