@@ -149,6 +149,7 @@ def test_interrupted_and_resumed(workdir):
 def test_more_steps_extend_a_finished_run(workdir):
     assert run_in_process(workdir, recipe, **QUICK) == 0, read_log(workdir)
     assert run_in_process(workdir, recipe, MAX_STEPS=30, BASE_LR=1e-4, resume=True) == 0, read_log(workdir)
+    assert "changed MAX_STEPS to 30 (was 20)" in read_log(workdir)
     assert lmnotes.load(folder(workdir)).config.lr == 1e-4
     assert [int(step) for step, *_ in TRAIN.findall(read_log(workdir))] == [10, 20, 30]
 

@@ -194,7 +194,8 @@ def test_what_the_advice_says_can_be_followed(uninterrupted, tmp_path):
     )
     (workdir / "small.yaml").write_text(changed)
     assert run_in_process(workdir, recipe, max_steps=35, resume=True) == 0, read_log(workdir)
-    words = ["changed batch_size to 8 (was 4)", "changed accum to 2", "changed lr to 0.005 (was 0.01)"]
+    words = ["changed batch_size to 8 (was 4)", "changed learning_rate to 0.005 (was 0.01)"]
+    words += ["changed training.gradient_accumulation_steps to 2"]
     assert all(word in read_log(workdir) for word in words), read_log(workdir)
 
 

@@ -167,7 +167,7 @@ def _merge_saved_config(info, cfg, origins):
     elif "epochs" in given and given["epochs"] != saved["epochs"]:
         given.pop("steps", None)
     for name, (old, new) in changes.items():
-        print(f"changed {name} to {new!r} (was {old!r})")
+        print(f"changed {parameter_name(name) or name} to {new!r} (was {old!r})")
     new = {n for n in given if given[n] != saved.get(n)}
     origins = {n: "resume" if n in new else info["origins"].get(n, "default") for n in origins}
     return RunConfig(**{**saved, **given, "allow_change": cfg.allow_change, "resume": True}), origins
