@@ -6,9 +6,9 @@
 __all__ = ['DTYPES', 'MAX_JSON_BYTES', 'STOP_SIGNALS', 'DataError', 'TokenizerError', 'CheckpointError', 'RunLockedError',
            'OutOfMemoryError', 'RankError', 'did_you_mean', 'replace_aliases', 'expand_kwargs', 'project_root',
            'data_root', 'paths_to_try', 'derive_seed', 'seed_torch', 'set_deterministic', 'pick_device', 'pick_dtype',
-           'describe_device', 'name_in_os_errors', 'fsync_path', 'open_new', 'write_atomic', 'check_regular_file',
-           'read_regular_file', 'read_line', 'finite_json', 'write_json', 'read_json', 'sha256_bytes', 'sha256_file',
-           'sha256_json', 'StopSignals', 'utc_now', 'versions', 'environment']
+           'describe_device', 'name_in_os_errors', 'fsync_path', 'open_new', 'temporary_path', 'write_atomic',
+           'check_regular_file', 'read_regular_file', 'read_line', 'finite_json', 'write_json', 'read_json',
+           'sha256_bytes', 'sha256_file', 'sha256_json', 'StopSignals', 'utc_now', 'versions', 'environment']
 
 # %% ../nbs/00_core.ipynb #4775f101
 import difflib
@@ -240,14 +240,18 @@ def open_new(path) -> BinaryIO:
     return open(path, "xb")
 
 # %% ../nbs/00_core.ipynb #393089f1
+def temporary_path(path) -> Path:
+    "Return the path beside a file or folder under which this process writes it until it is complete"
+    return Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+
+
 def write_atomic(
     path,  # File to write
     data,  # Its new content, str or bytes
     durable=True,  # Also flush to disk, so that the file survives a power cut
 ) -> None:
     "Write `data` to `path` atomically: the file has its old content or the new, never a mixture"
-    path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path, tmp = Path(path), temporary_path(path)
     data = data.encode() if isinstance(data, str) else data
     try:
         with name_in_os_errors(path, len(data)):

@@ -20,7 +20,16 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
-from ..core import DataError, data_root, fsync_path, open_new, paths_to_try, sha256_bytes, sha256_file
+from lmnotes.core import (
+    DataError,
+    data_root,
+    fsync_path,
+    open_new,
+    paths_to_try,
+    sha256_bytes,
+    sha256_file,
+    temporary_path,
+)
 from .corpus import *
 from .folders import *
 from .formats import encoding_of_bytes, missing_package
@@ -231,7 +240,7 @@ def _stream_from_hub(given, path, text_key):
         raise missing_package("datasets", f"data='hf:{given}'") from None
     name, _, revision = given.partition("@")
     name, _, config = name.partition(":")
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp = temporary_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     print(f"streaming {given} to {path}")
     try:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import DataError, TokenizerError, open_new, project_root, sha256_json
+from ..core import DataError, TokenizerError, open_new, project_root, sha256_json, temporary_path
 from .corpus import to_bytes
 from .datasets import *
 from .folders import describe_skipped
@@ -254,7 +254,7 @@ def record_texts(
     "Write the texts that an iterable yields to token files"
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    tmp = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    tmp = temporary_path(out)
     try:
         with open_new(tmp) as f:
             for i, item in enumerate(texts, 1):

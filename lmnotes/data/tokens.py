@@ -25,6 +25,7 @@ from lmnotes.core import (
     open_new,
     read_json,
     sha256_json,
+    temporary_path,
     write_atomic,
     write_json,
 )
@@ -81,7 +82,7 @@ class TokenWriter:
         for path in (self.path, _metadata_path(self.path), _doc_starts_path(self.path)):
             if path.is_dir():
                 raise DataError(f"{path}: is a folder, expected a token file. Delete or rename it")
-        self.tmp = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self.tmp = temporary_path(self.path)
         self.file = open_new(self.tmp)
         return self
 

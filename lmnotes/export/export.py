@@ -8,7 +8,6 @@ __all__ = ['GENERATE_SCRIPT', 'source_files', 'list_files', 'changed_files', 'ex
 # %% ../../nbs/export/81_export.ipynb #7c28de9c
 import ast
 import json
-import os
 import shutil
 import sys
 from dataclasses import asdict
@@ -211,7 +210,7 @@ def export(
         raise ValueError(f"{r.folder.name}: there is no such run on the disk (a dry run saves nothing). Train it first")
     lm = merge_and_unload(r.lm) if r.lm.lora else r.lm
     check_finite(model_tensors(lm), r.folder.name)
-    tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    tmp = temporary_path(folder)
     try:
         tmp.mkdir(parents=True)
         _write_model(r, lm, tmp, state_dict)

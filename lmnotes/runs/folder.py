@@ -120,7 +120,7 @@ def _exchange_locked(lock, aside):
         except OSError as e:
             if e.errno not in NO_EXCHANGE:
                 raise
-            empty = aside.rename(folder.with_name(f".{folder.name}.{os.getpid()}.tmp"))
+            empty = aside.rename(temporary_path(folder))
             try:
                 os.replace(folder, aside)
                 os.replace(empty, folder)
@@ -341,7 +341,7 @@ def _fork_once(checkpoint_folder, run, out_dir):
     name = run or f"{old.name}-from-{int(checkpoint_folder.name[5:])}"
     check_run_name(name)
     runs = Path(out_dir).resolve() if out_dir else old.parent
-    new, tmp = runs / name, runs / f".{name}.{os.getpid()}.tmp"
+    new, tmp = runs / name, temporary_path(runs / name)
     if new.exists():
         raise CheckpointError(f"{new} exists. Choose another name, or resume it: {resume_command(new)}")
     remove_abandoned_folders(runs)

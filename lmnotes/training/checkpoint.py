@@ -169,7 +169,7 @@ def _is_already_saved(folder, files):
 # %% ../../nbs/training/42_checkpoint.ipynb #1e3730da
 def _write_folder_atomic(run, name, step, files):
     "Write `run/name` with its manifest, completely or not at all, in place of an earlier folder"
-    tmp = run / f".{name}.{os.getpid()}.tmp"
+    tmp = temporary_path(run / name)
     try:
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir()

@@ -27,7 +27,7 @@ def prune_checkpoints(run, keep, protected=(), keep_every=0) -> None:
     for folder in list_checkpoints(run)[: -keep or None] if keep else []:
         is_multiple = keep_every and int(folder.name[5:]) % keep_every == 0
         if folder.name not in named | set(protected) and not is_multiple:
-            tmp = run / f".{folder.name}.{os.getpid()}.tmp"
+            tmp = temporary_path(folder)
             os.replace(folder, tmp)  # In one step, so that no half of it counts as a checkpoint
             remove_path(tmp)
 
