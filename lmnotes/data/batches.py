@@ -74,7 +74,7 @@ def check_length(ids, ctx_len, name="the token stream") -> None:
 class SequenceBatches:
     "Base class: batches of sequences that begin at `start_positions(step)`"
 
-    first_row = 0  # Number of the row at which step 0 begins, other than 0 after a change of batch size or stride
+    first_row = 0  # Row at which step 0 begins: 0, unless a resume changed the batch size or stride
 
     @property
     def steps_before(self) -> float:
