@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import re
 import zipfile
-import zlib
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
@@ -157,7 +156,7 @@ class Source(NamedTuple):
             file = zipfile.Path(self.path, self.member) if self.member else self.path
             with file.open("rb") as f:
                 yield open_content(f, self.compression, self.encoding, self.name, self.path.stat().st_size)
-        except (OSError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
+        except ZIP_ERRORS as e:
             raise DataError(f"{self.name}: cannot be read ({e}). Download or copy it again") from None
 
 # %% ../../nbs/data/10_corpus.ipynb #2e7a2a90

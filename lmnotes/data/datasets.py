@@ -32,7 +32,7 @@ from lmnotes.core import (
 )
 from .corpus import *
 from .folders import *
-from .formats import encoding_of_bytes, missing_package
+from .formats import ZIP_ERRORS, encoding_of_bytes, missing_package
 from .records import record_text
 from ..files import open_for_append
 from ..untrusted import check_no_secrets, check_utf8
@@ -226,7 +226,7 @@ def _check_archive_member(source, size):
     try:
         with zipfile.ZipFile(source.path) as archive:
             found = archive.getinfo(source.member).file_size
-    except (OSError, KeyError, zipfile.BadZipFile) as e:
+    except ZIP_ERRORS as e:
         raise DataError(f"{source.name} cannot be read ({e}). Delete the archive to download it again") from None
     if size and found != size:
         raise DataError(f"{source.name} has {found:,} bytes, needs {size:,}. Delete the archive to download it again")

@@ -110,7 +110,7 @@ def file_sources(
         raise DataError(f"{path}: is {_not_text(found)}. {fix}")
     try:
         sources, skipped = _zip_sources(path, domain, file_id, text_key)
-    except (OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile) as e:
+    except ZIP_ERRORS as e:
         raise DataError(f"{path}: cannot be read ({e}). Download or copy it again") from None
     if not sources:
         raise DataError(f"{path}: is a zip archive without text files. {describe_skipped(skipped)}")

@@ -162,7 +162,7 @@ def read_arrow(
             for text in batch.column(batch.schema.get_field_index(text_key)):
                 row += 1
                 yield row, record_text({text_key: text.as_py()}, f"{name}: row {row}", text_key)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+    except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as e:
         problem = f"cannot be read as {READABLE[kind]} ({str(e)[:120]})"
         raise DataError(f"{name}: {problem}. Download or copy it again") from None
 
