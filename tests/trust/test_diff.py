@@ -31,7 +31,7 @@ def differing(d, part):
 def test_a_repetition(trained):
     d = diff(trained / "r", trained / "again")
     assert (d.rows, d.first) == ([], None)
-    assert "no differences" in repr(d) and "all figures that both runs logged are equal" in repr(d)
+    assert "no differences" in repr(d) and "all metrics that both runs logged are equal" in repr(d)
 
 
 def test_parameters_and_figures(trained):
@@ -81,7 +81,7 @@ def test_the_command(trained):
     folder = trained.parent
     (folder / "log").unlink()
     assert run_in_process(folder, lmnotes_command, "diff", "runs/r", "runs/faster") == 0
-    assert "first different figure: step 3, train loss" in read_log(folder)
+    assert "first different metric: step 3, train loss" in read_log(folder)
     assert run_in_process(folder, lmnotes_command, "diff", "runs/r", "runs/none") == 2
     with pytest.raises(CheckpointError, match="there is no run here"):
         diff(folder / "runs/r", folder / "runs/none")
