@@ -132,7 +132,7 @@ ABLATIONS = {
     "learning rate": lambda: _one_later(trainer, "lr_at"),
     "dropout": lambda: setattr(trainer, "derive_seed", lambda *key: 0),
     "metrics": lambda: setattr(
-        files.JsonlLog, "truncate_after", lambda metrics, last: metrics.path.unlink(missing_ok=True)
+        files.JsonlLog, "truncate_after", lambda metrics, step, **last: metrics.path.unlink(missing_ok=True)
     ),
 }
 

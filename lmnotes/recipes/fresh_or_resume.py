@@ -348,7 +348,7 @@ def _resume_run(path, environ, at):
     checkpoint_folder = _resolve_checkpoint_path(path, environ)
     folder = checkpoint_folder.parent
     metadata = read_checkpoint_config(checkpoint_folder)
-    info = run_record_at_step(metadata, checkpoint_folder)  # The record at that step
+    info = run_record_at_step(metadata, checkpoint_folder, checkpoint_folder.parent)
     info["env"] = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else None
     config, step = load_config_from_checkpoint(info, environ), metadata["step"]
     in_other_folder = environ.get("CHECKPOINT_DIR", "").strip() and project_path(config.checkpoint_dir) != folder.parent

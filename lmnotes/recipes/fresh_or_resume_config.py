@@ -199,7 +199,7 @@ def _check_saved_fields(values, known):
     if problem := next(wrong_entries(values, kinds), None):
         raise CheckpointError(f"env.json: {problem}, which is not a valid setting. Remove it")
     try:
-        for name in values.keys() - known.keys():
+        for name in [name for name in values if name not in known]:
             convert(name, values[name], declared(TrainingConfig)[name].kind)
         [project_path(value) for name, value in values.items() if name.endswith("_dir")]  # No null byte or surrogate
     except ValueError as e:

@@ -118,7 +118,7 @@ def _read_saved_params(path, kinds):
         raise CheckpointError(f"{path}: holds a {type(saved).__name__}, expected the parameters of a recipe")
     check_format(saved, path)
     is_old, found = "format" not in saved, {}
-    for name in saved.keys() - {"format", "resume"}:
+    for name in [name for name in saved if name not in ("format", "resume")]:
         if name not in kinds:  # It would become a name of the notebook
             raise CheckpointError(f"{path}: {name[:80]!r} is not a parameter of this recipe. Remove it")
         if is_old and (name, saved[name]) == ("log_interval", 0):

@@ -253,7 +253,7 @@ def prune_first():
 
 
 def keep_metrics():
-    run_module.truncate_metrics = lambda folder, counters: None
+    run_module.truncate_metrics = lambda folder, step, counters: None
 
 
 def keep_temporary_files():
