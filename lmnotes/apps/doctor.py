@@ -174,9 +174,8 @@ def check_data(folder, info) -> list:  # Run folder, and run.json
         if not check_content(cfg, info, folder, tokenizer):
             return [_finding("note", "data", f"{cfg.data}: its content is compared when the run resumes")]
     except (ValueError, OSError) as e:
-        return [
-            _finding("PROBLEM", "data", f"{e}".rstrip(", "), resume_command(folder, data="PATH", allow_change="data"))
-        ]
+        changed = dict(allow_change="data") if isinstance(e, CheckpointError) else {}  # Data that moved needs none
+        return [_finding("PROBLEM", "data", f"{e}".rstrip(", "), resume_command(folder, data="PATH", **changed))]
     return [_finding("ok", "data", f"{cfg.data}, the same content")]
 
 # %% ../../nbs/apps/94_doctor.ipynb #3982e687

@@ -177,9 +177,11 @@ def test_damaged_records(runs):
 
 def test_missing_and_changed_data(runs):
     (runs.parent / "corpus/sea/all.jsonl").write_text('{"text": "another sea"}\n')
-    assert "the data has changed" in problems(runs / "r")["data"][0]
+    detail, command = problems(runs / "r")["data"]
+    assert "the data has changed" in detail and "--allow-change data" in command
     shutil.rmtree(runs.parent / "corpus")
-    assert "'corpus' is not one of" in problems(runs / "r")["data"][0]
+    detail, command = problems(runs / "r")["data"]
+    assert "'corpus' is not one of" in detail and "--data PATH" in command and "--allow-change" not in command
 
 
 def test_named_data_is_not_downloaded(runs):
