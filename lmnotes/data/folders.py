@@ -78,8 +78,9 @@ def _zip_sources(path, domain, file_id, text_key):
             if any(is_temporary(part) for part in name.split("/")):
                 skipped.append(SkippedFile(f"{file_id}/{name}", "hidden or temporary"))
                 continue
-            if info.flag_bits & 1:
-                skipped.append(SkippedFile(f"{file_id}/{name}", "encrypted"))
+            if info.flag_bits & 1 or info.file_size > FREE_BYTES + MAX_EXPANSION * info.compress_size:
+                reason = "encrypted" if info.flag_bits & 1 else f"expands more than {MAX_EXPANSION} times"
+                skipped.append(SkippedFile(f"{file_id}/{name}", reason))
                 continue
             with archive.open(info) as f:
                 found = recognize_stream(f, name, info.compress_size, text_key)

@@ -321,6 +321,13 @@ def test_a_zip_of_many_large_files(tmp_path, monkeypatch):
             archive.writestr(f"{i}.txt", b"The sea.\n" * (1 << 16))
     with pytest.raises(DataError, match=r"bomb.zip: expands more than 200 times, to 11,796,480 bytes. Unpack it"):
         get_corpus(tmp_path / "bomb.zip")
+    with zipfile.ZipFile(tmp_path / "one.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("noise.bin", np.random.default_rng(0).bytes(1 << 18))
+        archive.writestr("bomb.txt", b"The sea.\n" * (1 << 18))
+        archive.writestr("a.txt", "The sea.\n")
+    text = get_corpus(tmp_path / "one.zip")
+    assert [d.text for d in text.documents()] == ["The sea.\n"]
+    assert [f.reason for f in text.skipped if "bomb" in f.name] == ["expands more than 200 times"]
     with zipfile.ZipFile(tmp_path / "twice.zip", "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):
         archive.writestr("a.txt", "The sea.\n")
         archive.writestr("a.txt", "The tide.\n")
