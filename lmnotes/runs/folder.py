@@ -401,8 +401,10 @@ def _usable_best_checkpoint(checkpoint_folder):
 
 
 def run_record_at_step(
-    then, checkpoint_folder, to
-) -> dict:  # The checkpoint's config.json, its folder, folder of the copy
+    then,  # config.json of the checkpoint
+    checkpoint_folder,  # Its folder
+    to,  # Folder for the record
+) -> dict:
     "Return the record of a run as it was at one step, because its parameters and data may have changed later"
     run = checkpoint_folder.parent
     info = read_run_record(run)
