@@ -145,10 +145,10 @@ def test_a_snapshot_every_five_epochs(workdir):
     assert {name: held["epoch"] for name, held in found.items()} == {
         f"transformer_expert_epoch{n}.pt": n for n in (5, 10)
     }
-    assert equal(
-        found["transformer_expert_epoch10.pt"]["model_state"],
-        lmnotes.load(workdir / "checkpoints/transformer_expert").lm.state_dict(),
-    )
+    whole = lmnotes.load(workdir / "checkpoints/transformer_expert")
+    assert equal(found["transformer_expert_epoch10.pt"]["model_state"], whole.lm.state_dict())
+    half = lmnotes.load(workdir / "checkpoints/transformer_expert_epoch5.pt")
+    assert half.step == found["transformer_expert_epoch5.pt"]["step"] == whole.step // 2
 
 
 def test_domains_and_data_dir(workdir):

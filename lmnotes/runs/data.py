@@ -244,8 +244,13 @@ def _with_recorded_place(cfg, info, folder):
     "Return the configuration of a run with the recorded place of its data, if its path does not exist from this folder"
     is_lost = cfg.data == info["config"]["data"] and not data_place(cfg, folder)
     place = info["data"].get("place") if is_lost else ""
-    if not place or not (found := (Path(folder) / place).resolve()).exists():
+    if not place:
         return cfg
+    if not (found := (Path(folder) / place).resolve()).exists():
+        raise DataError(
+            f"data={cfg.data!r}, on which this run was trained, is neither here nor at {found}. If it has moved, resume "
+            f"with {format_params(data='PATH')}: the same content needs no allow_change"
+        )
     return replace(cfg, data=f"{'bytes:' * cfg.data.startswith('bytes:')}{found}")
 
 

@@ -19,6 +19,7 @@ import torch
 from ..core import *
 from ..data.batches import *
 from ..data.tokenizer_files import *
+from ..data.untrusted_files import *
 from ..files import *
 from ..inference.evaluation import *
 from ..inference.generation import *
@@ -158,6 +159,8 @@ def load(
 ) -> Run:
     "Open a trained run, with its model in evaluation mode"
     found, device = find_run_folder(path), pick_device(device)
+    if not found.exists():
+        raise no_run_error(found, "to load")
     if found.is_file():
         folder, lm, info = _load_file(found, which, device, model_args)
     elif is_export(found):
@@ -195,12 +198,17 @@ def _load_file(path, which, device, model_args):
     info = read_run_record(folder)
     declared = folder / "run.json", info["config"]["arch"], info["model"]
     lm = load_initial_weights(new_lm_from_config(*declared, path.stat().st_size, model_args), path).to(device).eval()
-    steps = re.findall(r"step_?(\d+)", path.stem)
-    return (
-        folder,
-        lm,
-        dict(info, step=int(steps[-1]) if steps else info["step"], status=actual_status(info, is_run_alive(folder))),
-    )
+    status = actual_status(info, is_run_alive(folder))
+    return folder, lm, dict(info, step=_step_of_file(path, info["step"]), status=status)
+
+
+def _step_of_file(path, otherwise):
+    "Return the step in the name or the content of a weights file"
+    if steps := re.findall(r"step_?(\d+)", path.stem):
+        return int(steps[-1])
+    content = {} if path.suffix == ".safetensors" else read_torch_file(path, mmap=True)
+    step = content.get("step") if isinstance(content, dict) else None
+    return step if type(step) is int else otherwise
 
 # %% ../../nbs/runs/64_load.ipynb #b77adb07
 def _load_model(path, which, device, model_args):
