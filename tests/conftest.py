@@ -15,6 +15,14 @@ def check_no_processes_left():
         STARTED.pop().kill()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def short_samples_of_runs():
+    "Let the runs of this process generate short samples, as those of new processes do"
+    with pytest.MonkeyPatch.context() as m:
+        helpers.shorten_samples(m.setattr)
+        yield
+
+
 @pytest.fixture(scope="module")
 def short_samples():
     "Let new processes generate short texts, for files whose tests do not check the length of a text"

@@ -1,7 +1,7 @@
 """Shared code of the process tests: a tiny corpus, runs in new processes, and hashes of a run's results.
 
-Processes are forked from a server that has only imported torch and lmnotes. Each starts like a fresh interpreter, but
-saves the seconds that importing takes. The server is `multiprocessing`'s `forkserver`.
+Processes are forked from a server that has only imported torch and lmnotes (preloaded.py). Each starts like a fresh
+interpreter, but saves the seconds that importing takes. The server is `multiprocessing`'s `forkserver`.
 """
 
 import ast
@@ -17,7 +17,10 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest.mock import patch
 
 import nbformat
 import torch
@@ -25,18 +28,13 @@ import torch
 from lmnotes import core
 from lmnotes.apps.cli import execute_command, run_notebook
 from lmnotes.inference import generation
+from lmnotes.runs import setup
 from lmnotes.runs.run import run
 from lmnotes.training.trainer import Hook, Trainer
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("forkserver")
-CHAPTERS = "models", "inspect", "recipes"  # Their modules are imported when they are first used
-PRELOAD = [f"lmnotes.{name}.{path.stem}" for name in CHAPTERS for path in ROOT.glob(f"lmnotes/{name}/[a-z]*.py")]
-PRELOAD += (
-    "lmnotes.apps.cli lmnotes.export.hub nbformat safetensors.torch tokenizers tyro filelock yaml torch._dynamo".split()
-)
-PRELOAD += ["matplotlib.pyplot", "matplotlib.backends.backend_agg", "transformers.models.gpt2.modeling_gpt2"]
-FORK.set_forkserver_preload(PRELOAD)
+FORK.set_forkserver_preload(["preloaded"])
 SAMPLE_TOKENS = 0  # Maximum length of texts that new processes generate (0: no limit). `short_samples` sets it
 STARTED = []  # Processes, so that a failed test leaves none behind
 DEADLINE = 900  # Seconds until a test stops waiting. No test needs that long, even on a slow machine
@@ -141,6 +139,11 @@ def printed_text(workdir):
     return "\n".join(o.get("text", "") or o.get("data", {}).get("text/plain", "") for o in outputs)
 
 
+def shorten_samples(set_attribute=setattr):
+    "Generate 8 tokens for each sample of a run instead of 120, which take a third of the time of a tiny run"
+    set_attribute(setup, "Sample", partial(generation.Sample, n=8))
+
+
 def _limit_samples(limit):
     "Generate at most `limit` tokens for each prompt"
     generate_chunks = generation._generate_chunks
@@ -151,27 +154,32 @@ def _limit_samples(limit):
     generation._generate_chunks = generate_few_chunks
 
 
-def _child_main(function, args, kwargs, folder, dtype, sample_tokens):
+def _child_main(function, args, kwargs, folder, output, dtype, sample_tokens):
     os.chdir(folder)
     if sample_tokens:
         _limit_samples(sample_tokens)
     torch.set_num_threads(1)
+    shorten_samples()
     core._auto_dtype = lambda device: dtype
     os.fsync = lambda descriptor: None  # No power cut here: test_crash tests the flushes
     for name in [n for n in os.environ if n.startswith("LMNOTES_")]:
         del os.environ[name]
-    log_file = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log_file, 1)
-    os.dup2(log_file, 2)
+    written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY, 0o644)
+    os.dup2(written, 1)
+    os.dup2(written, 2)
+    if os.isatty(1):
+        sys.stdout = open(1, "w", encoding="utf-8", buffering=1, closefd=False)
     sys.exit(function(*args, **kwargs))
 
 
-def start_process(folder, function, *args, **kwargs):
-    "Start a process that calls a function in `folder` and writes to `folder/log`, and return it"
+def start_process(folder, function, *args, output="log", **kwargs):
+    "Start a process that calls a function in `folder` and writes to `folder/log`, or to a terminal, and return it"
     dtype = core.pick_dtype("cpu")  # Measured once, so that compared processes use the same dtype
     process = FORK.Process(
-        target=_child_main, args=(function, args, kwargs, str(folder), dtype, SAMPLE_TOKENS), daemon=True
+        target=_child_main, args=(function, args, kwargs, str(folder), output, dtype, SAMPLE_TOKENS), daemon=True
     )
+    with patch.dict(os.environ, PYTHONPATH=str(ROOT / "tests")):
+        forkserver.ensure_running()
     process.start()
     STARTED.append(process)
     return process
@@ -199,6 +207,16 @@ def replacing_environment(variables, function, *args, **kwargs):
     "Call a function with these environment variables alone, for use in a new process"
     os.environ.clear()
     return with_environment(variables, function, *args, **kwargs)
+
+
+def run_program(source):
+    "Run a program as `python -c` does, for use in a new process. Python's own hook prints an uncaught error"
+    try:
+        exec(compile(source, "<string>", "exec"), dict(__name__="__main__"))
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
 
 
 def run_code_alone(code, *argv, packages=("lmnotes",)):

@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import make_dataclass
 from functools import partial
@@ -424,11 +423,9 @@ def test_output_on_a_full_disk(small_disk, unbroken):
     "A run whose output goes to a file on a full disk trains to its end, with exit code 0 and the same bits"
     output, place = small_disk / "runs/output", small_disk / "elsewhere"
     (small_disk / "runs/filling").write_bytes(bytes(1 << 20))
-    command = [sys.executable, "-m", "lmnotes", "train", *command_line_args(**SHORT | dict(out_dir=place))]
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("LMNOTES_")}
-    with open(output, "wb") as f:
-        done = subprocess.run(command, cwd=small_disk, env=environ, stdout=f, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 0 and not output.read_bytes(), done.stderr
+    command = "train", *command_line_args(**SHORT | dict(out_dir=place))
+    assert run_in_process(small_disk, lmnotes_command, *command, output=str(output)) == 0
+    assert not output.read_bytes()
     assert not differences(unbroken[1], run_results(place / "r"))
 
 

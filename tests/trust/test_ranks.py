@@ -21,7 +21,9 @@ from helpers import (
     lmnotes_command,
     read_log,
     run_in_process,
+    run_ranks,
     run_results,
+    train,
     wait_until,
 )
 from test_distributed import torchrun
@@ -180,7 +182,7 @@ def whole(tmp_path_factory, corpus):
     "Return the results of a run in two processes that nothing stops"
     folder = tmp_path_factory.mktemp("whole")
     (folder / "corpus").symlink_to(corpus)
-    assert start(folder, "procs", **TINY).wait(DEADLINE) == 0, read_log(folder)
+    assert run_ranks(folder, 2, train, **TINY) == [0, 0], read_log(folder)
     return run_results(folder / "runs/r")
 
 
@@ -207,7 +209,7 @@ def test_signals(workdir, monkeypatch, whole, case):
     wait_until(lambda: all(has_ended(pid) for pid in ranks))
     record = json.loads((workdir / "runs/r/run.json").read_bytes())
     assert second or (record["status"], record["step"]) == ("interrupted", 12), read_log(workdir)
-    assert start(workdir, way, run="r", out_dir="runs", resume=True).wait(DEADLINE) == 0, read_log(workdir)
+    assert run_ranks(workdir, 2, train, run="r", out_dir="runs", resume=True) == [0, 0], read_log(workdir)
     assert not differences(whole, run_results(workdir / "runs/r"))
 
 
@@ -215,7 +217,7 @@ RESTARTED = """
 import os, signal, sys
 sys.path.insert(0, {trust!r})
 from pathlib import Path
-from helpers import lmnotes_command, run_before_call
+from helpers import lmnotes_command, run_before_call, shorten_samples
 from lmnotes.training import trainer
 
 attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -223,6 +225,7 @@ rank, step = [*{kills}, (-1, 0)][attempt]
 if int(os.environ["RANK"]) == rank:
     kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
     run_before_call(trainer.Trainer, "train_step", lambda t: t.step == step, kill)
+shorten_samples()
 code = lmnotes_command("train", *sys.argv[1:])
 sys.stdout.flush()
 os._exit(code)

@@ -12,7 +12,7 @@ import select
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,7 +20,19 @@ import mistune
 import pytest
 import torch
 from filelock import FileLock
-from helpers import DEADLINE, ROOT, TINY, read_log, run_in_process, run_recipe, train
+from helpers import (
+    ROOT,
+    TINY,
+    lmnotes_command,
+    read_log,
+    run_in_process,
+    run_program,
+    run_recipe,
+    start_process,
+    train,
+    wait_until,
+    with_environment,
+)
 
 import lmnotes
 from lmnotes.apps import cli, papermill_engine
@@ -425,39 +437,23 @@ def test_jupyterlab_runs_no_script_of_a_run(work):
 # --- terminals
 
 
-@contextmanager
-def terminal(command, **options):
-    "Start a command in a terminal of its own, and yield its process and a function that returns all that it has printed"
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True, **options)
-    os.close(theirs)
-    chunks = []
-
-    def read_all():
-        while select.select([ours], [], [], DEADLINE)[0]:
-            try:
-                chunks.append(os.read(ours, 65536))
-            except OSError:  # The end, on Linux
-                break
-            if not chunks[-1]:
-                break
-        return b"".join(chunks).decode("utf-8", "replace").replace("\r\n", "\n")
-
-    try:
-        yield process, read_all
-    finally:
-        process.kill()
-        process.wait()
-        os.close(ours)
-
-
-def on_terminal(work, *words, code=0, program=("-m", "lmnotes")):
+def on_terminal(work, *words, code=0, program=""):
     "Run a command of lmnotes or a program in a terminal, and return what it printed, without our own redrawing"
-    environ = os.environ | dict(LMNOTES_OUT_DIR=str(work / "runs"), PYTHONPATH=str(ROOT), TERM="xterm", COLUMNS="200")
-    environ.pop("PYTEST_CURRENT_TEST", None)
-    with terminal([sys.executable, *program, *words], cwd=work, env=environ) as (process, read_all):
-        shown = read_all()
-        assert process.wait(DEADLINE) == code, shown
+    environ, printed = dict(LMNOTES_OUT_DIR=str(work / "runs"), TERM="xterm", COLUMNS="200"), []
+    call = (run_program, program) if program else (lmnotes_command, *words)
+    ours, theirs = pty.openpty()
+
+    def read_until_end():
+        while select.select([ours], [], [], 0.01)[0]:
+            printed.append(os.read(ours, 65536))
+        return process.exitcode is not None and not select.select([ours], [], [], 0)[0]
+
+    process = start_process(work, with_environment, environ, *call, output=os.ttyname(theirs))
+    wait_until(read_until_end)
+    os.close(theirs)
+    os.close(ours)
+    shown = b"".join(printed).decode("utf-8", "replace").replace("\r\n", "\n")
+    assert process.exitcode == code, shown
     return re.sub(r"\x1b\[\d+A\x1b\[J", "", shown)
 
 
@@ -546,7 +542,7 @@ def test_uncaught_errors_send_no_escape_sequence_of_a_file(work, name):
     owner = dict(pid=os.getpid(), host=ESCAPES, start="now")
     with FileLock(work / "runs/r/.lock") if "lock" in name else nullcontext():
         (work / "runs/r/.owner.json").write_text(json.dumps(owner))
-        shown = on_terminal(work, code=1, program=["-c", program])
+        shown = on_terminal(work, code=1, program=program)
     message = shown[shown.rindex(f"{kind}: ") :]
     assert "⟨U+001B⟩" in message, shown
     assert escape_terminal(shown) == shown, repr(shown)
@@ -562,7 +558,7 @@ def test_python_sends_no_escape_sequence_of_a_file(work):
         edit_json(path / "config.json", lambda saved: saved | dict(versions=saved["versions"] | dict(torch=HOSTILE)))
         sizes = {p.name: dict(size=p.stat().st_size, sha256=sha256_file(p)) for p in path.iterdir()}
         edit_json(path / "manifest.json", lambda m, sizes=sizes: m | dict(files={n: sizes[n] for n in m["files"]}))
-    shown = on_terminal(work, program=["-c", PROGRAM])
+    shown = on_terminal(work, program=PROGRAM)
     assert "bits may differ from here on" in shown and "cpu ⟨U+001B⟩[2Jattacked" in shown, shown
     assert "make_batches ⟨U+001B⟩[2Jbatches → <lambda>" in shown, shown
     assert shown.count("\x1b[1mYOURS\x1b[0m") == 1, shown
@@ -572,10 +568,11 @@ def test_python_sends_no_escape_sequence_of_a_file(work):
 
 def test_output_in_a_file_stays_as_it_is(work):
     r = lmnotes.load(work / "runs/r", device="cpu")
-    words = [sys.executable, "-m", "lmnotes", "generate", "--run", "r", "--n", "30", "--prompt", "a\x1b[2Jb"]
-    environ = os.environ | dict(LMNOTES_OUT_DIR=str(work / "runs"), PYTHONPATH=str(ROOT), PYTHONIOENCODING="utf-8")
-    done = subprocess.run(words, cwd=work, env=environ, capture_output=True, check=True)
-    assert done.stdout.decode() == "a\x1b[2Jb" + r.generate("a\x1b[2Jb", 30, temperature=0.8) + "\n"
+    words = "generate", "--run", "r", "--n", "30", "--prompt", "a\x1b[2Jb"
+    (work / "log").unlink()
+    environ = dict(LMNOTES_OUT_DIR=str(work / "runs"))
+    assert run_in_process(work, with_environment, environ, lmnotes_command, *words) == 0
+    assert read_log(work) == "a\x1b[2Jb" + r.generate("a\x1b[2Jb", 30, temperature=0.8) + "\n"
 
 
 def test_names_in_weights_and_settings_are_text(work, capsys):
