@@ -172,15 +172,19 @@ def _child_main(function, args, kwargs, folder, output, dtype, sample_tokens):
     sys.exit(function(*args, **kwargs))
 
 
+def fork_process(function, *args):
+    "Start a process of the server that calls a function, and return it"
+    with patch.dict(os.environ, PYTHONPATH=str(ROOT / "tests")):
+        forkserver.ensure_running()
+    process = FORK.Process(target=function, args=args, daemon=True)
+    process.start()
+    return process
+
+
 def start_process(folder, function, *args, output="log", **kwargs):
     "Start a process that calls a function in `folder` and writes to `folder/log`, or to a terminal, and return it"
     dtype = core.pick_dtype("cpu")  # Measured once, so that compared processes use the same dtype
-    process = FORK.Process(
-        target=_child_main, args=(function, args, kwargs, str(folder), output, dtype, SAMPLE_TOKENS), daemon=True
-    )
-    with patch.dict(os.environ, PYTHONPATH=str(ROOT / "tests")):
-        forkserver.ensure_running()
-    process.start()
+    process = fork_process(_child_main, function, args, kwargs, str(folder), output, dtype, SAMPLE_TOKENS)
     STARTED.append(process)
     return process
 

@@ -16,4 +16,4 @@ OTHERS = """lmnotes.apps.cli lmnotes.export.hub filelock matplotlib.backends.bac
 for name in [f"lmnotes.{c}.{path.stem}" for c in CHAPTERS for path in PACKAGE.glob(f"{c}/[a-z]*.py")] + OTHERS.split():
     import_module(name)
 check_declared(RunConfig())  # Prepares the checks of all parameters
-os.environ.pop("PYTHONPATH")  # Of `start_process`
+os.environ.pop("PYTHONPATH")  # Of `fork_process`

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_OPERATIONS', 'read_torch_file', 'read_safetensors', 'read_plain_pickle', 'NotFiniteError', 'is_finite',
-           'check_weights', 'check_config_types', 'limit_model_size']
+           'check_weights', 'check_config_types', 'limit_model_size', 'SkipRandomInit']
 
 # %% ../../nbs/data/09_untrusted_files.ipynb #810c58dd
 import errno
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..core import CheckpointError, check_regular_file, did_you_mean, read_regular_file
 from ..files import explain_os_error
@@ -312,3 +313,14 @@ def limit_model_size(
     finally:
         for hook in hooks:
             hook.remove()
+
+# %% ../../nbs/data/09_untrusted_files.ipynb #61dfb13b
+class SkipRandomInit(TorchFunctionMode):
+    "Context manager: random initialization leaves weights as they are"
+
+    def __torch_function__(self, func, types, args=(), kwargs=None) -> Any:
+        kwargs = kwargs or {}
+        is_init = getattr(func, "__module__", "") == "torch.nn.init"
+        if is_init or getattr(func, "__name__", "") in ("normal_", "uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

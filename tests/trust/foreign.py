@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from helpers import DEADLINE, FORK
+from helpers import DEADLINE, FORK, fork_process
 from safetensors.torch import save as safetensors_bytes
 
 from lmnotes.core import CheckpointError, DataError, TokenizerError
@@ -37,8 +37,7 @@ def _work(connection, function, args):
 def call(function, *args, megabytes=300):
     "Return (type of the exception or '', message or result) of a call in a child process, whose memory must stay small"
     ours, theirs = FORK.Pipe()
-    process = FORK.Process(target=_work, args=(theirs, function, args))
-    process.start()
+    process = fork_process(_work, theirs, function, args)
     theirs.close()
     try:
         assert ours.poll(DEADLINE), f"{function.__name__}{args} does not end"
