@@ -314,22 +314,19 @@ def check_run(trained, runs, name, n_draws, uses):
     return n, problems
 
 
-N_CASES = dict(done=(2, 2), stopped=(2, 2), adapted=(2, 2))  # {run: (draws of each damage, uses of each draw)}
-
-
-@pytest.mark.parametrize("name", ["done", "stopped", pytest.param("adapted", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("name", RUNS)
 def test_every_file_of_a_run(trained, runs, name):
-    "Every damage of every file of a run is named, or the result is that of the undamaged run"
-    n, problems = check_run(trained, runs, name, *N_CASES[name])
+    "Every file of a run is damaged in every way and used in one way: the damage is named, or the result is that of the undamaged run"
+    n, problems = check_run(trained, runs, name, 1, 1)
     assert not problems, "\n".join(problems)
-    assert n > 700, "The three runs make 2,000 cases"
+    assert n > 200
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("name", RUNS)
 def test_every_file_of_a_run_in_more_ways(trained, runs, name, use):
-    "Each of twice as many damages is named by every use, or the result is that of the undamaged run"
+    "Each of four times as many damages is named by every use, or the result is that of the undamaged run (over 10,000 cases in all)"
     n, problems = check_run(trained, runs, name, 4, [use])
     assert not problems, "\n".join(problems)
     assert n > 500
