@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'MAX_JSON_BYTES', 'STOP_SIGNALS', 'DataError', 'TokenizerError', 'CheckpointError', 'RunLockedError',
-           'OutOfMemoryError', 'RankError', 'did_you_mean', 'replace_aliases', 'expand_kwargs', 'project_root',
-           'data_root', 'paths_to_try', 'derive_seed', 'seed_torch', 'set_deterministic', 'pick_device', 'pick_dtype',
-           'describe_device', 'name_in_os_errors', 'fsync_path', 'open_new', 'temporary_path', 'write_atomic',
-           'check_regular_file', 'read_regular_file', 'read_line', 'finite_json', 'write_json', 'read_json',
-           'sha256_bytes', 'sha256_file', 'sha256_json', 'StopSignals', 'utc_now', 'versions', 'environment']
+           'OutOfMemoryError', 'RankError', 'expand_kwargs', 'project_root', 'data_root', 'paths_to_try', 'derive_seed',
+           'seed_torch', 'set_deterministic', 'pick_device', 'pick_dtype', 'describe_device', 'name_in_os_errors',
+           'fsync_path', 'open_new', 'temporary_path', 'write_atomic', 'check_regular_file', 'read_regular_file',
+           'read_line', 'finite_json', 'write_json', 'read_json', 'sha256_bytes', 'sha256_file', 'sha256_json',
+           'StopSignals', 'utc_now', 'versions', 'environment']
 
 # %% ../nbs/00_core.ipynb #4775f101
-import difflib
 import hashlib
 import inspect
 import json
@@ -61,29 +60,6 @@ class RankError(EscapedError, RuntimeError):
 
     exit_code = 6  # Of the command line
     is_reported = False  # True if another process prints the message
-
-# %% ../nbs/00_core.ipynb #3635a5c0
-def did_you_mean(
-    name,  # Unknown name, as the user wrote it
-    known,  # Valid names
-) -> str:  # End of an error message
-    "Return `did you mean …?` with the closest known name, or the list of known names"
-    lower = {other.lower(): other for other in known}
-    close = difflib.get_close_matches(name, known, n=1) or [lower[n] for n in [name.lower()] if n in lower]
-    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(known))}"
-
-# %% ../nbs/00_core.ipynb #ff2650a9
-def replace_aliases(
-    given,  # {name: value}
-    aliases,  # {alias: name}
-) -> dict:  # {name: value}
-    "Replace aliases by parameter names, or raise `ValueError` if a parameter is given twice"
-    names = {}
-    for alias in given:
-        other = names.setdefault(aliases.get(alias, alias), alias)
-        if other != alias:
-            raise ValueError(f"{other} and {alias} are the same parameter; give one of them")
-    return {name: given[alias] for name, alias in names.items()}
 
 # %% ../nbs/00_core.ipynb #c6a6f52c
 def expand_kwargs(function, config) -> Callable:  # Function that accepts `**keywords`, and class with these parameters

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PositiveInt', 'NonNegativeInt', 'PositiveFloat', 'NonNegativeFloat', 'Fraction', 'Probability', 'Auto', 'All',
            'IntOrAuto', 'FloatOrAuto', 'IntOrAll', 'ZERO_IN_FORMAT_1', 'Parameter', 'declared', 'describe_kind',
-           'kind_of', 'convert', 'check_declared', 'notebook_params', 'current_params']
+           'kind_of', 'convert', 'check_declared', 'notebook_params', 'did_you_mean', 'replace_aliases',
+           'current_params']
 
 # %% ../nbs/03_parameters.ipynb #14aef19e
 import difflib
@@ -152,6 +153,29 @@ def notebook_params(
 ) -> dict:  # {name: value}
     "Return the parameters of a notebook, converted to their kinds, or raise ValueError unless they are in range"
     return {n: convert(n, values[n], kind) for n, kind in values["__annotations__"].items()}
+
+# %% ../nbs/03_parameters.ipynb #397afe7b
+def did_you_mean(
+    name,  # Unknown name, as the user wrote it
+    known,  # Valid names
+) -> str:  # End of an error message
+    "Return `did you mean …?` with the closest known name, or the list of known names"
+    lower = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(name, known, n=1) or [lower[n] for n in [name.lower()] if n in lower]
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(known)) or 'none'}"
+
+# %% ../nbs/03_parameters.ipynb #ee528a35
+def replace_aliases(
+    given,  # {name: value}
+    aliases,  # {alias: name}
+) -> dict:  # {name: value}
+    "Replace aliases by parameter names, or raise `ValueError` if a parameter is given twice"
+    names = {}
+    for alias in given:
+        other = names.setdefault(aliases.get(alias, alias), alias)
+        if other != alias:
+            raise ValueError(f"{other} and {alias} are the same parameter; give one of them")
+    return {name: given[alias] for name, alias in names.items()}
 
 # %% ../nbs/03_parameters.ipynb #65ac4a18
 ZERO_IN_FORMAT_1 = dict.fromkeys(

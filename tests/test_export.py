@@ -336,7 +336,7 @@ def test_unexportable_models_are_rejected(r, workdir, tmp_path):
     for name in ("../best.pth", "model.safetensors", "README.md", "manifest.json", "..", "lmnotes", ".pth", "a/b.pt"):
         with pytest.raises(ValueError, match="is not the name of a .pt or .pth file, such as best_model.pth"):
             export(r, tmp_path / "x", state_dict=name)
-    with pytest.raises(ValueError, match="no such run"):
+    with pytest.raises(ValueError, match="there is no run here to load"):
         export(workdir / "nothing", tmp_path / "x")
     dry = trained(workdir, run="dry", dry_run=True)
     with pytest.raises(ValueError, match="a dry run saves nothing"):

@@ -28,8 +28,9 @@ HOLD = """
 import os, pathlib, sys
 pathlib.Path("kernel.pid").write_text(str(os.getpid()))
 sys.path.insert(0, {tests!r})
-from helpers import run_before_call
+from helpers import run_before_call, shorten_samples
 from lmnotes.training.trainer import Trainer
+shorten_samples()
 run_before_call(Trainer, "train_step", lambda trainer: trainer.step == {step} - 1)
 """
 CASE = TINY | dict(sample_every=30)

@@ -136,7 +136,6 @@ def rename_options(
     aliases,  # {alias: option}
 ) -> list:  # The words, with options instead of their aliases
     "Replace aliases in a command line by their options, or raise `ValueError` if one is given under two names"
-    from lmnotes.core import replace_aliases
 
     names = {word: word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     replace_aliases(dict.fromkeys(names.values()), aliases)
@@ -356,7 +355,7 @@ def execute_command(argv) -> int:  # Words after `lmnotes`
     except ValueError as e:
         return _report_error(e, 2)
     if name not in COMMANDS:
-        return _report_error(f"{name!r} is not a command; {closest_or_all(name, COMMANDS)}", 2)
+        return _report_error(f"{name!r} is not a command; {did_you_mean(name, COMMANDS)}", 2)
     try:
         return _run_command(name, argv[1:])
     except KeyboardInterrupt:

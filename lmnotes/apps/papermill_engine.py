@@ -5,15 +5,13 @@
 # %% auto #0
 __all__ = ['TWO_VALUES', 'PARAMETER_OPTIONS', 'ONE_VALUE', 'find_project', 'parse_command', 'given_parameters', 'make_run_folder',
            'notebook_parameters', 'is_training_notebook', 'default_run_name', 'find_runs_folder', 'output_path',
-           'closest_or_all', 'replace_parameter_aliases', 'check_parameters', 'run_name_of_output', 'protect_report',
-           'fill_in_command', 'interface_variables', 'temporary_environment', 'make_kernel_class', 'GracefulEngine',
-           'is_papermill']
+           'replace_parameter_aliases', 'check_parameters', 'run_name_of_output', 'protect_report', 'fill_in_command',
+           'interface_variables', 'temporary_environment', 'make_kernel_class', 'GracefulEngine', 'is_papermill']
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #6ef1c8e6
 import ast
 import atexit
 import base64
-import difflib
 import json
 import os
 import re
@@ -180,22 +178,13 @@ def _path_without_links(checkpoints, run, name):
         raise ValueError(f"{path}: is a link, or not a regular file. Remove it")
     return path
 
-# %% ../../nbs/apps/91_papermill_engine.ipynb #62c22d27
-def closest_or_all(
-    name,  # Unknown name, as the user wrote it
-    known,  # Valid names
-) -> str:  # End of an error message
-    "Return the hint of `lmnotes.core.did_you_mean`, in the order of `known` and without loading torch"
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known) or 'none'}"
-
 # %% ../../nbs/apps/91_papermill_engine.ipynb #780bb27e
 def replace_parameter_aliases(given, known) -> dict:  # {parameter or alias: value}, the notebook's parameters
     "Replace the aliases that `lmnotes train` and `lmnotes generate` accept, for parameters that the notebook has"
     if set(given) <= set(known):
         return given
-    from lmnotes.core import replace_aliases  # Loads torch, so only for an alias or a mistake
-    from lmnotes.inference.generation import GENERATE_ALIASES
+    from lmnotes.inference.generation import GENERATE_ALIASES  # Loads torch, so only for an alias or a mistake
+    from lmnotes.parameters import replace_aliases
     from lmnotes.runs.config import canonical_params
 
     own = {n: v for n, v in given.items() if set(canonical_params({GENERATE_ALIASES.get(n, n): v})) <= set(known)}
@@ -207,7 +196,7 @@ def check_parameters(
     parameters,  # {parameter or alias: value}, as given
 ) -> dict:  # {parameter: value}
     "Replace aliases, and convert the values, or raise ValueError if the notebook has no such parameter or takes no such value"
-    from lmnotes.parameters import convert
+    from lmnotes.parameters import convert, did_you_mean
     from lmnotes.untrusted import check_no_secrets, check_utf8
 
     check_no_secrets(parameters)
@@ -216,7 +205,7 @@ def check_parameters(
     parameters = replace_parameter_aliases(parameters, known)
     for name in parameters:
         if name not in known:
-            raise ValueError(f"{name!r} is not a parameter of {Path(notebook).name}; {closest_or_all(name, known)}")
+            raise ValueError(f"{name!r} is not a parameter of {Path(notebook).name}; {did_you_mean(name, known)}")
     texts = {name: str(value) for name, value in parameters.items() if isinstance(value, bool) and known[name] is str}
     return {name: convert(name, value, known[name]) for name, value in (parameters | texts).items()}
 

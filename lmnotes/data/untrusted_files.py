@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..core import CheckpointError, check_regular_file, did_you_mean, read_regular_file
+from ..core import CheckpointError, check_regular_file, read_regular_file
 from ..files import explain_os_error
+from ..parameters import did_you_mean
 
 # %% ../../nbs/data/09_untrusted_files.ipynb #5460a772
 MAX_OPERATIONS = 2_000_000  # Largest number of operations in a pickle, and of values that it builds

@@ -20,6 +20,7 @@ import torch
 
 from ..core import *
 from ..nn.lm import eval_mode
+from ..parameters import *
 from ..training.trainer import Hook
 from ..untrusted import EscapedError
 

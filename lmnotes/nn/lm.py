@@ -27,6 +27,7 @@ from torch import nn
 
 from ..core import *
 from ..data.batches import *
+from ..parameters import *
 
 _all_ = ["IGNORE_INDEX"]  # Re-exported, because models import only `nn`
 

@@ -23,6 +23,7 @@ from ..core import *
 from ..data.untrusted_files import *
 from .layers import matmul_dtype
 from .row_random import *
+from ..parameters import *
 
 # %% ../../nbs/nn/25_lora.ipynb #4f67a86a
 @dataclass

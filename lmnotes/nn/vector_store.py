@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core import *
+from ..parameters import *
 
 # %% ../../nbs/nn/26_vector_store.ipynb #52fea316
 _SEARCH_CHUNK = 2**16  # Keys compared at a time

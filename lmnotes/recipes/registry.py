@@ -33,8 +33,8 @@ def generate_config(
     **given,  # Fields of `GenerateConfig`, which override the preset. In stop strings, \n is a newline
 ) -> object:  # `GenerateConfig`
     "Return the sampling settings of a preset, overridden by the given ones"
-    from lmnotes.core import did_you_mean
     from lmnotes.inference.generation import GenerateConfig, unescape
+    from lmnotes.parameters import did_you_mean
 
     if preset and preset not in SAMPLING_PRESETS:
         raise ValueError(f"preset={preset!r} is not a sampling preset; {did_you_mean(preset, SAMPLING_PRESETS)}")

@@ -87,10 +87,11 @@ def orthogonalize(
 # %% ../../nbs/training/40_optim.ipynb #8497a230
 def without_dynamo(optimizer_class) -> type:
     "Return a subclass of a torch optimizer whose methods do not import `torch._dynamo`"
-    names = "step zero_grad add_param_group state_dict load_state_dict".split()
-    plain = {name: inspect.unwrap(getattr(optimizer_class, name)) for name in names}
-    plain |= dict(step=torch.no_grad()(plain["step"]), __doc__=optimizer_class.__doc__)
-    return type(optimizer_class.__name__, (optimizer_class,), plain)
+    c = optimizer_class
+    wrapped = c.step, c.zero_grad, c.add_param_group, c.state_dict, c.load_state_dict
+    plain = {method.__name__: inspect.unwrap(method) for method in wrapped}
+    plain |= dict(step=torch.no_grad()(plain["step"]), __doc__=c.__doc__)
+    return type(c.__name__, (c,), plain)
 
 
 AdamW = without_dynamo(torch.optim.AdamW)

@@ -21,6 +21,7 @@ from ..data.untrusted_files import *
 from ..files import *
 from ..nn.lm import *
 from ..nn.lora import *
+from ..parameters import *
 from .checkpoint import *
 from .trainer import *
 from ..untrusted import *
