@@ -137,7 +137,7 @@ def pick_device(
     return device
 
 # %% ../nbs/00_core.ipynb #a3a19b20
-def _matmul_ms(device, dtypes, n=512, repeats=5):
+def _matmul_ms(device, dtypes, n, repeats=5):
     "Return the milliseconds of an `n`×`n` matrix multiplication in each dtype, the shortest of `repeats`"
     sync = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     xs = {d: torch.ones(n, n, dtype=d, device=device) for d in dtypes}
@@ -159,8 +159,11 @@ def _auto_dtype(device):
         return "float32", "half precision is not measured on mps"
     if device.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "float16", "this GPU has no bfloat16 hardware, so float16 with loss scaling"
-    ms = _matmul_ms(device, (torch.float32, torch.bfloat16))
-    ratio = ms[torch.float32] / ms[torch.bfloat16]
+    for size in (128, 512):
+        ms = _matmul_ms(device, (torch.float32, torch.bfloat16), size)
+        ratio = ms[torch.float32] / ms[torch.bfloat16]
+        if ratio < 0.5:
+            break
     if ratio > 1.2:
         return "bfloat16", f"matmuls run {ratio:.1f}x as fast as in float32 on this device"
     return "float32", f"bfloat16 matmuls run only {ratio:.2g}x as fast on this device"
