@@ -162,7 +162,7 @@ def _auto_dtype(device):
     for size in (128, 512):
         ms = _matmul_ms(device, (torch.float32, torch.bfloat16), size)
         ratio = ms[torch.float32] / ms[torch.bfloat16]
-        if ratio < 0.5:
+        if ratio < 0.1:
             break
     if ratio > 1.2:
         return "bfloat16", f"matmuls run {ratio:.1f}x as fast as in float32 on this device"

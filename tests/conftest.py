@@ -24,7 +24,7 @@ def short_samples_of_runs():
 
 
 @pytest.fixture(scope="module")
-def short_samples():
+def short_texts():
     "Let new processes generate short texts, for files whose tests do not check the length of a text"
     helpers.SAMPLE_TOKENS = 8
     yield

@@ -35,7 +35,7 @@ from lmnotes.training.trainer import Hook, Trainer
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["preloaded"])
-SAMPLE_TOKENS = 0  # Maximum length of texts that new processes generate (0: no limit). `short_samples` sets it
+SAMPLE_TOKENS = 0  # Maximum length of texts that new processes generate (0: no limit). `short_texts` sets it
 STARTED = []  # Processes, so that a failed test leaves none behind
 DEADLINE = 900  # Seconds until a test stops waiting. No test needs that long, even on a slow machine
 os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(DEADLINE)  # Seconds that torchrun waits between a signal and a kill
@@ -155,6 +155,7 @@ def _limit_samples(limit):
 
 
 def _child_main(function, args, kwargs, folder, output, dtype, sample_tokens):
+    assert "preloaded" in sys.modules, "the server could not import preloaded.py"
     os.chdir(folder)
     if sample_tokens:
         _limit_samples(sample_tokens)
@@ -174,7 +175,8 @@ def _child_main(function, args, kwargs, folder, output, dtype, sample_tokens):
 
 def fork_process(function, *args):
     "Start a process of the server that calls a function, and return it"
-    with patch.dict(os.environ, PYTHONPATH=str(ROOT / "tests")):
+    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    with patch.dict(os.environ, PYTHONPATH=path):
         forkserver.ensure_running()
     process = FORK.Process(target=function, args=args, daemon=True)
     process.start()

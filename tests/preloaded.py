@@ -10,10 +10,12 @@ from lmnotes.runs.config import RunConfig
 CHAPTERS = "models", "inspect", "recipes"  # Their modules are imported when they are first used
 PACKAGE = Path(__file__).parent.parent / "lmnotes"
 OTHERS = """lmnotes.apps.cli lmnotes.export.hub filelock matplotlib.backends.backend_agg matplotlib.pyplot nbformat numpy.ctypeslib
-    safetensors.torch tokenizers torch.profiler._cupti_monitor torch.utils.serialization.config
+    safetensors.torch tokenizers torch.utils.serialization.config
     transformers.models.gpt2.modeling_gpt2 tyro yaml"""
+os.environ["PYTHONPATH"] = os.environ["PYTHONPATH"].partition(os.pathsep)[
+    2
+]  # Without the folder that `fork_process` adds
 
 for name in [f"lmnotes.{c}.{path.stem}" for c in CHAPTERS for path in PACKAGE.glob(f"{c}/[a-z]*.py")] + OTHERS.split():
     import_module(name)
 check_declared(RunConfig())  # Prepares the checks of all parameters
-os.environ.pop("PYTHONPATH")  # Of `fork_process`

@@ -28,7 +28,7 @@ from lmnotes.data.batches import get_batches
 from lmnotes.data.tokens import open_tokens
 from lmnotes.nn.lm import n_params
 
-pytestmark = pytest.mark.usefixtures("short_samples")
+pytestmark = pytest.mark.usefixtures("short_texts")
 NOTEBOOK = Path(__file__).parent.parent / "nbs/recipes/agiformer.ipynb"
 DEFAULTS = dict(
     D_MODEL=512,
@@ -75,7 +75,7 @@ def weights(path):
 
 
 @pytest.fixture(scope="module", params=["process", pytest.param("papermill", marks=pytest.mark.nightly)])
-def uninterrupted(request, short_samples, tmp_path_factory):
+def uninterrupted(request, short_texts, tmp_path_factory):
     "Return a folder in which the recipe has run without a stop"
     workdir = tmp_path_factory.mktemp("whole")
     write_text(workdir)

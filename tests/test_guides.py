@@ -24,7 +24,7 @@ from lmnotes.data.tokenizer import BPETokenizer
 from lmnotes.models.gpt2 import save_hf
 from lmnotes.nn.lm import new_lm
 
-pytestmark = pytest.mark.usefixtures("short_samples")
+pytestmark = pytest.mark.usefixtures("short_texts")
 PAGES = {path.stem: path for path in sorted((ROOT / "docs/guides").glob("*.md"))}
 SYSTEMS = dict(  # Heading of the first column of each page
     agiformer="AGIFORMER",

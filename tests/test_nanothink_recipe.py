@@ -30,7 +30,7 @@ from lmnotes.recipes.nanothink import make_content_fn
 from lmnotes.runs.data import load_data
 from lmnotes.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("short_samples")
+pytestmark = pytest.mark.usefixtures("short_texts")
 RECIPES = Path(__file__).parent.parent / "nbs/recipes"
 EXPERT, JOIN = RECIPES / "pretrain_expert.ipynb", RECIPES / "train_mla.ipynb"
 WORDS = "the sea hill river stone light wind tree cloud moves under over falls rises slowly again and then".split()
@@ -69,7 +69,7 @@ def workdir(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained(short_samples, tmp_path_factory):
+def trained(short_texts, tmp_path_factory):
     "Return a folder with three trained experts"
     workdir = tmp_path_factory.mktemp("trained")
     write_domains(workdir)

@@ -12,7 +12,7 @@ from lmnotes.core import CheckpointError
 from lmnotes.nn.lm import new_lm
 from lmnotes.training.weights import load_initial_weights
 
-pytestmark = pytest.mark.usefixtures("short_samples")
+pytestmark = pytest.mark.usefixtures("short_texts")
 FILES = {  # {recipe: pattern of its files}
     "tisslm": "my_model/*.pt",
     "agiformer": "checkpoints/ap/*.pth",

@@ -11,7 +11,7 @@ import lmnotes
 from lmnotes.apps.papermill_engine import check_parameters, notebook_parameters
 from lmnotes.parameters import describe_kind
 
-pytestmark = pytest.mark.usefixtures("short_samples")
+pytestmark = pytest.mark.usefixtures("short_texts")
 NOTEBOOKS = {name: ROOT / f"nbs/recipes/{name}.ipynb" for name in (*RECIPES, "train_mla")}
 # Other values of texts and truth values, and of numbers for which twice the value is not possible
 OTHERS = {

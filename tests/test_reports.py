@@ -9,7 +9,7 @@ import pytest
 from helpers import DEADLINE, ROOT, TINY, read_log, run_in_process, run_recipe, train, write_corpus
 from test_resume_alone import EXPERT, RECIPES, write_material
 
-pytestmark = pytest.mark.usefixtures("short_samples")
+pytestmark = pytest.mark.usefixtures("short_texts")
 PAPERMILL = str(Path(sys.executable).parent / "papermill")
 OWN = "run.json", ".lock", ".owner.json", "best", "last", "final", "interrupted"  # They mark the folder of a run
 

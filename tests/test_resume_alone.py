@@ -25,7 +25,7 @@ from lmnotes.runs.run import run
 from lmnotes.runs.setup import build_run
 from lmnotes.training.trainer import Hook
 
-pytestmark = pytest.mark.usefixtures("short_samples")
+pytestmark = pytest.mark.usefixtures("short_texts")
 EXPERT = dict(tokenizer="bytes", d_model=16, n_heads=2, n_layers=1, max_seq_len=32, batch_size=4, warmup_steps=2)
 EXPERT |= dict(lr=1e-2, max_epochs=2, log_interval=10, device="cpu", use_amp=False)
 AGIFORMER = dict(D_MODEL=16, N_LAYERS=1, NUM_HEADS=2, PATCH_SIZE=2, WINDOW_SIZE=8, THINKING_STEPS=1, BATCH_SIZE=2)

@@ -27,7 +27,7 @@ from lmnotes.nn.lm import new_lm
 from lmnotes.recipes.text_only import text_run_params
 from lmnotes.recipes.text_only_config import DEFAULT_SETTINGS, load_text_config
 
-pytestmark = pytest.mark.usefixtures("short_samples")
+pytestmark = pytest.mark.usefixtures("short_texts")
 NOTEBOOK = Path(__file__).parent.parent / "nbs/recipes/text_only.ipynb"
 CONFIG = NOTEBOOK.with_name("text_only_config.yaml")
 
@@ -87,7 +87,7 @@ def recipe(**params):
 
 
 @pytest.fixture(scope="module", params=["process", pytest.param("papermill", marks=pytest.mark.nightly)])
-def uninterrupted(request, short_samples, prepared_data, tmp_path_factory):
+def uninterrupted(request, short_texts, prepared_data, tmp_path_factory):
     "A folder in which the recipe has run without a stop"
     workdir = shutil.copytree(prepared_data, tmp_path_factory.mktemp("whole") / "place")
     if request.param == "papermill":

@@ -25,7 +25,7 @@ from lmnotes.data.tokenizer_files import load_tokenizer
 from lmnotes.runs.config import RunConfig
 from lmnotes.runs.data import load_data
 
-pytestmark = pytest.mark.usefixtures("short_samples")
+pytestmark = pytest.mark.usefixtures("short_texts")
 NOTEBOOK = Path(__file__).parent.parent / "nbs/recipes/tisslm.ipynb"
 NAMES = "embed.weight rnn.weight_ih_l0 rnn.weight_hh_l0 rnn.bias_ih_l0 rnn.bias_hh_l0 fc.weight fc.bias".split()
 DEFAULTS = dict(
@@ -72,7 +72,7 @@ def equal(a, b):
 
 
 @pytest.fixture(scope="module", params=["process", pytest.param("papermill", marks=pytest.mark.nightly)])
-def uninterrupted(request, short_samples, tmp_path_factory):
+def uninterrupted(request, short_texts, tmp_path_factory):
     "A folder in which the recipe has run without a stop"
     workdir = tmp_path_factory.mktemp("whole")
     write_texts(workdir)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_OPERATIONS', 'read_torch_file', 'read_safetensors', 'read_plain_pickle', 'NotFiniteError', 'is_finite',
-           'check_weights', 'check_config_types', 'limit_model_size', 'SkipRandomInit']
+           'check_weights', 'check_config_types', 'limit_model_size', 'NoInitOnMeta']
 
 # %% ../../nbs/data/09_untrusted_files.ipynb #810c58dd
 import errno
@@ -316,12 +316,13 @@ def limit_model_size(
             hook.remove()
 
 # %% ../../nbs/data/09_untrusted_files.ipynb #61dfb13b
-class SkipRandomInit(TorchFunctionMode):
-    "Context manager: random initialization leaves weights as they are"
+class NoInitOnMeta(TorchFunctionMode):
+    "Context manager: random initialization does nothing to tensors on the meta device"
 
     def __torch_function__(self, func, types, args=(), kwargs=None) -> Any:
-        kwargs = kwargs or {}
-        is_init = getattr(func, "__module__", "") == "torch.nn.init"
-        if is_init or getattr(func, "__name__", "") in ("normal_", "uniform_"):
-            return args[0] if args else kwargs["tensor"]
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name in ("normal_", "uniform_") or getattr(func, "__module__", "") == "torch.nn.init":
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
         return func(*args, **kwargs)

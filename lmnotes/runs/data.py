@@ -244,16 +244,11 @@ def _with_recorded_place(cfg, info, folder):
     "Return the configuration of a run with the recorded place of its data, if its path does not exist from this folder"
     is_lost = cfg.data == info["config"]["data"] and not data_place(cfg, folder)
     place = info["data"].get("place") if is_lost else ""
-    if not place:
+    if not place or not (found := (Path(folder) / place).resolve()).exists():
         return cfg
-    if not (found := (Path(folder) / place).resolve()).exists():
-        raise DataError(
-            f"data={cfg.data!r}, on which this run was trained, is neither here nor at {found}. If it has moved, resume "
-            f"with {format_params(data='PATH')}: the same content needs no allow_change"
-        )
     return replace(cfg, data=f"{'bytes:' * cfg.data.startswith('bytes:')}{found}")
 
-
+# %% ../../nbs/runs/62_data.ipynb #74de9a7c
 def load_data_of_run(
     cfg,  # `RunConfig`
     info,  # run.json
@@ -262,7 +257,16 @@ def load_data_of_run(
     log_fn=print,  # Function that reports progress, or None
 ) -> RunData:
     "Load the data of a run, also if the current folder is not the one that its path was relative to"
-    return load_data(_with_recorded_place(cfg, info, folder), tokenizer, log_fn)
+    cfg = _with_recorded_place(cfg, info, folder)
+    try:
+        return load_data(cfg, tokenizer, log_fn)
+    except DataError as e:
+        if data_place(cfg, folder) or not info["data"].get("place"):
+            raise
+        name = format_params("data")
+        raise DataError(
+            f"{e}. If it has moved, pass its new path with {name}: the same content needs no allow_change"
+        ) from None
 
 # %% ../../nbs/runs/62_data.ipynb #e0d02a6b
 def _check_fingerprint(found, info, cfg, remedy):

@@ -159,7 +159,7 @@ def load(
 ) -> Run:
     "Open a trained run, with its model in evaluation mode"
     found, device = find_run_folder(path), pick_device(device)
-    if not found.exists():
+    if not found.exists() and not (found.parent / "run.json").exists():  # Otherwise a part of a run is missing
         raise no_run_error(found, "to load")
     if found.is_file():
         folder, lm, info = _load_file(found, which, device, model_args)
@@ -202,13 +202,13 @@ def _load_file(path, which, device, model_args):
     return folder, lm, dict(info, step=_step_of_file(path, info["step"]), status=status)
 
 
-def _step_of_file(path, otherwise):
-    "Return the step in the name or the content of a weights file"
+def _step_of_file(path, last_step):
+    "Return the step in the name or the content of a weights file, or `last_step`"
     if steps := re.findall(r"step_?(\d+)", path.stem):
         return int(steps[-1])
     content = {} if path.suffix == ".safetensors" else read_torch_file(path, mmap=True)
     step = content.get("step") if isinstance(content, dict) else None
-    return step if type(step) is int else otherwise
+    return step if type(step) is int and 0 <= step < 2**63 else last_step
 
 # %% ../../nbs/runs/64_load.ipynb #b77adb07
 def _load_model(path, which, device, model_args):

@@ -386,7 +386,7 @@ def read_state(folder) -> dict:
 def _build_within(build, n_bytes):
     "Return a model, after building it without memory to check that it has no more weights than `n_bytes` can hold"
     try:
-        with torch.device("meta"), SkipRandomInit(), limit_model_size(n_bytes):
+        with torch.device("meta"), NoInitOnMeta(), limit_model_size(n_bytes):
             build()
     except CheckpointError:
         raise

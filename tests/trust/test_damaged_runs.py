@@ -1,4 +1,4 @@
-"""Every file of a run folder is damaged in every way: each use of the run names the file or has the result of the undamaged run."""
+"""Every file of a run folder is damaged in every way: a use of the run names the file, or has the result of the undamaged run."""
 
 import ctypes
 import json

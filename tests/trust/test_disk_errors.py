@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import make_dataclass
 from functools import partial
@@ -22,6 +23,7 @@ import torch
 from faults import CHANGES, fail_from, record_operations
 from foreign import NIGHT
 from helpers import (
+    ROOT,
     command_line_args,
     differences,
     lmnotes_command,
@@ -423,9 +425,13 @@ def test_output_on_a_full_disk(small_disk, unbroken):
     "A run whose output goes to a file on a full disk trains to its end, with exit code 0 and the same bits"
     output, place = small_disk / "runs/output", small_disk / "elsewhere"
     (small_disk / "runs/filling").write_bytes(bytes(1 << 20))
-    command = "train", *command_line_args(**SHORT | dict(out_dir=place))
-    assert run_in_process(small_disk, lmnotes_command, *command, output=str(output)) == 0
-    assert not output.read_bytes()
+    program = "from helpers import shorten_samples; from lmnotes.apps.cli import main; shorten_samples(); main()"
+    command = [sys.executable, "-c", program, "train", *command_line_args(**SHORT | dict(out_dir=place))]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("LMNOTES_", "PYTHON"))}
+    environ |= dict(PYTHONPATH=str(ROOT / "tests"))
+    with open(output, "wb") as f:
+        done = subprocess.run(command, cwd=small_disk, env=environ, stdout=f, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and not output.read_bytes(), done.stderr
     assert not differences(unbroken[1], run_results(place / "r"))
 
 

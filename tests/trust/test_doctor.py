@@ -181,7 +181,7 @@ def test_missing_and_changed_data(runs):
     assert "the data has changed" in detail and "--allow-change data" in command
     shutil.rmtree(runs.parent / "corpus")
     detail, command = problems(runs / "r")["data"]
-    assert "is neither here nor at" in detail and "--data PATH" in command and "--allow-change" not in command
+    assert "'corpus' is not one of" in detail and "--data PATH" in command and "--allow-change" not in command
 
 
 def test_named_data_is_not_downloaded(runs):

@@ -67,7 +67,7 @@ def damage(name, way, use="load"):
         problem = damaged.judge(path, folder, use, whole, attempt(damaged.USES[use], folder))
         assert not problem, problem
 
-    test.__name__, test.__module__ = damaged.test_every_file_of_a_run.__name__, damaged.__name__
+    test.__name__, test.__module__ = damaged.test_every_file_of_a_run_in_more_ways.__name__, damaged.__name__
     return test
 
 

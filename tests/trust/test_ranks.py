@@ -162,7 +162,8 @@ import os, sys
 if "RANK" in os.environ:
     sys.path.insert(0, {tests!r})
     from pathlib import Path
-    from helpers import run_before_call, wait_until
+    from helpers import run_before_call, shorten_samples, wait_until
+    shorten_samples()
     from lmnotes.training.trainer import Trainer
     def wait():
         Path("reached" + os.environ["RANK"]).touch()
@@ -209,7 +210,7 @@ def test_signals(workdir, monkeypatch, whole, case):
     wait_until(lambda: all(has_ended(pid) for pid in ranks))
     record = json.loads((workdir / "runs/r/run.json").read_bytes())
     assert second or (record["status"], record["step"]) == ("interrupted", 12), read_log(workdir)
-    assert run_ranks(workdir, 2, train, run="r", out_dir="runs", resume=True) == [0, 0], read_log(workdir)
+    assert start(workdir, way, run="r", out_dir="runs", resume=True).wait(DEADLINE) == 0, read_log(workdir)
     assert not differences(whole, run_results(workdir / "runs/r"))
 
 

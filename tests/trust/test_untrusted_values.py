@@ -35,7 +35,7 @@ from helpers import (
 )
 
 import lmnotes
-from lmnotes.apps import cli, papermill_engine
+from lmnotes.apps import papermill_engine
 from lmnotes.apps.cli import execute_command
 from lmnotes.core import CheckpointError, TokenizerError, sha256_file
 from lmnotes.data.batches import get_batches
@@ -487,15 +487,22 @@ def test_errors_send_no_escape_sequence_of_a_file(work):
         assert escape_terminal(shown) == shown, repr(shown)
 
 
-def test_unexpected_errors_send_no_escape_sequence_of_a_file(work, capsys):
+FAILING_COMMAND = """
+from lmnotes.apps import cli
+
+def fail(argv):
+    raise RuntimeError("\\x1b[2J")
+
+cli.COMMANDS["doctor"] = fail
+cli.main(["doctor"])
+"""
+
+
+def test_unexpected_errors_send_no_escape_sequence_of_a_file(work):
     edit_json(work / "runs/r/run.json", lambda info: info | {"\x1b[2J": 1, "config": {"\x1b[2J": 1}})
     shown = on_terminal(work, "generate", "--run", "r", code=2)
     assert escape_terminal(shown) == shown, repr(shown)
-    try:
-        raise RuntimeError("\x1b[2J")
-    except RuntimeError as e:
-        cli._print_traceback(type(e), e, e.__traceback__)
-    shown = capsys.readouterr().err
+    shown = on_terminal(work, program=FAILING_COMMAND, code=1)
     assert "⟨U+001B⟩" in shown and escape_terminal(shown) == shown, repr(shown)
 
 

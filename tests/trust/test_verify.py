@@ -262,7 +262,7 @@ CASES = {
     "sequential": dict(sampler="sequential", stride=3),
     "lora": dict(lora_rank=2, lora_dropout=0.1, optimizer="adamw"),
     "frozen": dict(freeze="embed*"),
-    "early stop": dict(optimizer="adamw", lr=0.1, patience=2, eval_every=4),
+    "early stop": dict(optimizer="adamw", lr=0.1, patience=2, eval_every=4, steps=40),
     "bfloat16": dict(dtype="bfloat16"),
     "in epochs": dict(epochs=0.5, sampler="epochs", save_every=5, keep_every=5),
 }
@@ -283,6 +283,7 @@ def files(folder):
 @pytest.mark.parametrize("name", CASES)
 def test_a_replay_is_bit_exact_and_only_reads(workdir, monkeypatch, name):
     assert run_in_process(workdir, train, **FEW | CASES[name]) == 0, read_log(workdir)
+    assert (read_json(workdir / "runs/r/run.json")["status"] == "early_stop") == (name == "early stop")
     monkeypatch.chdir(workdir)
     before = files(workdir / "runs")
     report = verify("runs/r", replay=100)
