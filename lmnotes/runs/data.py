@@ -231,9 +231,13 @@ def check_data_params(cfg, origins) -> None:  # `RunConfig`, and {parameter: ori
         raise DataError(f"{value} has no effect on data={cfg.data!r}, which is {kind}. Leave it out, or correct data")
 
 # %% ../../nbs/runs/62_data.ipynb #2f447d50
+def _is_named_corpus(data):
+    return bool({*BUILTIN, *DOWNLOADS} & {*data.split("+")})
+
+
 def data_place(cfg, folder) -> str:  # `RunConfig`, and the run folder
     "Return the path of the file or folder that `data` names, relative to the run folder, empty if there is none"
-    name = cfg.data.removeprefix("bytes:")
+    name = "" if _is_named_corpus(cfg.data) else cfg.data.removeprefix("bytes:")
     found = next((p for p in paths_to_try(name, cfg.data_dir) if name and p.exists()), None)
     with suppress(ValueError):  # Another drive
         return os.path.relpath(found, folder) if found else ""
@@ -242,7 +246,7 @@ def data_place(cfg, folder) -> str:  # `RunConfig`, and the run folder
 
 def _with_recorded_place(cfg, info, folder):
     "Return the configuration of a run with the recorded place of its data, if its path does not exist from this folder"
-    is_lost = cfg.data == info["config"]["data"] and not data_place(cfg, folder)
+    is_lost = cfg.data == info["config"]["data"] and not data_place(cfg, folder) and not _is_named_corpus(cfg.data)
     place = info["data"].get("place") if is_lost else ""
     if not place or not (found := (Path(folder) / place).resolve()).exists():
         return cfg
