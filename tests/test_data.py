@@ -21,8 +21,8 @@ from lmnotes.data.splits import parts_of_split, split_documents
 from lmnotes.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 from lmnotes.data.tokenizer_files import get_tokenizer, load_tokenizer
 from lmnotes.data.tokens import TokenWriter, open_tokens
-from lmnotes.runs import data as run_data
 from lmnotes.runs.config import RunConfig
+from lmnotes.runs.data import data_place
 
 TEXT = "One  two\n\n  three's café 中文 👩‍🚀\r\n" * 30
 
@@ -397,11 +397,13 @@ def test_real_gpt2_equals_transformers():
     assert ours.decode(ours.encode(to_text(b"\xff" + text.encode()))) == to_text(b"\xff" + text.encode())
 
 
-def test_the_place_of_a_named_corpus_is_not_used(tmp_path, monkeypatch):
-    "A resume without the files of a named corpus obtains them again, also if an earlier version recorded their folder"
+def test_the_place_of_a_named_corpus(tmp_path, monkeypatch):
+    "A resume without the files of a named corpus obtains them again. Token files in a folder of that name are found again"
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data/tinyshakespeare").mkdir(parents=True)
+    folder = tmp_path / "data/tinyshakespeare"
+    folder.mkdir(parents=True)
     cfg = RunConfig(data="tinyshakespeare")
-    assert run_data.data_place(cfg, tmp_path) == ""
-    info = dict(config=dict(data="tinyshakespeare"), data=dict(place="data/tinyshakespeare"))
-    assert run_data._with_recorded_place(cfg, info, tmp_path) == cfg
+    assert data_place(cfg, tmp_path) == ""
+    for name in ("train", "val"):
+        np.arange(40, dtype=np.uint16).tofile(folder / f"{name}.bin")
+    assert data_place(cfg, tmp_path) == "data/tinyshakespeare"

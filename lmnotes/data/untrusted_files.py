@@ -9,6 +9,7 @@ __all__ = ['MAX_OPERATIONS', 'read_torch_file', 'read_safetensors', 'read_plain_
 # %% ../../nbs/data/09_untrusted_files.ipynb #810c58dd
 import errno
 import pickletools
+import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -295,10 +296,12 @@ def limit_model_size(
     n_bytes,  # Size of the weights file
 ) -> Iterator[None]:
     "Context manager that raises `CheckpointError` when a model built inside has more values than `n_bytes` can hold"
-    left = n_bytes + (1 << 20)
+    left, thread = n_bytes + (1 << 20), threading.get_ident()
 
     def count(module, name, part):
         nonlocal left
+        if threading.get_ident() != thread:  # The hooks are those of all threads
+            return
         left -= 64 + (part.numel() if isinstance(part, torch.Tensor) else 0)
         if left < 0:
             raise CheckpointError(f"the model that it declares has more weights than its file of {n_bytes:,} bytes")

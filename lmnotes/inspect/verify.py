@@ -162,6 +162,15 @@ def _claims(run, then):
     return claims
 
 # %% ../../nbs/inspect/78_verify.ipynb #f75f40d5
+def _changes_after(info, step):
+    "Return {name: (before, after)} of the recorded changes that no checkpoint has, as of a resume with nothing left to train"
+    changed = {}
+    for change in [change for change in info.get("changes", []) if change["step"] >= step]:
+        first, _ = changed.get(change["name"], (change["before"], None))
+        changed[change["name"]] = first, change["after"]
+    return changed
+
+# %% ../../nbs/inspect/78_verify.ipynb #4bc4c061
 def _check_agreement(run):
     "Check that run.json agrees with the newest checkpoint"
     info, then, c = run.info, run.configs[run.newest], run.counters[run.newest]
@@ -170,11 +179,14 @@ def _check_agreement(run):
     origins = {} if run.is_clean else info["origins"]
     pending = {n for n, origin in origins.items() if origin == "resume"}  # Changed for steps that are not saved yet
     pending |= {"steps"} if pending and info["config"]["epochs"] != "auto" else set()
+    changed = _changes_after(info, then["step"])
     for name, value in then.get("params", {}).items():
         found = info["config"].get(name)
-        _require(name in pending or found == value, f"run.json has {name}={found!r}, but config.json has {value!r}")
+        is_recorded = name in pending or changed.get(name) == (value, found)
+        _require(is_recorded or found == value, f"run.json has {name}={found!r}, but config.json has {value!r}")
     here, there = info["data"].get("fingerprint"), then.get("data", info["data"].get("fingerprint"))
-    _require(pending or here == there, f"run.json has the data {here}, but config.json has {there}")
+    is_recorded = pending or changed.get("data_content") == (there, here)
+    _require(is_recorded or here == there, f"run.json has the data {here}, but config.json has {there}")
     if run.is_clean:
         result = info.get("result", {})
         pairs = dict(step=(info["step"], then["step"]), tokens=(info.get("tokens", c["tokens"]), c["tokens"]))

@@ -231,13 +231,10 @@ def check_data_params(cfg, origins) -> None:  # `RunConfig`, and {parameter: ori
         raise DataError(f"{value} has no effect on data={cfg.data!r}, which is {kind}. Leave it out, or correct data")
 
 # %% ../../nbs/runs/62_data.ipynb #2f447d50
-def _is_named_corpus(data):
-    return bool({*BUILTIN, *DOWNLOADS} & {*data.split("+")})
-
-
 def data_place(cfg, folder) -> str:  # `RunConfig`, and the run folder
     "Return the path of the file or folder that `data` names, relative to the run folder, empty if there is none"
-    name = "" if _is_named_corpus(cfg.data) else cfg.data.removeprefix("bytes:")
+    is_name = cfg.data in (*BUILTIN, *DOWNLOADS) and not _find_token_files(_data_path(cfg), cfg)
+    name = "" if is_name else cfg.data.removeprefix("bytes:")
     found = next((p for p in paths_to_try(name, cfg.data_dir) if name and p.exists()), None)
     with suppress(ValueError):  # Another drive
         return os.path.relpath(found, folder) if found else ""
@@ -246,7 +243,7 @@ def data_place(cfg, folder) -> str:  # `RunConfig`, and the run folder
 
 def _with_recorded_place(cfg, info, folder):
     "Return the configuration of a run with the recorded place of its data, if its path does not exist from this folder"
-    is_lost = cfg.data == info["config"]["data"] and not data_place(cfg, folder) and not _is_named_corpus(cfg.data)
+    is_lost = cfg.data == info["config"]["data"] and not data_place(cfg, folder)
     place = info["data"].get("place") if is_lost else ""
     if not place or not (found := (Path(folder) / place).resolve()).exists():
         return cfg
@@ -261,16 +258,15 @@ def load_data_of_run(
     log_fn=print,  # Function that reports progress, or None
 ) -> RunData:
     "Load the data of a run, also if the current folder is not the one that its path was relative to"
-    cfg = _with_recorded_place(cfg, info, folder)
+    found = _with_recorded_place(cfg, info, folder)
     try:
-        return load_data(cfg, tokenizer, log_fn)
+        return load_data(found, tokenizer, log_fn)
     except DataError as e:
-        if data_place(cfg, folder) or not info["data"].get("place"):
+        is_other = cfg.data != info["config"]["data"] or cfg.data in (*BUILTIN, *DOWNLOADS)
+        if is_other or data_place(found, folder):
             raise
-        name = format_params("data")
-        raise DataError(
-            f"{e}. If it has moved, pass its new path with {name}: the same content needs no allow_change"
-        ) from None
+        remedy = f"resume the run with {format_params(data='PATH')}: the same content needs no allow_change"
+        raise DataError(f"{e}. If it has moved, {remedy}") from None
 
 # %% ../../nbs/runs/62_data.ipynb #e0d02a6b
 def _check_fingerprint(found, info, cfg, remedy):

@@ -159,7 +159,7 @@ def load(
 ) -> Run:
     "Open a trained run, with its model in evaluation mode"
     found, device = find_run_folder(path), pick_device(device)
-    if not found.exists() and not (found.parent / "run.json").exists():  # Otherwise a part of a run is missing
+    if not found.exists() and not found.suffix and any(found.parent.glob("[!.]*/run.json")):
         raise no_run_error(found, "to load")
     if found.is_file():
         folder, lm, info = _load_file(found, which, device, model_args)
@@ -189,6 +189,12 @@ def _load_file(path, which, device, model_args):
         raise ValueError(f"which={which!r}: {path} is a file, which holds one state of the weights. Leave it out")
     own = path.with_name(re.sub(r"_(epoch\d+|interrupted)$", "", path.stem))  # Beside the run folder, as for experts
     folder = next((p for p in (path.parent, own) if (p / "run.json").is_file()), None)
+    if folder is None and (path.parent / "manifest.json").is_file():
+        raise CheckpointError(f"{path}: is a part of a checkpoint. Load its folder {path.parent}")
+    if path.name in POINTERS:
+        raise CheckpointError(
+            f"{path}: is a pointer to a checkpoint. Load the run with {format_params(which=path.name)}"
+        )
     if folder is None:
         start = f"or start a run from its weights with {format_params(init_from=str(path))}"
         raise CheckpointError(
@@ -203,12 +209,12 @@ def _load_file(path, which, device, model_args):
 
 
 def _step_of_file(path, last_step):
-    "Return the step in the name or the content of a weights file, or `last_step`"
+    "Return the step in the name or the content of a weights file, or the last step of its run"
     if steps := re.findall(r"step_?(\d+)", path.stem):
         return int(steps[-1])
     content = {} if path.suffix == ".safetensors" else read_torch_file(path, mmap=True)
     step = content.get("step") if isinstance(content, dict) else None
-    return step if type(step) is int and 0 <= step < 2**63 else last_step
+    return step if type(step) is int and 0 <= step <= last_step else last_step
 
 # %% ../../nbs/runs/64_load.ipynb #b77adb07
 def _load_model(path, which, device, model_args):

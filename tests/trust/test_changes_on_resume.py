@@ -371,7 +371,7 @@ WRONG = {  # {case: (change, parameters, part of the message)}
     "text edited at the same size": (edit_text, {}, "the data has changed"),
     "text removed": (lambda: os.remove("corpus/sea/all.jsonl"), {}, "the data has changed"),
     "text added": (lambda: shutil.copy("corpus/sea/all.jsonl", "corpus/sea/more.jsonl"), {}, "the data has changed"),
-    "no text": (lambda: shutil.rmtree("corpus"), {}, "If it has moved, pass its new path with data: the same content needs no allow_change"),
+    "no text": (lambda: shutil.rmtree("corpus"), {}, "If it has moved, resume the run with data='PATH': the same content needs no allow_change"),
     "other data": (lambda: None, dict(data="prepared270"), "this run has data="),
     "tokenizer of bytes": (lambda: put_tokenizer("runs/bytes/tokenizer"), {}, "is not the tokenizer of the run"),
     "tokenizer of another size": (lambda: put_tokenizer("prepared280/tokenizer"), {}, "is not the tokenizer of the run"),

@@ -328,6 +328,17 @@ def test_stops_and_changes_are_replayed(workdir, monkeypatch):
     assert {"steps 7 to 10", "steps 15 to 20", "steps 20 to 21"} <= set(report.parts(BIT_EXACT))
 
 
+def test_a_finished_run_whose_data_moves(r):
+    "A resume with nothing left to train records the new path, and the run holds"
+    for folder in ("texts", "others"):
+        shutil.copytree("corpus", folder)
+        assert run_in_process(r.parent.parent, train, run="r", out_dir="runs", resume=True, data=folder) == 0
+    shutil.rmtree("corpus")
+    assert verify(r, replay=1).exit_code == 0 and read_json(r / "run.json")["config"]["data"] == "others"
+    forge_json(r / "run.json", lambda info: info["changes"].pop())
+    assert "run.json" in mismatches(r)[0]
+
+
 def test_intervals_are_chosen_evenly_with_the_last(r):
     assert verify(r, replay=1).parts(BIT_EXACT) == ["steps 30 to 40"]
     assert verify(r, replay=2).parts(BIT_EXACT) == ["steps 10 to 20", "steps 30 to 40"]
