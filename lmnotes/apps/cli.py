@@ -136,7 +136,6 @@ def rename_options(
     aliases,  # {alias: option}
 ) -> list:  # The words, with options instead of their aliases
     "Replace aliases in a command line by their options, or raise `ValueError` if one is given under two names"
-
     names = {word: word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     replace_aliases(dict.fromkeys(names.values()), aliases)
     named = {word: aliases[name] + word[2 + len(name) :] for word, name in names.items() if name in aliases}

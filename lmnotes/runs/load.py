@@ -189,12 +189,11 @@ def _load_file(path, which, device, model_args):
         raise ValueError(f"which={which!r}: {path} is a file, which holds one state of the weights. Leave it out")
     own = path.with_name(re.sub(r"_(epoch\d+|interrupted)$", "", path.stem))  # Beside the run folder, as for experts
     folder = next((p for p in (path.parent, own) if (p / "run.json").is_file()), None)
+    if path.name in POINTERS:
+        which = format_params(which=path.name)
+        raise CheckpointError(f"{path}: is a pointer to a checkpoint. Load the run with {which}")
     if folder is None and (path.parent / "manifest.json").is_file():
         raise CheckpointError(f"{path}: is a part of a checkpoint. Load its folder {path.parent}")
-    if path.name in POINTERS:
-        raise CheckpointError(
-            f"{path}: is a pointer to a checkpoint. Load the run with {format_params(which=path.name)}"
-        )
     if folder is None:
         start = f"or start a run from its weights with {format_params(init_from=str(path))}"
         raise CheckpointError(

@@ -67,6 +67,24 @@ def split_params(lm) -> dict:
             kinds[kind].append((name, p))
     return kinds
 
+# %% ../../nbs/training/40_optim.ipynb #8497a230
+def _without_wrappers(method):
+    "Return a method without the wrappers of torch. Those of other programs stay"
+    while hasattr(method, "__wrapped__") and method.__globals__["__name__"].startswith("torch."):
+        method = method.__wrapped__
+    return method
+
+
+def _without_dynamo(cls):
+    "Return a subclass of an optimizer class, with `step` under `no_grad`, whose methods do not import `torch._dynamo`"
+    wrapped = cls.step, cls.zero_grad, cls.add_param_group, cls.state_dict, cls.load_state_dict
+    plain = {method.__name__: _without_wrappers(method) for method in wrapped}
+    plain |= dict(step=torch.no_grad()(plain["step"]), __doc__=cls.__doc__)
+    return type(cls.__name__, (cls,), plain)
+
+
+AdamW = _without_dynamo(torch.optim.AdamW)
+
 # %% ../../nbs/training/40_optim.ipynb #20da2a8c
 @torch.no_grad()
 def orthogonalize(
@@ -82,24 +100,6 @@ def orthogonalize(
         b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, b, x, beta=3.4445)
     return x.mT if flip else x
-
-# %% ../../nbs/training/40_optim.ipynb #8497a230
-def _without_wrappers(method):
-    "Return a method without the wrappers of torch. Those of other programs stay"
-    while hasattr(method, "__wrapped__") and method.__globals__["__name__"].startswith("torch."):
-        method = method.__wrapped__
-    return method
-
-
-def _without_dynamo(cls):
-    "Return a subclass of an optimizer class whose methods do not import `torch._dynamo`"
-    wrapped = cls.step, cls.zero_grad, cls.add_param_group, cls.state_dict, cls.load_state_dict
-    plain = {method.__name__: _without_wrappers(method) for method in wrapped}
-    plain |= dict(step=torch.no_grad()(plain["step"]), __doc__=cls.__doc__)
-    return type(cls.__name__, (cls,), plain)
-
-
-AdamW = _without_dynamo(torch.optim.AdamW)
 
 # %% ../../nbs/training/40_optim.ipynb #ca2d1327
 @_without_dynamo
