@@ -426,7 +426,8 @@ def new_lm_from_config(
 def new_lm_from_checkpoint(folder, model_args="") -> "LM":
     "Build a checkpoint's model, adapters included, with random weights. `model_args` overrides configuration values"
     saved, base = read_checkpoint_config(folder), Path(folder).parent / BASE_WEIGHTS_FILE
-    n_bytes = sum(p.stat().st_size for p in (*Path(folder).glob("*.safetensors"), base) if p.is_file())
+    with explain_read_errors(folder):
+        n_bytes = sum(p.stat().st_size for p in (*Path(folder).glob("*.safetensors"), base) if p.is_file())
     config, path = saved.get("config", {}), Path(folder) / "config.json"
     return new_lm_from_config(path, saved["arch"], config, n_bytes, model_args, saved.get("lora"))
 

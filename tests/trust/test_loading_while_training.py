@@ -1,6 +1,8 @@
 """A run that trains can be loaded at any moment, and of two processes that want one run exactly one gets it."""
 
+import builtins
 import fcntl
+import io
 import itertools
 import json
 import os
@@ -16,7 +18,6 @@ from helpers import (
     lmnotes_command,
     read_log,
     read_records,
-    run_after_call,
     start_process,
     train,
     wait_for_exit,
@@ -25,11 +26,8 @@ from helpers import (
 from helpers import command_line_args as words
 
 from lmnotes import files as files_module
-from lmnotes.apps import doctor as doctor_module
 from lmnotes.apps.doctor import check_files, doctor
 from lmnotes.core import CheckpointError, RunLockedError, read_json, write_json
-from lmnotes.inspect import diff as diff_module
-from lmnotes.inspect import verify as verify_module
 from lmnotes.inspect.diff import diff
 from lmnotes.inspect.verify import verify
 from lmnotes.runs import folder as folder_module
@@ -37,7 +35,6 @@ from lmnotes.runs.config import resolve_config
 from lmnotes.runs.folder import fork
 from lmnotes.runs.load import load
 from lmnotes.runs.replay import MISMATCH, OK
-from lmnotes.training import checkpoint as checkpoint_module
 from lmnotes.training.checkpoint import latest_checkpoint, list_checkpoints, write_pointer
 
 FAST = TINY | dict(model_args="d_model=8 n_layers=1 n_heads=1", ctx_len=8, batch_size=2, accum=1, patience=0)
@@ -145,37 +142,56 @@ def two_steps(tmp_path_factory, corpus):
     return workdir
 
 
-MOMENTS = [
-    (forked, checkpoint_module, "sha256_file", 1),
-    (forked, folder_module, "read_state", 1),
-    (verified, checkpoint_module, "sha256_file", 1),
-    (verified, verify_module, "_check_checkpoint", 1),
-    (checked, checkpoint_module, "sha256_file", 1),
-    (checked, doctor_module, "list_checkpoints", 1),
-    (checked, doctor_module, "list_checkpoints", 2),
-    (compared, diff_module, "list_checkpoints", 1),
-]
+READS = [(os, "stat"), (os, "scandir"), (os, "listdir"), (os, "open"), (io, "open"), (builtins, "open")]
 
 
-@pytest.mark.parametrize("use, module, name, number", MOMENTS)
-def test_a_checkpoint_is_deleted_while_it_is_used(tmp_path, two_steps, monkeypatch, use, module, name, number):
-    "If training saves a step and deletes the checkpoint that is read, the use finds no problem"
-    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    folder, count = tmp_path / "runs/r", itertools.count(1)
-    old, new = folder / "step_00000004", folder / "step_00000005"
-    new.rename(tmp_path / new.name)
-    (folder / "last").write_text(f"{old.name}\n")
+def run_before_read(monkeypatch, folder, number, act):
+    "Patch the functions that read to call `act` before the read with this number in a folder, and return the reads so far"
+    reads = []
+
+    def watch(function):
+        def read(path, *args, **kwargs):
+            if isinstance(path, (str, Path)) and f"{path}/".startswith(f"{folder}/"):
+                reads.append(path)
+                if len(reads) == number:
+                    act()
+            return function(path, *args, **kwargs)
+
+        return read
+
+    for module, name in READS:
+        monkeypatch.setattr(module, name, watch(getattr(module, name)))
+    return reads
+
+
+def use_while_training(use, workdir, monkeypatch, number):
+    "Use a run that saves a step and deletes a checkpoint before the read with this number in it. Return if it came to this"
+    run = workdir / "runs/r"
+    old, new = run / "step_00000004", run / "step_00000005"
+    new.rename(workdir / new.name)
+    (run / "last").write_text(f"{old.name}\n")
 
     def train_a_step():
-        (tmp_path / new.name).rename(new)
-        write_pointer(folder, "last", new)
+        (workdir / new.name).rename(new)
+        write_pointer(run, "last", new)
         shutil.rmtree(old)
 
-    monkeypatch.setattr(module, name, getattr(module, name))  # To restore it at the end
-    run_after_call(module, name, lambda *args: next(count) == number, train_a_step)
-    with folder_module.RunLock(folder):
-        assert not use(folder, 0) and not old.exists()
+    with folder_module.RunLock(run), monkeypatch.context() as patch:
+        patch.chdir(workdir)
+        reads = run_before_read(patch, old, number, train_a_step)
+        found = use(run, 0)
+    assert not found, (number, reads[number - 1], found)
+    return len(reads) >= number
+
+
+@pytest.mark.parametrize("use", [forked, verified, checked, compared])
+def test_a_checkpoint_is_deleted_while_it_is_used(tmp_path, two_steps, monkeypatch, use):
+    "If training saves a step and deletes the checkpoint that is read, before any read in it, the use finds no problem"
+    for number in itertools.count(1):
+        workdir = shutil.copytree(two_steps, tmp_path / str(number))
+        if not use_while_training(use, workdir, monkeypatch, number):
+            break
+    assert number > 5
 
 
 def at_one_moment(number, name, *args):
