@@ -168,37 +168,39 @@ def test_state_space_expert_of_nanothink(tmp_path):
     torch.testing.assert_close(ours, h @ w["embedding.weight"].T, atol=1e-5, rtol=1e-5, check_dtype=False)
 
 
+# The logit of byte 65 after each of 20 bytes, of AGIFORMER's own classes (commit f82263e) with the weights of `waves`
+AGIFORMER_LOGITS = """
+0.171982 -0.433783 0.185247 0.470502 0.171987 -0.042280 0.174206 1.018520 0.171745 0.006443
+0.623970 0.151453 0.171377 0.406771 0.425900 0.594268 0.171235 -0.043662 -0.416445 -0.186919"""
+
+
+def waves(shapes):
+    "Return {name: tensor of values that are the same on every CPU} of {name: shape}"
+    sizes = {name: torch.Size(shape).numel() for name, shape in sorted(shapes.items())}
+    values = {name: (1.7 * torch.arange(n, **FLOAT) + i).sin() / 3 for i, (name, n) in enumerate(sizes.items())}
+    return {name: values[name].view(shape) for name, shape in shapes.items()}
+
+
 def test_agiformer(tmp_path):
-    "All tensors of AGIFORMER's state dict have a place, and `attn`, `ssm` and `mlp` are not confused"
-    layer = {
-        "attn.qkv": (3 * D, D),
-        "attn.proj": (D, D),
-        "ssm.qkv": (3 * D, D),
-        "ssm.out_proj": (D, D),
-        "ssm.norm": (D,),
-    }
-    layer |= {"out_proj": (D, D), "mlp.0": (4 * D, D), "mlp.2": (D, 4 * D), "norm1": (D,), "norm_mlp": (D,)}
+    "All tensors of AGIFORMER's state dict have a place, and give the logits of its own classes"
+    layer = dict.fromkeys(("attn.qkv", "ssm.qkv"), (3 * D, D))
+    layer |= dict.fromkeys(("attn.proj", "ssm.out_proj", "out_proj"), (D, D))
+    layer |= {"mlp.0": (4 * D, D), "mlp.2": (D, 4 * D), "ssm.norm": (D,), "norm1": (D,), "norm_mlp": (D,)}
     parts = {f"layers.0.{name}": shape for name, shape in layer.items()}
     parts |= {"encoder.norm": (D,), "norm_f": (D,), "reasoning.norm": (D,), "reasoning.gate": (D, D)}
     parts |= {"reasoning.think_mlp.0": (4 * D, D), "reasoning.think_mlp.2": (D, 4 * D), "head.proj_latent": (256, D)}
     parts |= {"encoder.patch_conv": (D, D, 4), "head.head": (256, 256)}
     shapes = {f"{name}.weight": shape for name, shape in parts.items()} | {f"{n}.bias": s[:1] for n, s in parts.items()}
-    shapes |= {
-        "encoder.byte_embedding.weight": (256, D),
-        "head.byte_emb.weight": (256, 256),
-        "encoder.inv_freq": (D // 2,),
-    }
+    shapes |= {"encoder.byte_embedding.weight": (256, D), "head.byte_emb.weight": (256, 256)}
     gru = nn.GRU(512, 256, batch_first=True)
-    w = random_tensors(shapes | {f"head.rnn.{name}": tuple(t.shape) for name, t in gru.state_dict().items()})
-    torch.save(w, tmp_path / "best_model.pth")
-    sizes = dict(d_model=D, n_layers=1, n_heads=H)
-    lm = new_lm("bytepatch", "agiformer", vocab_size=256, ctx_len=T, **sizes).double()
-    state = load_initial_weights(lm, tmp_path / "best_model.pth").state_dict()
-    places = {"layers.0.attn.qkv.bias": "local.qkv.bias", "layers.0.ssm.qkv.bias": "linear.qkv.bias"}
-    places |= {"layers.0.out_proj.weight": "out.weight", "layers.0.norm_mlp.bias": "norm2.bias"}
-    for theirs, ours in places.items():
-        assert torch.equal(state[f"patches.layers.0.{ours}"], w[theirs])
-    assert torch.equal(state["bytes.gru.weight_hh_l0"], w["head.rnn.weight_hh_l0"])
+    shapes |= {f"head.rnn.{name}": tuple(t.shape) for name, t in gru.state_dict().items()}
+    torch.save(waves(shapes | {"encoder.inv_freq": (D // 2,)}), tmp_path / "best_model.pth")
+    sizes = dict(d_model=D, n_layers=1, n_heads=H, window=3, thinking_steps=2)
+    lm = new_lm("bytepatch", "agiformer", vocab_size=256, ctx_len=24, **sizes).double().eval()
+    with torch.no_grad():
+        ours = load_initial_weights(lm, tmp_path / "best_model.pth")((37 * torch.arange(23) % 251)[None])
+    expected = torch.tensor([float(word) for word in AGIFORMER_LOGITS.split()], **FLOAT)
+    torch.testing.assert_close(ours[0, 3:, 65], expected, atol=1e-5, rtol=0)
 
 
 def test_an_untied_head_and_another_width_are_rejected(tmp_path):
