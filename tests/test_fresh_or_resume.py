@@ -1,5 +1,6 @@
 """The fresh-or-resume guide: its three acceptance tests, and a test for each known mistake of its scripts."""
 
+import ast
 import hashlib
 import json
 import os
@@ -247,6 +248,22 @@ def test_mistake_04_the_first_batches_come_again(workdir):
     part = from_env(TINY | dict(CHECKPOINT_PATH=str(part.folder), RESUME_STEPS="40"))
     assert bits(part.folder) == bits(whole.folder)
     assert part.result["last"]["loss"] == whole.result["last"]["loss"]
+
+
+def test_resume_after_the_last_step(workdir, monkeypatch, capsys):
+    "The command that is printed if a run is interrupted in its last step finishes the run"
+    train_step = Trainer.train_step
+
+    def interrupted_step(trainer, *args):
+        train_step(trainer, *args)
+        trainer.stop = "interrupted" if trainer.step == 5 else ""
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted_step)
+        part = from_env(TINY | KEEP | dict(TRAINING_STEPS="5"))
+    (command,) = re.findall(r"lmnotes.from_env\((.*)\)", capsys.readouterr().out)
+    whole = from_env(TINY | ast.literal_eval(command))
+    assert (part.status, whole.status, whole.step) == ("interrupted", "done", 5)
 
 
 @pytest.mark.parametrize("method", METHODS)

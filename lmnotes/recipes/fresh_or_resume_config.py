@@ -172,7 +172,7 @@ def load_config_from_checkpoint(
                 f"unset {name.upper()} to resume, or CHECKPOINT_PATH to start a fresh run"
             )
     changes = {name: value for name, value in given.items() if name not in (*FIXED_FIELDS, "use_lr_warmup")}
-    steps = convert("RESUME_STEPS", environ.get("RESUME_STEPS", "").strip() or 5000, PositiveInt)
+    steps = convert("RESUME_STEPS", environ.get("RESUME_STEPS", "").strip() or 5000, NonNegativeInt)
     if not environ.get("RESUME_STEPS", "").strip():
         print(f"RESUME_STEPS is not set, so this session trains {steps:,} more steps")
     config = TrainingConfig(**asdict(saved) | changes | dict(training_steps=steps))
