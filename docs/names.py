@@ -18,6 +18,7 @@ class Names:
         self.root = root
         self.source_url = source_url
         self.defined = {}  # Qualified name -> {defining page: anchor}
+        self.methods = {}  # Name -> qualified names of the methods with this name
         self.arguments = set()  # Names of parameters and fields
         self.pages = {}  # Module, notebook path or notebook stem -> page
 
@@ -27,6 +28,9 @@ class Names:
 
     def add(self, page, definition):
         "Add a definition and its members"
+        owner, _, name = definition.name.rpartition(".")
+        if owner and definition.name not in self.defined:
+            self.methods.setdefault(name, []).append(definition.name)
         self.defined.setdefault(definition.name, {})[page] = definition.anchor
         self.arguments |= {argument.name.strip("*") for argument in definition.fields + definition.parameters}
         for member in definition.members:
@@ -40,7 +44,7 @@ class Names:
         if target := self.pages.get(f"lmnotes.{module}"):
             anchor = self.defined.get(last, {}).get(target)
             return anchor and (target, anchor)
-        methods = [other for other in self.defined if other.rpartition(".")[2] == name and other != name]
+        methods = self.methods.get(name, [])
         here = [name] if page in self.defined.get(name, ()) else []
         here = here or [other for other in methods if page in self.defined[other]]
         if here:
