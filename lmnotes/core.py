@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DTYPES', 'MAX_JSON_BYTES', 'STOP_SIGNALS', 'DataError', 'TokenizerError', 'CheckpointError', 'RunLockedError',
            'OutOfMemoryError', 'RankError', 'expand_kwargs', 'project_root', 'data_root', 'paths_to_try', 'derive_seed',
-           'seed_torch', 'set_deterministic', 'pick_device', 'pick_dtype', 'describe_device', 'name_in_os_errors',
-           'fsync_path', 'open_new', 'temporary_path', 'write_atomic', 'check_regular_file', 'read_regular_file',
-           'read_line', 'finite_json', 'write_json', 'read_json', 'sha256_bytes', 'sha256_file', 'sha256_json',
-           'StopSignals', 'utc_now', 'versions', 'environment']
+           'seed_torch', 'set_deterministic', 'pick_device', 'usable_cores', 'pick_dtype', 'describe_device',
+           'name_in_os_errors', 'fsync_path', 'open_new', 'temporary_path', 'write_atomic', 'check_regular_file',
+           'read_regular_file', 'read_line', 'finite_json', 'write_json', 'read_json', 'sha256_bytes', 'sha256_file',
+           'sha256_json', 'StopSignals', 'utc_now', 'versions', 'environment']
 
 # %% ../nbs/00_core.ipynb #4775f101
 import hashlib
@@ -135,6 +135,30 @@ def pick_device(
     if not has[kind]:
         raise ValueError(f"device={device!r} is not available here. Use device='auto' to get {pick_device()!r}")
     return device
+
+# %% ../nbs/00_core.ipynb #1afbd9ee
+def _quotas(root):
+    "Yield the cores that each of Linux's control groups (version 2 or 1) of this process allows"
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, kinds, path = line.split(":", 2)
+        base, inside = root / "sys/fs/cgroup" / ("cpu" if kinds else ""), Path(path.lstrip("/"))
+        files = ["cpu.cfs_quota_us", "cpu.cfs_period_us"] if kinds else ["cpu.max"]
+        for folder in [base / part for part in (inside, *inside.parents) if "cpu" in (kinds or "cpu").split(",")]:
+            with suppress(OSError, ValueError):  # ValueError: the quota is "max"
+                quota, period = (int(word) for name in files for word in (folder / name).read_text().split())
+                yield quota / period
+
+
+def usable_cores(root="/") -> int:  # Folder with proc and sys
+    "Return the number of CPU cores that this process may use: those that it is bound to, within its quota"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):
+        cores = min([cores, *(int(quota) for quota in _quotas(Path(root)) if quota > 0)])
+    return max(1, cores)
+
+
+if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cores():
+    torch.set_num_threads(usable_cores())
 
 # %% ../nbs/00_core.ipynb #a3a19b20
 def _matmul_ms(device, dtypes, n, repeats=5):

@@ -63,9 +63,8 @@ def _disk(folder):
 def machine_facts() -> dict:
     "Return {name: text} of the machine, the versions and the folders that lmnotes uses"
     known, device = environment(pick_device(), rank_and_world_size()[1]), pick_device()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     dtype, why = pick_dtype(device)
-    facts = dict(system=platform.platform(), cores=cores) | known | dict(GPU=_gpu(), dtype=f"{dtype} ({why})")
+    facts = dict(system=platform.platform(), cores=usable_cores()) | known | dict(GPU=_gpu(), dtype=f"{dtype} ({why})")
     facts |= {name: _installed(name) for name in PACKAGES} | dict(runs=_disk(runs_folder()), data=_disk(data_root()))
     return {name: printable(value) for name, value in facts.items()}
 

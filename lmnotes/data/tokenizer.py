@@ -12,12 +12,13 @@ import copy
 import json
 import math
 import re
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 
-from ..core import TokenizerError, sha256_json, write_atomic, write_json
+from ..core import TokenizerError, sha256_json, usable_cores, write_atomic, write_json
 from .corpus import MAX_WORD_CHARS, find_cut, to_bytes, to_text
 
 # %% ../../nbs/data/13_tokenizer.ipynb #e2ef704c
@@ -237,6 +238,22 @@ def _train_bpe(texts, vocab_size):
         print(f"BPE: the training text allows only {len(model['vocab'])} of {vocab_size} ids (no pair is left)")
     return model["vocab"], [parse_merge(m) for m in model["merges"]]
 
+# %% ../../nbs/data/13_tokenizer.ipynb #b4ac88fb
+_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"  # As GPT-2 splits a text
+
+
+def _build_tiktoken(vocab, merges, hf):
+    "Return (tiktoken's encoding, id of each of its ranks), or None if it may find other ids than a Hugging Face BPE"
+    from tiktoken import Encoding
+
+    tokens = ["".join(merge) for merge in merges]
+    if len(set(tokens)) < len(tokens) or any(len(hf.model.tokenize(token)) > 1 for token in tokens):
+        return None
+    tokens = [*BYTE_CHARS, *tokens]
+    ranks = {_token_bytes(token): rank for rank, token in enumerate(tokens)}
+    encoding = Encoding("bpe", pat_str=_WORDS, mergeable_ranks=ranks, special_tokens={})
+    return encoding, np.array([vocab[token] for token in tokens], np.int64)
+
 # %% ../../nbs/data/13_tokenizer.ipynb #2cc70898
 # Long: all methods of `Tokenizer`, for the one kind that needs more than a table
 class BPETokenizer(Tokenizer):
@@ -275,15 +292,26 @@ class BPETokenizer(Tokenizer):
         "Return the ids of several texts, using all cores"
         split = [ESCAPED_BYTES.split(check_words(text)) for text in texts]
         plain = [piece for pieces in split for piece in pieces[::2]]
-        encodings = iter(self._hf.encode_batch_fast(plain, add_special_tokens=False))
-        return [self._join_encodings(pieces, encodings) for pieces in split]
+        ids = iter(self._encode_plain(plain))
+        return [self._join_ids(pieces, ids) for pieces in split]
 
-    def _join_encodings(self, pieces, encodings):
-        "Return the ids of alternating plain and escaped pieces, taking those of plain ones from `encodings`"
-        ids = [
-            self._byte_ids[list(to_bytes(piece))] if n % 2 else np.array(next(encodings).ids, np.int64)
-            for n, piece in enumerate(pieces)
-        ]
+    @cached_property
+    def _tiktoken(self):
+        return _build_tiktoken(self.vocab, self.merges, self._hf)
+
+    def _encode_plain(self, texts):
+        "Yield the ids of texts. Only long texts are worth the time that tiktoken needs to prepare"
+        if sum(map(len, texts)) < 10 * self.vocab_size or not self._tiktoken:
+            yield from (np.array(e.ids, np.int64) for e in self._hf.encode_batch_fast(texts, add_special_tokens=False))
+            return
+        encoding, ids = self._tiktoken
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            for ranks in pool.map(partial(encoding.encode_to_numpy, disallowed_special=()), texts):
+                yield ids[ranks]
+
+    def _join_ids(self, pieces, plain):
+        "Return the ids of alternating plain and escaped pieces, taking those of plain ones from an iterator"
+        ids = [self._byte_ids[list(to_bytes(piece))] if n % 2 else next(plain) for n, piece in enumerate(pieces)]
         return ids[0] if len(ids) == 1 else np.concatenate(ids)
 
     def decode_bytes(self, ids) -> bytes:
