@@ -14,7 +14,7 @@ THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 
 import torch
 
-from lmnotes.core import DataError, versions
+from lmnotes.core import DataError, environment, versions
 from lmnotes.data.batches import EvaluationBatches, get_batches
 from lmnotes.inference.evaluation import Table
 from lmnotes.nn.lm import new_lm
@@ -38,8 +38,9 @@ def parse_options(
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default {default})")
     args = parser.parse_args()
     machine = " ".join(f"{name} {version}" for name, version in versions().items())
+    cpu = "{cpu_model} with {cpu}".format(**environment())
     print(
-        f"{description.splitlines()[0]}\n{machine}, {torch.get_num_threads()} of {os.cpu_count()} threads, {machine_load()}",
+        f"{description.splitlines()[0]}\n{machine}, {cpu}, {torch.get_num_threads()} of {os.cpu_count()} threads, {machine_load()}",
         flush=True,
     )
     return args

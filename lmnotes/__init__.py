@@ -1,6 +1,12 @@
 """Small language models, written as notebooks. Each name loads its module on first use, so that the import is fast."""
 
+import os as _os
 from typing import TYPE_CHECKING
+
+# Threads of torch that wait spin, so other programs on the same cores take their time. OpenMP reads this when torch is loaded
+if "OMP_WAIT_POLICY" not in _os.environ and hasattr(_os, "getloadavg"):
+    if _os.getloadavg()[0] > (_os.cpu_count() or 1) / 2:
+        _os.environ["OMP_WAIT_POLICY"] = "passive"
 
 if TYPE_CHECKING:  # For type checkers and editors (`as` makes a name public)
     from .apps.doctor import doctor as doctor

@@ -19,7 +19,7 @@ def run_script(path, *args):
     runpy.run_path(str(path), run_name="__main__")
 
 
-SLOW = "guides.py", "memory.py", "mixture.py", "prepare.py", "ten_minutes.py", "time_to_loss.py"
+SLOW = "busy.py", "guides.py", "memory.py", "mixture.py", "prepare.py", "ten_minutes.py", "time_to_loss.py"
 
 
 @pytest.mark.parametrize("script", [pytest.param(s, marks=[pytest.mark.nightly] * (s in SLOW)) for s in SCRIPTS])
@@ -30,4 +30,4 @@ def test_benchmark_runs(script, tmp_path):
 
 
 def test_number_of_benchmarks():
-    assert len(SCRIPTS) == 19
+    assert len(SCRIPTS) == 20

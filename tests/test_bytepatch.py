@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEADLINE, TINY, command_line_args, lmnotes_command, read_log, run_in_process
-from test_distributed import figures, torchrun
+from helpers import TINY, command_line_args, lmnotes_command, read_log, run_in_process, run_ranks
+from test_distributed import figures
 
 from lmnotes.data.batches import Batch
 from lmnotes.data.tokenizer import ByteTokenizer
@@ -200,8 +200,7 @@ def test_every_parameter_gets_a_gradient_on_two_processes(workdir, preset, steps
     "Every parameter gets a gradient on both processes, with and without thinking steps"
     case = TINY | dict(arch="bytepatch", preset=preset, steps=10, log_every=1, patience=0)
     case["model_args"] = f"{TINY_ARGS} thinking_steps={steps}"
-    process = torchrun(workdir, "-m", "--", "lmnotes", "train", *command_line_args(**case))
-    assert process.wait(DEADLINE) == 0, read_log(workdir)
+    assert run_ranks(workdir, 2, lmnotes_command, "train", *command_line_args(**case)) == [0, 0], read_log(workdir)
     assert len([split for split, _ in figures(workdir, "r") if split == "train"]) == 10
 
 

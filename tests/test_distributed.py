@@ -16,6 +16,7 @@ from helpers import (
     read_log,
     read_records,
     run_in_process,
+    run_ranks,
     wait_until,
 )
 
@@ -81,8 +82,7 @@ def single_process_run(tmp_path_factory, corpus):
 
 def test_two_processes_equal_one(workdir, single_process_run):
     "Ten steps on two processes, then ten on one from their checkpoint, have the losses of twenty steps on one process"
-    process = torchrun(workdir, "-m", "--", "lmnotes", "train", *command_line_args(**CASE))
-    assert process.wait(DEADLINE) == 0, read_log(workdir)
+    assert run_ranks(workdir, 2, lmnotes_command, "train", *command_line_args(**CASE)) == [0, 0], read_log(workdir)
     two = figures(workdir, "r")
     assert [step for split, step in two if split == "train"] == list(range(1, 11))
     assert equal_losses(two, single_process_run), (two, single_process_run)

@@ -136,7 +136,7 @@ def test_final_state_is_shown_with_slow_polling(workdir, capsys):
     assert view.status == "done" and "done at step 60 of 60" in capsys.readouterr().out.splitlines()[-1]
 
 
-@pytest.mark.parametrize("way", ["papermill", "torchrun"])
+@pytest.mark.parametrize("way", [pytest.param("papermill", marks=pytest.mark.nightly), "torchrun"])
 def test_run_in_another_process_is_followed(workdir, way):
     params = CASE | dict(steps=100_000, out_dir=str(workdir / "runs"), data=str(workdir / "corpus"))
     given = [word for name, value in params.items() for word in ("-p", name, str(value))]

@@ -318,7 +318,7 @@ def recorded_exports(run, root, monkeypatch):
 
 
 @linux
-@pytest.mark.parametrize("exchange", [exchange_paths, no_exchange])
+@pytest.mark.parametrize("exchange", [exchange_paths, pytest.param(no_exchange, marks=pytest.mark.nightly)])
 def test_power_cut_while_an_export_is_replaced(small_run, tmp_path, monkeypatch, exchange):
     "After a power cut while an export is replaced, the old or the new export is complete under its name when the next export starts"
     root = tmp_path / "exports"
