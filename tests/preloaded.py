@@ -10,7 +10,7 @@ from lmnotes.runs.config import RunConfig
 CHAPTERS = "models", "inspect", "recipes"  # Their modules are imported when they are first used
 PACKAGE = Path(__file__).parent.parent / "lmnotes"
 OTHERS = """lmnotes.apps.cli lmnotes.export.hub filelock matplotlib.backends.backend_agg matplotlib.pyplot nbformat numpy.ctypeslib
-    safetensors.torch tokenizers torch.utils.serialization.config transformers.models.gpt2.modeling_gpt2 tyro yaml"""
+    pytest safetensors.torch tokenizers torch.utils.serialization.config transformers.models.gpt2.modeling_gpt2 tyro yaml"""
 # Without the folder that `fork_process` adds
 os.environ["PYTHONPATH"] = os.environ["PYTHONPATH"].partition(os.pathsep)[2]
 
