@@ -1,4 +1,4 @@
-"""Long texts are encoded through tiktoken, short ones through tokenizers, and both give the same ids."""
+"""BPE through rustbpe and tiktoken: the same tokens and ids as those of tokenizers."""
 
 import random
 import sys
@@ -6,7 +6,9 @@ import unicodedata
 
 import numpy as np
 import pytest
+import tokenizers as hf
 
+from lmnotes.core import TokenizerError
 from lmnotes.data.datasets import get_corpus
 from lmnotes.data.splits import split_documents
 from lmnotes.data.tokenizer import BYTE_CHARS, EOT, BPETokenizer
@@ -90,3 +92,26 @@ def test_other_merges_go_through_tokenizers(merges, is_fast):
     assert (tok._tiktoken is not None) == is_fast
     assert tok.encode(text).tolist() == tok._hf.encode(text, add_special_tokens=False).ids
     assert np.array_equal(np.concatenate([tok.encode(word) for word in (text[:9], text[9:])]), tok.encode(text))
+
+
+def test_training_equals_tokenizers_up_to_ties():
+    "rustbpe and tokenizers learn the same tokens, apart from the last of equally frequent pairs, in another order"
+    text = "\n".join(d.text for d in split_documents(get_corpus("pydocs")))[:300_000]
+    other = hf.Tokenizer(hf.models.BPE())
+    other.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = hf.trainers.BpeTrainer(vocab_size=2000, special_tokens=[EOT], initial_alphabet=BYTE_CHARS)
+    other.train_from_iterator([text], trainer)
+    tok = BPETokenizer.train([text], 2000)
+    assert len(tok.vocab.keys() - other.get_vocab().keys()) <= 2
+    assert BPETokenizer.train(iter([text]), 2000).fingerprint == tok.fingerprint
+
+
+def test_a_text_that_fails_ends_the_training():
+    def texts():
+        yield "text"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        BPETokenizer.train(texts(), 300)
+    with pytest.raises(TokenizerError, match="characters without the start of a word"):
+        BPETokenizer.train(["a" * 1_000_000], 300)

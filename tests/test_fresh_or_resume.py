@@ -684,8 +684,8 @@ def test_resume_steps_without_a_checkpoint(workdir):
     with pytest.raises(ValueError, match="RESUME_STEPS needs CHECKPOINT_PATH, which is not set"):
         from_env(TINY | dict(RESUME_STEPS="300"))
     r = from_env(TINY | KEEP | dict(TRAINING_STEPS="2"))
-    with pytest.raises(ValueError, match="RESUME_STEPS='0', expected a whole number at least 1"):
-        from_env(TINY | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="0"))
+    with pytest.raises(ValueError, match="RESUME_STEPS='-1', expected a whole number at least 0"):
+        from_env(TINY | dict(CHECKPOINT_PATH=str(r.folder), RESUME_STEPS="-1"))
 
 
 @pytest.mark.parametrize("name", ["CHECKPOINT_DIR", "LOG_DIR", "OUTPUT_DIR"])

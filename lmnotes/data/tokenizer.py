@@ -203,6 +203,7 @@ def _build_hf_bpe(vocab, merges, source):
 
 # %% ../../nbs/data/13_tokenizer.ipynb #3fb970ae
 ESCAPED_BYTES = re.compile("([\ud800-\udfff]+)")  # Invalid bytes, as `to_text` represents them
+_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"  # As GPT-2 splits a text
 
 
 def parse_merge(merge) -> "tuple | list":
@@ -220,28 +221,34 @@ def check_words(text) -> str:
         at += cut
     return text
 
+# %% ../../nbs/data/13_tokenizer.ipynb #9ce7f4ff
+def _find_merge(token, ranks):
+    "Return the two parts of a token's bytes that remain if the earliest tokens, by `ranks`, are joined first"
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
+        i = pairs.index(min(pairs))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
 
 def _train_bpe(texts, vocab_size):
     "Return (vocabulary, merges) learned from an iterator of texts"
-    import tokenizers as hf
+    import rustbpe
 
     if vocab_size < 257:
         raise ValueError(f"a BPE vocabulary of {vocab_size} is too small: 256 bytes and an end-of-document id need 257")
-    tok = hf.Tokenizer(hf.models.BPE())
-    tok.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = hf.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=BYTE_CHARS, show_progress=False
-    )
-    tok.train_from_iterator((ESCAPED_BYTES.sub("", check_words(text)) for text in texts), trainer)
-    model = json.loads(tok.to_str())["model"]
-    if len(model["vocab"]) < vocab_size:
-        print(f"BPE: the training text allows only {len(model['vocab'])} of {vocab_size} ids (no pair is left)")
-    return model["vocab"], [parse_merge(m) for m in model["merges"]]
+    trainer = rustbpe.Tokenizer()
+    words = (ESCAPED_BYTES.sub("", check_words(text)) for text in texts)
+    trainer.train_from_iterator(words, vocab_size - 1, pattern=_WORDS)
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    merges = [tuple(map(token_chars, _find_merge(token, ranks))) for token in [*ranks][256:]]
+    tokens = [EOT, *sorted(BYTE_CHARS), *map("".join, merges)]
+    if len(tokens) < vocab_size:
+        print(f"BPE: the training text allows only {len(tokens)} of {vocab_size} ids (no pair is left)")
+    return {token: i for i, token in enumerate(tokens)}, merges
 
 # %% ../../nbs/data/13_tokenizer.ipynb #b4ac88fb
-_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"  # As GPT-2 splits a text
-
-
 def _build_tiktoken(vocab, merges, hf):
     "Return (tiktoken's encoding, id of each of its ranks), or None if it may find other ids than a Hugging Face BPE"
     from tiktoken import Encoding
