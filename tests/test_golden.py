@@ -56,6 +56,7 @@ def test_a_run_resumes(release, name, expected):
     before = lmnotes.load(f"runs/{name}", device="cpu").metrics
     r = lmnotes.run(resume=True, run=name, out_dir="runs", **expected["resume"])
     assert (r.status, r.step) == ("done", expected["resumed_step"])
+    assert r.config.orthogonalization == "newton_schulz"
     # Version 0.1 drew other noise in training, so the loss of a diffusion model differs by less than its standard error
     tolerance = 0.03 if r.config.arch == "diffusion" else TOLERANCE
     assert r.result["last"]["loss"] == pytest.approx(expected["resumed_loss"], abs=tolerance)

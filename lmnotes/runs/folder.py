@@ -222,8 +222,8 @@ def read_run_record(
             change.update({when: current_params({change["name"]: change[when]}, info)[change["name"]]})
     if unknown := info["config"].keys() - {f.name for f in fields(RunConfig)}:
         raise CheckpointError(f"{path}: config has an unknown parameter {min(unknown)!r}. Restore it from a copy")
-    documents = info["config"].get("sampler") == "documents"
-    cfg = RunConfig(**{**(dict(packing="0.1") if documents else {}), **info["config"]})
+    packing = "0.1" if info["config"].get("sampler") == "documents" else "joined"
+    cfg = RunConfig(**dict(packing=packing, orthogonalization="newton_schulz") | info["config"])
     if cfg.batch_size * cfg.ctx_len > MAX_BATCH_TOKENS:
         sizes = f"batch_size={cfg.batch_size} x ctx_len={cfg.ctx_len}"
         raise CheckpointError(f"{path}: {sizes} is over {MAX_BATCH_TOKENS:,} tokens per step. Restore it from a copy")

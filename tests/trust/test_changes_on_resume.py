@@ -93,6 +93,7 @@ OTHER = dict(
     arch="rnn", preset="small", model_args="d_model=16 n_layers=1 n_heads=1", data="prepared270", domains="sea", recursive=True,
     weights="sea=2 wood=1", text_key="body", token_dtype="uint32",
     split="first90", tokenizer="bytes", ctx_len=4, batch_size=4, sampler="epochs", epochs=0.5, stride=2, packing="0.1", optimizer="adamw",
+    orthogonalization="newton_schulz",
     lr=0.5, min_lr=0.01, steps=10, warmup=0.5, schedule="linear", cooldown=0.1, weight_decay=0.5, betas="0.5 0.9", clip=0.1,
     accum=2, dtype="bfloat16", compile=True, seed=5, eval_every=3, eval_batches=2, patience=5, init_from="runs/seed",
     freeze="embed*", lora_rank=2, lora_alpha=3.0, lora_dropout=0.5, lora_targets="qkv", lora_train="embed*",
