@@ -1,6 +1,6 @@
-"""Training on a busy machine: how much of their fair share two threads get beside six processes that use all cores.
+"""Training on a busy machine: how much of their fair share threads get beside three busy processes for each core.
 
-The system gives each of eight busy threads an equal share of the cores. Two threads that train wait for each other after every parallel
+The system gives each busy thread an equal share of the cores. Threads that train wait for each other after every parallel
 loop. A waiting thread that does not sleep uses up its share, and the other thread waits for a core meanwhile.
 """
 

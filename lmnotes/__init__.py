@@ -1,11 +1,15 @@
 """Small language models, written as notebooks. Each name loads its module on first use, so that the import is fast."""
 
 import os as _os
+import sys as _sys
+from pathlib import Path as _Path
 from typing import TYPE_CHECKING
 
-# Threads of torch that wait spin, so other programs on the same cores take their time. OpenMP reads this when torch is loaded
-if "OMP_WAIT_POLICY" not in _os.environ and hasattr(_os, "getloadavg"):
-    if _os.getloadavg()[0] > (_os.cpu_count() or 1) / 2:
+# Threads of torch that wait for each other keep their cores busy. If other programs need the cores, let them sleep instead.
+# OpenMP reads this variable when torch is loaded. The file holds the number of running threads, this one included
+_LOAD = _Path("/proc/loadavg")
+if "torch" not in _sys.modules and "OMP_WAIT_POLICY" not in _os.environ and _LOAD.exists():
+    if int(_LOAD.read_text().split()[3].partition("/")[0]) > 1 + (_os.cpu_count() or 1) / 2:
         _os.environ["OMP_WAIT_POLICY"] = "passive"
 
 if TYPE_CHECKING:  # For type checkers and editors (`as` makes a name public)

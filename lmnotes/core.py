@@ -153,7 +153,7 @@ def usable_cores(root="/") -> int:  # Folder with proc and sys
     "Return the number of CPU cores that this process may use: those that it is bound to, within its quota"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):
-        cores = min([cores, *(int(quota) for quota in _quotas(Path(root)) if quota > 0)])
+        cores = min([cores, *(int(quota + 0.5) for quota in _quotas(Path(root)) if quota > 0)])
     return max(1, cores)
 
 

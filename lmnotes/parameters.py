@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PositiveInt', 'NonNegativeInt', 'PositiveFloat', 'NonNegativeFloat', 'Fraction', 'Probability', 'Auto', 'All',
-           'IntOrAuto', 'FloatOrAuto', 'IntOrAll', 'ZERO_IN_FORMAT_1', 'Parameter', 'declared', 'describe_kind',
-           'kind_of', 'convert', 'check_declared', 'notebook_params', 'did_you_mean', 'replace_aliases',
-           'current_params']
+           'IntOrAuto', 'FloatOrAuto', 'IntOrAll', 'ZERO_IN_FORMAT_1', 'BEFORE_RECORDED', 'Parameter', 'declared',
+           'describe_kind', 'kind_of', 'convert', 'check_declared', 'notebook_params', 'did_you_mean',
+           'replace_aliases', 'current_params']
 
 # %% ../nbs/03_parameters.ipynb #14aef19e
 import difflib
@@ -181,6 +181,7 @@ def replace_aliases(
 ZERO_IN_FORMAT_1 = dict.fromkeys(
     "lr epochs stride log_every eval_every sample_every save_every lora_alpha".split(), "auto"
 ) | dict(eval_batches="all", keep="all")
+BEFORE_RECORDED = dict(orthogonalization="newton_schulz")  # What runs did before they recorded a parameter
 
 
 def current_params(
@@ -188,6 +189,7 @@ def current_params(
     saved,  # Content of the file that holds them
 ) -> dict:  # {parameter of a run: value}
     "Return the parameters in the meaning of the current format of a run folder"
+    params = BEFORE_RECORDED | params
     if saved.get("format", 1) > 1:
         return params
     return {n: ZERO_IN_FORMAT_1[n] if n in ZERO_IN_FORMAT_1 and value == 0 else value for n, value in params.items()}

@@ -259,6 +259,17 @@ def test_finished_runs_are_reused_and_seeds_are_added(workdir):
     assert "started with ctx_len=16, not 8" in read_log(workdir)
 
 
+def test_an_earlier_comparison_keeps_its_method(workdir):
+    "A comparison that did not record the orthogonalization used Newton–Schulz. With another one, it is not continued"
+    cfg = asdict(CompareConfig("bigram", out_dir=str(workdir / "c")))
+    earlier = {name: value for name, value in cfg.items() if name != "orthogonalization"}
+    (workdir / "c").mkdir()
+    (workdir / "c/compare.json").write_text(json.dumps(dict(cfg=earlier, cost={}, steps={})))
+    assert Comparison(workdir / "c").cfg.orthogonalization == "newton_schulz"
+    with pytest.raises(ValueError, match="started with orthogonalization='newton_schulz', not 'polar_express'"):
+        compare(**cfg)
+
+
 def test_user_architecture_can_be_compared(workdir):
     (workdir / "toy_model.py").write_text(TOY)
     assert (

@@ -152,7 +152,9 @@ def test_other_models_and_tokenizers(params, workdir, tmp_path):
     models = {type(m).__module__.rpartition(".")[2] for m in r.lm.modules() if isinstance(m, LM)}
     assert {p.stem for p in (folder / "lmnotes/models").glob("*.py")} == models | {"__init__"}
     packages = re.search(r"pip install (.*)", (folder / "README.md").read_text())[1].split()
-    assert ("transformers" in packages) == (name == "gpt2") and ("tokenizers" in packages) == (name == "bpe")
+    assert ("transformers" in packages) == (name == "gpt2") and ({"tokenizers", "tiktoken"} <= {*packages}) == (
+        name == "bpe"
+    )
 
 
 def test_adapters_become_part_of_the_weights(r, workdir, tmp_path):

@@ -68,6 +68,24 @@ def test_no_use_of_a_model_imports_the_compiler(workdir):
     assert not done.returncode, done.stderr
 
 
+@pytest.mark.parametrize(
+    "load, before, policy", [("9/9", "", "passive"), ("1/9", "", "None"), ("9/9", "import torch; ", "None")]
+)
+def test_waiting_threads_sleep_on_a_busy_machine(load, before, policy):
+    "If other programs use the cores, and torch is not loaded yet, importing lmnotes sets the wait policy of OpenMP"
+    lines = [
+        f"import os, pathlib, sys; {before}",
+        f"pathlib.Path.read_text = lambda path: '0 0 0 {load} 1'",
+        "os.cpu_count = lambda: 4",
+    ]
+    code = "\n".join(
+        [*lines, "pathlib.Path.exists = lambda path: True", "import lmnotes; print(os.environ.get('OMP_WAIT_POLICY'))"]
+    )
+    environ = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ)
+    assert done.stdout.strip() == policy, done.stderr
+
+
 def test_import_loads_only_the_first_module_of_the_package():
     code = "import json, sys, lmnotes; print(json.dumps([m for m in sys.modules if m.startswith('lmnotes')]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

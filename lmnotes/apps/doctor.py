@@ -36,7 +36,7 @@ from ..training.trainer import rank_and_world_size
 from ..untrusted import *
 
 # %% ../../nbs/apps/94_doctor.ipynb #0cbb5c67
-PACKAGES = "tokenizers safetensors transformers papermill matplotlib jupyterlab faiss-cpu huggingface_hub".split()
+PACKAGES = "tokenizers tiktoken rustbpe safetensors transformers papermill matplotlib jupyterlab faiss-cpu huggingface_hub".split()
 
 
 def _installed(name):

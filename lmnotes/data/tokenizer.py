@@ -17,8 +17,9 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from ..core import TokenizerError, sha256_json, usable_cores, write_atomic, write_json
+from ..core import TokenizerError, sha256_json, write_atomic, write_json
 from .corpus import MAX_WORD_CHARS, find_cut, to_bytes, to_text
 
 # %% ../../nbs/data/13_tokenizer.ipynb #e2ef704c
@@ -223,7 +224,10 @@ def check_words(text) -> str:
 
 # %% ../../nbs/data/13_tokenizer.ipynb #9ce7f4ff
 def _find_merge(token, ranks):
-    "Return the two parts of a token's bytes that remain if the earliest tokens, by `ranks`, are joined first"
+    "Return the two tokens that a token's bytes were joined from, with the ranks of all tokens"
+    splits = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+    if len(splits) == 1:
+        return splits[0]
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
@@ -239,8 +243,8 @@ def _train_bpe(texts, vocab_size):
     if vocab_size < 257:
         raise ValueError(f"a BPE vocabulary of {vocab_size} is too small: 256 bytes and an end-of-document id need 257")
     trainer = rustbpe.Tokenizer()
-    words = (ESCAPED_BYTES.sub("", check_words(text)) for text in texts)
-    trainer.train_from_iterator(words, vocab_size - 1, pattern=_WORDS)
+    plain = (check_words(ESCAPED_BYTES.sub("", text)) for text in texts)
+    trainer.train_from_iterator(plain, vocab_size - 1, buffer_size=64, pattern=_WORDS)  # 64 texts at a time
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     merges = [tuple(map(token_chars, _find_merge(token, ranks))) for token in [*ranks][256:]]
     tokens = [EOT, *sorted(BYTE_CHARS), *map("".join, merges)]
@@ -258,7 +262,8 @@ def _build_tiktoken(vocab, merges, hf):
         return None
     tokens = [*BYTE_CHARS, *tokens]
     ranks = {_token_bytes(token): rank for rank, token in enumerate(tokens)}
-    encoding = Encoding("bpe", pat_str=_WORDS, mergeable_ranks=ranks, special_tokens={})
+    unused = {EOT: len(ranks)}  # Without a special token, tiktoken takes much longer. It is text nevertheless
+    encoding = Encoding("bpe", pat_str=_WORDS, mergeable_ranks=ranks, special_tokens=unused)
     return encoding, np.array([vocab[token] for token in tokens], np.int64)
 
 # %% ../../nbs/data/13_tokenizer.ipynb #2cc70898
@@ -296,7 +301,7 @@ class BPETokenizer(Tokenizer):
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts) -> list:
-        "Return the ids of several texts, using all cores"
+        "Return the ids of several texts, in as many threads as torch uses"
         split = [ESCAPED_BYTES.split(check_words(text)) for text in texts]
         plain = [piece for pieces in split for piece in pieces[::2]]
         ids = iter(self._encode_plain(plain))
@@ -312,7 +317,7 @@ class BPETokenizer(Tokenizer):
             yield from (np.array(e.ids, np.int64) for e in self._hf.encode_batch_fast(texts, add_special_tokens=False))
             return
         encoding, ids = self._tiktoken
-        with ThreadPoolExecutor(usable_cores()) as pool:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             for ranks in pool.map(partial(encoding.encode_to_numpy, disallowed_special=()), texts):
                 yield ids[ranks]
 

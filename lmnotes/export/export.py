@@ -148,7 +148,7 @@ def _write_model(r, lm, folder, state_dict):
 
     sources, packages = _collect_sources(lm)
     r.tokenizer.save(folder / "tokenizer")
-    packages |= {"tokenizers"} if (folder / "tokenizer" / "merges.txt").exists() else set()
+    packages |= {"tokenizers", "tiktoken"} if (folder / "tokenizer" / "merges.txt").exists() else set()
     config = dict(format=1, arch=lm.arch, config=asdict(lm.cfg), step=r.step, start=r.info["data"].get("start", ""))
     config.update(n_params=n_params(lm), tokenizer=r.info["tokenizer"]["fingerprint"], versions=versions())
     save_file(model_tensors(lm), folder / "model.safetensors", dict(format="pt"))

@@ -35,6 +35,7 @@ from .config import *
 from .folder import *
 from .run import *
 from .setup import *
+from ..training.optim import *
 from ..training.trainer import *
 from ..untrusted import *
 
@@ -88,6 +89,7 @@ class CompareConfig:
     tokenizer: str = "bytes"  # Tokenizer of all architectures
     ctx_len: PositiveInt = 256  # Context window: tokens per sequence
     batch_size: PositiveInt = 8  # Global batch size: sequences per optimizer step
+    orthogonalization: Orthogonalization = "polar_express"  # Muon's: polar_express | newton_schulz (version 0.1)
     compute: Literal["flops", "seconds"] = "flops"  # Unit of the budget: flops | seconds (of one CPU core)
     budget: FloatOrAuto = "auto"  # FLOPs or seconds to train each run (auto: 1e12 FLOPs or 20 seconds)
     max_steps: PositiveInt = 1000  # Maximum steps per run, for models too small to use up the budget
@@ -142,7 +144,7 @@ def standard_error(values) -> float:
 
 def comparison_run_params(cfg, arch, seed=0, steps=1000) -> dict:  # `CompareConfig`, architecture, seed, steps
     "Return the parameters of one run of a comparison"
-    data = {name: vars(cfg)[name] for name in "data data_dir tokenizer ctx_len batch_size".split()}
+    data = {name: vars(cfg)[name] for name in "data data_dir tokenizer ctx_len batch_size orthogonalization".split()}
     every = math.ceil(steps / cfg.evals)
     fixed = dict(init_from="random", dtype="float32", device="cpu", eval_batches="all", keep=1)
     schedule = dict(steps=steps, eval_every=every, save_every=every, sample_every=steps)
@@ -326,7 +328,7 @@ def _read_comparison(folder):
         path_inside(folder, name, source=path, error=CheckpointError)
     if unknown := known["steps"].keys() - known["cost"].keys() or known["cfg"].keys() - CompareConfig().__dict__.keys():
         raise CheckpointError(f"{path}: {min(unknown)!r} is not a parameter, or has no cost. Restore it from a copy")
-    cfg = CompareConfig(**known["cfg"])
+    cfg = CompareConfig(**BEFORE_RECORDED | known["cfg"])
     try:
         check_declared(cfg)
     except ValueError as e:

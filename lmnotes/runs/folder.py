@@ -223,7 +223,7 @@ def read_run_record(
     if unknown := info["config"].keys() - {f.name for f in fields(RunConfig)}:
         raise CheckpointError(f"{path}: config has an unknown parameter {min(unknown)!r}. Restore it from a copy")
     packing = "0.1" if info["config"].get("sampler") == "documents" else "joined"
-    cfg = RunConfig(**dict(packing=packing, orthogonalization="newton_schulz") | info["config"])
+    cfg = RunConfig(**dict(packing=packing) | info["config"])
     if cfg.batch_size * cfg.ctx_len > MAX_BATCH_TOKENS:
         sizes = f"batch_size={cfg.batch_size} x ctx_len={cfg.ctx_len}"
         raise CheckpointError(f"{path}: {sizes} is over {MAX_BATCH_TOKENS:,} tokens per step. Restore it from a copy")

@@ -157,7 +157,9 @@ def _setup_replay(start, end, place, device):
         raise DataError(f"{s.cfg.data} has changed since this interval was trained on it. Restore it to replay")
     ids = s.data.ids_fingerprint
     if ids and then.get("ids", ids) not in (ids, ""):
-        raise DataError(f"{s.cfg.data} has other token ids now. Install the version of `tokenizers` that the run used")
+        raise DataError(
+            f"{s.cfg.data} has other token ids now. Install the versions of `tokenizers` and `tiktoken` that the run used"
+        )
     _check_data_record(s, read_run_record(end.parent))
     return s, changed
 

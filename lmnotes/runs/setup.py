@@ -329,7 +329,7 @@ class RunSetup:
         known = self.info["data"].get("place", "") if self.info else ""
         data.update(ids=found.ids_fingerprint, place=data_place(self.cfg, self.folder) or known)
         tokenizer = dict(name=tok.name, vocab_size=tok.vocab_size, fingerprint=tok.fingerprint)
-        tokenizer["library"] = version("tokenizers")
+        tokenizer["library"] = ", ".join(f"{name} {version(name)}" for name in ("tokenizers", "tiktoken"))
         model = dict(dtype=self.cfg.dtype, n_params=n_params(self.lm), model=asdict(self.lm.cfg))
         start = dict(initial_weights=self.initial_weights, batches=self.batch_function)
         return dict(data=data, tokenizer=tokenizer, config=asdict(self.cfg), **start, **model)

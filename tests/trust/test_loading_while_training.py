@@ -150,12 +150,12 @@ def run_before_read(monkeypatch, folder, number, act):
     reads = []
 
     def watch(function):
-        def read(path, *args, **kwargs):
-            if isinstance(path, (str, Path)) and f"{path}/".startswith(f"{folder}/"):
-                reads.append(path)
+        def read(*args, **kwargs):
+            if args and isinstance(args[0], (str, Path)) and f"{args[0]}/".startswith(f"{folder}/"):
+                reads.append(args[0])
                 if len(reads) == number:
                     act()
-            return function(path, *args, **kwargs)
+            return function(*args, **kwargs)
 
         return read
 
