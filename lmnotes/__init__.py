@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 
 # Threads of torch that wait for each other keep their cores busy. If other programs need the cores, let them sleep instead.
 # OpenMP reads this variable when torch is loaded. The file holds the number of running threads, this one included
-_LOAD = _Path("/proc/loadavg")
-if "torch" not in _sys.modules and "OMP_WAIT_POLICY" not in _os.environ and _LOAD.exists():
-    if int(_LOAD.read_text().split()[3].partition("/")[0]) > 1 + (_os.cpu_count() or 1) / 2:
+if "torch" not in _sys.modules and "OMP_WAIT_POLICY" not in _os.environ:
+    try:
+        _running = int(_Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
+    except (OSError, ValueError, IndexError):  # Not on this system
+        _running = 0
+    if _running > 1 + (_os.cpu_count() or 1) / 2:
         _os.environ["OMP_WAIT_POLICY"] = "passive"
 
 if TYPE_CHECKING:  # For type checkers and editors (`as` makes a name public)
