@@ -1,5 +1,6 @@
 """BPE through rustbpe and tiktoken: the same tokens and ids as those of tokenizers."""
 
+import os
 import random
 import sys
 import unicodedata
@@ -7,6 +8,7 @@ import unicodedata
 import numpy as np
 import pytest
 import tokenizers as hf
+from helpers import read_log, run_in_process
 
 from lmnotes.core import TokenizerError
 from lmnotes.data.datasets import get_corpus
@@ -115,3 +117,21 @@ def test_a_text_that_fails_ends_the_training():
         BPETokenizer.train(texts(), 300)
     with pytest.raises(TokenizerError, match="characters without the start of a word"):
         BPETokenizer.train(["a" * 1_000_000], 300)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a fork")
+def test_training_in_a_fork_of_a_process_that_trained(tmp_path):
+    "rustbpe would wait for threads that a fork does not have, so it is an error"
+    assert run_in_process(tmp_path, train_and_fork) == 0, read_log(tmp_path)
+
+
+def train_and_fork():
+    "Train a BPE, then train one in a fork, and return 0 if that is an error"
+    BPETokenizer.train(["a text"], 300)
+    if child := os.fork():
+        return os.waitpid(child, 0)[1]
+    try:
+        BPETokenizer.train(["a text"], 300)
+    except TokenizerError as e:
+        os._exit("a fork of one that has trained a BPE" not in str(e))
+    os._exit(2)

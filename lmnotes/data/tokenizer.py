@@ -11,6 +11,7 @@ __all__ = ['TOKENIZER_FORMAT', 'TOKENIZER_FILES', 'EOT', 'BYTE_CHARS', 'BYTE_FRO
 import copy
 import json
 import math
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
@@ -236,9 +237,17 @@ def _find_merge(token, ranks):
     return parts
 
 
+_TRAINED_IN = set()  # Ids of the processes that have started rustbpe's threads
+
+
 def _train_bpe(texts, vocab_size):
     "Return (vocabulary, merges) learned from an iterator of texts"
     import rustbpe
+
+    if _TRAINED_IN - {os.getpid()}:
+        problem = "this process is a fork of one that has trained a BPE, and lacks the threads that train"
+        raise TokenizerError(f"{problem}. Start it with multiprocessing's start method 'spawn'")
+    _TRAINED_IN.add(os.getpid())
 
     if vocab_size < 257:
         raise ValueError(f"a BPE vocabulary of {vocab_size} is too small: 256 bytes and an end-of-document id need 257")
