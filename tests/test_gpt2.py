@@ -386,7 +386,7 @@ def test_run_starts_from_the_published_weights(workdir):
     lm, its = load_lm(workdir / "runs/r"), GPT2.pretrained(workdir / "source", ctx_len=16, dropout=0.0)
     assert lm.cfg == its.cfg
     far = max((a - b).abs().max().item() for a, b in zip(lm.parameters(), its.parameters()))
-    assert 0 < far < 0.01  # One step of AdamW
+    assert 0 < far < 0.02  # One step of training
 
 
 def test_a_run_from_random_weights_needs_no_files(workdir):
