@@ -8,10 +8,14 @@ from common import parse_options, report  # isort: skip
 import os
 import subprocess
 import sys
-import time
 
 from lmnotes.core import usable_cores
 
+POLICIES = {
+    "chosen by load": {},
+    "spin (torch's default)": dict(OMP_WAIT_POLICY="", GOMP_SPINCOUNT="300000"),
+    "sleep at once": dict(OMP_WAIT_POLICY="passive"),
+}
 TRAIN = """
 import lmnotes, time
 from lmnotes.data.batches import RandomBatches
@@ -43,8 +47,6 @@ def main():
         subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(1 if args.quick else 3 * cores)
     ]
     try:
-        while not args.quick and os.getloadavg()[0] < cores:
-            time.sleep(1)
         busy = {name: tokens_per_second(seconds, **env) for name, env in POLICIES.items()}
     finally:
         for other in others:
@@ -71,12 +73,6 @@ def main():
         ],
     )
 
-
-POLICIES = {
-    "chosen by load": {},
-    "spin (torch's default)": dict(OMP_WAIT_POLICY="", GOMP_SPINCOUNT="300000"),
-    "sleep at once": dict(OMP_WAIT_POLICY="passive"),
-}
 
 if __name__ == "__main__":
     main()

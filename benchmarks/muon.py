@@ -6,34 +6,33 @@ MKL_ENABLE_INSTRUCTIONS=AVX2 python benchmarks/muon.py`.
 """
 
 from common import load_corpus, timing_columns, report, interleave, min_cpu, parse_options, build_parts  # isort: skip
-import torch
-
 from lmnotes.core import pick_dtype
 from lmnotes.training.trainer import Trainer
 
-LARGE = dict(n_layers=6, d_model=384, n_heads=6)
-MODELS = {"default": {}, "tiny": dict(preset="tiny"), "10.7 M, 8 x 256": dict(batch_size=8, ctx_len=256, accum=1)}
-BARS = {"default": 1.25, "tiny": 1.15, "10.7 M, 8 x 256": 1.25}
+MODELS = {  # Name: (run parameters, shape, largest ratio to AdamW's step)
+    "default": ({}, {}, 1.25),
+    "tiny": (dict(preset="tiny"), {}, 1.15),
+    "10.7 M, 8 x 256": (dict(batch_size=8, ctx_len=256), dict(n_layers=6, d_model=384, n_heads=6), 1.25),
+}
 
 
 def main():
     args = parse_options(__doc__, rounds=(12, "timed steps of each"))
     dtype = pick_dtype("cpu")[0]
-    print(f"{torch.backends.cpu.get_cpu_capability()}, {dtype}")
+    print(dtype)
     steps = {}
-    for model, changes in MODELS.items():
+    for model, (changes, shape, _) in MODELS.items():
         for optimizer in ("muon", "adamw"):
             cfg, data = load_corpus(args.quick, **changes, optimizer=optimizer, dtype=dtype, steps=1000)
-            shape = LARGE if "M" in model and not args.quick else {}
-            lm, batches, _ = build_parts(cfg, data, **shape)
+            lm, batches, _ = build_parts(cfg, data, **({} if args.quick else shape))
             steps[model, optimizer] = Trainer(lm, batches, cfg).train_step
     clocks = interleave(steps, 1 if args.quick else args.rounds)
     best = {name: min_cpu(of) for name, of in clocks.items()}
     ratios = {model: best[model, "muon"] / best[model, "adamw"] for model in MODELS}
     rows = [dict(model=model, optimizer=optimizer, **timing_columns(of)) for (model, optimizer), of in clocks.items()]
     bars = [
-        (f"a step of {model} is at most {BARS[model]} times AdamW's", f"{ratio:.2f}", ratio <= BARS[model])
-        for model, ratio in ratios.items()
+        (f"a step of {model} is at most {bar} times AdamW's", f"{ratios[model]:.2f}", ratios[model] <= bar)
+        for model, (_, _, bar) in MODELS.items()
     ]
     report(args, rows, bars)
 

@@ -382,11 +382,11 @@ def test_resumed_run_is_bit_identical_and_needs_no_source(workdir, more):
 
 def test_run_starts_from_the_published_weights(workdir):
     published(workdir / "source", vocab_size=256)
-    assert run_in_process(workdir, train, 1, **RUN, model_args="dropout=0") == 130, read_log(workdir)
+    assert run_in_process(workdir, train, 1, **RUN, model_args="dropout=0", optimizer="adamw") == 130, read_log(workdir)
     lm, its = load_lm(workdir / "runs/r"), GPT2.pretrained(workdir / "source", ctx_len=16, dropout=0.0)
     assert lm.cfg == its.cfg
     far = max((a - b).abs().max().item() for a, b in zip(lm.parameters(), its.parameters()))
-    assert 0 < far < 0.02  # One step of training
+    assert 0 < far < 0.01  # One step of AdamW
 
 
 def test_a_run_from_random_weights_needs_no_files(workdir):

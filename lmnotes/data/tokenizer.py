@@ -244,13 +244,12 @@ def _train_bpe(texts, vocab_size):
     "Return (vocabulary, merges) learned from an iterator of texts"
     import rustbpe
 
+    if vocab_size < 257:
+        raise ValueError(f"a BPE vocabulary of {vocab_size} is too small: 256 bytes and an end-of-document id need 257")
     if _TRAINED_IN - {os.getpid()}:
         problem = "this process is a fork of one that has trained a BPE, and lacks the threads that train"
         raise TokenizerError(f"{problem}. Start it with multiprocessing's start method 'spawn'")
     _TRAINED_IN.add(os.getpid())
-
-    if vocab_size < 257:
-        raise ValueError(f"a BPE vocabulary of {vocab_size} is too small: 256 bytes and an end-of-document id need 257")
     trainer = rustbpe.Tokenizer()
     plain = (check_words(ESCAPED_BYTES.sub("", text)) for text in texts)
     trainer.train_from_iterator(plain, vocab_size - 1, buffer_size=64, pattern=_WORDS)  # 64 texts at a time

@@ -284,7 +284,7 @@ def check_same_data(data, info, cfg, remedy) -> None:  # `RunData`, run.json, `R
     if then and now and then != now:  # The tokenizer is the same, so another program has applied it
         raise CheckpointError(
             f"the token ids of {cfg.data} have changed: run.json has the hash {then[:12]}, but the installed "
-            f"`tokenizers` and `tiktoken` give {now[:12]}. Install {info['tokenizer'].get('library') or 'the one that the run used'}, {remedy}"
+            f"`tokenizers` and `tiktoken` give {now[:12]}. Install {info['tokenizer'].get('library') or 'those that the run used'}, {remedy}"
         )
 
 # %% ../../nbs/runs/62_data.ipynb #88a74a18

@@ -90,12 +90,12 @@ def _without_dynamo(cls):
 AdamW = _without_dynamo(torch.optim.AdamW)
 
 # %% ../../nbs/training/40_optim.ipynb #20da2a8c
-_NEWTON_SCHULZ = [(3.4445, -4.7750, 2.0315)] * 5
 _POLAR_EXPRESS = [
     (8.28721201814563 / 1.01, -23.595886519098837 / 1.01**3, 17.300387312530933 / 1.01**5),
     (4.107059111542203 / 1.01, -2.9478499167379106 / 1.01**3, 0.5448431082926601 / 1.01**5),
     (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
 ]  # For singular values from 0.001 on, by Amsel et al. 2025, with their margin of 1%
+_COEFFICIENTS = dict(polar_express=_POLAR_EXPRESS, newton_schulz=[(3.4445, -4.7750, 2.0315)] * 5)
 
 # %% ../../nbs/training/40_optim.ipynb #10a7110a
 @torch.no_grad()
@@ -111,7 +111,7 @@ def orthogonalize(
     if is_polar and x.dtype == torch.float32 and x.shape[2] > 2 * x.shape[1]:
         x = _orthogonalize_wide(x)
     else:
-        for a, b, c in _POLAR_EXPRESS if is_polar else _NEWTON_SCHULZ:
+        for a, b, c in _COEFFICIENTS[method]:
             gram = x @ x.mT
             factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             x = torch.baddbmm(x, factor, x, beta=a)
