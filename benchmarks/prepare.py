@@ -54,6 +54,16 @@ TEXTS = {
 TEXTS |= {"no spaces": lambda path, size: write_text(path, size, b"", b""), "one character": write_repeated}
 
 
+def write_folder(path, size):
+    "Write two texts of half the size into a folder"
+    path.mkdir(exist_ok=True)
+    for name in ("a.txt", "b.txt"):
+        write_text(path / name, size // 2)
+
+
+TEXTS["a folder of two texts"] = write_folder
+
+
 def prepare(folder, text, tokenizer):
     "Prepare a text in a new process, and return what it needed"
     out = folder / "out"
@@ -72,8 +82,8 @@ def main():
     size = (1 if args.quick else args.mb) * 10**6
     rows, texts = [], {name: write for name, write in TEXTS.items() if args.only in name}
     with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder) / "text.txt"
         for name, write in texts.items():
+            text = Path(folder) / ("folder" if write is write_folder else "text.txt")
             for tokenizer in ("bytes", "bpe:2048"):
                 found = []
                 for n in (size // 2, size):

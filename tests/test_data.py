@@ -7,6 +7,7 @@ import json
 import random
 import threading
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -395,6 +396,26 @@ def test_real_gpt2_equals_transformers():
     text = TEXT + "\n".join(d.text for d in list(get_corpus("pydocs").documents())[:5])
     assert ours.encode(text).tolist() == theirs(text)["input_ids"]
     assert ours.decode(ours.encode(to_text(b"\xff" + text.encode()))) == to_text(b"\xff" + text.encode())
+
+
+@pytest.mark.parametrize("split", ["hash", "randperm42", "first90"])
+def test_long_texts_among_others_are_read_in_chunks(split, tmp_path, monkeypatch):
+    "Reading a long text of a folder in chunks changes neither its part nor its tokens nor the bounds of documents"
+    rng = random.Random(0)
+    for i in range(60):
+        words = rng.choices(TEXT.split(), k=200_000 if i in (7, 30, 59) else rng.randint(0, 40))
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / f"texts/{i:02}.txt").write_text(" ".join(words))
+    found = []
+    for size in (1 << 16, 1 << 30):
+        monkeypatch.setattr("lmnotes.data.corpus.read_chunks", partial(read_chunks, size=size))
+        corpus = get_corpus(tmp_path / "texts")
+        bpe = BPETokenizer.train((d.text for d in split_documents(corpus, split)), 400)
+        made = tokenize_splits(corpus, bpe, tmp_path / str(size), split)
+        texts = {d.id: d.text for d in corpus.documents()}
+        found.append({part: (t.ids.tolist(), t.doc_starts.tolist(), t.n_bytes) for part, t in made.items()})
+    assert len(texts) == 60 and max(map(len, texts.values())) > 1 << 19  # One document per file in the second round
+    assert found[0] == found[1]
 
 
 def test_the_place_of_a_named_corpus(tmp_path, monkeypatch):

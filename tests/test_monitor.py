@@ -173,5 +173,5 @@ def test_run_in_another_process_is_followed(workdir, way):
 
 
 def test_folder_without_a_run_is_rejected(tmp_path):
-    with pytest.raises(CheckpointError, match="no run here to show. There are none"):
+    with pytest.raises(CheckpointError, match="no run here to show; there are none"):
         lmnotes.attach(tmp_path / "other")

@@ -14,6 +14,8 @@ from lmnotes.data.tokenizer import ByteTokenizer, CharTokenizer
 from lmnotes.data.tokens import open_tokens
 from lmnotes.runs.config import RunConfig, resolve_config
 from lmnotes.runs.data import check_data_params, describe_data, load_data
+from lmnotes.runs.folder import fork
+from lmnotes.runs.run import run
 
 RNG = np.random.default_rng(0)
 TEXT = "The sea was calm, and the gulls were not.\nNobody spoke.\n" * 300
@@ -199,6 +201,24 @@ def test_lists_and_generators_as_data(tmp_path, monkeypatch):
     folder = record_texts(({"body": f"{i} lines"} for i in range(200)), tmp_path / "made", "bytes", text_key="body")
     tokens = load_data(RunConfig(data=str(folder)), log_fn=None).tokens
     assert sum(len(t.doc_starts) for t in tokens.values()) == 200
+
+
+@pytest.mark.parametrize("data", ["a.txt+texts/*.txt+pydocs", "texts/**/*.txt", "0.bin+1.bin", "bytes:a.txt"])
+def test_lists_and_globs_are_found_from_another_folder(tmp_path, monkeypatch, data):
+    "A run resumes though the current folder is another one, also a fork of it"
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "texts/b.txt", "texts/deep/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{name}\n{TEXT}")
+    for name in ("0.bin", "1.bin"):
+        CHARS.encode(TEXT).astype(np.uint16).tofile(tmp_path / name)
+    small = dict(model_args="d_model=8 n_layers=1 n_heads=1", ctx_len=16, batch_size=2, view=False)
+    run(run="r", data=data, out_dir="runs", tokenizer="bytes", steps=2, **small)
+    (tmp_path / "other/cwd").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "other/cwd")
+    assert run(run="r", out_dir="../../runs", resume=True, steps=3, view=False).step == 3
+    fork("../../runs/r", "f")
+    assert run(run="f", out_dir="../../runs", resume=True, steps=4, view=False).step == 4
 
 
 def test_a_dataset_of_the_hub_is_streamed_once(tmp_path, monkeypatch):

@@ -227,7 +227,7 @@ def doctor(
     if path:
         folder = find_run_folder(path).resolve()
         if not folder.is_dir() or not any(folder.glob("[rsm]*")):
-            raise CheckpointError(f"{folder}: there is no run here. {describe_existing_runs(folder.parent)}")
+            raise CheckpointError(f"{folder}: there is no run here; {similar_run(folder)}")
         findings += _findings("status", lambda: check_ending(attach(folder)))
         findings += _findings("files", check_files, folder)
         findings += _findings("disk", read_while_training, folder, lambda: check_space(folder))

@@ -123,11 +123,12 @@ def read_jsonl(
 
 # %% ../../nbs/data/10_corpus.ipynb #806fa64c
 class Document(NamedTuple):
-    "A text, its domain and its id. The chunks of one long text are consecutive and share an id"
+    "A text, its domain and its id. A long text is several of these, its consecutive chunks"
 
     text: str  # Its content, or one chunk of it
     domain: str  # Group of documents that it belongs to
     id: str  # Its file, with the line or title
+    ends: bool = True  # False if the next document is the next chunk of the same text
 
 # %% ../../nbs/data/10_corpus.ipynb #9c566c14
 class Source(NamedTuple):
@@ -171,19 +172,19 @@ READERS = dict(jsonl=read_jsonl, json=read_json_array, csv=read_csv, tsv=read_ts
 READERS |= dict(parquet=read_parquet, arrow=read_arrow)
 
 # %% ../../nbs/data/10_corpus.ipynb #74b3fa16
-def read_source(
-    source,  # `Source` to read
-    whole_file=True,  # One document per text file (False: chunks that share one id)
-) -> Iterator[Document]:  # Iterator of documents
-    "Yield the documents of one source"
+def read_source(source) -> Iterator[Document]:  # `Source` to read
+    "Yield the documents of one source, and the chunks of a long text"
     with source.open() as f:
         if source.kind in READERS:
             for key, text in READERS[source.kind](f, source.name, source.text_key):
                 yield Document(text, source.domain, f"{source.id}:{key}")
             return
         chunks = read_chunks(f, source.name, strict=source.kind == "text")
-        for text in ["".join(chunks)] if whole_file else chunks:
-            yield Document(text, source.domain, source.id)
+        text = next(chunks, "")
+        for following in chunks:
+            yield Document(text, source.domain, source.id, ends=False)
+            text = following
+        yield Document(text, source.domain, source.id)
 
 # %% ../../nbs/data/10_corpus.ipynb #ec458065
 class SkippedFile(NamedTuple):
@@ -218,13 +219,13 @@ class Corpus:
 
     @property
     def is_single_text(self) -> bool:
-        "True if the corpus is one text, which is read in chunks and split by position"
+        "True if the corpus is one text, which is split by position"
         return len(self.sources) == 1 and self.sources[0].kind in ("text", "bytes")
 
     def documents(self) -> Iterator[Document]:
         "Yield all documents, reading the files as needed"
         for source in self.sources:
-            yield from read_source(source, whole_file=not self.is_single_text)
+            yield from read_source(source)
 
     def _hash(self):
         named = len(self.domains) > 1  # The name of a single domain does not matter
@@ -263,7 +264,7 @@ class Corpus:
             return "own"
         if self.is_single_text:
             return "enwik8" if self.sources[0].kind == "bytes" else "first90"
-        few = len(list(islice(self.documents(), 50))) < 50
+        few = len(list(islice((d for d in self.documents() if d.ends), 50))) < 50
         return "first90" if few else "hash"
 
     def __repr__(self):

@@ -44,7 +44,7 @@ def _document_batches(documents, n_chars=1 << 20):
 def _write_token_file(corpus, documents, tokenizer, path, source):
     "Tokenize documents of a corpus into the file `path`"
     end = [] if corpus.is_single_text or tokenizer.eot_id is None else [tokenizer.eot_id]
-    last = None
+    starts = True
     with TokenWriter(path, tokenizer.vocab_size, tokenizer.fingerprint, source) as out:
         for batch in _document_batches(documents):
             try:
@@ -52,9 +52,10 @@ def _write_token_file(corpus, documents, tokenizer, path, source):
             except TokenizerError as e:
                 raise DataError(f"{corpus.name}: {e}") from None
             for d, ids in zip(batch, encoded):
-                ids = np.append(ids, end).astype(np.int64) if end else ids
-                out.add(ids, d.domain, len(to_bytes(d.text)) + len(end), (d.domain, d.id) != last)
-                last = d.domain, d.id
+                closing = end if d.ends else []
+                ids = np.append(ids, closing).astype(np.int64) if closing else ids
+                out.add(ids, d.domain, len(to_bytes(d.text)) + len(closing), starts)
+                starts = d.ends
         corpus.check_unchanged()
 
 # %% ../../nbs/data/16_prepare.ipynb #ca3b571b

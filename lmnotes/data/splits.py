@@ -8,7 +8,7 @@ __all__ = ['SPLITS', 'resolve_split', 'parts_of_split', 'split_documents']
 # %% ../../nbs/data/12_splits.ipynb #05802d34
 import hashlib
 from collections.abc import Iterator
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 
@@ -16,18 +16,32 @@ from ..core import DataError
 from .corpus import *
 
 # %% ../../nbs/data/12_splits.ipynb #62526ef4
-def _hashes_to_val(d):
-    "Return whether the SHA-256 of a document's text puts it into val, as it does for a tenth of the documents"
-    return int.from_bytes(hashlib.sha256(to_bytes(d.text)).digest()[:8], "big") % 1000 < 100
+def _hashes_to_val(chunks):
+    "Return whether the SHA-256 of a text, given in chunks, puts it into val, as it does for a tenth of the documents"
+    h = hashlib.sha256()
+    for d in chunks:
+        h.update(to_bytes(d.text))
+    return int.from_bytes(h.digest()[:8], "big") % 1000 < 100
+
+
+def _decide_by_hash(source):
+    "Yield (document or chunk, whether its hash puts it into val). A text of several chunks is read twice"
+    documents = read_source(source)
+    for d in documents:
+        if d.ends:
+            yield d, _hashes_to_val([d])
+        else:
+            in_val = _hashes_to_val(chain([d], documents))
+            yield from ((chunk, in_val) for chunk in read_source(source))
 
 
 def _kept_in_train(corpus):
     "Return (domain, id) of the first document of each domain whose documents would all be in val"
     kept = set()
     for domain in corpus.domains:
-        documents = (d for s in corpus.sources if s.domain == domain for d in read_source(s))
-        first = next(documents, None)
-        if first and _hashes_to_val(first) and all(map(_hashes_to_val, documents)):
+        decided = chain.from_iterable(_decide_by_hash(s) for s in corpus.sources if s.domain == domain)
+        first, in_val = next(decided, (None, False))
+        if in_val and all(in_val for _, in_val in decided):
             kept.add((domain, first.id))
     return kept
 
@@ -35,20 +49,24 @@ def _kept_in_train(corpus):
 def _hash_split(corpus, part):
     "Put a tenth of the documents, selected by the SHA-256 of their text, into val"
     kept = _kept_in_train(corpus)
-    for d in corpus.documents():
-        if (_hashes_to_val(d) and (d.domain, d.id) not in kept) == (part == "val"):
+    for d, in_val in chain.from_iterable(map(_decide_by_hash, corpus.sources)):
+        if (in_val and (d.domain, d.id) not in kept) == (part == "val"):
             yield d
 
-
+# %% ../../nbs/data/12_splits.ipynb #fe7d18e6
 def _randperm42_split(corpus, part):
     "Return the documents of a part in corpus order: the first nine tenths of a shuffle with seed 42 are train"
-    domains = [d.domain for d in corpus.documents()]
+    domains = [d.domain for d in corpus.documents() if d.ends]
     order = torch.randperm(len(domains), generator=torch.Generator().manual_seed(42))
     is_train = torch.zeros(len(domains), dtype=torch.bool)
     is_train[order[: int(len(domains) * 0.9)]] = True
     lost = {*domains} - {name for name, t in zip(domains, is_train.tolist()) if t}
     is_train[[domains.index(name) for name in sorted(lost)]] = True
-    return (d for d, t in zip(corpus.documents(), is_train.tolist()) if t == (part == "train"))
+    is_train, number = is_train.tolist(), 0
+    for d in corpus.documents():
+        if is_train[number] == (part == "train"):
+            yield d
+        number += d.ends
 
 # %% ../../nbs/data/12_splits.ipynb #9d4b0fef
 def _provided_split(corpus, part):
@@ -67,7 +85,7 @@ def _slice_documents(documents, start, stop, units=str, text=str):
         piece = content[max(start - position, 0) : stop - position]
         position += len(content)
         if piece:
-            yield d._replace(text=text(piece))
+            yield d._replace(text=text(piece), ends=d.ends or position >= stop)
 
 # %% ../../nbs/data/12_splits.ipynb #c3d078c2
 def _late_domains(corpus, cut):
@@ -132,7 +150,7 @@ def _require_nonempty(documents, corpus, split, part):
         n += len(d.text)
         yield d
     if not n:
-        total = f"{sum(1 for _ in corpus.documents())} documents, {corpus.n_chars:,} characters in all"
+        total = f"{sum(d.ends for d in corpus.documents())} documents, {corpus.n_chars:,} characters in all"
         fix = "Use more text, or the split first90, which needs only two characters"
         raise DataError(f"{corpus.name}: the {part} part of the split {split} is empty ({total}). {fix}")
 

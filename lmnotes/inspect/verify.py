@@ -325,7 +325,7 @@ def verify(
     "Check every hash of a run folder, and train recorded intervals again to compare the bits"
     folder = find_run_folder(path).resolve()
     if not (folder / "run.json").exists() and not list_checkpoints(folder):
-        raise CheckpointError(f"{folder}: there is no run here to verify. {describe_existing_runs(folder.parent)}")
+        raise CheckpointError(f"{folder}: there is no run here to verify; {similar_run(folder)}")
     rows, changed, largest = check_run_folder(folder), "", 0
     wrong = {row["part"] for row in rows if row["result"] == MISMATCH}
     usable = [] if "run.json" in wrong or not replay else replay_intervals(folder)

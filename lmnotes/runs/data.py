@@ -7,6 +7,7 @@ __all__ = ['TOKEN_FILES', 'RunData', 'load_data', 'describe_data', 'check_data_p
            'check_same_data', 'check_content', 'check_same_tokenizer']
 
 # %% ../../nbs/runs/62_data.ipynb #6025aee0
+import glob
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -231,23 +232,35 @@ def check_data_params(cfg, origins) -> None:  # `RunConfig`, and {parameter: ori
         raise DataError(f"{value} has no effect on data={cfg.data!r}, which is {kind}. Leave it out, or correct data")
 
 # %% ../../nbs/runs/62_data.ipynb #2f447d50
+def _find_path(name, data_dir=""):
+    "Return the path of the file, folder or glob that an element of `data` names, or None"
+    name = str(name).removeprefix("bytes:")
+    tried = paths_to_try(name, data_dir) if name else []
+    return next((p for p in tried if p.exists() or glob.glob(str(p), recursive=True)), None)
+
+
 def data_place(cfg, folder) -> str:  # `RunConfig`, and the run folder
-    "Return the path of the file or folder that `data` names, relative to the run folder, empty if there is none"
-    is_name = cfg.data in (*BUILTIN, *DOWNLOADS) and not _find_token_files(_data_path(cfg), cfg)
-    name = "" if is_name else cfg.data.removeprefix("bytes:")
-    found = next((p for p in paths_to_try(name, cfg.data_dir) if name and p.exists()), None)
+    "Return the paths in `data`, relative to the run folder: a line for each element, empty if one of them is not there"
+    elements = [cfg.data] if _find_path(cfg.data, cfg.data_dir) else cfg.data.split("+")
+    is_tokens = bool(_find_token_files(_data_path(cfg), cfg))
+    names = [e for e in elements if not is_tokens and (e in {*BUILTIN, *DOWNLOADS} or e.startswith("hf:"))]
+    found = {e: _find_path(e, cfg.data_dir) for e in elements if e not in names}
     with suppress(ValueError):  # Another drive
-        return os.path.relpath(found, folder) if found else ""
+        if found and all(found.values()):
+            return "\n".join("" if e in names else os.path.relpath(found[e], folder) for e in elements)
     return ""
 
 
 def _with_recorded_place(cfg, info, folder):
-    "Return the configuration of a run with the recorded place of its data, if its path does not exist from this folder"
+    "Return the configuration of a run with the recorded places of its data, if a path does not exist from this folder"
     is_lost = cfg.data == info["config"]["data"] and not data_place(cfg, folder)
-    place = info["data"].get("place") if is_lost else ""
-    if not place or not (found := (Path(folder) / place).resolve()).exists():
+    places = info["data"].get("place", "").split("\n") if is_lost else []
+    elements = cfg.data.split("+") if len(places) > 1 else [cfg.data]
+    found = [_find_path((Path(folder) / p).resolve()) if p else e for p, e in zip(places, elements)]
+    if not any(places) or not all(found) or len(found) > 1 and any("+" in str(path) for path in found):
         return cfg
-    return replace(cfg, data=f"{'bytes:' * cfg.data.startswith('bytes:')}{found}")
+    raw = ["bytes:" * (e.startswith("bytes:") and bool(p)) for p, e in zip(places, elements)]
+    return replace(cfg, data="+".join(f"{prefix}{path}" for prefix, path in zip(raw, found)))
 
 # %% ../../nbs/runs/62_data.ipynb #74de9a7c
 def load_data_of_run(
