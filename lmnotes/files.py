@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from numbers import Real
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -204,13 +205,9 @@ def round_for_json(v) -> Any:
     return (float(f"{v:.7g}") if math.isfinite(v) else None) if isinstance(v, float) else v
 
 
-_RECORD = {"step": int, "split": str, "time?": str, "tokens?": int, str: float | bool | None}
-_MEASURED = _RECORD | {"loss": float | None}
-_RECORDS = dict(
-    train=_MEASURED,
-    val=_MEASURED,
-    sample=_RECORD | {"prompt": str, "text": str},
-)
+_RECORD = {"step": int, "split": str, "time?": str, "tokens?": int, str: Real | bool | None}
+_MEASURED = _RECORD | {"loss": Real | None}
+_RECORDS = dict(train=_MEASURED, val=_MEASURED, sample=_RECORD | {"prompt": str, "text": str})
 
 
 def _parse_record(line):
@@ -226,7 +223,7 @@ def _is_record(value):
     "Return True for a record with the entries of its split"
     split = value.get("split") if isinstance(value, dict) else None
     kind = _RECORDS.get(split, _RECORD) if isinstance(split, str) else _RECORD
-    if any(wrong_entries(value, kind)):
+    if any(wrong_entries(value, kind)) or any(v in (math.inf, -math.inf) for v in value.values()):
         return False
     return "time" not in value or datetime.fromisoformat(value["time"]).timestamp() > 0
 

@@ -15,6 +15,7 @@ import torch
 
 from lmnotes.core import DataError, TokenizerError, data_root
 from lmnotes.data import datasets
+from lmnotes.data.batches import DomainBalancedBatches
 from lmnotes.data.corpus import read_chunks, read_jsonl, to_bytes, to_text
 from lmnotes.data.datasets import get_corpus
 from lmnotes.data.prepare import tokenize_splits
@@ -24,6 +25,7 @@ from lmnotes.data.tokenizer_files import get_tokenizer, load_tokenizer
 from lmnotes.data.tokens import TokenWriter, open_tokens
 from lmnotes.runs.config import RunConfig
 from lmnotes.runs.data import data_place
+from lmnotes.runs.run import run
 
 TEXT = "One  two\n\n  three's café 中文 👩‍🚀\r\n" * 30
 
@@ -416,6 +418,35 @@ def test_long_texts_among_others_are_read_in_chunks(split, tmp_path, monkeypatch
         found.append({part: (t.ids.tolist(), t.doc_starts.tolist(), t.n_bytes) for part, t in made.items()})
     assert len(texts) == 60 and max(map(len, texts.values())) > 1 << 19  # One document per file in the second round
     assert found[0] == found[1]
+
+
+def test_the_records_of_runs_are_no_data(tmp_path, monkeypatch):
+    "Runs in the folder of their data do not change it, and a run cannot have the same folder"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self/a.txt").write_text(TEXT)
+    small = dict(model_args="d_model=8 n_layers=1 n_heads=1", ctx_len=16, batch_size=2, tokenizer="bytes", steps=2)
+    found = set()
+    for name, recursive in (("a", True), ("b", True), ("c", False)):
+        r = run(data="self", out_dir="self", run=name, recursive=recursive, view=False, **small)
+        found.add(r.info["data"]["fingerprint"])
+    assert len(found) == 1
+    with pytest.raises(DataError, match="the run would write its files into the folder of its data"):
+        run(data="self", out_dir=".", run="self", view=False, **small)
+    assert sorted(p.name for p in (tmp_path / "self").iterdir() if p.name[0] != ".") == ["a", "a.txt", "b", "c"]
+
+
+def test_a_file_given_twice_is_read_once(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    assert len(list(get_corpus(f"{tmp_path}/a.txt+{tmp_path}/a.txt").documents())) == 1
+
+
+def test_a_weight_of_a_domain_without_tokens_is_an_error():
+    ids, domains = np.arange(100, dtype=np.uint16), dict(a=(0, 100), empty=(100, 100))
+    with pytest.raises(DataError, match="weights='a=1 empty=1': the domain empty has no two tokens"):
+        DomainBalancedBatches(ids, domains, 2, 16, weights="a=1 empty=1")
+    with pytest.raises(ValueError, match="needs numbers above 0 and below 1e100"):
+        DomainBalancedBatches(ids, domains, 2, 16, weights="a=1e308 empty=1")
 
 
 def test_the_place_of_a_named_corpus(tmp_path, monkeypatch):

@@ -67,6 +67,7 @@ def arrow_stream():
     return out.getvalue()
 
 
+WORDS = "ORCAS", "ID3", "GIF89", "RIFFS", "OggS", "GGUF", "%PDF-files", "#version: 3", "PAR1", "Rar!"
 MANY = (jsonl() * 4000).decode().splitlines(keepends=True)  # More than the bytes that decide the format
 READ = {  # {name: (content, texts)}
     "UTF-8": (PROSE.encode(), [PROSE]),
@@ -82,9 +83,15 @@ READ = {  # {name: (content, texts)}
     "JSON lines in UTF-16": (jsonl().decode().encode("utf-16"), TEXTS),
     "a JSON array": (json.dumps([dict(text=t) for t in TEXTS], indent=1).encode(), TEXTS),
     "a long JSON array": (json.dumps([dict(text=t) for t in TEXTS * 4000]).encode(), TEXTS * 4000),
+    "a JSON array of long texts": (json.dumps([dict(text=t * 400) for t in TEXTS * 3]).encode(), [t * 400 for t in TEXTS * 3]),
     "a JSON array of texts": (json.dumps(TEXTS).encode(), TEXTS),
     "CSV": (table(","), TEXTS),
     "TSV": (table("\t"), TEXTS),
+    "a table with semicolons": (table(";"), TEXTS),
+    "a table with bars": (table("|"), TEXTS),
+    "a CSV with a long first row": (f'id,text\n1,"{PROSE * 2000}"\n2,two\n'.encode(), [PROSE * 2000, "two"]),
+    "JSON text sequences": (b"\x1e" + jsonl().replace(b"\n{", b"\n\x1e{"), TEXTS),
+    **{start: (f"{start} in the morning\n{PROSE}".encode(), [f"{start} in the morning\n{PROSE}"]) for start in WORDS},
     "text.gz": (gzip.compress(PROSE.encode()), [PROSE]),
     "text.xz": (lzma.compress(PROSE.encode()), [PROSE]),
     "text.bz2": (bz2.compress(PROSE.encode()), [PROSE]),
@@ -131,12 +138,33 @@ def test_no_file_is_misread_under_any_suffix(name, tmp_path):
     for suffix in SUFFIXES:
         path = tmp_path / f"file{suffix}"
         path.write_bytes(content)
-        if name in READ:
+        if suffix == ".bin" and name in ("UTF-16 without a mark", "UTF-16-BE without a mark"):  # The same bytes as ids
+            with pytest.raises(DataError, match="holds token ids or text in UTF-16"):
+                get_corpus(path)
+        elif name in READ:
             found = [d.text for d in get_corpus(path).documents()]
             assert found == expected or len(expected) == 1 and "".join(found) == expected[0], suffix  # Chunks of a text
         else:
             with pytest.raises(DataError, match=f"(?s){expected}"):
                 list(get_corpus(path).documents())
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.csv", "id,text,text\n1,a,b\n", "2 columns 'text'. Rename one"),
+        ("a.csv", "id;body\n1;a\n", "a table without the column 'text'"),
+        ("a.csv", "id,,body\n1,,a\n2,,b\n", "a table without the column 'text'"),
+        ("a.jsonl", '"a"\n"b"\n', "a.jsonl:1: expected"),
+        ("a.jsonl", "1\n2\n", "a.jsonl:1: expected"),
+        ("a.txt", "Un café\n" * 9, "It may be cp125"),
+        ("a.txt", "The sea was calm.\n" * 9999 + "é", "It may be cp125"),
+    ],
+)
+def test_an_untidy_file_is_no_plain_text(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content, encoding="latin-1")
+    with pytest.raises(DataError, match=message):
+        list(get_corpus(tmp_path / name).documents())
 
 
 def test_the_content_decides_the_fingerprint(tmp_path):

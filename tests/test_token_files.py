@@ -117,7 +117,12 @@ def test_shards_are_one_corpus(tmp_path, monkeypatch):
     for i in range(3):
         write_shard(tmp_path / f"web/train_{i}.bin", ids[i * 1000 : (i + 1) * 1000])
     write_shard(tmp_path / "web/val_0.bin", ids[3000:4000], 20240801, "<u4")
-    for data in ("web", "web/*.bin", "web/train_0.bin+web/train_1.bin+web/train_2.bin+web/val_0.bin"):
+    for data in (
+        "web",
+        "web/*.bin",
+        "w*/*.bin",
+        "web/train_0.bin+web/train_1.bin+web/train_2.bin+web/val_0.bin",
+    ):
         for _ in range(2):  # The second time, the copy is reused
             found = load_data(RunConfig(data=data, tokenizer="bytes"), log_fn=None)
             assert found.tokens["train"].ids.tolist() == ids[:3000].tolist()
@@ -126,6 +131,50 @@ def test_shards_are_one_corpus(tmp_path, monkeypatch):
     write_shard(tmp_path / "web/train_1.bin", ids[:1000], count=1001)
     with pytest.raises(DataError, match=r"train_1.bin: is a token shard with 2,000 bytes after the header, but 1,001"):
         load_data(RunConfig(data="web", tokenizer="bytes"), log_fn=None)
+
+
+def write_megatron(path, documents):
+    "Write documents of ids as Megatron does, with an index"
+    ids, lengths = np.concatenate(documents).astype("<u2"), [len(d) for d in documents]
+    ids.tofile(path)
+    offsets = 2 * np.append(0, np.cumsum(lengths))[:-1]
+    counts = np.array([len(lengths), len(lengths) + 1], "<i8").tobytes()
+    head = b"MMIDIDX\0\0" + (1).to_bytes(8, "little") + b"\x08" + counts
+    arrays = (lengths, "<i4"), (offsets, "<i8"), (range(len(lengths) + 1), "<i8")
+    path.with_suffix(".idx").write_bytes(head + b"".join(np.array(a, dtype).tobytes() for a, dtype in arrays))
+
+
+def test_documents_of_megatron_can_be_packed(tmp_path):
+    documents = [RNG.integers(0, 256, n) for n in RNG.integers(3, 40, 200)]
+    write_megatron(tmp_path / "a.bin", documents)
+    found = load_data(RunConfig(data=str(tmp_path / "a.bin"), tokenizer="bytes"), log_fn=None).tokens
+    cut = len(np.concatenate(documents)) * 9 // 10
+    starts = np.append(0, np.cumsum([len(d) for d in documents]))[:-1]
+    assert found["train"].doc_starts.tolist() == starts[starts < cut].tolist()
+    assert found["val"].doc_starts.tolist() == (np.union1d([cut], starts[starts >= cut]) - cut).tolist()
+    assert get_batches(found["train"], 2, 16, sampler="documents")[0].x.shape == (2, 16)
+
+
+def test_a_stated_dtype_is_not_overridden(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(200, dtype=np.uint16))
+    write_shard(tmp_path / "b.bin", np.arange(200))
+    write_megatron(tmp_path / "c.bin", [np.arange(200)])
+    for name in ("a.npy", "b.bin", "c.bin"):
+        assert len(open_tokens(tmp_path / name, "uint16")) == 200
+        with pytest.raises(DataError, match="states its dtype, uint16, so token_dtype='uint8' has no effect"):
+            open_tokens(tmp_path / name, "uint8")
+
+
+def test_token_files_among_texts_are_no_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(TEXT)
+    ByteTokenizer().encode(TEXT).astype("<u2").tofile(tmp_path / "b.bin")
+    for data in ("b.bin+a.txt", "a.txt+b.bin", "b.bin+pydocs"):
+        with pytest.raises(DataError, match="b.bin: holds token ids or text in UTF-16-LE. Pass it alone to read ids"):
+            load_data(RunConfig(data=data, tokenizer="bytes"), log_fn=None)
+    assert (
+        len(load_data(RunConfig(data="b.bin", tokenizer="bytes"), log_fn=None).tokens["train"]) == len(TEXT) * 9 // 10
+    )
 
 
 def test_the_table_names_files_documents_and_shares(tmp_path, monkeypatch):
@@ -163,6 +212,10 @@ def test_the_table_names_files_documents_and_shares(tmp_path, monkeypatch):
         ),
         (dict(data="a.txt", text_key="body"), "text_key='body' has no effect on data='a.txt', which is plain text"),
         (
+            dict(data="a.bin", tokenizer="bytes", split="hash"),
+            "split='hash' has no effect on data='a.bin', which is token",
+        ),
+        (
             dict(data="a.bin", tokenizer="bytes", domains="sea"),
             "domains='sea' has no effect on data='a.bin', which is token",
         ),
@@ -196,6 +249,9 @@ def test_lists_and_generators_as_data(tmp_path, monkeypatch):
     cfg, _ = resolve_config(dict(data=["a.txt", "b.txt"], tokenizer="bytes"), environ={})
     assert cfg.data == "a.txt+b.txt"
     assert set(load_data(cfg, log_fn=None).tokens["train"].domains) == {"a", "b"}
+    for texts in (["one text\nof two lines", "another"], [dict(text="a")], [b"a"], [1], None, ["word " * 99]):
+        with pytest.raises(DataError, match="is no name and no path. Record the texts once with"):
+            resolve_config(dict(data=texts), environ={})
     with pytest.raises(ValueError, match="data is a generator, which a resumed run could not read again. Record"):
         resolve_config(dict(data=(line for line in TEXT)), environ={})
     folder = record_texts(({"body": f"{i} lines"} for i in range(200)), tmp_path / "made", "bytes", text_key="body")

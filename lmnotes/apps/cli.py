@@ -99,19 +99,31 @@ def train_command(argv) -> int:
         "",
         f"{declared(RunConfig)['model_args'].help} (or as options of their own: {'; '.join(model)})",
     )
-    args = parse_options("train", options_of(RunConfig, train_command.__doc__, ALIASES, model_args=explained), words)
+    args = parse_options(
+        "train", options_of(RunConfig, train_command.__doc__, ALIASES, model_args=explained), words, ALIASES
+    )
     from lmnotes.runs.run import run
 
     given = {name: vars(args)[name] for name in _given_params(words, vars(args))}
     return _status_to_exit_code(run(**given, **aliased))
 
-
-def parse_options(command, options, argv) -> Any:
+# %% ../../nbs/apps/92_cli.ipynb #1e4cf479
+def parse_options(
+    command,  # Its name
+    options,  # Dataclass of its options
+    argv,  # Words after the command
+    aliases=(),  # Other names of options, which are not in `argv`
+) -> Any:
     "Parse the options of a command into its dataclass"
     import tyro
 
+    words, known = attach_values(argv, options), {f.name for f in fields(options)}
+    flags = {f"--{name.replace('_', '-')}" for name in {*known, *aliases}}
+    for word in (word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")):
+        if word.replace("--no-", "--", 1) not in flags and word not in ("--", "--help") and word[:7] != "--tyro-":
+            raise ValueError(f"{word} is not an option of lmnotes {command}; {did_you_mean(word, flags)}")
     with redirect_stdout(unescaped_stdout()):  # The help has colors
-        return tyro.cli(options, args=attach_values(argv, options), prog=f"lmnotes {command}")
+        return tyro.cli(options, args=words, prog=f"lmnotes {command}")
 
 # %% ../../nbs/apps/92_cli.ipynb #ea988c35
 def attach_values(

@@ -21,6 +21,8 @@ class PrepareOptions:
     data_dir: str = ""  # Folder of named corpora (empty: $LMNOTES_DATA, else data/)
     domains: str = ""  # Domains to use, separated by spaces (empty: all)
     split: str = "auto"  # Train/validation split: auto | hash | first90 | randperm42 | enwik8 | own
+    recursive: bool = False  # Read files in sub-folders too
+    text_key: str = "text"  # Field or column with the text, for JSON, CSV and Parquet
 
 
 def prepare_command(args) -> None:

@@ -82,7 +82,10 @@ def given_parameters(
     for names, read in readers.items():
         for name, values in options:
             if name in names and values:
-                found.update(read(values[0]) or {})
+                given = read(values[0]) or {}
+                if not isinstance(given, dict):
+                    raise ValueError(f"{name} {values[0]}: found {given!r}, expected parameters such as 'steps: 100'")
+                found.update(given)
     found.update(values for name, values in options if name in TWO_VALUES and len(values) == 2)
     return found
 

@@ -164,8 +164,10 @@ def parse_weights(
         found = {name.strip(): float(value) for name, _, value in items}
     except ValueError as e:
         raise ValueError(f"weights={weights!r}: {e}. Write numbers, such as books=3") from None
-    if not all(0 < w < np.inf for w in found.values()):
-        raise ValueError(f"weights={weights!r} needs numbers above 0. Omit a domain by naming the others in domains=")
+    if not all(0 < w < 1e100 for w in found.values()):
+        raise ValueError(
+            f"weights={weights!r} needs numbers above 0 and below 1e100. Omit a domain by naming the others in domains="
+        )
     return [found[name] for name in domains]
 
 
@@ -190,6 +192,9 @@ class DomainBalancedBatches(SequenceBatches):
         weights="",  # Shares such as "books=3 web=1" (empty: equal shares)
     ):
         shares = dict(zip(domains, parse_weights(weights, list(domains))))
+        if empty := [name for name, span in domains.items() if weights and span[1] - span[0] < 2]:
+            fix = "Leave it out by naming the others in domains="
+            raise DataError(f"weights={weights!r}: the domain {empty[0]} has no two tokens to train on. {fix}")
         spans = {name: span for name, span in domains.items() if span[1] - span[0] > 1}  # Others have no target
         if not spans:
             raise DataError("no domain has two tokens, so there is nothing to predict. Use more text")

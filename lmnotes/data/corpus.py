@@ -13,7 +13,7 @@ import hashlib
 import re
 import zipfile
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -119,7 +119,8 @@ def read_jsonl(
         line = line.removeprefix(BOM) if number == 1 else line
         if line.strip():
             where = f"{name}:{number}"
-            yield number, record_text(parse_json_record(_decode(line, name, number), where), where, text_key)
+            record = parse_json_record(_decode(line.lstrip(b"\x1e"), name, number), where)
+            yield number, record_text(record, where, text_key)
 
 # %% ../../nbs/data/10_corpus.ipynb #806fa64c
 class Document(NamedTuple):
@@ -170,6 +171,7 @@ def _read_topics(f, name, text_key):
 
 READERS = dict(jsonl=read_jsonl, json=read_json_array, csv=read_csv, tsv=read_tsv, topics=_read_topics)
 READERS |= dict(parquet=read_parquet, arrow=read_arrow)
+READERS |= {kind: partial(read_csv, delimiter=DELIMITERS[kind]) for kind in ("ssv", "psv")}
 
 # %% ../../nbs/data/10_corpus.ipynb #74b3fa16
 def read_source(source) -> Iterator[Document]:  # `Source` to read

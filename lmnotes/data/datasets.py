@@ -327,8 +327,9 @@ def _resolve_all(data, data_dir, recursive, text_key):
     if "tinystories" in names:
         fix = "Download a file of it yourself, and pass its path, such as data=./TinyStories-train.txt"
         raise DataError(f"data={data!r}: tinystories has no name here, because its SHA-256 is unknown. {fix}")
-    if len(names) == 1 or "" in names or any(p.exists() for p in paths_to_try(data.removeprefix("bytes:"), data_dir)):
-        return _resolve_sources(data, data_dir, recursive, text_key)
+    is_path = "" in names or any(p.exists() for p in paths_to_try(data.removeprefix("bytes:"), data_dir))
+    if is_path or len(names) == 1:
+        return _resolve_sources(data if is_path else names[0], data_dir, recursive, text_key)
     parts = [_resolve_sources(name, data_dir, recursive, text_key) for name in names]
     name, skipped = "+".join(name for name, _, _ in parts), [s for _, _, left_out in parts for s in left_out]
     found = {}
@@ -340,7 +341,11 @@ def _resolve_all(data, data_dir, recursive, text_key):
 # %% ../../nbs/data/11_datasets.ipynb #67127842
 def join_data(data) -> str:  # A name or path, or a list of them
     "Return `data` as one text, with the elements of a list joined by `+`"
-    if not isinstance(data, (list, tuple)):
+    items = data if isinstance(data, (list, tuple)) else [data]
+    if texts := [i for i in items if not isinstance(i, (str, os.PathLike)) or re.search(r"\n|[^/+]{256}", str(i))]:
+        record = "Record the texts once with lmnotes.data.prepare.record_texts(texts, folder), and pass the folder"
+        raise DataError(f"data: {str(texts[0])[:40]!r} ({type(texts[0]).__name__}) is no name and no path. {record}")
+    if items is not data:
         return str(data)
     if bad := [str(item) for item in data if "+" in str(item)]:
         raise DataError(

@@ -30,6 +30,16 @@ def is_temporary(name) -> bool:
     return _TEMPORARY.fullmatch(name) is not None
 
 
+def _is_run(folder):
+    "Return True for the folder of a run, whose records are no data"
+    return (folder / "run.json").is_file() and (folder / "tokenizer").is_dir()
+
+
+def _sub_folders(folder):
+    "Return the sub-folders that can hold data"
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not is_temporary(p.name) and not _is_run(p))
+
+
 def _list_files(folder, recursive):
     "Return (paths of the files below a folder in a fixed order, skipped files). Files in sub-folders only if `recursive`"
     files, skipped = [], []
@@ -37,6 +47,9 @@ def _list_files(folder, recursive):
         inside = Path(at).relative_to(folder)
         hidden = [name for name in [*folders, *names] if is_temporary(name)]
         skipped += [SkippedFile((inside / name).as_posix(), "hidden or temporary") for name in hidden]
+        runs = [name for name in folders if name not in hidden and _is_run(Path(at) / name)]
+        skipped += [SkippedFile(f"{(inside / name).as_posix()}/", "a run of lmnotes") for name in runs]
+        hidden += runs
         files += [inside / name for name in names if name not in hidden]
         folders[:] = [name for name in folders if name not in hidden] if recursive else []
     return sorted(files, key=Path.as_posix), sorted(skipped)
@@ -100,6 +113,9 @@ def file_sources(
 ) -> tuple:  # (list of `Source`, list of `SkippedFile`)
     "Return the sources in one file, or raise `DataError` if its content is no text"
     found = recognize(path, text_key)
+    if path.suffix == ".bin" and found.encoding != "utf-8" and not found.compression and not encoding_of_bytes(path):
+        what = f"holds token ids or text in {found.encoding.upper()}"
+        raise DataError(f"{path}: {what}. Pass it alone to read ids, or rename it to .txt to read text")
     if found.kind in READABLE:
         return [_file_source(path, domain, file_id, found, text_key)], []
     if found.kind != "zip":
@@ -161,7 +177,7 @@ _DOMAIN_KINDS = "jsonl", "json", "parquet", "arrow"
 def _deeper(folder, prefix=""):
     "Return the skipped sub-folders of a folder, with the number of files in each"
     found = []
-    for sub in sorted(p for p in folder.iterdir() if p.is_dir() and not is_temporary(p.name)):
+    for sub in _sub_folders(folder):
         if n := len(_list_files(sub, True)[0]):
             found.append(
                 SkippedFile(f"{prefix}{sub.name}/", f"{n:,} files in a sub-folder. Set recursive=True to read them")
@@ -172,7 +188,7 @@ def _deeper(folder, prefix=""):
 def _domains(folder, recursive, text_key):
     "Return [(sources, skipped files)] of the sub-folders of a folder, or an empty list if none holds records"
     parts = []
-    for sub in sorted(p for p in folder.iterdir() if p.is_dir() and not is_temporary(p.name)):
+    for sub in _sub_folders(folder):
         files, hidden = _list_files(sub, recursive)
         sources, skipped = _select(sub, files, sub.name, f"{sub.name}/", text_key, others=False)
         hidden = [s._replace(name=f"{sub.name}/{s.name}") for s in hidden]

@@ -87,6 +87,7 @@ def read_json_array(
         yield i, record_text(record, f"{name}: element {i}", text_key)
 
 # %% ../../nbs/data/09_records.ipynb #6141b8d4
+# Long: the errors of a table with their lines
 MAX_FIELD_BYTES = 1 << 28  # Longest field of a table
 
 
@@ -101,6 +102,10 @@ def read_csv(
     rows = csv.DictReader(io.TextIOWrapper(f, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
     try:
         columns = [str(c)[:40] for c in rows.fieldnames or []]
+        if columns.count(text_key[:40]) > 1:
+            raise DataError(
+                f"{name}: a table with {columns.count(text_key[:40])} columns {text_key!r}. Rename one of them"
+            )
         if text_key not in (rows.fieldnames or []):
             fix = f"Set text_key to one of its columns ({', '.join(columns[:8])}), or save plain text as .txt"
             raise DataError(f"{name}: a table without the column {text_key!r}. {fix}")
@@ -120,7 +125,7 @@ def read_csv(
 
 def read_tsv(f, name, text_key="text") -> Iterator[tuple]:  # Arguments as in `read_csv`
     "Yield the texts in a column of a table whose columns are separated by tabs"
-    return read_csv(f, name, text_key, "\t")
+    return read_csv(f, name, text_key, DELIMITERS["tsv"])
 
 # %% ../../nbs/data/09_records.ipynb #3442cb08
 def _arrow_batches(f, kind, text_key, pa):

@@ -151,7 +151,8 @@ def _require_nonempty(documents, corpus, split, part):
         yield d
     if not n:
         total = f"{sum(d.ends for d in corpus.documents())} documents, {corpus.n_chars:,} characters in all"
-        fix = "Use more text, or the split first90, which needs only two characters"
+        other = split != "first90" and corpus.n_chars > 1
+        fix = f"Use more text{', or the split first90, which needs only two characters' * other}"
         raise DataError(f"{corpus.name}: the {part} part of the split {split} is empty ({total}). {fix}")
 
 

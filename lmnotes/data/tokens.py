@@ -302,12 +302,15 @@ def _check_fit(path, ids, info, tokenizer, ctx_len):
 def _read_foreign(path, dtype, vocab_size):
     "Return (ids, starts of the documents or None) of a token file without metadata of lmnotes"
     if path.suffix != ".bin" or recognize(path).kind in ("npy", "torch"):
-        return _read_ids(path, None), None
+        found = _read_ids(path, None), None
+    elif (found := read_megatron(path)) is None and (ids := read_shard(path)) is not None:
+        found = ids, None
+    if found is not None:
+        stated = found[0].dtype
+        if dtype not in (None, "auto") and stated != TOKEN_DTYPES[dtype]:
+            raise DataError(f"{path}: states its dtype, {stated}, so token_dtype={dtype!r} has no effect. Leave it out")
+        return found
     if dtype in (None, "auto"):
-        if (found := read_megatron(path)) is not None:
-            return found
-        if (ids := read_shard(path)) is not None:
-            return ids, None
         dtype = resolve_dtype(path, vocab_size)
         print(
             f"{escape_terminal(path.name)}: no metadata, read as {dtype} because of its content. token_dtype sets another dtype"

@@ -172,7 +172,7 @@ def generate_ids(
 # %% ../../nbs/inference/50_generation.ipynb #c5a527dd
 def _generate_chunks(lm, prompts, n, stop_id, stop_signal, rows, sampling):
     "Yield chunks (B,k) of new ids until every sequence is complete"
-    if n < 0:
+    if n < 0 or n != int(n):
         raise ValueError(f"n={n} is not a number of new tokens. Use 0 or more")
     if not len(prompts[0]):
         raise ValueError("a prompt has no ids. Start with the tokenizer's eot_id or a newline")
@@ -304,6 +304,8 @@ def generate(
     **sampling: "Unpack[SamplingParams]",  # temperature, top_k, top_p, min_p, repetition_penalty, seed
 ) -> Prompts:  # New text, or a list of new texts
     "Generate text after each prompt. The result does not include the prompt"
+    if not isinstance(prompts, (str, list, tuple)) or not all(isinstance(p, str) for p in prompts):
+        raise TypeError(f"prompts is {prompts!r:.60}, expected a text or a list of texts")
     if isinstance(prompts, str):
         return generate(lm, tokenizer, [prompts], n, stop, stop_signal, **sampling)[0]
     ids, texts = [encode_prompt(tokenizer, p) for p in prompts], [""] * len(prompts)

@@ -6,8 +6,8 @@
 __all__ = ['Split', 'Sampler', 'Packing', 'TokenDtype', 'FIXED_PARAMS', 'CHANGEABLE_PARAMS', 'ALIASES', 'MODEL_PARAMS',
            'DTYPE_ALIASES', 'HINTS', 'OTHER_VARIABLES', 'MAX_BATCH_TOKENS', 'DataConfig', 'RunConfig',
            'canonical_params', 'resolve_config', 'given_param_names', 'params_from', 'given_settings', 'setting_names',
-           'parameter_name', 'recipe_names', 'run_of_folder', 'to_cli_flags', 'format_params', 'command_with',
-           'check_params', 'parse_names', 'check_unchanged']
+           'parameter_name', 'in_recipe_terms', 'recipe_names', 'run_of_folder', 'to_cli_flags', 'format_params',
+           'command_with', 'check_effects', 'check_params', 'parse_names', 'check_unchanged']
 
 # %% ../../nbs/runs/60_config.ipynb #a0b4f076
 import os
@@ -211,6 +211,9 @@ def resolve_config(
                     f"$LMNOTES_{name.upper()} is {values[name]!r}, but this recipe needs {found!r}. Unset it"
                 )
             values[name], origins[name] = found, origin
+    if origins["steps"] == origins["epochs"] == "explicit" and values["epochs"] != "auto":
+        both = f"epochs={values['epochs']:g} and steps={values['steps']}"
+        raise ValueError(f"{both} both set the length of the run. Leave out one of them")
     return RunConfig(**values), origins
 
 # %% ../../nbs/runs/60_config.ipynb #93e13696
@@ -256,13 +259,17 @@ def parameter_name(
     is_own = not _recipe_names or name in _recipe_names.values() or name not in declared(RunConfig)
     return name if is_own else _recipe_names.get(name, "")
 
-
-def _with_recipe_names(text):
+# %% ../../nbs/runs/60_config.ipynb #74c1c007
+def in_recipe_terms(text) -> str:
     "Return a message with the names of the recipe, where a parameter has a value, or a name that is no common word"
     for name, shown in _recipe_names.items():
         if name != shown:
             after = r"(?![\w./-])" if "_" in name else "(?==)"
             text = re.sub(rf"(?<![\w./-]){name}{after}", lambda match: shown, text)
+    for name in {"text_key", "recursive"} - _recipe_names.keys() if _recipe_names else ():
+        flag = f"--{name.replace('_', '-')}"
+        text = text.replace(f"Set {name}=True to", f"Run lmnotes prepare {flag} to")
+        text = text.replace(f"Set {name} to", f"Run lmnotes prepare with {flag} set to")
     return text
 
 
@@ -276,7 +283,7 @@ def recipe_names(
     try:
         yield
     except (ValueError, OutOfMemoryError) as e:
-        e.args = tuple(_with_recipe_names(arg) if isinstance(arg, str) else arg for arg in e.args)
+        e.args = tuple(in_recipe_terms(arg) if isinstance(arg, str) else arg for arg in e.args)
         raise
     finally:
         _recipe_names.clear()
@@ -335,6 +342,23 @@ def command_with(**params) -> str:  # Parameters (None: leave it out)
     return f"{os.environ.get('LMNOTES_COMMAND', '')} {words}".lstrip()
 
 # %% ../../nbs/runs/60_config.ipynb #6e9e5e50
+_WITHOUT_EFFECT = [  # (parameter, on what it depends, values with which it has an effect)
+    ("cooldown", "schedule", ("wsd",)),
+    ("min_lr", "schedule", ("wsd", "cosine", "linear")),
+    ("orthogonalization", "optimizer", ("muon",)),
+]
+
+
+def check_effects(cfg, origins) -> None:  # `RunConfig` of a new run, and {parameter: origin of its value}
+    "Raise ValueError if a parameter that the user gave has no effect on the optimizer"
+    for name, other, values in _WITHOUT_EFFECT:
+        given, chosen = getattr(cfg, name), getattr(cfg, other)
+        if origins[name] == "explicit" and given != getattr(RunConfig, name) and chosen not in values:
+            raise ValueError(f"{name}={given!r} has no effect on {other}={chosen!r}. Leave it out, or change {other}")
+    if cfg.min_lr > peak_lr(cfg):
+        raise ValueError(f"min_lr={cfg.min_lr:g} is above the peak learning rate, lr={peak_lr(cfg):g}. Use less")
+
+# %% ../../nbs/runs/60_config.ipynb #a5029d72
 MAX_BATCH_TOKENS = 1 << 24  # Of a global batch, over all micro-batches and processes
 
 

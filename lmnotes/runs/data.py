@@ -75,9 +75,7 @@ def _token_shards(path, cfg):
     found = []
     for item in cfg.data.split("+"):
         tried = paths_to_try(item, cfg.data_dir)
-        matches = next(
-            (m for p in tried if (m := sorted(p.parent.glob(p.name)) if is_glob(p.name) else [p] * p.is_file())), []
-        )
+        matches = next((m for p in tried if (m := sorted(map(Path, glob.glob(str(p), recursive=True))))), [])
         found += [p for p in matches if not is_temporary(p.name)] or [Path(item)]
     return found if len(found) > 1 and all(p.suffix in TOKEN_FILES for p in found) else []
 
@@ -93,7 +91,8 @@ def _find_token_files(path, cfg):
         val = [p for p in shards if "val" in p.stem]
         train = [p for p in shards if p not in val]
         return dict(train=train, val=val) if train and val else dict(all=shards)
-    return dict(all=[path]) if not cfg.data.startswith("bytes:") and _is_token_file(path) else {}
+    is_one = path.exists() or "+" not in cfg.data and not is_glob(cfg.data)
+    return dict(all=[path]) if is_one and not cfg.data.startswith("bytes:") and _is_token_file(path) else {}
 
 # %% ../../nbs/runs/62_data.ipynb #bffcfc02
 def load_data(
@@ -126,6 +125,14 @@ def _data_path(cfg):
     return next((p for p in paths_to_try(cfg.data, cfg.data_dir) if p.exists()), Path(cfg.data))
 
 # %% ../../nbs/runs/62_data.ipynb #bb8db701
+def _slice_tokens(whole, start, stop):
+    "Return a part of tokens, with the documents that begin in it and the one that it begins with"
+    starts = whole.doc_starts
+    if starts is not None:
+        starts = np.union1d([start], starts[(starts >= start) & (starts < stop)]) - start
+    return Tokens(whole.ids[start:stop], whole.vocab_size, whole.path, whole.tokenizer, doc_starts=starts)
+
+
 def _load_token_files(files, name, tokenizer, cfg):
     "Return the `RunData` of token files, given as {part: paths}"
     ctx_len = cfg.ctx_len if sum(map(len, files.values())) == 1 else None
@@ -133,8 +140,9 @@ def _load_token_files(files, name, tokenizer, cfg):
     tokens = {part: merge_tokens(found, name, part, tokenizer) for part, found in opened.items()}
     if whole := tokens.pop("all", None):
         cut = len(whole) * 9 // 10
-        ids = dict(train=whole.ids[:cut], val=whole.ids[cut:])
-        tokens = {part: Tokens(ids[part], whole.vocab_size, whole.path, whole.tokenizer) for part in ids}
+        tokens = {
+            part: _slice_tokens(whole, *span) for part, span in dict(train=(0, cut), val=(cut, len(whole))).items()
+        }
         return RunData(tokens, tokenizer, whole.fingerprint, name)
     return RunData(tokens, tokenizer, sha256_json([t.fingerprint for t in tokens.values()]), name)
 
@@ -208,14 +216,22 @@ def describe_data(data, batches, cfg) -> str:  # `RunData`, training batches and
         lines.append(
             f"{batches.unused:,} tokens at the end of the text or of domains do not fill a sequence and are not used"
         )
-    lines += [escape_terminal(describe_skipped(data.skipped, 8), keep="")] if data.skipped else []
+    lines += [escape_terminal(in_recipe_terms(describe_skipped(data.skipped, 8)), keep="")] if data.skipped else []
     return "\n".join(lines)
 
 # %% ../../nbs/runs/62_data.ipynb #639496ca
-def check_data_params(cfg, origins) -> None:  # `RunConfig`, and {parameter: origin of its value}
-    "Raise `DataError` if a parameter that the user gave has no effect on the data of a new run"
+def check_data_params(
+    cfg,  # `RunConfig`
+    origins,  # {parameter: origin of its value}
+    folder="",  # Run folder
+) -> None:
+    "Raise `DataError` if a parameter that the user gave has no effect on the data of a new run, or if the run would add to its data"
     given = {n for n, origin in origins.items() if origin == "explicit" and vars(cfg)[n] != vars(RunConfig())[n]}
     path = _data_path(cfg)
+    if folder and path.is_dir() and path.resolve() == Path(folder).resolve():
+        raise DataError(
+            f"the run would write its files into the folder of its data, {path}. Choose another folder for it"
+        )
     named = all(n in BUILTIN for n in cfg.data.split("+")) and bool(cfg.data)
     kind, unused = "text", {"token_dtype"}
     if named:
@@ -224,7 +240,7 @@ def check_data_params(cfg, origins) -> None:  # `RunConfig`, and {parameter: ori
             fix = f"To train on the files in this folder, pass {format_params(data=cfg.data_dir)}"
             raise DataError(f"data_dir={cfg.data_dir!r} has no effect on data={cfg.data!r}, {kind}. {fix}")
     elif _find_token_files(path, cfg):
-        kind, unused = "token files", {"text_key", "recursive", "domains"}
+        kind, unused = "token files", {"text_key", "recursive", "domains", "split"}
     elif path.is_file() and recognize(path).kind == "text":
         kind, unused = "plain text", {"token_dtype", "text_key", "recursive"}
     if found := sorted(given & unused):

@@ -195,6 +195,19 @@ def describe_batches(name) -> str:  # Recorded name of the function `make_batche
     return f"with batches of its own (make_batches={name})" if name else "without make_batches"
 
 # %% ../../nbs/runs/63_setup.ipynb #81375338
+def _check_length(cfg, saved, done):
+    "Raise ValueError if a run has passed its end, or has no steps left in which a change takes effect"
+    more = format_params("steps" if cfg.epochs == "auto" else "epochs")
+    if cfg.steps < done:
+        past = f"the run is already at step {done}, past its end at step {cfg.steps}"
+        raise ValueError(f"{past}. Increase {more}, or fork an older step")
+    names = set(FIXED_PARAMS) | set(CHANGEABLE_PARAMS) | {"data", "steps", "epochs", "allow_change"}
+    changed = [n for n, v in asdict(cfg).items() if n not in names and n in saved and v != saved[n]]
+    if cfg.steps == done and changed:
+        without = f"{changed[0]}={getattr(cfg, changed[0])!r} has no effect"
+        raise ValueError(f"the run has ended at step {done}, so {without}. Increase {more} too, or leave it out")
+
+
 def _first_row(checkpoint_folder, cfg):
     "Return (step, row at which it begins): (0, 0), or after the last change of batch size or stride, so that a run sees no text twice"
     saved = read_checkpoint_config(checkpoint_folder) if checkpoint_folder else {}
@@ -225,6 +238,8 @@ class RunSetup:
                 check_same_record(self.info, self.checkpoint_folder, cfg.allow_change)
             cfg, origins = _merge_saved_config(self.info, cfg, origins)
         check_params(cfg, rank_and_world_size()[1])
+        if not self.info:
+            check_effects(cfg, origins)
         lm_config(cfg.arch, cfg.preset, **parse_model_args(cfg.arch, cfg.model_args))  # Find wrong names first
         self.cfg, self.origins = cfg, origins
         set_deterministic(device)
@@ -251,11 +266,7 @@ class RunSetup:
         self.initial_weights = self._hash_initial_weights()
         if self.checkpoint_folder:
             _check_same_model(self.lm, self.info, self.checkpoint_folder)
-            if cfg.steps < (done := int(self.checkpoint_folder.name[5:])):
-                more = format_params("steps" if cfg.epochs == "auto" else "epochs")
-                raise ValueError(
-                    f"the run is already at step {done}, past its end at step {cfg.steps}. Increase {more}, or fork an older step"
-                )
+            _check_length(cfg, self.info["config"], int(self.checkpoint_folder.name[5:]))
 
     def _load_data(self, log_fn):
         "Load tokens and tokenizer, which must be unchanged when a run is resumed"
@@ -297,7 +308,7 @@ class RunSetup:
                 f"tokenizer={cfg.tokenizer!r} is not the tokenizer of the pretrained weights of arch={cfg.arch!r}. "
                 f"Leave out {format_params('tokenizer')}, or start from random weights: {format_params(init_from='random')}"
             )
-        check_data_params(cfg, self.origins)
+        check_data_params(cfg, self.origins, self.folder)
         trained_with = _tokenizer_of_initial_weights(cfg, kind, source)
         data = load_data(cfg, None if is_given else trained_with, log_fn)
         if trained_with and trained_with.fingerprint != data.tokenizer.fingerprint:

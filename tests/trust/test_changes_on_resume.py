@@ -678,3 +678,9 @@ def test_the_clock_chooses_nothing(place, uninterrupted, monkeypatch, case):
     finally:
         monkeypatch.undo()
         time.tzset()
+
+
+def test_a_change_without_steps_left_is_an_error(place):
+    "A finished run records no change that would have no effect"
+    with pytest.raises(ValueError, match="the run has ended at step 12, so lr=0.5 has no effect. Increase steps too"):
+        resume(name="whole", lr=0.5, allow_change="lr")
