@@ -6,13 +6,17 @@ inputs of all positions, then loops over the positions, and autograd computes th
 Blelloch's with an explicit gradient, as in mamba.py. All three get the same float32 inputs and must agree in values and
 gradients. SSD has heads of 64 channels. We also time it in bfloat16, the dtype that a model uses for it on a CPU with
 bfloat16 instructions.
+
+Then whole layers of width 384 with their projections: ours with S6 and with SSD, and transformers' Mamba2, for sequences of 256 to 4,096 positions.
 """
 
-from common import timing_columns, report, interleave, min_cpu, parse_options  # isort: skip
+from common import timing_columns, report, interleave, min_cpu, parse_options, ratio  # isort: skip
 import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
+from lmnotes.inference.evaluation import Table
+from lmnotes.nn.lm import new_lm
 from lmnotes.nn.scans import selective_scan, ssd
 
 
@@ -91,6 +95,50 @@ def both_ways(scan, given):
     return run
 
 
+def mamba2(width):
+    "Return a layer of transformers' Mamba2"
+    from transformers import Mamba2Config
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+    cfg = Mamba2Config(
+        hidden_size=width, num_heads=width // 32, head_dim=64, state_size=64, n_groups=1, num_hidden_layers=1
+    )
+    return Mamba2Mixer(cfg, layer_idx=0)
+
+
+def compare_layers(args):
+    "Return (rows, goals) for whole layers, forward and backward in float32"
+    width = 64 if args.quick else 384
+    ours = {
+        "S6": new_lm(
+            "ssm", "nanothink_s6", vocab_size=64, d_model=width, d_inner=2 * width, n_layers=1, dropout=0.0
+        ).blocks[0],
+        "SSD": new_lm("ssm", "small", vocab_size=64, d_model=width, n_layers=1, dropout=0.0).blocks[0],
+    }
+    rows, goals = [], []
+    for T in (64,) if args.quick else (256, 1024, 4096):
+        x = torch.randn(4 if T < 4096 else 1, T, width)
+
+        peer = mamba2(width)
+        layers = {name: lambda block=block, x=x: block(x, x) for name, block in ours.items()}
+        layers["Mamba2"] = lambda x=x, peer=peer: peer(x)
+        ways = {name: lambda layer=layer: layer().square().mean().backward() for name, layer in layers.items()}
+        clocks = interleave(ways, 1 if args.quick else 3)
+        for name, of in clocks.items():
+            rows.append(
+                {
+                    "layer": name,
+                    "positions": T,
+                    **timing_columns(of),
+                    "tokens / CPU s": x.shape[:2].numel() / min_cpu(of),
+                }
+            )
+        for name, bar in dict(S6=1.0, SSD=2.5).items():
+            value = ratio(clocks, "Mamba2", name)
+            goals.append((f"{name} at {T:,} positions: times the speed of Mamba2 (goal {bar})", value, value >= bar))
+    return rows, goals
+
+
 def main():
     args = parse_options(__doc__, rounds=(3, "timed runs of each"))
     size = (2, 32, 64, 8) if args.quick else (4, 256, 768, 16)
@@ -119,15 +167,14 @@ def main():
     cpu = {name: min_cpu(times) for name, times in clocks.items()}
     ratios = cpu["loop"] / cpu["S6"], cpu["parallel scan"] / cpu["S6"]
     heads = min(cpu["SSD, float32"], cpu["SSD, bfloat16"])
-    report(
-        args,
-        rows,
-        [
-            ("S6 at least 20 times as fast as the loop", f"{ratios[0]:.1f}", ratios[0] >= 20),
-            ("S6 at least 1.3 times as fast as the parallel scan", f"{ratios[1]:.2f}", ratios[1] >= 1.3),
-            ("SSD at least 10 times as fast as S6", f"{cpu['S6'] / heads:.1f}", cpu["S6"] / heads >= 10),
-        ],
-    )
+    layer_rows, layer_goals = compare_layers(args)
+    print(f"\n{Table(layer_rows)}")
+    goals = [
+        ("S6 at least 20 times as fast as the loop", f"{ratios[0]:.1f}", ratios[0] >= 20),
+        ("S6 at least 1.3 times as fast as the parallel scan", f"{ratios[1]:.2f}", ratios[1] >= 1.3),
+        ("SSD at least 10 times as fast as S6", f"{cpu['S6'] / heads:.1f}", cpu["S6"] / heads >= 10),
+    ]
+    report(args, rows, goals + layer_goals)
 
 
 if __name__ == "__main__":

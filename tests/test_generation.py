@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from copy import deepcopy
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import lmnotes
 from lmnotes.data.tokenizer import ByteTokenizer
 from lmnotes.export.export import GENERATE_SCRIPT
 from lmnotes.inference.generation import GenerateConfig, TokenSampler, generate, generate_ids
-from lmnotes.nn.lm import LM, LMConfig
+from lmnotes.inference.quantization import Int8Linear, quantize
+from lmnotes.nn.lm import LM, LMConfig, new_lm
 
 
 class Recital(LM):
@@ -121,3 +123,41 @@ def test_stop_strings_and_dashes_on_the_command_line(trained):
         assert run_in_process(folder, lmnotes_command, "generate", *words) == 0, read_log(folder)
         n = 50 if "50" in words else 200
         assert read_log(folder).endswith(prompt + trained.generate(prompt, n, stop=stop) + "\n")
+
+
+WIDE = dict(d_model=64, n_layers=2, n_heads=2)
+QUANTIZED = {  # {architecture: its configuration}
+    "gpt": WIDE,
+    "gpt2": dict(WIDE, n_positions=16),
+    "scratch_gpt": WIDE,
+    "rnn": dict(d_model=64),
+    "bytepatch": WIDE,
+    "ssm": dict(d_model=64, n_layers=2, head_dim=32, d_state=4),
+    "streams": WIDE,
+    "diffusion": dict(WIDE, block=1),
+    "nanothink": dict(
+        transformer="gpt,d_model=64,n_layers=1,n_heads=2",
+        diffuser="diffusion,block=1,d_model=64,n_layers=1,n_heads=2",
+        **dict(d_model=64, n_heads=2, head_dim=32, kv_latent_dim=64, rope_dim=16),
+    ),
+}
+
+
+@pytest.mark.parametrize("arch", QUANTIZED)
+def test_int8_weights_of_every_architecture(arch):
+    "A quantized model writes text, and its logits are close to those of its weights in float32"
+    torch.manual_seed(0)
+    lm = new_lm(arch, vocab_size=256, ctx_len=16, **QUANTIZED[arch]).eval()
+    for i, p in enumerate(lm.parameters()):
+        torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(i))
+    x = torch.randint(256, (2, 8), generator=torch.Generator().manual_seed(0))
+    small = quantize(deepcopy(lm))
+    layers = [m for m in small.modules() if isinstance(m, Int8Linear)]
+    assert layers and sum(type(m) is torch.nn.Linear for m in small.modules()) < len(layers)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        logits = lm(x)
+        torch.manual_seed(1)
+        found = small(x)
+    assert (found - logits).norm() < 0.05 * logits.norm()
+    assert len(generate_ids(small, x.tolist(), 20, temperature=0)[1]) == 20

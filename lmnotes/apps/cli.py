@@ -165,6 +165,7 @@ def generate_command(argv) -> int:
         model_args=("", "Model configuration to override, such as thinking_steps=5"),
         device=("auto", "auto | cuda | mps | cpu"),
         dtype=("float32", "Data type of the weights: float32 | bfloat16 (faster) | auto"),
+        quantize=("", "int8: weights in 8 bits, about twice as fast on a CPU"),
     )
     more["stop"] = (), f"{declared(GenerateConfig)['stop'].help}. \\n is a newline"
     aliases = dict(GENERATE_ALIASES, checkpoint="which")
@@ -176,7 +177,7 @@ def generate_command(argv) -> int:
     given = {n: vars(args)[n] for n in _given_params(words, vars(args)) if hasattr(GenerateConfig, n)}
     from lmnotes.runs.load import load
 
-    r = load(args.run, args.which, args.device, args.dtype, args.model_args)
+    r = load(args.run, args.which, args.device, args.dtype, args.model_args, args.quantize)
     r.print_generated(generate_config(args.preset, **given))
     return 0
 
