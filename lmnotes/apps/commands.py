@@ -41,6 +41,7 @@ class EvaluateOptions:
     data: str = ""  # Other data to evaluate on (empty: the data of the run)
     by_domain: bool = False  # Print a row for each domain
     device: str = "auto"  # auto | cuda | mps | cpu
+    quantize: str = ""  # int8: evaluate with weights in 8 bits (empty: as trained)
 
 
 def _with_bound_signs(metrics):
@@ -53,7 +54,7 @@ def evaluate_command(args) -> None:
     from lmnotes.inference.evaluation import Table
     from lmnotes.runs.load import load
 
-    r = load(args.run, args.which, args.device)
+    r = load(args.run, args.which, args.device, quantize=args.quantize)
     result = r.evaluate(args.part, args.by_domain, args.data)
     by_domain = result if args.by_domain else {"": result}
     rows = [(dict(domain=name) if name else {}) | _with_bound_signs(o) for name, o in by_domain.items()]
