@@ -116,14 +116,14 @@ class EpochOrder:
         self._epoch, self._perm = -1, None
 
     def _permutation(self, epoch):
-        if not self.shuffle:
-            return np.arange(self.n)
         if epoch != self._epoch:
             self._epoch, self._perm = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.n)
         return self._perm
 
     def rows_at(self, positions) -> np.ndarray:
         "Return the rows at ascending `positions` in the order of the whole run"
+        if not self.shuffle:
+            return positions % self.n
         epochs = positions // self.n
         return np.concatenate([self._permutation(e)[positions[epochs == e] % self.n] for e in np.unique(epochs)])
 
