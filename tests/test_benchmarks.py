@@ -30,4 +30,4 @@ def test_benchmark_runs(script, tmp_path):
 
 
 def test_number_of_benchmarks():
-    assert len(SCRIPTS) == 23
+    assert len(SCRIPTS) == 24
