@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['wrong_entries', 'path_inside', 'is_checkpoint_name', 'check_run_name', 'check_utf8', 'escape_terminal',
-           'EscapedError', 'EscapedOutput', 'unescaped_stdout', 'write_control', 'escape_printed', 'escape_html',
-           'escape_markdown', 'find_secret', 'check_no_secrets', 'hide_secrets']
+           'EscapedError', 'EscapedOutput', 'unescaped_stdout', 'write_control', 'escape_unencodable', 'escape_printed',
+           'escape_html', 'escape_markdown', 'find_secret', 'check_no_secrets', 'hide_secrets']
 
 # %% ../nbs/01_untrusted.ipynb #d37351a2
 import html
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import wraps
 from numbers import Real
 from pathlib import Path
@@ -191,12 +191,27 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
+@contextmanager
+def escape_unencodable() -> "Iterator[None]":
+    "Context manager: stdout escapes characters that its encoding lacks, in place of an error"
+    stream = (
+        sys.stdout if getattr(sys.stdout, "errors", "") == "strict" and hasattr(sys.stdout, "reconfigure") else None
+    )
+    if stream:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        if stream:
+            stream.reconfigure(errors="strict")
+
+
 def escape_printed(function: Callable[_P, _R]) -> Callable[_P, _R]:
     "Decorator: escape everything that a function prints to stdout, if that is a terminal"
 
     @wraps(function)
     def escaped(*args: _P.args, **keywords: _P.kwargs) -> _R:
-        with EscapedOutput() if sys.stdout and sys.stdout.isatty() else nullcontext():
+        with EscapedOutput() if sys.stdout and sys.stdout.isatty() else escape_unencodable():
             return function(*args, **keywords)
 
     return escaped

@@ -7,6 +7,7 @@ import json
 import random
 import threading
 import zipfile
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -434,6 +435,45 @@ def test_the_records_of_runs_are_no_data(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="the run would write its files into the folder of its data"):
         run(data="self", out_dir=".", run="self", view=False, **small)
     assert sorted(p.name for p in (tmp_path / "self").iterdir() if p.name[0] != ".") == ["a", "a.txt", "b", "c"]
+
+
+SMALL = dict(model_args="d_model=8 n_layers=1 n_heads=1", ctx_len=16, batch_size=2, out_dir="runs", view=False)
+
+
+def test_a_weights_file_beside_its_run_has_its_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "b.txt").write_text("Other words are here, and they give other tokens.\n" * 60)
+    r = run(data="a.txt", tokenizer="bpe:270", run="expert", steps=1, **SMALL)
+    torch.save(r.lm.state_dict(), tmp_path / "runs/expert_epoch1.pt")
+    new = run(data="b.txt", init_from="runs/expert_epoch1.pt", run="new", steps=1, **SMALL)
+    assert new.tokenizer.fingerprint == r.tokenizer.fingerprint
+    with pytest.raises(TokenizerError, match="is not the tokenizer of"):
+        run(data="b.txt", tokenizer="bpe:270", init_from="runs/expert_epoch1.pt", run="n", steps=1, **SMALL)
+
+
+def test_characters_that_stdout_lacks_do_not_end_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("日本語のテキスト\n" * 40)
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", out)
+        r = run(data="a.txt", tokenizer="chars", run="r", steps=2, sample_every=1, **SMALL)
+    assert r.info["status"] == "done" and out.errors == "strict"
+
+
+def test_the_length_is_given_once(tmp_path, monkeypatch):
+    "The whole configuration of a run by epochs can be given again, and `data` can be a number"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "2024").mkdir()
+    (tmp_path / "2024/a.txt").write_text(TEXT)
+    r = run(data=2024, tokenizer="bytes", run="r", epochs=0.1, **SMALL)
+    again = run(**asdict(r.config) | dict(run="again", resume=False), view=False)
+    assert again.step == r.step
+    for epochs in (dict(epochs=0.1), {}):
+        monkeypatch.setenv("LMNOTES_EPOCHS", "0.1")
+        with pytest.raises(ValueError, match=f"epochs=0.1 is {r.step} steps of this data, but steps=3 is given too"):
+            run(data="2024", tokenizer="bytes", run="s", steps=3, **epochs, **SMALL)
 
 
 def test_a_file_given_twice_is_read_once(tmp_path):

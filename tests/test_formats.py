@@ -87,8 +87,6 @@ READ = {  # {name: (content, texts)}
     "a JSON array of texts": (json.dumps(TEXTS).encode(), TEXTS),
     "CSV": (table(","), TEXTS),
     "TSV": (table("\t"), TEXTS),
-    "a table with semicolons": (table(";"), TEXTS),
-    "a table with bars": (table("|"), TEXTS),
     "a CSV with a long first row": (f'id,text\n1,"{PROSE * 2000}"\n2,two\n'.encode(), [PROSE * 2000, "two"]),
     "JSON text sequences": (b"\x1e" + jsonl().replace(b"\n{", b"\n\x1e{"), TEXTS),
     **{start: (f"{start} in the morning\n{PROSE}".encode(), [f"{start} in the morning\n{PROSE}"]) for start in WORDS},
@@ -147,6 +145,31 @@ def test_no_file_is_misread_under_any_suffix(name, tmp_path):
         else:
             with pytest.raises(DataError, match=f"(?s){expected}"):
                 list(get_corpus(path).documents())
+
+
+LONG_PROSE = PROSE.replace("\n", " ") * 2000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "text | body\n--- | ---\na | b\n",
+        "Content; calm\nthe sea; the sky\n",
+        f'["Stop!\n{LONG_PROSE}',
+        f"Content, Text\n{LONG_PROSE}",
+        f'text\n"{LONG_PROSE}',
+    ],
+)
+def test_a_text_that_resembles_a_table_is_a_text(text, tmp_path):
+    for suffix in (".md", ".txt", ""):
+        (tmp_path / f"a{suffix}").write_text(text)
+        assert "".join(d.text for d in get_corpus(tmp_path / f"a{suffix}").documents()) == text
+
+
+@pytest.mark.parametrize("delimiter", ";|\t,")
+def test_a_table_with_any_delimiter(delimiter, tmp_path):
+    (tmp_path / "a.csv").write_bytes(table(delimiter).replace(b"text", b" text", 1))
+    assert [d.text for d in get_corpus(tmp_path / "a.csv").documents()] == TEXTS
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from lmnotes.data.batches import get_batches
 from lmnotes.data.prepare import record_texts
 from lmnotes.data.token_formats import TOKEN_DTYPES
 from lmnotes.data.tokenizer import ByteTokenizer, CharTokenizer
-from lmnotes.data.tokens import open_tokens
+from lmnotes.data.tokens import TokenWriter, open_tokens
 from lmnotes.runs.config import RunConfig, resolve_config
 from lmnotes.runs.data import check_data_params, describe_data, load_data
 from lmnotes.runs.folder import fork
@@ -159,7 +159,9 @@ def test_a_stated_dtype_is_not_overridden(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(200, dtype=np.uint16))
     write_shard(tmp_path / "b.bin", np.arange(200))
     write_megatron(tmp_path / "c.bin", [np.arange(200)])
-    for name in ("a.npy", "b.bin", "c.bin"):
+    with TokenWriter(tmp_path / "d.bin", 257) as out:
+        out.add(np.arange(200))
+    for name in ("a.npy", "b.bin", "c.bin", "d.bin"):
         assert len(open_tokens(tmp_path / name, "uint16")) == 200
         with pytest.raises(DataError, match="states its dtype, uint16, so token_dtype='uint8' has no effect"):
             open_tokens(tmp_path / name, "uint8")
@@ -249,7 +251,7 @@ def test_lists_and_generators_as_data(tmp_path, monkeypatch):
     cfg, _ = resolve_config(dict(data=["a.txt", "b.txt"], tokenizer="bytes"), environ={})
     assert cfg.data == "a.txt+b.txt"
     assert set(load_data(cfg, log_fn=None).tokens["train"].domains) == {"a", "b"}
-    for texts in (["one text\nof two lines", "another"], [dict(text="a")], [b"a"], [1], None, ["word " * 99]):
+    for texts in (["one text\nof two lines", "another"], [dict(text="a")], [b"a"], [1.5], None, ["word " * 99]):
         with pytest.raises(DataError, match="is no name and no path. Record the texts once with"):
             resolve_config(dict(data=texts), environ={})
     with pytest.raises(ValueError, match="data is a generator, which a resumed run could not read again. Record"):

@@ -55,6 +55,8 @@ class TerminalLines:
 
     def __init__(self, out):  # Stream to print to
         self.out, self.rest = out, ""
+        if hasattr(out, "reconfigure"):  # A character that the terminal lacks must not end the command
+            out.reconfigure(errors="backslashreplace")
 
     def write(self, text) -> None:
         from tqdm import tqdm

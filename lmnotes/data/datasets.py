@@ -342,7 +342,9 @@ def _resolve_all(data, data_dir, recursive, text_key):
 def join_data(data) -> str:  # A name or path, or a list of them
     "Return `data` as one text, with the elements of a list joined by `+`"
     items = data if isinstance(data, (list, tuple)) else [data]
-    if texts := [i for i in items if not isinstance(i, (str, os.PathLike)) or re.search(r"\n|[^/+]{256}", str(i))]:
+    if texts := [
+        i for i in items if not isinstance(i, (str, int, os.PathLike)) or re.search(r"\n|[^/+:]{256}", str(i))
+    ]:
         record = "Record the texts once with lmnotes.data.prepare.record_texts(texts, folder), and pass the folder"
         raise DataError(f"data: {str(texts[0])[:40]!r} ({type(texts[0]).__name__}) is no name and no path. {record}")
     if items is not data:

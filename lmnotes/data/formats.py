@@ -213,6 +213,7 @@ def conversion_advice(data) -> str:  # Bytes that are not UTF-8
 # %% ../../nbs/data/09_formats.ipynb #e85a8f53
 # Long: the cases of JSON, in the order in which they are tried
 _JSON_SUFFIXES = ".jsonl", ".ndjson", ".json", ".jsonlines", ".jl"
+_ARRAY = re.compile(r'\s*\[\s*(\{\s*"|"([^"\\]|\\.)*"\s*,)')  # With an object or a whole text
 
 
 def _parse(text):
@@ -238,9 +239,8 @@ def _json_kind(text, suffix, complete):
     if first and first == [dict] * len(first) and (len(first) == 2 or complete or start == "{"):
         return "jsonl"
     value, at = _parse(text) if start in ("{", "[") else (None, 0)
-    cut_off = (
-        not complete and at > len(text) - 12
-    )  # It is valid up to the end of the head, but for a cut name or number
+    begun = hinted or start == "{" or _ARRAY.match(text)  # A text can begin with ["
+    cut_off = not complete and begun and at > len(text) - 12  # Valid up to the end, but for a cut name or number
     if start == "[" and (cut_off or isinstance(value, list)):
         items = [dict, str] if value is None else {type(item) for item in value[:1]}
         return "json" if {dict, str} & set(items) or not value else "a JSON array without texts"
@@ -252,16 +252,14 @@ def _json_kind(text, suffix, complete):
 
 # %% ../../nbs/data/09_formats.ipynb #e24b1666
 TEXT_COLUMNS = "text", "content", "document", "body"  # Usual names for the column of a text
-
-
 DELIMITERS = dict(tsv="\t", csv=",", ssv=";", psv="|")  # Between the columns of a table
 _COLUMN = re.compile(r"\w[\w/()#-]*( [\w/()#-]+){0,2}")
 
 
 def _table_kind(text, suffix, complete, text_key):
     "Return csv, tsv or an empty string for text that is not a table"
-    for kind, delimiter in DELIMITERS.items():
-        hinted = suffix in (f".{kind}", ".csv")
+    for kind in DELIMITERS if suffix in (".csv", ".ssv", ".psv") else ("tsv", "csv"):  # Prose has ; and |
+        hinted, delimiter = suffix in (f".{kind}", ".csv"), DELIMITERS[kind]
         try:
             rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))[: None if complete else -1]
         except csv.Error:
@@ -269,7 +267,8 @@ def _table_kind(text, suffix, complete, text_key):
         header = [name.strip() for name in rows[0]] if rows else []
         known = {text_key, *TEXT_COLUMNS} & {name.lower() for name in header}
         names = all(map(_COLUMN.fullmatch, header)) and len({*header}) == len(header)
-        same = all(len(row) in (0, len(header)) for row in rows) and (len(rows) > 1 or not complete)
+        begins = len(rows) > 1 or not complete and re.match(rf'[^\n]+\n[\w.-]*{re.escape(delimiter)}"', text)
+        same = all(len(row) in (0, len(header)) for row in rows) and begins
         quoted = len(header) > 1 or re.match(r'\w+\r?\n"', text)
         is_own = suffix == f".{kind}" and names
         if header and (is_own or hinted and same and len(header) > 1 or same and names and known and quoted):

@@ -101,12 +101,13 @@ def read_csv(
     csv.field_size_limit(MAX_FIELD_BYTES)
     rows = csv.DictReader(io.TextIOWrapper(f, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
     try:
-        columns = [str(c)[:40] for c in rows.fieldnames or []]
+        rows.fieldnames = [str(c).strip() for c in rows.fieldnames or []]
+        columns = [c[:40] for c in rows.fieldnames]
         if columns.count(text_key[:40]) > 1:
             raise DataError(
                 f"{name}: a table with {columns.count(text_key[:40])} columns {text_key!r}. Rename one of them"
             )
-        if text_key not in (rows.fieldnames or []):
+        if text_key not in rows.fieldnames:
             fix = f"Set text_key to one of its columns ({', '.join(columns[:8])}), or save plain text as .txt"
             raise DataError(f"{name}: a table without the column {text_key!r}. {fix}")
         for row in rows:

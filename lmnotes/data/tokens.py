@@ -299,6 +299,12 @@ def _check_fit(path, ids, info, tokenizer, ctx_len):
         raise DataError(f"{path} has {len(ids)} tokens, {need}")
 
 # %% ../../nbs/data/15_tokens.ipynb #72c400ce
+def _check_dtype(path, dtype, stated):
+    "Raise `DataError` if a file states another dtype than the one that the user gave"
+    if dtype not in (None, "auto") and stated != TOKEN_DTYPES[dtype]:
+        raise DataError(f"{path}: states its dtype, {stated}, so token_dtype={dtype!r} has no effect. Leave it out")
+
+
 def _read_foreign(path, dtype, vocab_size):
     "Return (ids, starts of the documents or None) of a token file without metadata of lmnotes"
     if path.suffix != ".bin" or recognize(path).kind in ("npy", "torch"):
@@ -306,9 +312,7 @@ def _read_foreign(path, dtype, vocab_size):
     elif (found := read_megatron(path)) is None and (ids := read_shard(path)) is not None:
         found = ids, None
     if found is not None:
-        stated = found[0].dtype
-        if dtype not in (None, "auto") and stated != TOKEN_DTYPES[dtype]:
-            raise DataError(f"{path}: states its dtype, {stated}, so token_dtype={dtype!r} has no effect. Leave it out")
+        _check_dtype(path, dtype, found[0].dtype)
         return found
     if dtype in (None, "auto"):
         dtype = resolve_dtype(path, vocab_size)
@@ -332,6 +336,8 @@ def open_tokens(
     info = read_metadata(path)
     if vocab_size is None:
         vocab_size = tokenizer.vocab_size if tokenizer else info["vocab_size"] if info else None
+    if info:
+        _check_dtype(path, dtype, TOKEN_DTYPES[info["dtype"]])
     ids, starts = (_read_bin(path, info["dtype"]), None) if info else _read_foreign(path, dtype, vocab_size)
     _check_fit(path, ids, info, tokenizer, ctx_len)
     fingerprint, largest = _hash_and_check_ids(ids, vocab_size, path)

@@ -235,7 +235,8 @@ def from_env(
     warn_of_misspelt_variables(environ)
     path = environ.get("CHECKPOINT_PATH", "").strip()
     names = {parameter: field.upper() for field, parameter in (RENAMED_FIELDS | _MODEL_FIELDS).items()}
-    with recipe_names(names | dict(run="CHECKPOINT_PATH", dropout="DROPOUT")):
+    length = "RESUME_STEPS" if path else "TRAINING_STEPS"
+    with recipe_names(names | dict(run="CHECKPOINT_PATH", dropout="DROPOUT", steps=length)):
         return _resume_run(path, environ, timestamp()) if path else _start_fresh_run(environ, timestamp())
 
 

@@ -6,8 +6,8 @@
 __all__ = ['Split', 'Sampler', 'Packing', 'TokenDtype', 'FIXED_PARAMS', 'CHANGEABLE_PARAMS', 'ALIASES', 'MODEL_PARAMS',
            'DTYPE_ALIASES', 'HINTS', 'OTHER_VARIABLES', 'MAX_BATCH_TOKENS', 'DataConfig', 'RunConfig',
            'canonical_params', 'resolve_config', 'given_param_names', 'params_from', 'given_settings', 'setting_names',
-           'parameter_name', 'in_recipe_terms', 'recipe_names', 'run_of_folder', 'to_cli_flags', 'format_params',
-           'command_with', 'check_effects', 'check_params', 'parse_names', 'check_unchanged']
+           'parameter_name', 'in_recipe_terms', 'recipe_names', 'run_of_folder', 'run_folder_of_file', 'to_cli_flags',
+           'format_params', 'command_with', 'check_effects', 'check_params', 'parse_names', 'check_unchanged']
 
 # %% ../../nbs/runs/60_config.ipynb #a0b4f076
 import os
@@ -211,9 +211,6 @@ def resolve_config(
                     f"$LMNOTES_{name.upper()} is {values[name]!r}, but this recipe needs {found!r}. Unset it"
                 )
             values[name], origins[name] = found, origin
-    if origins["steps"] == origins["epochs"] == "explicit" and values["epochs"] != "auto":
-        both = f"epochs={values['epochs']:g} and steps={values['steps']}"
-        raise ValueError(f"{both} both set the length of the run. Leave out one of them")
     return RunConfig(**values), origins
 
 # %% ../../nbs/runs/60_config.ipynb #93e13696
@@ -303,6 +300,12 @@ def run_of_folder(
     return dict(out_dir=str(path.parent), run=path.name)
 
 # %% ../../nbs/runs/60_config.ipynb #90e3ff17
+def run_folder_of_file(path) -> "Path | None":  # A weights file
+    "Return the run folder that a weights file is in, or that lies beside it, as for the experts of NanoThink"
+    own = path.with_name(re.sub(r"_(epoch\d+|interrupted)$", "", path.stem))
+    return next((p for p in (path.parent, own) if (p / "run.json").is_file()), None)
+
+# %% ../../nbs/runs/60_config.ipynb #0a7ff83b
 def to_cli_flags(values) -> list:  # {parameter: value}
     "Return the words of a command line that set parameters"
     words = []

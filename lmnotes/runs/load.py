@@ -190,8 +190,7 @@ def _load_file(path, which, device, model_args):
     "Return (run folder, model, record) of a weights file of a run"
     if which:
         raise ValueError(f"which={which!r}: {path} is a file, which holds one state of the weights. Leave it out")
-    own = path.with_name(re.sub(r"_(epoch\d+|interrupted)$", "", path.stem))  # Beside the run folder, as for experts
-    folder = next((p for p in (path.parent, own) if (p / "run.json").is_file()), None)
+    folder = run_folder_of_file(path)
     if path.name in POINTERS:
         which = format_params(which=path.name)
         raise CheckpointError(f"{path}: is a pointer to a checkpoint. Load the run with {which}")
@@ -205,11 +204,15 @@ def _load_file(path, which, device, model_args):
         )
     info = read_run_record(folder)
     declared = folder / "run.json", info["config"]["arch"], info["model"]
+    if info["config"].get("lora_targets") == "*" and info["model"].get(
+        "tie"
+    ):  # The file has a merged adapter of the head
+        model_args = f"tie=False {model_args}"
     lm = load_initial_weights(new_lm_from_config(*declared, path.stat().st_size, model_args), path).to(device).eval()
     status = actual_status(info, is_run_alive(folder))
     return folder, lm, dict(info, step=_step_of_file(path, info["step"]), status=status)
 
-
+# %% ../../nbs/runs/64_load.ipynb #b9dcba82
 def _step_of_file(path, last_step):
     "Return the step in the name or the content of a weights file, or the last step of its run"
     if steps := re.findall(r"step_?(\d+)", path.stem):

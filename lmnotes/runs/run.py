@@ -84,7 +84,7 @@ def run(
                 "script with torchrun"
             )
         return launch_ranks(cfg, origins, view)
-    with StopSignals() as signals:
+    with StopSignals() as signals, escape_unencodable():
         device, name = init_distributed(pick_device(cfg.device), cfg.wait), run_folder_name(cfg)
         if cfg.dry_run:
             s = RunSetup(cfg, origins, runs_folder(cfg.out_dir) / name, device)

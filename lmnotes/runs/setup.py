@@ -82,7 +82,9 @@ def _tokenizer_of_initial_weights(cfg, kind, source):
         kind, source = "checkpoint", source[0][1]
     folders = [source] if kind else []
     if kind == "checkpoint":  # A run, or a folder or file in one
+        beside = [p for p in [run_folder_of_file(source)] if p] if source.is_file() else []
         folders += [p / "tokenizer" for p in (source, *source.parents[:2]) if (p / "run.json").exists()]
+        folders += [p / "tokenizer" for p in beside]
     found = next((f for f in folders if find_tokenizer_file(f)), None)
     if kind == "pretrained" and not found and cfg.tokenizer == RunConfig.tokenizer:
         raise TokenizerError(
@@ -258,7 +260,11 @@ class RunSetup:
         if log_fn:
             log_fn(describe_data(self.data, self.batches, cfg))
         if cfg.epochs != "auto":
-            cfg.steps = math.ceil(cfg.epochs * self.batches.steps_per_epoch - self.batches.steps_before)
+            steps, given = math.ceil(cfg.epochs * self.batches.steps_per_epoch - self.batches.steps_before), cfg.steps
+            if not self.info and origins["steps"] == "explicit" and given != steps:
+                both = f"epochs={cfg.epochs:g} is {steps:,} steps of this data, but steps={given} is given too"
+                raise ValueError(f"{both}. Leave out one of them")
+            cfg.steps = steps
         separate_id = start_id if cfg.packing == "separate" else None
         self.val = evaluation_batches(self.data.tokens["val"], cfg.batch_size, cfg.ctx_len, separate_id)
         self.batch_function = ""  # Name of a function that makes other batches
