@@ -1,5 +1,6 @@
 """Every benchmark runs in quick mode. `python -m benchmarks --check` checks the goals on a quiet machine."""
 
+import multiprocessing
 import re
 import runpy
 import sys
@@ -14,12 +15,22 @@ SCRIPTS = sorted(path.name for path in HERE.glob("*.py") if path.name not in NOT
 
 
 def run_script(path, *args):
-    "Run a script as `python path args` does"
+    "Run a script as `python path args` does, which can start processes of its own"
+    multiprocessing.current_process()._config["daemon"] = False
     sys.path[0], sys.argv = str(path.parent), [str(path), *args]
     runpy.run_path(str(path), run_name="__main__")
 
 
-SLOW = "busy.py", "guides.py", "memory.py", "mixture.py", "prepare.py", "ten_minutes.py", "time_to_loss.py"
+SLOW = (
+    "busy.py",
+    "guides.py",
+    "memory.py",
+    "mixture.py",
+    "peak_memory.py",
+    "prepare.py",
+    "ten_minutes.py",
+    "time_to_loss.py",
+)
 
 
 @pytest.mark.parametrize("script", [pytest.param(s, marks=[pytest.mark.nightly] * (s in SLOW)) for s in SCRIPTS])

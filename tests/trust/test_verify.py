@@ -282,7 +282,9 @@ def files(folder):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_replay_is_bit_exact_and_only_reads(workdir, monkeypatch, name):
-    assert run_in_process(workdir, train, **FEW | CASES[name]) == 0, read_log(workdir)
+    params = FEW | CASES[name]
+    params = {n: v for n, v in params.items() if n != "steps" or "epochs" not in params}  # The length is given once
+    assert run_in_process(workdir, train, **params) == 0, read_log(workdir)
     assert (read_json(workdir / "runs/r/run.json")["status"] == "early_stop") == (name == "early stop")
     monkeypatch.chdir(workdir)
     before = files(workdir / "runs")
