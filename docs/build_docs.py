@@ -134,6 +134,10 @@ class Site:
         text = re.sub(r"\A(# .+\n+)> (.+)\n", r"\1\2\n{ .lead }\n", source.read_text(encoding="utf-8"))
         text = re.sub(r"^<!-- outputs: (\S+) -->$", shown, text, flags=re.M)
         self.write(page, re.sub(r"^\|.*$", bars_in_code, text, flags=re.M))
+        for name in re.findall(r"\]\((pictures/[\w.]+)\)", text):
+            target = (self.folder / page).parent / name
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(source.parent / name, target)
         return page
 
     def navigation(self):

@@ -339,12 +339,17 @@ def _resolve_all(data, data_dir, recursive, text_key):
     return name, list(found.values()), skipped
 
 # %% ../../nbs/data/11_datasets.ipynb #67127842
+def _can_be_path(item):
+    "Return whether an element of `data` can be a name or a path, and is not a text itself"
+    if not isinstance(item, (str, int, os.PathLike)) or re.search("[^/+:]{256}", str(item)):
+        return False
+    return "\n" not in str(item) or os.path.exists(str(item))
+
+
 def join_data(data) -> str:  # A name or path, or a list of them
     "Return `data` as one text, with the elements of a list joined by `+`"
     items = data if isinstance(data, (list, tuple)) else [data]
-    if texts := [
-        i for i in items if not isinstance(i, (str, int, os.PathLike)) or re.search(r"\n|[^/+:]{256}", str(i))
-    ]:
+    if texts := [item for item in items if not _can_be_path(item)]:
         record = "Record the texts once with lmnotes.data.prepare.record_texts(texts, folder), and pass the folder"
         raise DataError(f"data: {str(texts[0])[:40]!r} ({type(texts[0]).__name__}) is no name and no path. {record}")
     if items is not data:

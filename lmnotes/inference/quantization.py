@@ -52,5 +52,5 @@ def quantize(lm, method="int8") -> nn.Module:  # A model, and a method in `QUANT
     for module in list(lm.modules()):
         for name, layer in module.named_children():
             if type(layer) is nn.Linear and layer.in_features % KERNEL_WIDTH == 0:
-                setattr(module, name, Int8Linear(layer))
+                module.add_module(name, Int8Linear(layer))
     return lm.eval()

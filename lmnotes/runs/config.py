@@ -355,8 +355,8 @@ _WITHOUT_EFFECT = [  # (parameter, on what it depends, values with which it has 
 def check_effects(cfg, origins) -> None:  # `RunConfig` of a new run, and {parameter: origin of its value}
     "Raise ValueError if a parameter that the user gave has no effect on the optimizer"
     for name, other, values in _WITHOUT_EFFECT:
-        given, chosen = getattr(cfg, name), getattr(cfg, other)
-        if origins[name] == "explicit" and given != getattr(RunConfig, name) and chosen not in values:
+        given, chosen = vars(cfg)[name], vars(cfg)[other]
+        if origins[name] == "explicit" and given != vars(RunConfig())[name] and chosen not in values:
             raise ValueError(f"{name}={given!r} has no effect on {other}={chosen!r}. Leave it out, or change {other}")
     if cfg.min_lr > peak_lr(cfg):
         raise ValueError(f"min_lr={cfg.min_lr:g} is above the peak learning rate, lr={peak_lr(cfg):g}. Use less")

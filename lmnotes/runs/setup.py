@@ -206,7 +206,7 @@ def _check_length(cfg, saved, done):
     names = set(FIXED_PARAMS) | set(CHANGEABLE_PARAMS) | {"data", "steps", "epochs", "allow_change"}
     changed = [n for n, v in asdict(cfg).items() if n not in names and n in saved and v != saved[n]]
     if cfg.steps == done and changed:
-        without = f"{changed[0]}={getattr(cfg, changed[0])!r} has no effect"
+        without = f"{changed[0]}={vars(cfg)[changed[0]]!r} has no effect"
         raise ValueError(f"the run has ended at step {done}, so {without}. Increase {more} too, or leave it out")
 
 
