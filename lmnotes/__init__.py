@@ -26,16 +26,13 @@ if "torch" not in _sys.modules and "OMP_WAIT_POLICY" not in _os.environ:
 if TYPE_CHECKING:  # For type checkers and editors (`as` makes a name public)
     from .apps.doctor import doctor as doctor
     from .data.datasets import get_corpus as get_corpus
-    from .data.tokenizer_files import get_tokenizer as get_tokenizer
-    from .data.tokenizer_files import load_tokenizer as load_tokenizer
+    from .data.tokenizer_files import get_tokenizer as get_tokenizer, load_tokenizer as load_tokenizer
     from .data.tokens import open_tokens as open_tokens
     from .inference.evaluation import evaluate as evaluate
-    from .inference.generation import generate as generate
-    from .inference.generation import stream as stream
+    from .inference.generation import generate as generate, stream as stream
     from .inspect.diff import diff as diff
     from .inspect.verify import verify as verify
-    from .nn.lm import archs as archs
-    from .nn.lm import new_lm as new_lm
+    from .nn.lm import archs as archs, new_lm as new_lm
     from .recipes.fresh_or_resume import from_env as from_env
     from .runs.folder import fork as fork
     from .runs.load import load as load

@@ -204,9 +204,8 @@ def _load_file(path, which, device, model_args):
         )
     info = read_run_record(folder)
     declared = folder / "run.json", info["config"]["arch"], info["model"]
-    if info["config"].get("lora_targets") == "*" and info["model"].get(
-        "tie"
-    ):  # The file has a merged adapter of the head
+    adapted = info["config"].get("lora_rank") and info["config"].get("lora_targets") == "*"
+    if adapted and info["model"].get("tie"):  # The file has a merged adapter of the head
         model_args = f"tie=False {model_args}"
     lm = load_initial_weights(new_lm_from_config(*declared, path.stat().st_size, model_args), path).to(device).eval()
     status = actual_status(info, is_run_alive(folder))

@@ -82,9 +82,8 @@ def _tokenizer_of_initial_weights(cfg, kind, source):
         kind, source = "checkpoint", source[0][1]
     folders = [source] if kind else []
     if kind == "checkpoint":  # A run, or a folder or file in one
-        beside = [p for p in [run_folder_of_file(source)] if p] if source.is_file() else []
-        folders += [p / "tokenizer" for p in (source, *source.parents[:2]) if (p / "run.json").exists()]
-        folders += [p / "tokenizer" for p in beside]
+        beside = run_folder_of_file(source) if source.is_file() else None
+        folders += [p / "tokenizer" for p in (source, *source.parents[:2], beside) if p and (p / "run.json").exists()]
     found = next((f for f in folders if find_tokenizer_file(f)), None)
     if kind == "pretrained" and not found and cfg.tokenizer == RunConfig.tokenizer:
         raise TokenizerError(
