@@ -9,7 +9,6 @@ __all__ = ['hash_int32', 'row_streams', 'select_rows', 'row_positions', 'rand_ro
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +36,15 @@ def hash_int32(
     return h
 
 # %% ../../nbs/nn/19_row_random.ipynb #9fa2e959
-_streams = SimpleNamespace(keys=None, rows=None, batch_size=0, draws=0)  # `keys` (2,B+1): None outside `row_streams`
+class _Streams:
+    "Streams of the rows of a micro-batch, an own class because `torch.compile` can trace its attributes"
+
+    def __init__(self):
+        self.keys, self.rows = None, None  # (2,B+1) and (B,) inside `row_streams`
+        self.batch_size, self.draws = 0, 0
+
+
+_streams = _Streams()
 
 
 @contextmanager
