@@ -23,6 +23,7 @@ def run_script(path, *args):
 
 SLOW = (
     "busy.py",
+    "compiled.py",
     "guides.py",
     "memory.py",
     "mixture.py",
@@ -41,4 +42,4 @@ def test_benchmark_runs(script, tmp_path):
 
 
 def test_number_of_benchmarks():
-    assert len(SCRIPTS) == 24
+    assert len(SCRIPTS) == 25

@@ -269,6 +269,10 @@ class RunSetup:
         self.batch_function = ""  # Name of a function that makes other batches
         self.lm = build_model(cfg, self.data.tokenizer.vocab_size, self.checkpoint_folder)
         self.initial_weights = self._hash_initial_weights()
+        if cfg.compile == "auto":
+            cfg.compile, why = pick_compile(self.lm, self.batches, cfg, device)
+            if log_fn:
+                log_fn(f"compile={cfg.compile}: {why}")
         if self.checkpoint_folder:
             _check_same_model(self.lm, self.info, self.checkpoint_folder)
             _check_length(cfg, self.info["config"], int(self.checkpoint_folder.name[5:]))

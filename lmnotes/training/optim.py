@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Orthogonalization', 'SCHEDULES', 'DEFAULT_LR', 'AdamW', 'OptimConfig', 'peak_lr', 'lr_at', 'split_params',
-           'orthogonalize', 'Muon', 'make_optimizers', 'set_lr']
+           'orthogonalize', 'Muon', 'make_optimizers', 'set_lr', 'load_optimizer_states']
 
 # %% ../../nbs/training/40_optim.ipynb #a59be944
 import math
@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from ..core import *
 from ..nn.lm import *
 from ..parameters import *
 
@@ -195,3 +196,35 @@ def set_lr(optimizers, lr) -> None:
     for opt in optimizers:
         for group in opt.param_groups:
             group["lr"] = lr * group["lr_scale"]
+
+# %% ../../nbs/training/40_optim.ipynb #30996360
+def _describe_params(groups_by_optimizer):
+    names = [n for groups in groups_by_optimizer for names in groups for n in names]
+    return f"{len(names)} parameters ({', '.join(names[:3])}, ...)"
+
+
+def load_optimizer_states(optimizers, saved) -> None:
+    "Load the moments of the state dicts `saved` into `optimizers`, or raise if they belong to other parameters"
+    saved_names = [[g["param_names"] for g in o["param_groups"]] for o in saved]
+    names = [[g["param_names"] for g in o.param_groups] for o in optimizers]
+    if saved_names != names:
+        found, expected = _describe_params(saved_names), _describe_params(names)
+        raise CheckpointError(f"the saved optimizers have {found}, this run's have {expected}")
+    for opt, state in zip(optimizers, saved):
+        settings = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in opt.param_groups]
+        opt.load_state_dict(state)
+        for group, current in zip(opt.param_groups, settings):
+            group.update(current)  # The configuration decides, not the checkpoint
+        _check_moments(opt)
+
+
+def _check_moments(opt):
+    "Raise `CheckpointError` unless the moments of an optimizer fit its parameters"
+    names = ["momentum_buffer"] if isinstance(opt, Muon) else ["step", "exp_avg", "exp_avg_sq"]
+    groups = [zip(g["param_names"], g["params"]) for g in opt.param_groups]
+    if not {*opt.state} <= {p for group in opt.param_groups for p in group["params"]}:
+        raise CheckpointError("the saved optimizers have moments of other parameters")
+    for name, p in (pair for group in groups for pair in group):
+        expected = {n: () if n == "step" else tuple(p.shape) for n in names}
+        if opt.state.get(p) and (found := {n: tuple(t.shape) for n, t in opt.state[p].items()}) != expected:
+            raise CheckpointError(f"the saved optimizers have moments {found} of {name}, expected {expected}")
