@@ -205,6 +205,7 @@ def build(target):
         site.folder.mkdir()
         site.learn_names()
         shutil.copytree(ROOT / "docs/assets", site.folder / "assets")
+        shutil.copytree(NBS / "pictures", site.folder / "pictures")  # Diagrams, by their path in the notebooks
         shutil.copy(ROOT / "LICENSE", site.folder)
         ini = settings()
         config = {
