@@ -49,7 +49,7 @@ def causal_mask(d):
         d.note(x + 78, 20 if "\n" not in text else 24, text)
         positions = [str(i) for i in range(S)]
         mask(d, x, 78, causal_rows(T, S, window), 26, positions, positions[S - T :])
-    d.note(566, 160, "gray: positions\nof keys (columns)\nand queries (rows)")
+    d.note(566, 174, "gray: positions\nof keys (columns)\nand queries (rows)")
     d.note(350, 252, "A query attends to the blue cells of its row. No cell to the right of its position is blue")
 
 
