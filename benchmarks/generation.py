@@ -1,6 +1,6 @@
 """Generation of 192 tokens, greedily: lmnotes and transformers, both with a KV cache, on a model of 10.7 M parameters in the same shape.
 
-The peer is transformers' GPT-2, whose blocks have the same matrices. Batches of one and of 16 texts. lmnotes also generates with int8 weights. With
+The peer is transformers' GPT-2, whose blocks have the same matrices. Batches of one and of 16 texts, also with prompts of 1 to 31 ids. lmnotes also generates with int8 weights. With
 `--large`, the models have the shapes of GPT-2 (124 M parameters) and of a Llama with 135 M parameters. The same model without its cache shows that the
 cache changes no token, and the loss of a trained model shows what int8 weights cost.
 """
@@ -15,6 +15,8 @@ from lmnotes.inference.generation import generate_ids
 from lmnotes.inference.quantization import quantize
 from lmnotes.nn.lm import new_lm
 from lmnotes.training.trainer import Trainer
+
+MIXED = "16 prompts of different lengths"
 
 
 def fill_zero_weights(lm):
@@ -34,12 +36,14 @@ def uncached(lm, prompt, n):
     return x[0, len(prompt) :].tolist()
 
 
-def of_transformers(model, prompt, n, texts):
-    "Generate with a model of transformers"
-    x = torch.tensor([prompt] * texts)
+def of_transformers(model, prompts, n):
+    "Generate with a model of transformers, with padding on the left"
+    longest = max(len(prompt) for prompt in prompts)
+    x = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    real = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     options = dict(max_new_tokens=n, do_sample=False, use_cache=True, pad_token_id=0)
     with torch.inference_mode():
-        return model.eval().generate(x, attention_mask=torch.ones_like(x), **options)
+        return model.eval().generate(x, attention_mask=real, **options)
 
 
 def gpt2_peer(vocab_size, ctx_len, n_layers, n_heads, d_model):
@@ -87,13 +91,14 @@ def main():
     prompt, small = data.tokens["train"].ids[:16].tolist(), quantize(deepcopy(lm))
     peer = gpt2_peer(data.tokenizer.vocab_size, 256, *shape)
     ways = {}
-    for texts in (1, 16):
-        ways["transformers", texts] = lambda texts=texts: of_transformers(peer, prompt, n, texts)
+    mixed = [data.tokens["train"].ids[: 2 * i + 1].tolist() for i in range(16)]
+    for texts, prompts in {1: [prompt], 16: [prompt] * 16, MIXED: mixed}.items():
+        ways["transformers", texts] = lambda prompts=prompts: of_transformers(peer, prompts, n)
         for name, model in dict(lmnotes=lm, int8=small).items():
-            ways[name, texts] = lambda model=model, texts=texts: generate_ids(model, [prompt] * texts, n, temperature=0)
+            ways[name, texts] = lambda model=model, prompts=prompts: generate_ids(model, prompts, n, temperature=0)
     for name, (ours, theirs) in large_models().items() if args.large else ():
         fill_zero_weights(ours.eval())
-        ways["transformers", name] = lambda model=theirs: of_transformers(model, prompt, n, 1)
+        ways["transformers", name] = lambda model=theirs: of_transformers(model, [prompt], n)
         ways["lmnotes", name] = lambda model=ours: generate_ids(model, [prompt], n, temperature=0)
         quarter = quantize(deepcopy(ours))
         ways["int8", name] = lambda model=quarter: generate_ids(model, [prompt], n, temperature=0)
@@ -104,15 +109,15 @@ def main():
             "program": name,
             "texts": texts,
             **timing_columns(of, "s"),
-            "tok/CPU s": n * (texts if texts == 16 else 1) / min_cpu(of),
+            "tok/CPU s": n * (16 if texts in (16, MIXED) else 1) / min_cpu(of),
         }
         for (name, texts), of in clocks.items()
     ]
-    bars = {("lmnotes", 1): 1.5, ("int8", 1): 1.8, ("lmnotes", 16): 1.5, ("int8", 16): None}
+    bars = {("lmnotes", 1): 1.5, ("int8", 1): 1.8, ("lmnotes", 16): 1.5, ("int8", 16): None, ("lmnotes", MIXED): 1.5}
     bars |= {("lmnotes", "124 M"): 1.2, ("lmnotes", "135 M"): 1.2} if args.large else {}
     goals = []
     for (name, texts), bar in bars.items():
-        what = {1: "one text", 16: "16 texts"}.get(texts, f"one text, {texts}")
+        what = {1: "one text", 16: "16 texts", MIXED: MIXED}.get(texts, f"one text, {texts}")
         value = ratio(clocks, ("transformers", texts), (name, texts))
         goal = f"{what}{', int8 weights' if name == 'int8' else ''}: times the speed of transformers"
         goals.append((goal + (f" (goal {bar})" if bar else ""), value, None if bar is None else value >= bar))

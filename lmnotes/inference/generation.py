@@ -14,12 +14,13 @@ import warnings
 from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
+from itertools import groupby
 from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import torch
 
 from ..core import *
-from ..nn.lm import eval_mode
+from ..nn.lm import LM, eval_mode
 from ..parameters import *
 from ..training.trainer import Hook
 from ..untrusted import EscapedError
@@ -147,10 +148,20 @@ class TokenSampler:
         return torch.searchsorted(total, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 # %% ../../nbs/inference/50_generation.ipynb #37d4de03
-def _rows_by_length(prompts):
-    "Return the numbers of the prompts, in groups of equal length"
+def _group_rows(lm, prompts, n):
+    "Return the numbers of the prompts in groups, one for each batch, the shorter prompts first"
     lengths = sorted({len(p) for p in prompts})
-    return [[i for i, p in enumerate(prompts) if len(p) == length] for length in lengths]
+    groups = [[i for i, p in enumerate(prompts) if len(p) == length] for length in lengths]
+    return [sum(groups, [])] if groups and lm.joins(lengths[-1] + n) else groups
+
+
+@torch.no_grad()
+def _read_prompts(lm, groups, n, sampler):
+    "Yield `n` > 0 new ids (B,1) one by one after groups of prompts (b,T), each of another length"
+    logits, states = zip(*(lm.step(x) for x in groups))
+    new = sampler(torch.cat(logits))[:, None]
+    yield new
+    yield from LM.generate(lm, new, n - 1, sampler, lm.join_states(states))
 
 # %% ../../nbs/inference/50_generation.ipynb #10dd4907
 def generate_ids(
@@ -163,7 +174,7 @@ def generate_ids(
 ) -> list:  # Lists of new ids, in the order of `prompts`
     "Generate new ids after each prompt"
     out = [None] * len(prompts)
-    for rows in _rows_by_length(prompts):
+    for rows in _group_rows(lm, prompts, n):
         chunks = list(_generate_chunks(lm, [prompts[i] for i in rows], n, stop_id, stop_signal, rows, sampling))
         for i, new in zip(rows, torch.cat(chunks, 1)[:, :n].tolist() if chunks else [[]] * len(rows)):
             out[i] = new[: new.index(stop_id)] if stop_id in new else new
@@ -176,11 +187,16 @@ def _generate_chunks(lm, prompts, n, stop_id, stop_signal, rows, sampling):
         raise ValueError(f"n={n} is not a number of new tokens. Use 0 or more")
     if not len(prompts[0]):
         raise ValueError("a prompt has no ids. Start with the tokenizer's eot_id or a newline")
-    x = torch.tensor([[int(i) for i in p] for p in prompts], device=next(lm.parameters()).device)
-    sampler, n_new = TokenSampler(**sampling).reset(x, rows), 0
-    done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    device, longest = next(lm.parameters()).device, len(prompts[-1])
+    prompts = [[int(i) for i in p] for p in prompts]
+    groups = [torch.tensor(list(group), device=device) for _, group in groupby(prompts, len)]
+    seen = torch.cat([torch.cat([x[:, :1].expand(-1, longest - x.shape[1]), x], 1) for x in groups])
+    sampler, n_new = TokenSampler(**sampling).reset(seen, rows), 0
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     with eval_mode(lm):
-        for new in lm.generate(x, n, sampler):
+        for new in (
+            lm.generate(groups[0], n, sampler) if len(groups) == 1 or not n else _read_prompts(lm, groups, n, sampler)
+        ):
             n_new += new.shape[1]
             yield new
             done |= (new == stop_id).any(1) if stop_id is not None else False
@@ -310,7 +326,7 @@ def generate(
         return generate(lm, tokenizer, [prompts], n, stop, stop_signal, **sampling)[0]
     ids, texts = [encode_prompt(tokenizer, p) for p in prompts], [""] * len(prompts)
     sampling["vocab_size"] = tokenizer.vocab_size
-    for rows in _rows_by_length(ids):
+    for rows in _group_rows(lm, ids, n):
         new = [_Completion(tokenizer, n, _list_stop_strings(stop)) for _ in rows]
         group = [ids[i] for i in rows]
         for chunk in _generate_chunks(lm, group, n, tokenizer.eot_id, stop_signal, rows, sampling):

@@ -45,6 +45,7 @@ def _run_layer(rnn, x, weights):
     return torch.gru(x, zeros, *settings)[0]
 
 # %% ../../nbs/models/30_rnn.ipynb #694d03db
+# Long: the whole model, one class
 @arch("rnn")
 class RNN(LM):
     "Recurrent language model: embedding, GRU or LSTM layers, LM head"
@@ -75,3 +76,11 @@ class RNN(LM):
         with _cell_autocast(self.cfg.cell, x.device):
             h, state = self.rnn(self.embed(x), state)
         return self.head(h[:, -1]), state
+
+    def joins(self, length) -> bool:
+        return True
+
+    def join_states(self, states) -> "Tensor | tuple":
+        if self.cfg.cell == "lstm":
+            return tuple(torch.cat(parts, 1) for parts in zip(*states))
+        return torch.cat(states, 1)

@@ -77,8 +77,8 @@ class _ConvSiLU(Function):
 class SSMCache:
     "Cache of one block: the last inputs of its convolution and the state of its scan"
 
-    def __init__(self):
-        self.conv, self.scan = None, None
+    def __init__(self, conv=None, scan=None):
+        self.conv, self.scan = conv, scan
 
 
 class CausalConv(nn.Module):
@@ -299,3 +299,12 @@ class SSM(LM):
         "Return logits (B,V) after new ids (B,k), and a state of constant size"
         state = state or self.new_cache()
         return self.logits(self.hidden_states(self.embed_ids(x), state)[:, -1:])[:, 0], state
+
+    def joins(self, length) -> bool:
+        return True
+
+    def join_states(self, states) -> list:
+        return [
+            SSMCache(*(torch.cat([vars(c)[name] for c in layer]) for name in ("conv", "scan")))
+            for layer in zip(*states)
+        ]

@@ -368,6 +368,13 @@ class Streams(StreamsForward):
         h = run_blocks(self, rms_norm(self.embed(x)), positions, attention_fns)
         return text_logits(self, "internal_text", h[:, -1:])[:, 0], (caches, senses)
 
+    def joins(self, length) -> bool:
+        return True
+
+    def join_states(self, states) -> tuple:
+        "Join the states of texts without sensory inputs"
+        return [join_caches(layer, self.cfg.rope_base) for layer in zip(*(s[0] for s in states))], states[0][1]
+
     @torch.no_grad()
     def generate(self, x, n, sample_fn, **inputs) -> Iterator[torch.Tensor]:
         "Yield `n` new ids (B,1) one by one, with sensory inputs"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_rope', 'rope_table', 'apply_rope', 'causal_mask', 'not_compiled', 'record_attention', 'masked_attention',
-           'causal_attention', 'KVCache']
+           'causal_attention', 'KVCache', 'join_caches']
 
 # %% ../../nbs/nn/22_attention.ipynb #66c925a3
 import sys
@@ -170,6 +170,7 @@ class KVCache:
 
     def __init__(self, size):  # Number of positions to hold
         self.size, self.n_seen, self.k, self.v = size, 0, None, None
+        self.pads, self.mask = 0, None  # (B,1) and (B,1,1,size), set by `join`
 
     def __call__(self, k, v) -> tuple:  # (B,H,T,d) keys and values of new positions
         "Add new keys and values, and return (keys, values) to attend to, the new ones included"
@@ -181,11 +182,35 @@ class KVCache:
         self.n_seen += T
         if T == 1:
             slot, n = start % size, min(self.n_seen, size)
+            if self.mask is not None:
+                self.mask[..., slot] = True
             self.k.select(2, slot).copy_(k.select(2, 0))
             self.v.select(2, slot).copy_(v.select(2, 0))
             return self.k.narrow(2, 0, n), self.v.narrow(2, 0, n)
+        if self.mask is not None:
+            raise ValueError(f"{T} positions given, but a cache of rows of different lengths takes one at a time")
         old = torch.arange(max(0, start - size), start, device=k.device) % size
         k, v = (torch.cat([ring[:, :, old], new], 2) for ring, new in ((self.k, k), (self.v, v)))
         slots = torch.arange(max(0, self.n_seen - size), self.n_seen, device=k.device) % size
         self.k[:, :, slots], self.v[:, :, slots] = k[:, :, -len(slots) :], v[:, :, -len(slots) :]
         return k, v
+
+# %% ../../nbs/nn/22_attention.ipynb #b5a3493d
+@torch.no_grad()
+def join_caches(
+    caches,  # `KVCache`s of the same layer, each with rows of one length
+    base=0.0,  # Base of the rotary positions, as for `rope_table` (0: the keys have none)
+) -> KVCache:  # Of all rows. It takes one new position at a time
+    "Join caches of rows of different lengths, aligned at their ends"
+    joined, size = KVCache(caches[0].size), caches[0].size
+    joined.n_seen = max(c.n_seen for c in caches)
+    ks, vs, masks, pads = [], [], [], []
+    for c in caches:
+        pad, device = joined.n_seen - c.n_seen, c.k.device
+        k = apply_rope(c.k, rope_table(torch.tensor([pad], device=device), c.k.shape[-1], base)) if base else c.k
+        mask = torch.zeros(len(k), 1, 1, size, dtype=torch.bool, device=device)
+        mask[..., torch.arange(max(pad, joined.n_seen - size), joined.n_seen, device=device) % size] = True
+        ks, vs = [*ks, k.roll(pad, 2)], [*vs, c.v.roll(pad, 2)]
+        masks, pads = [*masks, mask], [*pads, torch.full((len(k), 1), pad, device=device)]
+    joined.k, joined.v, joined.mask, joined.pads = torch.cat(ks), torch.cat(vs), torch.cat(masks), torch.cat(pads)
+    return joined

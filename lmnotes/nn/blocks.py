@@ -91,6 +91,8 @@ def make_causal_attention_fn(
 
     def attention_fn(q, k, v, scale, dropout):
         k, v = (k, v) if cache is None else cache(k, v)
+        if cache is not None and cache.mask is not None:
+            return masked_attention(q.to(k.dtype), k, v, cache.mask[..., : k.shape[2]], scale, dropout)
         return causal_attention(q.to(k.dtype), k, v, window, scale, dropout)
 
     return attention_fn
@@ -169,6 +171,7 @@ def head_logits(
     return soft_cap(logits.float(), cap)
 
 # %% ../../nbs/nn/24_blocks.ipynb #1b6a02c1
+# Long: the interface of a model with KV caches, one class
 class Decoder(LM):
     """Base class of transformers that read text from left to right, with KV caches
 
@@ -179,7 +182,7 @@ class Decoder(LM):
         h = self.embed(x)
         if self.positions is None:
             return h
-        return h + self.positions(torch.arange(start, start + x.shape[1], device=x.device))
+        return h + self.positions(start + torch.arange(x.shape[1], device=x.device))
 
     def new_cache(self) -> list:
         return [KVCache(self.cfg.ctx_len) for _ in self.blocks]
@@ -203,5 +206,14 @@ class Decoder(LM):
             ids = torch.cat([ids, x], 1)[:, -self.cfg.ctx_len :]
             if not caches or caches[0].n_seen + x.shape[1] > self.cfg.ctx_len:
                 return self(ids)[:, -1], ([], ids)
-        h = self.hidden_states(self.embed_ids(x, caches[0].n_seen), caches)
+        h = self.hidden_states(self.embed_ids(x, caches[0].n_seen - caches[0].pads), caches)
         return self.logits(h[:, -1:])[:, 0], (caches, ids)
+
+    def joins(self, length) -> bool:
+        return self.positions is None or length <= self.cfg.ctx_len
+
+    def join_states(self, states) -> tuple:
+        caches, ids = zip(*states)
+        base, longest = self.cfg.rope_base if self.positions is None else 0.0, max(i.shape[1] for i in ids)
+        ids = torch.cat([F.pad(i, (longest - i.shape[1], 0)) for i in ids])
+        return [join_caches(layer, base) for layer in zip(*caches)], ids

@@ -138,6 +138,10 @@ class LM(nn.Module):
         x = x[:, -self.cfg.ctx_len :]
         return self(x)[:, -1], x
 
+    def joins(self, length) -> bool:
+        "Can `join_states` join the states of texts of different lengths, for sequences of up to `length` ids?"
+        return False
+
     @torch.no_grad()
     def generate(self, x, n, sample_fn, state=None) -> Iterator:  # (B,T) prompt, number of ids, logits (…,V) -> ids (…)
         "Yield new ids in chunks (B,k), at least `n` ids in total. `state`: as for `step`"
@@ -317,8 +321,7 @@ def check_initial_loss(m, batch) -> None:  # An untrained model and a `Batch`
 # %% ../../nbs/nn/20_lm.ipynb #a7751093
 def _train_steps(m, batch_at, steps, lr):
     "Train with plain AdamW and return the loss of every step"
-    opt = torch.optim.AdamW(m.parameters(), lr=lr, weight_decay=0.0, fused=True)
-    losses = []
+    opt, losses = torch.optim.AdamW(m.parameters(), lr=lr, weight_decay=0.0, fused=True), []
     for i in range(steps):
         out = _seeded_loss(m, batch_at(i), seed=i)
         opt.zero_grad()
@@ -345,8 +348,7 @@ def check_cannot_fit_noise(m, batch, steps, lr) -> None:  # A model, a `Batch` o
         return Batch(w[:, :-1], w[:, 1:])
 
     if "nll" in _seeded_loss(m, batch):
-        last = sum(_train_steps(m, noise, steps, lr)[-10:]) / 10
-        floor = torch.tensor(V).log().item()
+        last, floor = sum(_train_steps(m, noise, steps, lr)[-10:]) / 10, torch.tensor(V).log().item()
         assert last > 0.97 * floor, f"learns uniform noise ({last:.4f} < ln V = {floor:.4f}): targets leak into inputs"
 
 # %% ../../nbs/nn/20_lm.ipynb #19b1de67
@@ -404,8 +406,7 @@ def check_padding_ignored(m, batch) -> None:  # A model and a `Batch`
     "Contract test: positions whose target is `IGNORE_INDEX` do not change the loss, if the model has a likelihood"
     if "nll" not in _seeded_loss(m, batch):
         return
-    T = batch.x.shape[1]
-    x, y = batch.x.clone(), batch.y.clone()
+    x, y, T = batch.x.clone(), batch.y.clone(), batch.x.shape[1]
     y[0, T // 2 :] = IGNORE_INDEX
     a = _seeded_loss(m, Batch(x, y))
     x[0, T // 2 :] = (x[0, T // 2 :] + 1) % m.cfg.vocab_size
