@@ -24,6 +24,7 @@ def run_script(path, *args):
 SLOW = (
     "busy.py",
     "compiled.py",
+    "growth.py",
     "guides.py",
     "memory.py",
     "mixture.py",
@@ -42,4 +43,4 @@ def test_benchmark_runs(script, tmp_path):
 
 
 def test_number_of_benchmarks():
-    assert len(SCRIPTS) == 25
+    assert len(SCRIPTS) == 26
