@@ -8,7 +8,7 @@ from common import report, interleave, min_cpu, parse_options  # isort: skip
 import torch
 import torch.nn.functional as F
 
-from lmnotes.nn.attention import _matmul_attention, causal_attention
+from lmnotes.nn.attention import _causal_bias, _matmul_attention, causal_attention
 
 SHAPES = (12, 4, 64, 32), (8, 6, 256, 64), (2, 8, 512, 64), (2, 8, 1024, 64)
 
@@ -18,7 +18,8 @@ def fused(q, k, v):
 
 
 def products(q, k, v):
-    return _matmul_attention(q * q.shape[-1] ** -0.5, k, v, 0, 0.0)
+    T, d = q.shape[2:]
+    return _matmul_attention(q * d**-0.5, k, v, _causal_bias(T, T, 0, q.device, q.dtype), 0.0)
 
 
 def forward_backward(kernel, shape, dtype):

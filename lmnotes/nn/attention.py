@@ -52,18 +52,23 @@ def causal_mask(T, S, window, device) -> torch.Tensor:  # Numbers of queries and
     return (j <= i) & (j > i - (window or S))
 
 
+def _mask_bias(mask, dtype):
+    "Return zero where `mask` is true, else -inf"
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+
+
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)  # Training uses the cached masks too
 def _causal_bias(T, S, window, device, dtype):
-    return torch.zeros(T, S, dtype=dtype, device=device).masked_fill(~causal_mask(T, S, window, device), -torch.inf)
+    return _mask_bias(causal_mask(T, S, window, device), dtype)
 
 
-def _matmul_attention(q, k, v, window, dropout):
-    "Causal attention as two matrix products and a softmax, for scaled queries"
-    T, S = q.shape[-2], k.shape[-2]
-    bias = _causal_bias(T, S, window, q.device, q.dtype).expand(q.shape[0] * q.shape[1], T, S)
-    a = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).softmax(-1, dtype=q.dtype)
-    return torch.bmm(row_dropout(a, dropout), v.flatten(0, 1)).view(*q.shape[:-1], v.shape[-1])
+def _matmul_attention(q, k, v, bias, dropout):
+    "Attention as two matrix products and a softmax, for scaled queries. `bias` (…,T,S) of the scores, or None"
+    shape, (q, k, v) = (*q.shape[:3], k.shape[2]), (t.flatten(0, 1) for t in (q, k, v))
+    a = torch.bmm(q, k.mT) if bias is None else torch.baddbmm(bias.expand(shape).flatten(0, 1), q, k.mT)
+    y = torch.bmm(row_dropout(a.softmax(-1, dtype=q.dtype), dropout), v)
+    return y.unflatten(0, shape[:2])
 
 # %% ../../nbs/nn/22_attention.ipynb #883ce323
 @lru_cache(maxsize=8)
@@ -72,7 +77,7 @@ def _block_bias(n, window, device, dtype):
     "(n,w,2w): zero where a query of block `i` attends to a key of blocks `i - 1` and `i`, else -inf"
     mask = causal_mask(window, 2 * window, window, device).repeat(n, 1, 1)
     mask[0, :, :window] = False  # There is no block before the first
-    return torch.zeros(n, window, 2 * window, dtype=dtype, device=device).masked_fill(~mask, -torch.inf)
+    return _mask_bias(mask, dtype)
 
 
 def _blockwise_attention(q, k, v, window, dropout):
@@ -136,9 +141,7 @@ def masked_attention(
         _record_attention_weights(q, k, mask, scale)
     if q.device.type != "cpu" or not dropout and (q.dtype != torch.bfloat16 or k.shape[2] > 768):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout)
-    a = (q * scale) @ k.mT
-    a = a if mask is None else a.masked_fill(~mask, -torch.inf)
-    return row_dropout(a.softmax(-1), dropout) @ v
+    return _matmul_attention(q * scale, k, v, None if mask is None else _mask_bias(mask, q.dtype), dropout)
 
 # %% ../../nbs/nn/22_attention.ipynb #4c230cb1
 def causal_attention(
@@ -158,7 +161,7 @@ def causal_attention(
         return _blockwise_attention(q * scale, k, v, window, dropout)
     unmasked = T == 1 and (not window or S <= window)
     if q.device.type == "cpu" and (dropout or q.dtype == torch.bfloat16 and S <= 768 and not unmasked):
-        return _matmul_attention(q * scale, k, v, window, dropout)
+        return _matmul_attention(q * scale, k, v, _causal_bias(T, S, window, q.device, q.dtype), dropout)
     if unmasked or (T == S and (not window or window >= S)):
         return F.scaled_dot_product_attention(q, k, v, is_causal=not unmasked, scale=scale, dropout_p=dropout)
     mask = causal_mask(T, S, window, q.device)

@@ -75,8 +75,9 @@ class Attention(nn.Module):
         "Return (output, first layer's values). In the first layer, pass None to get its own. `table`: see `rope_table`"
         qk, (v,) = split_heads(self.qkv(x), self.n_heads).split((2, 1))
         v = v if self.value_mix is None else weighted_sum(v, first_layer_values, self.value_mix)
-        dtype, qk = qk.dtype, rms_norm(qk.float()) if self.qk_norm else qk  # Normalized in float32
-        qk = qk if table is None else apply_rope(qk, table)
+        dtype = qk.dtype  # Kernels are faster on contiguous queries and keys
+        qk = rms_norm(qk.contiguous().float()) if self.qk_norm else qk  # Normalized in float32
+        qk = qk if table is None else apply_rope(qk.contiguous(), table)
         q, k = qk.to(dtype, memory_format=torch.contiguous_format)
         y = attention_fn(q, k, v, self.scale, self.dropout if self.training else 0.0)
         y = self.out(y.transpose(1, 2).reshape(x.shape).to(x.dtype))

@@ -89,7 +89,8 @@ class BlockAttention:
         self.block, self.window, self.cache, self.real, self.mask = block, window, cache, real, None
 
     def __call__(self, layer, q, k, v, scale, dropout):
-        (q, q_noisy), (k, k_noisy), (v, v_noisy) = (t.tensor_split((self.n,), 2) for t in (q, k, v))
+        sizes = self.n, q.shape[2] - self.n
+        (q, q_noisy), (k, k_noisy), (v, v_noisy) = (t.split(sizes, 2) for t in (q, k, v))
         if self.cache:
             k, v = self.cache[layer](k, v)
         y = causal_attention(q.to(k.dtype), k, v, self.window, scale, dropout) if self.n else q.to(k.dtype)
