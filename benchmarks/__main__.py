@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 NOT_BENCHMARKS = "__main__.py", "common.py", "nanogpt.py"
 SCRIPTS = {path.stem: path for path in sorted(HERE.glob("*.py")) if path.name not in NOT_BENCHMARKS}
-SPEED = "matmul compiled generation lora muon scans step_profile throughput time_to_loss tokens".split()
+SPEED = "matmul compiled generation lora muon plain_forms scans step_profile throughput time_to_loss tokens".split()
 RESULTS = HERE.parent / "docs" / "results.md"
 MARKS = "<!-- kinds of CPU -->", "<!-- end of kinds of CPU -->"
 

@@ -43,4 +43,4 @@ def test_benchmark_runs(script, tmp_path):
 
 
 def test_number_of_benchmarks():
-    assert len(SCRIPTS) == 26
+    assert len(SCRIPTS) == 27

@@ -70,6 +70,13 @@ def _matmul_attention(q, k, v, bias, dropout):
     y = torch.bmm(row_dropout(a.softmax(-1, dtype=q.dtype), dropout), v)
     return y.unflatten(0, shape[:2])
 
+# %% ../../nbs/nn/22_attention.ipynb #a0bc6d7e
+def _shared_key_attention(q, k, v, mask, scale, dropout):
+    "Attention of all heads of `q` (B,H,T,d) to keys and values (B,1,S,d) that they share"
+    bias = None if mask is None else _mask_bias(mask, q.dtype).tile(q.shape[1], 1)
+    y = _matmul_attention(q.flatten(1, 2)[:, None] * scale, k, v, bias, dropout)
+    return y.view(*q.shape[:3], -1)
+
 # %% ../../nbs/nn/22_attention.ipynb #883ce323
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)  # Training uses the cached masks too
@@ -129,8 +136,8 @@ def _record_attention_weights(q, k, mask, scale):
 # %% ../../nbs/nn/22_attention.ipynb #788d4a57
 def masked_attention(
     q,  # (B,H,T,d) queries
-    k,  # (B,H,S,d) keys
-    v,  # (B,H,S,d) values
+    k,  # (B,H,S,d) keys, or (B,1,S,d) if all heads share them
+    v,  # (B,H,S,d) values, or (B,1,S,d)
     mask=None,  # (…,T,S) true where a query attends to a key. None: everywhere
     scale=None,  # Factor of the scores. None: d**-0.5
     dropout=0.0,  # Dropout probability of the weights. Pass 0 outside training
@@ -139,6 +146,8 @@ def masked_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if _recorders:
         _record_attention_weights(q, k, mask, scale)
+    if k.shape[1] < q.shape[1]:
+        return _shared_key_attention(q, k, v, mask, scale, dropout)
     if q.device.type != "cpu" or not dropout and (q.dtype != torch.bfloat16 or k.shape[2] > 768):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout)
     return _matmul_attention(q * scale, k, v, None if mask is None else _mask_bias(mask, q.dtype), dropout)
@@ -146,8 +155,8 @@ def masked_attention(
 # %% ../../nbs/nn/22_attention.ipynb #4c230cb1
 def causal_attention(
     q,  # (B,H,T,d) queries, the last T of S positions
-    k,  # (B,H,S,d) keys
-    v,  # (B,H,S,d) values
+    k,  # (B,H,S,d) keys, or (B,1,S,d) if all heads share them
+    v,  # (B,H,S,d) values, or (B,1,S,d)
     window=0,  # Number of keys that a query attends to, its own included. 0: all keys up to its own
     scale=None,  # Factor of the scores. None: d**-0.5
     dropout=0.0,  # Dropout probability of the weights. Pass 0 outside training
@@ -157,9 +166,12 @@ def causal_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if _recorders:
         _record_attention_weights(q, k, causal_mask(T, S, window, q.device), scale)
+    unmasked = T == 1 and (not window or S <= window)
+    if k.shape[1] < q.shape[1]:
+        mask = None if unmasked else causal_mask(T, S, window, q.device)
+        return _shared_key_attention(q, k, v, mask, scale, dropout)
     if window and T == S > 2 * window:
         return _blockwise_attention(q * scale, k, v, window, dropout)
-    unmasked = T == 1 and (not window or S <= window)
     if q.device.type == "cpu" and (dropout or q.dtype == torch.bfloat16 and S <= 768 and not unmasked):
         return _matmul_attention(q * scale, k, v, _causal_bias(T, S, window, q.device, q.dtype), dropout)
     if unmasked or (T == S and (not window or window >= S)):

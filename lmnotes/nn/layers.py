@@ -109,7 +109,10 @@ class FeedForward(nn.Module):
 # %% ../../nbs/nn/21_layers.ipynb #f3b421ae
 def soft_cap(logits, cap) -> torch.Tensor:  # Logits of any shape, and the largest magnitude allowed (0: no cap)
     "Return `cap · tanh(logits / cap)`"
-    return cap * torch.tanh(logits / cap) if cap else logits
+    if not cap:
+        return logits
+    z = (logits / cap).tanh_()
+    return z * cap if z.requires_grad else z.mul_(cap)
 
 # %% ../../nbs/nn/21_layers.ipynb #a7e8b0fd
 LOGITS_PER_CHUNK = 2**25  # Logits computed at a time, 128 MB in float32

@@ -103,8 +103,9 @@ def _heads(x, n):
 
 
 def _rotate(x, positions, base):
-    "Return `x` (…,T,d) with rotary positions, computed in float32"
-    return apply_rope(x.float(), rope_table(positions, x.shape[-1], base)).to(x.dtype)
+    "Return `x` (…,T,d) with rotary positions, computed in float32 or wider"
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return apply_rope(wide, rope_table(positions, x.shape[-1], base)).to(x.dtype)
 
 # %% ../../nbs/nn/27_mixture.ipynb #e4d4be7b
 def _make_attention_fn(window, retrieved, scale, dropout):
@@ -189,7 +190,6 @@ class LatentAttention(PlainAttention):
     def attend_absorbed(self, q, entries, attention_fn) -> Tensor:
         up_k, up_v = (up.weight.unflatten(0, (self.c.n_heads, -1)) for up in (self.up_k, self.up_v))
         content, rotary = q.split(self.query_parts, -1)
-        entries = entries.expand(-1, self.c.n_heads, -1, -1)
         y = attention_fn(torch.cat([content @ up_k, rotary], -1), entries, entries[..., : self.c.kv_latent_dim])
         return y.to(up_v.dtype) @ up_v.mT
 
