@@ -1,10 +1,11 @@
 """Build the documentation site from the notebooks and their saved outputs: `python docs/build_docs.py [--to FOLDER]`.
 
-Every notebook becomes a Markdown page (notebook_page.py) with links from names to their definitions (names.py). MkDocs then
+Every notebook becomes a Markdown page (notebook_page.py) with links from names to their definitions (names.py). Zensical then
 builds the site. The build executes no notebook and needs no network.
 """
 
 import argparse
+import html
 import json
 import os
 import re
@@ -14,10 +15,13 @@ import sys
 import tempfile
 from configparser import ConfigParser
 from pathlib import Path
+from xml.sax.saxutils import quoteattr
 
 import notebook_page
 import reference
+from latex2mathml.converter import convert
 from names import Names
+from pages import as_on_a_terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -43,6 +47,7 @@ CHAPTERS = {  # Folder in nbs/ -> heading in the navigation, in reading order
     "recipes": "Recipes",
     "apps": "Command line",
 }
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
 
 
 def group(notebook):
@@ -141,7 +146,7 @@ class Site:
         return page
 
     def navigation(self):
-        "Write every page and return the navigation for MkDocs, in reading order"
+        "Write every page and return the navigation, in reading order"
         by_stem = {n.path.stem: n for n in self.notebooks}
         groups = {title: [] for title in CHAPTERS.values()}
         for notebook in self.notebooks:
@@ -180,44 +185,54 @@ def first_heading(path):
     return re.search(r"^# (.+)$", path.read_text(encoding="utf-8"), re.M)[1].replace("`", "")
 
 
-def link_names(site, folder):
-    "Link the names in the code of finished pages to their definitions"
+def mathml(formula):
+    "Return the MathML of a formula that the arithmatex extension found, so that pages need no math script"
+    tag, latex = formula[1], html.unescape(formula[2])
+    element = convert(latex, display="inline" if tag == "span" else "block")
+    return f'<{tag} class="math">{element.replace("<math ", f"<math alttext={quoteattr(latex)} ", 1)}</{tag}>'
+
+
+def finish_pages(site, folder):
+    "Convert the formulas of finished pages to MathML, and link the names in their code to the definitions"
     for path in folder.rglob("*.html"):
         page = path.relative_to(folder).with_suffix(".md").as_posix()
-        path.write_text(site.names.in_code(path.read_text(encoding="utf-8"), page), encoding="utf-8")
+        text = FORMULA.sub(mathml, path.read_text(encoding="utf-8"))
+        path.write_text(site.names.in_code(text, page), encoding="utf-8")
 
 
-def make_site(config):
-    "Run MkDocs and treat any warning as an error"
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(config)]
-    path = os.pathsep.join([str(ROOT / "docs"), os.environ.get("PYTHONPATH", "")])
-    environ = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True)
-    warnings = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith("INFO")]
-    if done.returncode or warnings:
-        raise SystemExit("MkDocs did not build the site:\n" + "\n".join(warnings))
+def toml(value):
+    "Return a list, a dict or a text as TOML"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{json.dumps(key)} = {toml(item)}' for key, item in value.items())}}}"
+    return f"[{', '.join(map(toml, value))}]" if isinstance(value, list) else json.dumps(value)
+
+
+def make_site(folder, **settings):
+    "Build the site of the pages in `folder`/pages in `folder`/site, and treat any warning as an error"
+    lines = "".join(f"{key} = {toml(value)}\n" for key, value in {"docs_dir": "pages", **settings}.items())
+    config = (ROOT / "docs/zensical.toml").read_text(encoding="utf-8").replace("[project]\n", f"[project]\n{lines}", 1)
+    (folder / "zensical.toml").write_text(config, encoding="utf-8")
+    command = [sys.executable, "-m", "zensical", "build", "--strict"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"Zensical did not build the site:\n{as_on_a_terminal(done.stdout + done.stderr)}")
 
 
 def build(target):
     "Build the site in the folder `target`, which is emptied first"
     with tempfile.TemporaryDirectory() as folder:
-        site = Site(Path(folder) / "pages")
+        folder = Path(folder)
+        site = Site(folder / "pages")
         site.folder.mkdir()
         site.learn_names()
         shutil.copytree(ROOT / "docs/assets", site.folder / "assets")
         shutil.copytree(NBS / "pictures", site.folder / "pictures")  # Diagrams, by their path in the notebooks
         shutil.copy(ROOT / "LICENSE", site.folder)
         ini = settings()
-        config = {
-            "site_url": f"{ini['doc_host']}{ini['doc_baseurl']}/",
-            "INHERIT": str(ROOT / "docs/mkdocs.yml"),
-            "docs_dir": str(site.folder),
-            "site_dir": str(target),
-            "nav": site.navigation(),
-        }
-        (Path(folder) / "mkdocs.yml").write_text(json.dumps(config), encoding="utf-8")
-        make_site(Path(folder) / "mkdocs.yml")
-        link_names(site, target)
+        make_site(folder, nav=site.navigation(), site_url=f"{ini['doc_host']}{ini['doc_baseurl']}/")
+        finish_pages(site, folder / "site")
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.move(folder / "site", target)
 
 
 def main():
