@@ -5,7 +5,6 @@ builds the site. The build executes no notebook and needs no network.
 """
 
 import argparse
-import html
 import json
 import os
 import re
@@ -15,30 +14,20 @@ import sys
 import tempfile
 from configparser import ConfigParser
 from pathlib import Path
-from xml.sax.saxutils import quoteattr
 
 import notebook_page
 import reference
-from latex2mathml.converter import convert
+from finish import finish
 from names import Names
 from pages import as_on_a_terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
-PROJECT_PAGES = (
-    "CONTRIBUTING",
-    "CHANGELOG",
-    "SECURITY",
-    "LOG",
-    "docs/trust",
-    "docs/renamed",
-)  # Pages of the heading "Project"
+PROJECT_PAGES = ("CONTRIBUTING", "CHANGELOG", "SECURITY", "LOG", "docs/trust", "docs/renamed")
 RUNNABLE = ("train", "generate", "prepare", "compare")
-CHAPTERS = {  # Folder in nbs/ -> heading in the navigation, in reading order
-    "": "Core",
+REFERENCE = {  # Folder in nbs/ -> heading in the reference
     "data": "Data",
     "nn": "Model building blocks",
-    "models": "Architectures",
     "training": "Training",
     "inference": "Inference",
     "runs": "Runs",
@@ -46,14 +35,8 @@ CHAPTERS = {  # Folder in nbs/ -> heading in the navigation, in reading order
     "export": "Export",
     "recipes": "Recipes",
     "apps": "Command line",
+    "": "Core",
 }
-FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
-
-
-def group(notebook):
-    "Return the navigation heading of a notebook, or an empty string for the runnable notebooks in nbs/"
-    folder = notebook.page.rpartition("/")[0]
-    return CHAPTERS[folder] if folder or notebook.number is not None else ""
 
 
 def settings():
@@ -61,6 +44,13 @@ def settings():
     config = ConfigParser()
     config.read(ROOT / "settings.ini")
     return config["DEFAULT"]
+
+
+def addresses():
+    "Return the settings of Zensical that are addresses"
+    ini = settings()
+    site, repo = f"{ini['doc_host']}{ini['doc_baseurl']}/", ini["git_url"]
+    return dict(site_url=site, repo_url=repo, repo_name=ini["repo"], edit_uri=f"edit/{ini['branch']}")
 
 
 def bars_in_code(row):
@@ -75,6 +65,8 @@ class Site:
         self.folder = folder
         config = settings()
         self.blob_url = f"{config['git_url']}/blob/{config['branch']}"
+        self.edit_url = f"{config['git_url']}/edit/{config['branch']}"
+        self.sources = {}  # Page -> URL of its source
         self.names = Names(ROOT, self.blob_url)
         self.notebooks = [notebook_page.read(path, NBS) for path in notebooks()]
 
@@ -90,11 +82,10 @@ class Site:
             self.names.add_page(notebook.page, *known, *numbered)
             for definition in (item for cell in notebook.cells for item in cell["defines"]):
                 self.names.add(notebook.page, definition)
-        for name in PROJECT_PAGES:
-            self.names.add_page(project_page(name), f"{name}.md")
-        for path in [*(ROOT / "docs").rglob("*.md"), *(ROOT / "docs/assets").iterdir()]:
-            inside = path.relative_to(ROOT / "docs").as_posix()
-            self.names.add_page(inside, f"docs/{inside}")
+        for path in texts():
+            self.names.add_page(text_page(path), path.relative_to(ROOT).as_posix())
+        for path in (ROOT / "docs/assets").iterdir():
+            self.names.add_page(f"assets/{path.name}", f"docs/assets/{path.name}")
 
     def pictures(self, page):
         "Return a function that stores the pictures of a page"
@@ -124,10 +115,11 @@ class Site:
 
     def write_notebook(self, notebook):
         picture = self.pictures(notebook.page)
+        self.sources[notebook.page] = f"{self.blob_url}/{notebook.name}.ipynb"
         self.write(notebook.page, notebook_page.page_text(notebook, picture, self.source_urls(notebook), self.blob_url))
 
-    def write_text(self, source, page):
-        "Write a Markdown page. The line `<!-- outputs: nbs/x.ipynb -->` in it is replaced by that notebook's tables and pictures"
+    def write_text(self, source):
+        "Write a page from Markdown. The line `<!-- outputs: nbs/x.ipynb -->` in it is replaced by that notebook's tables and pictures"
 
         def shown(mark):
             notebook = next((n for n in self.notebooks if f"{n.name}.ipynb" == mark[1]), None)
@@ -135,6 +127,8 @@ class Site:
                 raise ValueError(f"{source}: {mark[0]} names no notebook. Write nbs/NAME.ipynb")
             return "\n\n".join(notebook_page.output_blocks(notebook, picture))
 
+        page = text_page(source)
+        self.sources[page] = f"{self.edit_url}/{source.relative_to(ROOT).as_posix()}"
         picture = self.pictures(page)
         text = re.sub(r"\A(# .+\n+)> (.+)\n", r"\1\2\n{ .lead }\n", source.read_text(encoding="utf-8"))
         text = re.sub(r"^<!-- outputs: (\S+) -->$", shown, text, flags=re.M)
@@ -143,37 +137,45 @@ class Site:
             target = (self.folder / page).parent / name
             target.parent.mkdir(exist_ok=True)
             shutil.copy(source.parent / name, target)
-        return page
 
     def navigation(self):
-        "Write every page and return the navigation, in reading order"
-        by_stem = {n.path.stem: n for n in self.notebooks}
-        groups = {title: [] for title in CHAPTERS.values()}
+        "Return the navigation: a tab with its pages or headings, in reading order, for each title that has pages"
+        by_folder = {}
         for notebook in self.notebooks:
-            self.write_notebook(notebook)
-            if title := group(notebook):
-                groups[title].append({notebook.title: notebook.page})
-        run = [{by_stem[name].title: by_stem[name].page} for name in RUNNABLE if name in by_stem]
-        guides = [
-            {first_heading(path).removeprefix("Migrating from "): self.write_text(path, f"guides/{path.name}")}
-            for path in sorted((ROOT / "docs/guides").glob("*.md"))
-        ]
-        results = self.write_text(ROOT / "docs/results.md", "results.md")
-        project = [self.write_text(ROOT / f"{name}.md", project_page(name)) for name in PROJECT_PAGES]
-        start = [{"Home": "index.md"}, *run]
-        middle = [{title: pages} for title, pages in groups.items() if pages]
-        return [
-            {"Get started": start},
-            *middle,
-            {"Migration guides": guides},
-            {"Results": results},
-            {"Project": project},
-        ]
+            folder = notebook.page.rpartition("/")[0]
+            by_folder.setdefault("run" if notebook.name.removeprefix("nbs/") in RUNNABLE else folder, []).append(
+                notebook
+            )
+        in_nav = {name: [{n.title: n.page} for n in found if n.page != "index.md"] for name, found in by_folder.items()}
+        in_nav["run"].sort(key=lambda item: RUNNABLE.index(*(page.removesuffix(".md") for page in item.values())))
+        tabs = {
+            "Get started": [{"Home": "index.md"}, *titles("start"), *in_nav["run"]],
+            "Learn": titles("learn"),
+            "How-to": titles("howto"),
+            "Architectures": in_nav["models"],
+            "Results": "results.md",
+            "Reference": [{title: in_nav[folder]} for folder, title in REFERENCE.items()],
+            "Migration guides": titles("guides", "Migrating from "),
+            "Project": [text_page(ROOT / f"{name}.md") for name in PROJECT_PAGES],
+        }
+        return [{title: pages} for title, pages in tabs.items() if pages]
 
 
-def project_page(name):
-    "Return the page of a Markdown file given by its path without the ending"
-    return f"{name.rpartition('/')[2]}.md"
+def texts():
+    "Return the paths of all pages that are not notebooks"
+    return [*(ROOT / f"{name}.md" for name in PROJECT_PAGES if "/" not in name), *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def text_page(path):
+    "Return the page of a text: without the number that orders the texts of its folder"
+    page = path.relative_to(ROOT / "docs" if (ROOT / "docs") in path.parents else ROOT)
+    return page.with_name(re.sub(r"^\d+_", "", page.name)).as_posix()
+
+
+def titles(folder, prefix=""):
+    "Return [{title: page}] of the texts in a folder of docs/, in the order of their file names"
+    paths = [path for path in texts() if path.parent == ROOT / "docs" / folder]
+    return [{first_heading(path).removeprefix(prefix): text_page(path)} for path in paths]
 
 
 def notebooks():
@@ -185,19 +187,14 @@ def first_heading(path):
     return re.search(r"^# (.+)$", path.read_text(encoding="utf-8"), re.M)[1].replace("`", "")
 
 
-def mathml(formula):
-    "Return the MathML of a formula that the arithmatex extension found, so that pages need no math script"
-    tag, latex = formula[1], html.unescape(formula[2])
-    element = convert(latex, display="inline" if tag == "span" else "block")
-    return f'<{tag} class="math">{element.replace("<math ", f"<math alttext={quoteattr(latex)} ", 1)}</{tag}>'
-
-
 def finish_pages(site, folder):
-    "Convert the formulas of finished pages to MathML, and link the names in their code to the definitions"
+    "Finish the pages that Zensical wrote, and lead their edit links to the sources of the pages"
     for path in folder.rglob("*.html"):
         page = path.relative_to(folder).with_suffix(".md").as_posix()
-        text = FORMULA.sub(mathml, path.read_text(encoding="utf-8"))
-        path.write_text(site.names.in_code(text, page), encoding="utf-8")
+        text = finish(path.read_text(encoding="utf-8"), page, site.names)
+        if page in site.sources:
+            text = text.replace(f"{site.edit_url}/{page}", site.sources[page])
+        path.write_text(text, encoding="utf-8")
 
 
 def toml(value):
@@ -212,6 +209,7 @@ def make_site(folder, **settings):
     lines = "".join(f"{key} = {toml(value)}\n" for key, value in {"docs_dir": "pages", **settings}.items())
     config = (ROOT / "docs/zensical.toml").read_text(encoding="utf-8").replace("[project]\n", f"[project]\n{lines}", 1)
     (folder / "zensical.toml").write_text(config, encoding="utf-8")
+    shutil.copytree(ROOT / "docs/theme", folder / "theme", dirs_exist_ok=True)
     command = [sys.executable, "-m", "zensical", "build", "--strict"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
@@ -227,9 +225,13 @@ def build(target):
         site.learn_names()
         shutil.copytree(ROOT / "docs/assets", site.folder / "assets")
         shutil.copytree(NBS / "pictures", site.folder / "pictures")  # Diagrams, by their path in the notebooks
+        shutil.copy(ROOT / "docs/theme/.icons/logo.svg", site.folder / "assets")
         shutil.copy(ROOT / "LICENSE", site.folder)
-        ini = settings()
-        make_site(folder, nav=site.navigation(), site_url=f"{ini['doc_host']}{ini['doc_baseurl']}/")
+        for notebook in site.notebooks:
+            site.write_notebook(notebook)
+        for path in texts():
+            site.write_text(path)
+        make_site(folder, nav=site.navigation(), **addresses())
         finish_pages(site, folder / "site")
         shutil.rmtree(target, ignore_errors=True)
         shutil.move(folder / "site", target)

@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
 import build_docs
+import finish
 import notebook_page
 import pytest
 import reference
@@ -172,13 +173,25 @@ def test_formulas_become_mathml_and_code_keeps_its_dollars():
     markdown = Markdown(extensions=extensions, extension_configs={"pymdownx.arithmatex": {"generic": True}})
 
     def convert(text):
-        return build_docs.FORMULA.sub(build_docs.mathml, markdown.convert(text))
+        return finish.FORMULA.sub(finish.mathml, markdown.convert(text))
 
     inline = convert(r"so $h_t = \sigma(x)<1$ is")
     assert "<math" in inline and 'alttext="h_t = \\sigma(x)&lt;1"' in inline and "$" not in inline
     assert 'display="block"' in convert("$$\n\\frac{1}{2}\n$$")
     assert convert("costs `$5` and `$6`") == "<p>costs <code>$5</code> and <code>$6</code></p>"
     assert "$HOME" in convert("```\necho $HOME $x$\n```") and "<math" not in convert("```\n$x$\n```")
+
+
+def test_cells_of_a_table_have_their_titles_and_numbers_a_class():
+    text = """<table><thead><tr><th>Name</th><th>Bits</th><th>Note</th></tr></thead><tbody>
+        <tr><td><code>x --long-name</code></td><td>≤ 1,971.5 ± 0.008</td><td>2 x</td></tr>
+        <tr><td>y</td><td></td><td>as <code>a.py::b</code></td></tr></tbody></table>"""
+    shown = finish.TABLE.sub(finish.table, text)
+    assert '<th class="number">Bits</th><th>Note</th>' in shown
+    assert (
+        '<td class="number" data-label="Bits">≤ 1,971.5\u00a0±\u00a00.008</td><td data-label="Note">2 x</td>' in shown
+    )
+    assert '<code>x <span class="word">--long-name</span></code>' in shown and "a.py::<wbr>b" in shown
 
 
 def test_notebook_without_a_title_is_rejected(tmp_path):
@@ -226,8 +239,7 @@ def pages(site):
 
 def test_every_notebook_and_text_has_a_page(site, pages):
     expected = {notebook_page.read(path, ROOT / "nbs").page for path in build_docs.notebooks()}
-    expected |= {build_docs.project_page(name) for name in build_docs.PROJECT_PAGES} | {"results.md"}
-    expected |= {f"guides/{path.name}" for path in (ROOT / "docs/guides").glob("*.md")}
+    expected |= {build_docs.text_page(path) for path in build_docs.texts()}
     found = {path.relative_to(site).with_suffix(".md").as_posix() for path in pages}
     assert found == expected
 
@@ -246,13 +258,12 @@ def test_links_have_targets(site, pages):
     assert not wrong
 
 
-@pytest.mark.parametrize("name", ["README", *build_docs.PROJECT_PAGES, "docs/results"])
-def test_links_of_project_pages_have_targets(name):
-    "The pages are also read on the repository's site, where links are relative to the project's folder"
-    text = re.sub(r"(`+).*?\1", "", (ROOT / f"{name}.md").read_text(encoding="utf-8"))  # Without code
+@pytest.mark.parametrize("path", [ROOT / "README.md", *build_docs.texts()], ids=lambda path: path.stem)
+def test_links_of_texts_have_targets(path):
+    "The pages are also read on the repository's site, where links are relative to the folder of the text"
+    text = re.sub(r"(`+).*?\1", "", path.read_text(encoding="utf-8"))  # Without code
     links = re.findall(r"\]\(([^)#\s]+)", text)
-    folder = (ROOT / name).parent
-    assert not [link for link in links if not re.match(r"https?:|mailto:", link) and not (folder / link).exists()]
+    assert not [link for link in links if not re.match(r"https?:|mailto:", link) and not (path.parent / link).exists()]
 
 
 def test_ids_are_unique(site, pages):
@@ -312,6 +323,32 @@ def test_a_broken_link_stops_the_build(tmp_path, link):
         build_docs.make_site(tmp_path, nav=["index.md"])
     (tmp_path / "pages/index.md").write_text("# Title\n\n[good](index.md#title)\n")
     build_docs.make_site(tmp_path, nav=["index.md"])
+
+
+def test_navigation_has_its_groups_in_order(tmp_path):
+    "The reference comes after what learners read, and the chapter that all others build on is its last"
+    site = build_docs.Site(tmp_path)
+    tabs = {title: pages for tab in site.navigation() for title, pages in tab.items()}
+    order = ["Get started", "Learn", "How-to", "Architectures", "Results", "Reference", "Migration guides", "Project"]
+    assert list(tabs) == [title for title in order if title in tabs] and len(tabs) > 5
+    assert [next(iter(heading)) for heading in tabs["Reference"]][-1] == "Core"
+    shown = re.findall(r"[\w/]+\.md", str(tabs))
+    assert len(shown) == len(set(shown))
+    assert set(shown) == {n.page for n in site.notebooks} | {build_docs.text_page(path) for path in build_docs.texts()}
+
+
+def test_pages_lead_to_the_repository_and_to_their_sources(site):
+    for page, source in {
+        "models/gpt": "/blob/main/nbs/models/31_gpt.ipynb",
+        "results": "/edit/main/docs/results.md",
+        "index": "/blob/main/nbs/index.ipynb",
+        "guides/nanothink": "/edit/main/docs/guides/nanothink.md",
+        "LOG": "/edit/main/LOG.md",
+    }.items():
+        text = (site / f"{page}.html").read_text(encoding="utf-8")
+        repository = build_docs.addresses()["repo_url"]
+        assert re.findall(r'<a href="([^"]+)"[^>]* rel="edit"', text) == [repository + source]
+        assert f'<a href="{repository}"' in text
 
 
 def test_page_name_collision_is_rejected(tmp_path):
@@ -509,3 +546,59 @@ def test_figures_have_a_light_background_in_dark_mode(page, home):
     assert picture.evaluate("e => getComputedStyle(e).backgroundColor") == "rgb(255, 255, 255)"
     assert picture.evaluate("e => e.complete && e.naturalWidth") > 100
     assert picture.get_attribute("alt")
+
+
+@pytest.fixture
+def phone(browser, home):
+    "Yield a page of the size of a phone"
+    context = new_context(browser, viewport={"width": 390, "height": 844}, reduced_motion="reduce")
+    yield context.new_page()
+    context.close()
+
+
+@pytest.mark.parametrize(
+    "name", ["index", "results", "models/gpt", "guides/nanothink", "trust", "runs/config", "compare"]
+)
+def test_a_phone_shows_cards_and_scrolls_only_down(phone, home, name):
+    phone.goto(f"{home}{name}.html")
+    assert phone.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+    for table in phone.locator("article table:has(td[data-label]):not(:has(td.number))").all()[:5]:
+        cell = table.locator("td").first
+        if cell.is_visible():
+            assert cell.evaluate("e => getComputedStyle(e).display") == "block"
+            assert cell.evaluate("e => getComputedStyle(e, '::before').content").strip('"') == cell.get_attribute(
+                "data-label"
+            )
+            assert table.evaluate("e => e.scrollWidth - e.clientWidth") <= 1
+
+
+def test_figures_on_a_phone_keep_a_legible_size(phone, home):
+    phone.goto(home + "results.html")
+    assert phone.locator("img.figure").first.evaluate("e => e.clientWidth") >= 600
+
+
+def test_tables_and_lines_fit_a_laptop(page, home):
+    page.goto(home + "results.html")
+    table = page.locator("table:has(th:nth-child(9))").first
+    assert table.evaluate("e => e.closest('.output').scrollWidth - e.closest('.output').clientWidth") <= 0
+    number = table.locator("td.number").first
+    assert number.evaluate("e => getComputedStyle(e).textAlign") == "right"
+    assert "tabular-nums" in number.evaluate("e => getComputedStyle(e).fontVariantNumeric")
+    page.goto(home + "models/gpt.html")
+    lengths = page.evaluate(LINES)
+    assert len(lengths) > 5 and 65 <= sum(lengths) / len(lengths) <= 85
+
+
+# Characters in each full line of the paragraphs
+LINES = """() => [...document.querySelectorAll("article > p:not([class])")].flatMap((p) => {
+  const lines = {}
+  for (const walk = document.createTreeWalker(p, NodeFilter.SHOW_TEXT); walk.nextNode();)
+    for (let i = 0; i < walk.currentNode.length; i++) {
+      const range = document.createRange()
+      range.setStart(walk.currentNode, i)
+      range.setEnd(walk.currentNode, i + 1)
+      const y = Math.round(range.getBoundingClientRect().bottom / 12)
+      lines[y] = (lines[y] || 0) + 1
+    }
+  return Object.values(lines).slice(0, -1)
+})"""

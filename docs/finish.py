@@ -1,0 +1,62 @@
+"""Finish the pages that Zensical wrote: MathML, tables that fit every screen, links from code, and the sources of the pages."""
+
+import html
+import re
+from itertools import count
+from xml.sax.saxutils import quoteattr
+
+from latex2mathml.converter import convert
+
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
+TABLE = re.compile(r"<table>.*?</table>", re.S)
+CELL = re.compile(r"<(t[hd])[^>]*>(.*?)</\1>", re.S)
+NUMBER = re.compile(r"[≤≥]? ?[+-]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?( ± [\d.]+)?( ?[x%])?")
+HYPHENATED = re.compile(r"[^\s<>]+-[^\s<>]*|-[^\s<>]+")
+
+
+def mathml(formula):
+    "Return the MathML of a formula that the arithmatex extension found, so that pages need no math script"
+    tag, latex = formula[1], html.unescape(formula[2])
+    element = convert(latex, display="inline" if tag == "span" else "block")
+    return f'<{tag} class="math">{element.replace("<math ", f"<math alttext={quoteattr(latex)} ", 1)}</{tag}>'
+
+
+def plain(cell):
+    "Return the text of a cell"
+    return html.unescape(re.sub(r"<[^>]+>", "", cell)).strip()
+
+
+def unbroken(cell):
+    "Keep a value with its error whole, and the words of code, which a browser would break after a hyphen but not after `::`"
+
+    def code(found):
+        words = HYPHENATED.sub(r'<span class="word">\g<0></span>', found[2])
+        return found[1] + words.replace("::", "::<wbr>") + found[3]
+
+    return re.sub(r"(<code[^>]*>)([^<]*)(</code>)", code, cell).replace(" ± ", "\u00a0±\u00a0")
+
+
+def table(found):
+    "Mark the columns of numbers, and give every cell the title of its column, which small screens show beside it"
+    rows = found[0].split("<tr>")
+    titles, *body = [[plain(cell[2]) for cell in CELL.finditer(row)] for row in rows[1:]]
+    columns = [[text for text in column if text] for column in zip(*body)]
+    numbers = [bool(column) and all(map(NUMBER.fullmatch, column)) for column in columns]
+
+    def finished(row):
+        position = count()
+
+        def cell(found):
+            i = next(position)
+            kind = ' class="number"' if i < len(numbers) and numbers[i] else ""
+            label = f" data-label={quoteattr(titles[i])}" if found[1] == "td" and titles[i] else ""
+            return f"<{found[1]}{kind}{label}>{unbroken(found[2])}</{found[1]}>"
+
+        return CELL.sub(cell, row)
+
+    return "<tr>".join(map(finished, rows))
+
+
+def finish(text, page, names):
+    "Return a finished page"
+    return names.in_code(TABLE.sub(table, FORMULA.sub(mathml, text)), page)
