@@ -32,7 +32,7 @@ REFERENCE = {  # Folder in nbs/ -> heading in the reference
     "inference": "Inference",
     "runs": "Runs",
     "inspect": "Inspection",
-    "export": "Export",
+    "export": "Sharing",
     "recipes": "Recipes",
     "apps": "Command line",
     "": "Core",

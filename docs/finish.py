@@ -11,7 +11,8 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>',
 TABLE = re.compile(r"<table>.*?</table>", re.S)
 CELL = re.compile(r"<(t[hd])[^>]*>(.*?)</\1>", re.S)
 NUMBER = re.compile(r"[≤≥]? ?[+-]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?( ± [\d.]+)?( ?[x%])?")
-HYPHENATED = re.compile(r"[^\s<>]+-[^\s<>]*|-[^\s<>]+")
+WORD = re.compile(r"(?<!\S)(?=\S*[-/:])\S{2,}")
+LONG = 24  # Longer words may break between the parts of a path
 
 
 def mathml(formula):
@@ -27,11 +28,15 @@ def plain(cell):
 
 
 def unbroken(cell):
-    "Keep a value with its error whole, and the words of code, which a browser would break after a hyphen but not after `::`"
+    "Keep a value with its error whole, and the options, paths and names in code, which browsers break after hyphens"
+
+    def word(found):
+        if len(found[0]) > LONG:
+            return re.sub(r"(::|/)", r"\1<wbr>", found[0])
+        return f'<span class="word">{found[0]}</span>'
 
     def code(found):
-        words = HYPHENATED.sub(r'<span class="word">\g<0></span>', found[2])
-        return found[1] + words.replace("::", "::<wbr>") + found[3]
+        return found[1] + WORD.sub(word, found[2]) + found[3]
 
     return re.sub(r"(<code[^>]*>)([^<]*)(</code>)", code, cell).replace(" ± ", "\u00a0±\u00a0")
 

@@ -185,13 +185,16 @@ def test_formulas_become_mathml_and_code_keeps_its_dollars():
 def test_cells_of_a_table_have_their_titles_and_numbers_a_class():
     text = """<table><thead><tr><th>Name</th><th>Bits</th><th>Note</th></tr></thead><tbody>
         <tr><td><code>x --long-name</code></td><td>≤ 1,971.5 ± 0.008</td><td>2 x</td></tr>
-        <tr><td>y</td><td></td><td>as <code>a.py::b</code></td></tr></tbody></table>"""
+        <tr><td>y</td><td></td><td>as <code>tests/test_longer.py::test_b</code></td></tr></tbody></table>"""
     shown = finish.TABLE.sub(finish.table, text)
     assert '<th class="number">Bits</th><th>Note</th>' in shown
     assert (
         '<td class="number" data-label="Bits">≤ 1,971.5\u00a0±\u00a00.008</td><td data-label="Note">2 x</td>' in shown
     )
-    assert '<code>x <span class="word">--long-name</span></code>' in shown and "a.py::<wbr>b" in shown
+    assert (
+        '<code>x <span class="word">--long-name</span></code>' in shown
+        and "tests/<wbr>test_longer.py::<wbr>test_b" in shown
+    )
 
 
 def test_notebook_without_a_title_is_rejected(tmp_path):
@@ -458,6 +461,25 @@ def test_search_finds_a_definition(page, home):
     assert address.startswith("nn/lm.html") and address.endswith("#parse_model_args")
     page.goto(home + address)
     assert page.locator("#parse_model_args").count() == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    {
+        "install": "start/install.html",
+        "quickstart": "start/quickstart.html",
+        "own data": "howto/own_data.html",
+        "resume": "howto/resume.html",
+        "fine-tune": "howto/fine_tune.html",
+        "early stopping": "howto/early_stopping.html",
+        "overfitting": "howto/overfitting.html",
+        "out of memory": "howto/out_of_memory.html",
+        "export": "howto/export.html",
+        "multi-GPU": "howto/multi_gpu.html",
+    }.items(),
+)
+def test_search_finds_the_page_of_a_task(page, home, words, found):
+    assert found_by(page, home, words).partition("?")[0] == found
 
 
 def test_math_is_rendered(page, home):
