@@ -2,6 +2,9 @@
 
 Every notebook becomes a Markdown page (notebook_page.py) with links from names to their definitions (names.py). Zensical then
 builds the site. The build executes no notebook and needs no network.
+
+To add a page that is not a notebook, write a Markdown file into docs/start, docs/learn, docs/howto or docs/guides. A number at the
+beginning of its name gives its place in the navigation.
 """
 
 import argparse
@@ -24,7 +27,7 @@ from pages import as_on_a_terminal
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 PROJECT_PAGES = ("CONTRIBUTING", "CHANGELOG", "SECURITY", "LOG", "docs/trust", "docs/renamed")
-RUNNABLE = ("train", "generate", "prepare", "compare")
+RUNNABLE = ("train.md", "generate.md", "prepare.md", "compare.md")
 REFERENCE = {  # Folder in nbs/ -> heading in the reference
     "data": "Data",
     "nn": "Model building blocks",
@@ -133,28 +136,21 @@ class Site:
         text = re.sub(r"\A(# .+\n+)> (.+)\n", r"\1\2\n{ .lead }\n", source.read_text(encoding="utf-8"))
         text = re.sub(r"^<!-- outputs: (\S+) -->$", shown, text, flags=re.M)
         self.write(page, re.sub(r"^\|.*$", bars_in_code, text, flags=re.M))
-        for name in re.findall(r"\]\((pictures/[\w.]+)\)", text):
-            target = (self.folder / page).parent / name
-            target.parent.mkdir(exist_ok=True)
-            shutil.copy(source.parent / name, target)
 
     def navigation(self):
         "Return the navigation: a tab with its pages or headings, in reading order, for each title that has pages"
-        by_folder = {}
-        for notebook in self.notebooks:
-            folder = notebook.page.rpartition("/")[0]
-            by_folder.setdefault("run" if notebook.name.removeprefix("nbs/") in RUNNABLE else folder, []).append(
-                notebook
-            )
-        in_nav = {name: [{n.title: n.page} for n in found if n.page != "index.md"] for name, found in by_folder.items()}
-        in_nav["run"].sort(key=lambda item: RUNNABLE.index(*(page.removesuffix(".md") for page in item.values())))
+        title_of = {notebook.page: notebook.title for notebook in self.notebooks}
+        chapters = {}
+        for page, title in title_of.items():
+            if page not in ("index.md", *RUNNABLE):
+                chapters.setdefault(page.rpartition("/")[0], []).append({title: page})
         tabs = {
-            "Get started": [{"Home": "index.md"}, *titles("start"), *in_nav["run"]],
-            "Learn": titles("learn"),
+            "Get started": [{"Home": "index.md"}, *titles("start"), *({title_of[page]: page} for page in RUNNABLE)],
+            "Learn": [*titles("learn"), *chapters.get("learn", [])],
             "How-to": titles("howto"),
-            "Architectures": in_nav["models"],
+            "Architectures": chapters["models"],
             "Results": "results.md",
-            "Reference": [{title: in_nav[folder]} for folder, title in REFERENCE.items()],
+            "Reference": [{title: chapters[folder]} for folder, title in REFERENCE.items()],
             "Migration guides": titles("guides", "Migrating from "),
             "Project": [text_page(ROOT / f"{name}.md") for name in PROJECT_PAGES],
         }
@@ -224,7 +220,8 @@ def build(target):
         site.folder.mkdir()
         site.learn_names()
         shutil.copytree(ROOT / "docs/assets", site.folder / "assets")
-        shutil.copytree(NBS / "pictures", site.folder / "pictures")  # Diagrams, by their path in the notebooks
+        for source in (NBS / "pictures", ROOT / "docs/pictures"):  # Diagrams, and the pictures of texts
+            shutil.copytree(source, site.folder / "pictures", dirs_exist_ok=True)
         shutil.copy(ROOT / "docs/theme/.icons/logo.svg", site.folder / "assets")
         shutil.copy(ROOT / "LICENSE", site.folder)
         for notebook in site.notebooks:

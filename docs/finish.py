@@ -11,7 +11,7 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>',
 TABLE = re.compile(r"<table>.*?</table>", re.S)
 CELL = re.compile(r"<(t[hd])[^>]*>(.*?)</\1>", re.S)
 NUMBER = re.compile(r"[≤≥]? ?[+-]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?( ± [\d.]+)?( ?[x%])?")
-WORD = re.compile(r"(?<!\S)(?=\S*[-/:])\S{2,}")
+WORD = re.compile(r"(?<!\S)(?=\S*[^\w\s])\S{2,}")
 LONG = 24  # Longer words may break between the parts of a path
 
 

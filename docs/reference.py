@@ -43,7 +43,7 @@ class Source:
     "Code of a cell, with the comment of each line"
 
     def __init__(self, code):
-        self.lines = [line.encode() for line in code.split("\n")]
+        self.code, self.lines = code, code.split("\n")
         self.tree = ast.parse(code)
         tokens = tokenize.generate_tokens(io.StringIO(code).readline)
         found = [token for token in tokens if token.type == tokenize.COMMENT]
@@ -51,12 +51,7 @@ class Source:
 
     def text(self, node):
         "Return the source of an expression on one line"
-        if not node:
-            return ""
-        lines = self.lines[node.lineno - 1 : node.end_lineno]  # Columns count bytes
-        lines[-1] = lines[-1][: node.end_col_offset]
-        lines[0] = lines[0][node.col_offset :]
-        return " ".join(b" ".join(lines).decode().split())
+        return " ".join(ast.get_source_segment(self.code, node).split()) if node else ""
 
     def note(self, node):
         "Return the comment on the last line of a node, or on another of its lines"
@@ -65,7 +60,7 @@ class Source:
 
     def note_above(self, node):
         "Return the comment on the line above a node, if that line holds nothing else"
-        line = self.lines[node.lineno - 2].decode().strip() if node.lineno > 1 else ""
+        line = self.lines[node.lineno - 2].strip() if node.lineno > 1 else ""
         return self.notes[node.lineno - 1] if line.startswith("# ") else ""
 
 

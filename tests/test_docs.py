@@ -450,8 +450,8 @@ def found_by(page, home, words):
     "Return the address of the first page that the search finds"
     page.goto(home + "index.html")
     page.locator(".md-search__button").click()
-    page.get_by_role("combobox", name="Search").fill(words)
-    first = page.get_by_role("option").first
+    page.get_by_role("combobox").fill(words)
+    first = page.locator("a[href*='?h=']").first
     first.wait_for()
     return first.get_attribute("href").removeprefix(home)
 
