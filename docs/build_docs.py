@@ -134,6 +134,7 @@ class Site:
         self.sources[page] = f"{self.edit_url}/{source.relative_to(ROOT).as_posix()}"
         picture = self.pictures(page)
         text = re.sub(r"\A(# .+\n+)> (.+)\n", r"\1\2\n{ .lead }\n", source.read_text(encoding="utf-8"))
+        text = re.sub(r"(!\[.+\]\(pictures/[\w.]+\))$", r"\1{ .figure }", text, flags=re.M)
         text = re.sub(r"^<!-- outputs: (\S+) -->$", shown, text, flags=re.M)
         self.write(page, re.sub(r"^\|.*$", bars_in_code, text, flags=re.M))
 

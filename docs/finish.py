@@ -12,6 +12,7 @@ TABLE = re.compile(r"<table>.*?</table>", re.S)
 CELL = re.compile(r"<(t[hd])[^>]*>(.*?)</\1>", re.S)
 NUMBER = re.compile(r"[≤≥]? ?[+-]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?( ± [\d.]+)?( ?[x%])?")
 WORD = re.compile(r"(?<!\S)(?=\S*[^\w\s])\S{2,}")
+UNIT = re.compile(r"(?<=\d) (?=(?:x|%|µs|ms|s|kB|MB|GB|M)\b)| (?=± )|(?<=±) ")
 LONG = 24  # Longer words may break between the parts of a path
 
 
@@ -28,7 +29,7 @@ def plain(cell):
 
 
 def unbroken(cell):
-    "Keep a value with its error whole, and the options, paths and names in code, which browsers break after hyphens"
+    "Keep a value with its error or unit whole, and the options, paths and names in code, which browsers break after hyphens"
 
     def word(found):
         if len(found[0]) > LONG:
@@ -38,7 +39,7 @@ def unbroken(cell):
     def code(found):
         return found[1] + WORD.sub(word, found[2]) + found[3]
 
-    return re.sub(r"(<code[^>]*>)([^<]*)(</code>)", code, cell).replace(" ± ", "\u00a0±\u00a0")
+    return UNIT.sub("\u00a0", re.sub(r"(<code[^>]*>)([^<]*)(</code>)", code, cell))
 
 
 def table(found):

@@ -189,7 +189,8 @@ def test_cells_of_a_table_have_their_titles_and_numbers_a_class():
     shown = finish.TABLE.sub(finish.table, text)
     assert '<th class="number">Bits</th><th>Note</th>' in shown
     assert (
-        '<td class="number" data-label="Bits">≤ 1,971.5\u00a0±\u00a00.008</td><td data-label="Note">2 x</td>' in shown
+        '<td class="number" data-label="Bits">≤ 1,971.5\u00a0±\u00a00.008</td><td data-label="Note">2\u00a0x</td>'
+        in shown
     )
     assert (
         '<code>x <span class="word">--long-name</span></code>' in shown
@@ -561,10 +562,11 @@ def test_contrast_in_both_color_schemes(page, home, name):
 
 
 @pytest.mark.parametrize("page", ["dark"], indirect=True)
-def test_figures_have_a_light_background_in_dark_mode(page, home):
-    page.goto(home + "training/optim.html")
+@pytest.mark.parametrize(("name", "kind"), [("training/optim", ".figure"), ("results", "[src*=step_profile]")])
+def test_figures_have_a_light_background_in_dark_mode(page, home, name, kind):
+    page.goto(f"{home}{name}.html")
     assert page.locator("body").get_attribute("data-md-color-scheme") == "slate"
-    picture = page.locator("article img.figure").first
+    picture = page.locator(f"article img{kind}").first
     assert picture.evaluate("e => getComputedStyle(e).backgroundColor") == "rgb(255, 255, 255)"
     assert picture.evaluate("e => e.complete && e.naturalWidth") > 100
     assert picture.get_attribute("alt")
@@ -595,8 +597,9 @@ def test_a_phone_shows_cards_and_scrolls_only_down(phone, home, name):
 
 
 def test_figures_on_a_phone_keep_a_legible_size(phone, home):
-    phone.goto(home + "results.html")
-    assert phone.locator("img.figure").first.evaluate("e => e.clientWidth") >= 600
+    for page in ("results", "models/gpt"):
+        phone.goto(f"{home}{page}.html")
+        assert phone.locator("article img").first.evaluate("e => e.clientWidth") >= 600
 
 
 def test_tables_and_lines_fit_a_laptop(page, home):
