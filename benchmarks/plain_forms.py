@@ -11,6 +11,7 @@ from common import interleave, parse_options, ratio, report, timing_columns  # i
 import torch
 import torch.nn.functional as F
 
+from lmnotes.core import pick_dtype
 from lmnotes.inference.generation import TokenSampler, generate_ids
 from lmnotes.models.diffusion import row_generators
 from lmnotes.models.nanothink import NanoThinkConfig
@@ -127,7 +128,7 @@ def main():
         )
         for rows, S in sizes
     }
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dict.fromkeys([torch.float32, getattr(torch, pick_dtype("cpu")[0])]):
         case = f"mixture, {T} x {vocab_size:,} logits in {str(dtype)[6:]}: loss from the targets' probabilities"
         pairs[case] = tuple(mixture_loss(is_plain, vocab_size, T, dtype) for is_plain in (True, False))
     lm = build_diffusion(ctx_len=64)

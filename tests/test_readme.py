@@ -14,8 +14,11 @@ from helpers import lmnotes_command, read_log, run_in_process
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHELL = re.findall(r"^lmnotes (?:train|watch|evaluate|generate) .*", README, re.M)
+LINES = re.findall(r"^lmnotes (?:train|watch|evaluate|generate) .*", README, re.M)
+OF_FIRST = [line for line in LINES if "--run first" in line]  # They need the run of `make train`
+SHELL = [line for line in LINES if line not in OF_FIRST]
 COMMANDS = re.findall(r"^papermill .*", README, re.M)
+(FIRST_RUN,) = [line for line in COMMANDS if "checkpoints/first" in line]
 # The commands give no size of the model and of the batch
 DEFAULT = dict(LMNOTES_BATCH_SIZE="2")
 SMALL = DEFAULT | dict(LMNOTES_MODEL_ARGS="d_model=32 n_layers=1 n_heads=2")
@@ -55,11 +58,13 @@ SHORT, WHOLE = SMALL | dict(LMNOTES_STEPS="40"), dict(LMNOTES_STEPS="500")
 def test_the_first_run(project, size):
     "The first run's report has a curve and no error"
     shutil.rmtree(project / "checkpoints", ignore_errors=True)
-    run(["bash", "-c", COMMANDS[0]], project, **size)
+    run(["bash", "-c", FIRST_RUN], project, **size)
     text, kinds = shown(project / "checkpoints/first/train.ipynb")
     assert "image/png" in kinds
     assert text
     assert (project / "checkpoints/first/run.json").is_file()
+    texts = [run(["bash", "-c", line], project, **size).stdout for line in OF_FIRST]
+    assert len(texts) == 2 and texts[0].startswith("The ") and "bpb" in texts[1]
 
 
 def test_the_last_run_is_resumed(project):
@@ -106,3 +111,14 @@ def test_the_script(project, example, size):
     assert len(example.strip().splitlines()) < 10
     run([sys.executable, "-c", example], project, **size)
     assert (project / "checkpoints/mine/run.json").is_file()
+
+
+def test_the_figures_of_the_first_screen_are_the_measured_ones():
+    trust, results = ((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("trust", "results"))
+    cases, passed = re.search(r"^([\d,]+) cases: (\d+) passed", trust, re.M).groups()
+    assert f"{int(passed):,} of {cases} cases" in README
+    (row,) = [line for line in results.splitlines() if "nanoGPT's CPU seconds" in line and "time_to_loss" in line]
+    least = min(float(times) for times in re.findall(r" 1/([\d.]+) ", row.partition("|")[2].partition("|")[2]))
+    assert f"{int(least * 10) / 10} times less" in README
+    bits = re.findall(r"^\| \w+ \| (?:≤ )?(\d\.\d+) ±", README, re.M)
+    assert len(bits) == 10 and f"{min(bits)} to {max(bits)}" in README
