@@ -223,6 +223,15 @@ def _row_size(params):
     "Return (rows of a step, tokens from one row to the next)"
     return params["batch_size"], params["ctx_len"] if params["stride"] in ("auto", 0) else params["stride"]
 
+# %% ../../nbs/runs/63_setup.ipynb #61a341be
+def _pick_dtype_of_run(cfg, device, info):
+    "Return (dtype, reason) of a run. A resumed run keeps its own"
+    dtype, reason = pick_dtype(device, cfg.dtype)
+    if not info:
+        return dtype, reason
+    (fastest, reason), by_default = pick_dtype(device), info["origins"].get("dtype", "default") == "default"
+    return dtype, f"as before, but {reason}" if by_default and fastest != dtype else "as before"
+
 # %% ../../nbs/runs/63_setup.ipynb #751de534
 # Long: the order in which a run is built, in one place
 class RunSetup:
@@ -244,8 +253,8 @@ class RunSetup:
         lm_config(cfg.arch, cfg.preset, **parse_model_args(cfg.arch, cfg.model_args))  # Find wrong names first
         self.cfg, self.origins = cfg, origins
         set_deterministic(device)
-        cfg.dtype, why = broadcast_from_rank0(pick_dtype(device, cfg.dtype))
-        self.device_line = describe_device(device, cfg.dtype, "as before" if self.info else why)
+        cfg.dtype, why = broadcast_from_rank0(_pick_dtype_of_run(cfg, device, self.info))
+        self.device_line = describe_device(device, cfg.dtype, why)
         if log_fn:  # On the first rank only
             log_fn(self.device_line)
         self.data = self._load_data(log_fn)
