@@ -66,6 +66,7 @@ class RunConfig(TrainConfig, DataConfig):
     "All parameters of a run"
 
     device: str = "auto"  # auto | cuda | mps | cpu
+    threads: Threads | Auto = "auto"  # CPU threads (auto: all, or fewer if they train a small model faster)
     eval_every: IntOrAuto = "auto"  # Steps between evaluations (auto: ten per run, 0: only the last)
     eval_batches: IntOrAll = 20  # Batches per evaluation, or all. The final evaluation uses all
     patience: NonNegativeInt = 0  # Early stopping: evaluations without improvement before the run stops (0: never)
@@ -92,7 +93,7 @@ class RunConfig(TrainConfig, DataConfig):
 _LORA_PARAMS = "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_train"
 FIXED_PARAMS = (*"arch preset model_args tokenizer ctx_len init_from freeze optimizer".split(), *_LORA_PARAMS)
 CHANGEABLE_PARAMS = set(
-    "run resume wait allow_change dry_run out_dir data_dir device procs keep keep_every save_every sample_every prompt log_every".split()
+    "run resume wait allow_change dry_run out_dir data_dir device threads procs keep keep_every save_every sample_every prompt log_every".split()
 )
 
 # %% ../../nbs/runs/60_config.ipynb #24fa8d9d

@@ -24,6 +24,7 @@ from ..inference.generation import *
 from ..nn.lm import *
 from .config import *
 from .folder import *
+from .machine import *
 from .setup import *
 from ..training.checkpoint import *
 from ..training.saving import *
@@ -59,13 +60,10 @@ def replay_intervals(folder) -> list:
 @contextmanager
 def _same_threads(recorded):
     "Compute with the number of threads of a run"
-    before, wanted = torch.get_num_threads(), int(recorded.get("threads", 0))
-    if 1 <= wanted <= 1024:
-        torch.set_num_threads(wanted)
-    try:
+    with restore_threads():
+        if 1 <= (wanted := int(recorded.get("threads", 0))) <= 1024:
+            torch.set_num_threads(wanted)
         yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _replay_device(info):

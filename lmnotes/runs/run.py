@@ -6,6 +6,7 @@
 __all__ = ['typed_by', 'RunArguments', 'run', 'RecordSaves', 'peak_memory']
 
 # %% ../../nbs/runs/67_run.ipynb #10912382
+# Long: a module a line
 import math
 import re
 import shlex
@@ -29,6 +30,7 @@ from .config import *
 from .folder import *
 from .launch import *
 from .load import *
+from .machine import *
 from .monitor import is_headless, make_live_view
 from .setup import *
 from ..training.checkpoint import *
@@ -84,7 +86,7 @@ def run(
                 "script with torchrun"
             )
         return launch_ranks(cfg, origins, view)
-    with StopSignals() as signals, escape_unencodable():
+    with StopSignals() as signals, escape_unencodable(), restore_threads():
         device, name = init_distributed(pick_device(cfg.device), cfg.wait), run_folder_name(cfg)
         if cfg.dry_run:
             s = RunSetup(cfg, origins, runs_folder(cfg.out_dir) / name, device)

@@ -23,6 +23,7 @@ from ..nn.lora import *
 from .config import *
 from .data import *
 from .folder import *
+from .machine import *
 from ..training.checkpoint import *
 from ..training.optim import *
 from ..training.saving import *
@@ -223,15 +224,6 @@ def _row_size(params):
     "Return (rows of a step, tokens from one row to the next)"
     return params["batch_size"], params["ctx_len"] if params["stride"] in ("auto", 0) else params["stride"]
 
-# %% ../../nbs/runs/63_setup.ipynb #61a341be
-def _pick_dtype_of_run(cfg, device, info):
-    "Return (dtype, reason) of a run. A resumed run keeps its own"
-    dtype, reason = pick_dtype(device, cfg.dtype)
-    if not info:
-        return dtype, reason
-    (fastest, reason), by_default = pick_dtype(device), info["origins"].get("dtype", "default") == "default"
-    return dtype, f"as before, but {reason}" if by_default and fastest != dtype else "as before"
-
 # %% ../../nbs/runs/63_setup.ipynb #751de534
 # Long: the order in which a run is built, in one place
 class RunSetup:
@@ -253,7 +245,8 @@ class RunSetup:
         lm_config(cfg.arch, cfg.preset, **parse_model_args(cfg.arch, cfg.model_args))  # Find wrong names first
         self.cfg, self.origins = cfg, origins
         set_deterministic(device)
-        cfg.dtype, why = broadcast_from_rank0(_pick_dtype_of_run(cfg, device, self.info))
+        use_threads(cfg.threads)
+        cfg.dtype, why = broadcast_from_rank0(pick_dtype_of_run(cfg, device, self.info))
         self.device_line = describe_device(device, cfg.dtype, why)
         if log_fn:  # On the first rank only
             log_fn(self.device_line)
@@ -278,6 +271,11 @@ class RunSetup:
         self.batch_function = ""  # Name of a function that makes other batches
         self.lm = build_model(cfg, self.data.tokenizer.vocab_size, self.checkpoint_folder)
         self.initial_weights = self._hash_initial_weights()
+        if lock and not self.info and cfg.threads == "auto":
+            cfg.threads = pick_threads(self.lm, self.batches, cfg, device)
+            use_threads(cfg.threads)
+            if log_fn and cfg.threads not in ("auto", usable_cores()):
+                log_fn(f"threads={cfg.threads}: this model trains faster with them than with all {usable_cores()}")
         if cfg.compile == "auto":
             cfg.compile, why = pick_compile(self.lm, self.batches, cfg, device)
             if log_fn:

@@ -97,7 +97,7 @@ OTHER = dict(
     lr=0.5, min_lr=0.01, steps=10, warmup=0.5, schedule="linear", cooldown=0.1, weight_decay=0.5, betas="0.5 0.9", clip=0.1,
     accum=2, dtype="bfloat16", compile=True, seed=5, eval_every=3, eval_batches=2, patience=5, init_from="runs/seed",
     freeze="embed*", lora_rank=2, lora_alpha=3.0, lora_dropout=0.5, lora_targets="qkv", lora_train="embed*",
-    log_every=5, device="auto", sample_every=4, prompt="sea", save_every=3, keep="all", keep_every=5, wait=1.0,
+    log_every=5, device="auto", threads=1, sample_every=4, prompt="sea", save_every=3, keep="all", keep_every=5, wait=1.0,
 )  # fmt: skip
 ELSEWHERE = dict(
     run="names the run", resume="is what this test is about", out_dir="names the place", data_dir="in the right combinations",
