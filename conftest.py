@@ -2,11 +2,13 @@
 
 `pytest nbs/nn/20_lm.ipynb` runs one notebook; `-k "20_lm and cell8"` one cell, after the cells above it. Cells that carry a
 test flag of settings.ini (`#| slow`, `#| cuda`) run only with `--flags slow` or `--flags "slow cuda"`; cells with
-`#| eval: false` never run. All notebooks of a worker share one process, each with a namespace of its own.
+`#| eval: false` never run. The Python code in a `<details>` block of a text, which is the solution of an exercise, is a test too.
+All notebooks of a worker share one process, each with a namespace of its own.
 """
 
 import atexit
 import os
+import re
 import shutil
 import signal
 import sys
@@ -43,6 +45,7 @@ import pytest
 
 HERE = Path(__file__).parent
 CELL_SECONDS = 3600  # Only ends a cell that hangs
+SOLUTION = re.compile(r"^<details.*?^```python\n(.*?)^```.*?^</details>", re.M | re.S)
 SLOWEST = "exactness_matrix ranks readme fresh_or_resume nanothink_recipe compare agiformer export docs verify foreign_weights exact"
 SLOWEST += (
     " guides text_only signals papermill_train resume_auto power_cuts kills damaged_runs foreign_data disk_errors"
@@ -104,6 +107,13 @@ class CellFailed(Exception):
     "Carries the cell that failed and its exception to the report"
 
 
+def code_of(cell):
+    "Return the code of a cell: its source, or the solutions of the exercises in a text"
+    if cell.cell_type == "code":
+        return cell.source
+    return "\n".join(SOLUTION.findall(cell.source)) if cell.cell_type == "markdown" else ""
+
+
 class Notebook(pytest.File):
     "One notebook: a shell that lives while its cells run"
 
@@ -121,12 +131,13 @@ class Notebook(pytest.File):
         for number, cell in enumerate(notebook.cells):
             if cell.cell_type == "markdown" and cell.source.startswith("#"):
                 heading = cell.source.splitlines()[0].strip("# ")
-            if cell.cell_type != "code" or not cell.source.strip() or "nbdev_export(" in cell.source:
+            source = code_of(cell)
+            if not source.strip() or "nbdev_export(" in source:
                 continue
             if cell.directives_.get("eval:", [""])[0].lower() == "false":
                 continue
             name = f"cell{number}[{heading}]" if heading else f"cell{number}"
-            item = Cell.from_parent(self, name=name, source=cell.source, number=number)
+            item = Cell.from_parent(self, name=name, source=source, number=number)
             flags = left_out & cell.directives_.keys()
             if flags:
                 item.add_marker(pytest.mark.skip(reason=f"needs --flags {' '.join(sorted(flags))}"))

@@ -141,12 +141,14 @@ def test_exported_cells_are_short(path):
             )
 
 
-ROAD = sorted((path for path in NOTEBOOKS if path.name[0].isdigit()), key=lambda path: path.name)
+NUMBERED = sorted((path for path in NOTEBOOKS if path.name[0].isdigit()), key=lambda path: path.name)
+LEARN = [path for path in NUMBERED if path.parent.name == "learn"]
+ROAD = [*LEARN, *(path for path in NUMBERED if path not in LEARN)]
 
 
 @pytest.mark.parametrize("path, after", zip(ROAD, ROAD[1:]), ids=[path.stem for path in ROAD[:-1]])
 def test_each_notebook_names_the_next(path, after):
-    "The links lead from 00_core through all numbered notebooks"
+    "The links lead from the first notebook of learn/ through it, and then from 00_core through all numbered notebooks"
     last = [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown"][-1]
     address = os.path.relpath(after, path.parent)
     wanted = f"Next: [`{after.stem}`]({address}), what it is about."
