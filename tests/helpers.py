@@ -17,9 +17,11 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import nbformat
@@ -28,6 +30,7 @@ import torch
 from lmnotes import core
 from lmnotes.apps.cli import execute_command, run_notebook
 from lmnotes.inference import generation
+from lmnotes.runs import compare as comparing
 from lmnotes.runs import setup
 from lmnotes.runs.run import run
 from lmnotes.training.trainer import Hook, Trainer
@@ -374,3 +377,43 @@ def run_results(folder):
 def differences(a, b):
     "Return the names of the entries that differ between two results of `run_results`"
     return [name for name in a if a[name] != b[name]]
+
+
+class ForkedChild:
+    "Child process of a comparison, forked instead of started, which saves its imports"
+
+    def __init__(self, words, stdout, **how):
+        self.returncode, self.pid = None, os.fork()
+        if self.pid:
+            return
+        code = 1
+        try:
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stdout.fileno(), 2)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # As in a new process
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            comparing._child_main(json.loads(words[3]))
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+def fork_children():
+    "Make comparisons of this process fork their children"
+    comparing.subprocess = SimpleNamespace(Popen=ForkedChild, DEVNULL=subprocess.DEVNULL)

@@ -3,10 +3,8 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
-import traceback
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +13,7 @@ import pytest
 import torch
 from helpers import (
     ROOT,
+    fork_children,
     read_log,
     recipe_parameters,
     run_after_call,
@@ -64,46 +63,6 @@ class Toy(LM):
     def forward(self, x):
         return self.head(self.embed(x))
 """
-
-
-class ForkedChild:
-    "Child process of a comparison, forked instead of started, which saves its imports"
-
-    def __init__(self, words, stdout, **how):
-        self.returncode, self.pid = None, os.fork()
-        if self.pid:
-            return
-        code = 1
-        try:
-            os.dup2(stdout.fileno(), 1)
-            os.dup2(stdout.fileno(), 2)
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # As in a new process
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            comparing._child_main(json.loads(words[3]))
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-
-    def poll(self):
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def send_signal(self, number):
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self):
-        self.send_signal(signal.SIGKILL)
-
-
-def fork_children():
-    "Make comparisons of this process fork their children"
-    comparing.subprocess = SimpleNamespace(Popen=ForkedChild, DEVNULL=subprocess.DEVNULL)
 
 
 def compared(forked=True, **params):
