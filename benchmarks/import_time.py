@@ -1,4 +1,4 @@
-"""Time to start: `import lmnotes`, training for one step and generating one token, against `import torch`, each in a new process.
+"""Time to start: `import lmnotes`, its help, training for one step and generating one token, against `import torch`, each in a new process.
 
 lmnotes loads its modules when a name is first used, so the goal of an import applies to `lmnotes.run`, which loads torch and nearly
 all modules. We measure the CPU time of the child processes, on one thread, with files in the file cache.
@@ -32,6 +32,7 @@ def commands(folder):
     "Return {name: words after `python`} of what we measure, with runs in a folder"
     run = ["--run", "r", "--out-dir", folder]
     statements = {statement: ["-c", statement] for statement in ("import torch", "import lmnotes", USE)}
+    statements["lmnotes --help"] = ["-m", "lmnotes", "--help"]
     statements["lmnotes train, one step"] = ["-m", "lmnotes", "train", *shlex.split(TINY), *run]
     return statements | {
         "lmnotes generate, one token": ["-m", "lmnotes", "generate", "--run", f"{folder}/r", "--n", "1"]
@@ -52,7 +53,7 @@ def main():
                 clocks[name] += [clock] if i >= 0 else []  # The first round only fills the file cache
     loads = f"import sys; {USE}\nprint(*{{'transformers', 'matplotlib', 'faiss'}} & set(sys.modules))"
     heavy = subprocess.run([sys.executable, "-c", loads], check=True, capture_output=True, text=True).stdout.split()
-    torch, first, use, train, generate = (min(clock.cpu for clock in of) for of in clocks.values())
+    torch, first, use, overview, train, generate = (min(clock.cpu for clock in of) for of in clocks.values())
     more = max(first, use) - torch
     report(
         args,
@@ -60,6 +61,7 @@ def main():
         [
             ("import: at most 0.5 CPU seconds more than torch", f"{more:.2f} s", more <= 0.5),
             ("no heavy package is loaded", ", ".join(heavy) or "nothing", not heavy),
+            ("--help: at most 1.2 times torch", f"{overview / torch:.2f}", overview <= 1.2 * torch),
             ("train: at most twice torch", f"{train / torch:.2f}", train <= 2 * torch),
             ("generate: at most 1.5 times torch", f"{generate / torch:.2f}", generate <= 1.5 * torch),
         ],

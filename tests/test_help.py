@@ -8,7 +8,8 @@ import pytest
 import reference
 from pages import directives, joined
 
-from lmnotes.apps.cli import COMMANDS, execute_command
+import lmnotes
+from lmnotes.apps.cli import COMMAND_GROUPS, COMMANDS, EXAMPLES, execute_command
 
 
 def with_members(definition):
@@ -79,3 +80,25 @@ def test_every_option_has_an_explanation(command, capsys):
     options = options_in(capsys.readouterr().out)
     assert end.value.code == 0 and options
     assert not [option for option, explanation in options.items() if not explanation]
+
+
+def test_version_is_printed(capsys):
+    assert execute_command(["--version"]) == 0
+    assert capsys.readouterr().out == f"lmnotes {lmnotes.__version__}\n"
+
+
+def test_help_groups_all_commands_and_ends_with_the_guides(capsys):
+    assert execute_command(["--help"]) == 0
+    shown = capsys.readouterr().out
+    headings = [shown.index(f"\n{heading}:\n") for heading in COMMAND_GROUPS]
+    assert headings == sorted(headings) and list(COMMAND_GROUPS)[-1] == "Guides"
+    assert re.findall(r"^  ([a-z-]+)  +[A-Z]", shown, re.M) == list(COMMANDS)
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_examples_use_known_options(command, capsys):
+    with pytest.raises(SystemExit):
+        execute_command([command, "--help"])
+    known = options_in(capsys.readouterr().out)
+    for line in EXAMPLES[command]:
+        assert line.startswith(f"lmnotes {command} ") and set(re.findall(r"--[\w-]+", line)) <= set(known)
