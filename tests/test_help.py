@@ -10,6 +10,7 @@ from pages import directives, joined
 
 import lmnotes
 from lmnotes.apps.cli import COMMAND_GROUPS, COMMANDS, EXAMPLES, execute_command
+from lmnotes.runs.config import PARAM_GROUPS
 
 
 def with_members(definition):
@@ -102,3 +103,19 @@ def test_examples_use_known_options(command, capsys):
     known = options_in(capsys.readouterr().out)
     for line in EXAMPLES[command]:
         assert line.startswith(f"lmnotes {command} ") and set(re.findall(r"--[\w-]+", line)) <= set(known)
+
+
+def test_train_help_has_groups_all_architectures_and_two_examples(capsys):
+    with pytest.raises(SystemExit):
+        execute_command(["train", "--help"])
+    shown = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    headings = [shown.index(f" {heading} options ") for heading in PARAM_GROUPS]
+    assert headings == sorted(headings)
+    assert " | ".join(lmnotes.archs()) in shown
+    assert all(f"{line} {text}" in shown for line, text in EXAMPLES["train"].items()) and len(EXAMPLES["train"]) == 2
+
+
+def test_options_of_guides_are_the_last_group(capsys):
+    with pytest.raises(SystemExit):
+        execute_command(["generate", "--help"])
+    assert list(options_in(capsys.readouterr().out.partition("Guides options")[2])) == ["--preset"]
