@@ -105,7 +105,7 @@ PARAM_GROUPS = {  # {heading: names of parameters}
     "evaluation and samples": "eval_every eval_batches patience sample_every prompt",
     "checkpoints and resume": "save_every keep keep_every resume wait allow_change",
     "fine-tuning": "init_from freeze lora_rank lora_alpha lora_dropout lora_targets lora_train",
-    "device and folders": "device procs run out_dir",
+    "device and folders": "device threads procs run out_dir",
 }
 
 # %% ../../nbs/runs/60_config.ipynb #24fa8d9d
