@@ -223,16 +223,28 @@ def test_a_third_signal_kills(project):
 NOTES = """
 import json, os
 print("step 1/2 | loss 4.1 | 3s left")
+get_ipython().kernel.log.error("KeyboardInterrupt caught in kernel.")  # As ipykernel does between cells
 if mode == "fails":
     raise ValueError("no such data")
 os.makedirs("checkpoints/mine", exist_ok=True)
 with open(os.environ["LMNOTES_NOTE"], "w") as file:
-    json.dump(dict(folder=os.path.abspath("checkpoints/mine"), next="lmnotes generate --run mine"), file)
+    results, commands = ["mine: sample at step 2:", "The \x1b[2J end"], ["lmnotes generate --run mine", "lmnotes evaluate"]
+    json.dump(dict(folder=os.path.abspath("checkpoints/mine"), results=results, next=commands), file)
 """
 
 
-def test_lines_reports_and_next_step(project):
-    "The terminal shows the printed lines and the next step, and no report is overwritten"
+END = """
+mine: sample at step 2:
+The ⟨U+001B⟩[2J end
+lmnotes: the executed notebook is now checkpoints/mine/own.ipynb
+lmnotes: next:
+lmnotes generate --run mine
+lmnotes evaluate
+"""
+
+
+def test_lines_reports_and_next_commands(project):
+    "The terminal shows the printed lines, the results and the next commands, and no report is overwritten"
     parameters = 'mode = "quick"  # quick | fails, as mode=quick'
     cells = [
         nbformat.v4.new_code_cell(parameters, metadata=dict(tags=["parameters"])),
@@ -243,8 +255,8 @@ def test_lines_reports_and_next_step(project):
     for mode in ("quick", "fails", "quick"):
         code, out, err = exit_code_and_output(papermill(project, "nbs/own.ipynb", "-p", "mode", mode))
         assert code == (mode == "fails") and "step 1/2 | loss 4.1 | 3s left\n" in out, err
-        assert "Unable to parse" not in err and "unknown parameter" not in err
-        assert mode == "fails" or err.endswith("lmnotes: next: lmnotes generate --run mine\n")
+        assert "[IPKernelApp]" not in err and "Unable to parse" not in err and "unknown parameter" not in err
+        assert mode == "fails" or err.endswith(END)
     found = sorted(str(path.relative_to(project / "checkpoints")) for path in project.glob("checkpoints/*/*.ipynb"))
     assert found == ["mine/own-1.ipynb", "mine/own.ipynb", "notebooks/own-1.ipynb"]
     code, out, err = exit_code_and_output(papermill(project, "nbs/own.ipynb", "--prepare-only"))

@@ -1,6 +1,7 @@
 """A run writes over no file that was there before, and every executed notebook remains in the folder of its run."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,7 +78,9 @@ def test_five_commands_leave_five_reports(tmp_path):
         done = papermill(**small | dict(expert=expert))
         assert done.returncode == 0, done.stderr
         assert "step 10/" in done.stdout and "Unable to parse" not in done.stderr
-        assert done.stderr.rstrip().endswith(f"lmnotes: next: lmnotes generate --run {expert}_expert")
+        commands = [f"lmnotes {command} --run {expert}_expert" for command in ("generate", "evaluate")]
+        assert done.stderr.splitlines()[-3:] == ["lmnotes: next:", *commands]
+        assert re.search(rf"^{expert}_expert: validation ", done.stderr, re.M)
     assert papermill(expert="transformer", resume=True, max_epochs=2).returncode == 0
     assert papermill(expert="transformer", resume="nowhere.pt").returncode == 1
     found = {str(p.relative_to(tmp_path / "checkpoints")) for p in (tmp_path / "checkpoints").rglob("*.ipynb")}

@@ -31,23 +31,28 @@ SHARED_FOLDER = "notebooks"  # In the folder of all runs
 
 
 def read_note(path) -> dict:
-    "Return {folder, next} that a run has noted, {} if there was no run"
+    "Return {folder, results, next} that a run has noted, {} if there was no run"
     return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
 
 
 def finish_report(
-    report, note
-) -> None:  # Path of the report if it is in the shared folder, else None, and the note of its run
-    "Move a report into the folder of its run, and print the next step"
+    report,  # Path of the report
+    note,  # The note of its run
+) -> None:
+    "Move a report from the shared folder into the folder of its run, and print the results, its path and the next commands"
     from lmnotes.untrusted import escape_terminal
 
-    if report and Path(report).is_file() and os.path.isdir(note.get("folder", "")):
-        target = Path(note["folder"]) / Path(report).name
+    report, lines = Path(report), []
+    if report.is_file() and report.resolve().parent.name == SHARED_FOLDER and os.path.isdir(note.get("folder", "")):
+        target = Path(note["folder"]) / report.name
         number_earlier_report(target)
-        shutil.move(report, target)
-        print(escape_terminal(f"lmnotes: the executed notebook is now {os.path.relpath(target)}", ""), file=sys.stderr)
+        report = Path(shutil.move(report, target))
+        lines = [f"lmnotes: the executed notebook is now {os.path.relpath(report)}"]
     if note.get("next"):
-        print(escape_terminal(f"lmnotes: next: {note['next']}", ""), file=sys.stderr, flush=True)
+        path = [f"lmnotes: the report is {os.path.relpath(report)}"] if report.is_file() and not lines else []
+        lines = [*note["results"], *lines, *path, "lmnotes: next:", *note["next"]]
+    for line in lines:
+        print(escape_terminal(line, "\t"), file=sys.stderr, flush=True)
 
 # %% ../../nbs/apps/91_executed_notebooks.ipynb #a794f681
 class TerminalLines:

@@ -362,6 +362,7 @@ class GracefulEngine:
         from lmnotes.untrusted import check_no_secrets
 
         options.update(input_path=input_path, output_path=output_path, coalesce_streams=True)
+        options.setdefault("extra_arguments", ["--IPKernelApp.log_level=50"])  # Do not print interrupts as errors
         if not options.get("log_output") and not options.get("stdout_file"):
             options["stdout_file"] = TerminalLines(sys.stderr if output_path == "-" else sys.stdout)
         given = getattr(nb.metadata, "papermill", {}).get("parameters", {})
@@ -378,8 +379,7 @@ class GracefulEngine:
             kernel = make_kernel_class(folder)
             with forward_signals(kernel.pid):
                 done = NBClientEngine.execute_notebook(nb, kernel_name, kernel_manager_class=kernel, **options)
-            shared = os.path.basename(os.path.dirname(os.path.abspath(output_path or ""))) == SHARED_FOLDER
-            atexit.register(finish_report, output_path if shared else None, read_note(Path(folder) / "note.json"))
+            atexit.register(finish_report, output_path or "-", read_note(Path(folder) / "note.json"))
             return done
 
 # %% ../../nbs/apps/91_papermill_engine.ipynb #a9462b8b

@@ -163,10 +163,11 @@ def move_earlier_run_aside(
     print(f"{folder.name} already existed: the earlier run is now {aside.name}")
 
 # %% ../../nbs/runs/61_folder.ipynb #83a459c5
-def note_run(folder, next_step="") -> None:  # Run folder, and the command of the next step
-    "Note the run for papermill, which moves the executed notebook into its folder and prints the next step"
+def note_run(folder, results=(), commands=()) -> None:  # Run folder, lines of text, and the commands of the next steps
+    "Note the run for papermill, which moves the executed notebook into its folder and prints the rest when it ends"
     if path := os.environ.get("LMNOTES_NOTE"):
-        write_json(path, dict(folder=str(Path(folder).resolve()), next=next_step), durable=False)
+        values = dict(folder=str(Path(folder).resolve()), results=[*results], next=[*commands])
+        write_json(path, values, durable=False)
 
 # %% ../../nbs/runs/61_folder.ipynb #48a03cac
 class RunRecord:

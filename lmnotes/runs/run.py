@@ -212,23 +212,38 @@ def _fit_and_record(record, s, trainer):
     if rank == 0:
         record.update(**ended)
         print(f"{s.folder.name}: {_final_message(trainer, s.folder)}")
-        _announce_next_step(trainer, s.folder)
+        _announce_end(trainer, s.folder)
     if dist.is_initialized():
         dist.barrier()  # No process leaves while another still writes
     info = record.values if rank == 0 else dict(s.run_record(), **ended)
     return Run(s.folder, trainer.lm.eval(), s.data.tokenizer, info)
 
 # %% ../../nbs/runs/67_run.ipynb #aae6d3c6
-def _announce_next_step(trainer, folder):
-    "Print the command of the next step in a notebook that papermill executes, which repeats it at its end"
+def _announce_end(trainer, folder):
+    "Print the command of the next step in a notebook that papermill executes, and note what papermill prints at its end"
     if is_headless():
         name = folder.name if folder.parent == runs_folder() else str(folder)
+        generate, evaluate = (shlex.join(["lmnotes", command, "--run", name]) for command in ("generate", "evaluate"))
         finished = trainer.status in FINISHED
-        command = shlex.join(["lmnotes", "generate", "--run", name]) if finished else _resume_line(trainer, folder)
-        note_run(folder, command)
-        print(f"next: {command}")
+        commands = [generate, evaluate] if finished else [_resume_line(trainer, folder), generate]
+        note_run(folder, _results(trainer, folder), commands)
+        print(f"next: {commands[0]}")
 
 
+def _results(trainer, folder):
+    "Return the last validation result and the last sample of a run, as lines of text"
+    from lmnotes.inference.evaluation import format_with_error
+
+    lines, last = [], trainer.counters.get("last", {})
+    if "bpb" in last:
+        lines.append(f"{folder.name}: validation {format_with_error(last, 'bpb', 'bpb_stderr')} bits per byte")
+    elif "loss" in last:
+        lines.append(f"{folder.name}: validation loss {format_with_error(last, 'loss', 'stderr')}")
+    for r in [r for r in JsonlLog(folder / "samples.jsonl").read() if r["split"] == "sample"][-1:]:
+        lines += [f"{folder.name}: sample at step {r['step']:,}:", *(r["prompt"] + r["text"]).splitlines()]
+    return lines
+
+# %% ../../nbs/runs/67_run.ipynb #a07d9c10
 def _resume_line(trainer, folder):
     "Return the line that resumes a run, after a divergence with half the learning rate"
     lower = float(f"{peak_lr(trainer.cfg) / 2:.2g}") if trainer.status == "diverged" else None
