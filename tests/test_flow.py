@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lmnotes"
-TOP = "core", "untrusted", "files", "parameters"  # Modules at the top level, which all chapters may import
+TOP = "core", "untrusted", "files", "parameters", "plots"  # Modules at the top level, which all chapters may import
 CHAPTERS = "core data nn models training inference runs inspect export recipes apps".split()
 NOT_BESIDE = {("training", "models"), ("models", "training")}  # Chapters that do not import each other
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "_modidx.py")

@@ -178,7 +178,7 @@ def test_attention_figure_has_titles_and_readable_labels():
     labels = last.get_xticklabels()
     assert [label.get_text() for label in labels][:2] == ["word 0 …", "word 1 …"]
     boxes = [label.get_window_extent(canvas.get_renderer()) for label in labels]
-    assert all(label.get_fontsize() >= 7 for label in labels)
+    assert all(label.get_fontsize() >= 10 for label in labels)
     assert all(a.x1 <= b.x0 for a, b in zip(boxes, boxes[1:]))
     assert last.get_window_extent().height > 2 * max(box.height for box in boxes)
 

@@ -14,6 +14,7 @@ import torch
 from .tokens import *
 from ..nn.attention import record_attention
 from ..nn.lm import eval_mode
+from ..plots import plot_style
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -44,9 +45,9 @@ def _label_axis(axis, names, outer):
     "Label an axis of a panel with tokens, or with positions if there are no tokens. Text only on outer edges"
     if names:
         axis.set_ticks(range(len(names)), map(_shorten, names) if outer else [""] * len(names))
-        axis.set_tick_params(labelsize=7, labelfontfamily="monospace")
+        axis.set_tick_params(labelsize=10, labelfontfamily="monospace")
     elif outer:
-        axis.set_label_text("position", fontsize=8)
+        axis.set_label_text("position")
 
 
 def _draw_head(ax, weights, tokens, first, last):
@@ -67,12 +68,13 @@ def _make_grid(maps, tokens):
     import matplotlib.pyplot as plt
 
     H, L = max(len(m) for m in maps), len(maps)
-    side = max(1.8, 0.12 * min(40, max(max(m.shape[1:]) for m in maps)))  # Width of a panel in inches
-    labels = 0.7 if tokens else 0.3  # Room for the token labels, in inches
+    side = max(1.8, 0.16 * min(40, max(max(m.shape[1:]) for m in maps)))  # Width of a panel in inches
+    labels = 0.9 if tokens else 0.3  # Room for the token labels, in inches
     size = 1.4 + labels + (side + 0.1) * H, 1.0 + labels + (side + 0.3) * L
     return plt.subplots(L, H, figsize=size, layout="constrained", squeeze=False)
 
 # %% ../../nbs/inspect/72_attention.ipynb #c4f19938
+@plot_style
 def plot_attention(
     maps,  # From `attention_maps`. Select layers with maps[-1:], heads with [m[:2] for m in maps]
     tokens=None,  # Token texts, such as [token_text(tokenizer, i) for i in ids]. None: positions
@@ -93,7 +95,7 @@ def plot_attention(
             below = maps[at + 1] if at + 1 < len(maps) else m[:0]
             last = head >= len(below) or below.shape[2] != m.shape[2]
             image = _draw_head(ax, m[head], tokens, head == 0, last)
-            ax.set_title(f"{names[at]}, head {head}", fontsize=9)
+            ax.set_title(f"{names[at]}, head {head}", fontsize=10)
         else:
             ax.set_axis_off()
     fig.colorbar(image, ax=axes, label="share of attention", shrink=0.8, aspect=20 * len(maps))
@@ -103,7 +105,7 @@ def plot_attention(
     return fig
 
 # %% ../../nbs/inspect/72_attention.ipynb #d8d8392a
-N_ATTENTION_TOKENS = 16  # Tokens in the attention maps of a report
+N_ATTENTION_TOKENS = 12  # Tokens in the attention maps of a report
 
 
 def plot_run_attention(

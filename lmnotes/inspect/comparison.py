@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ..core import *
 from ..files import *
 from ..inference.evaluation import *
+from ..plots import *
 from ..runs.compare import read_peak_memory, standard_error
 from ..training.trainer import *
 
@@ -99,6 +100,7 @@ def _row(row, seconds):
 
 # %% ../../nbs/inspect/77_comparison.ipynb #0e8ab620
 # Long: one figure with its panels
+@plot_style
 def plot_comparison(
     c,  # A `Comparison`
 ) -> "matplotlib.figure.Figure":  # A matplotlib figure
@@ -106,16 +108,15 @@ def plot_comparison(
     import matplotlib.pyplot as plt
 
     rows = comparison_results(c)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4), layout="constrained", sharey=True, facecolor="white")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4), layout="constrained", sharey=True)
     plt.close(fig)  # The caller displays it
-    colors = plt.get_cmap("tab10" if len(rows) <= 10 else "tab20").colors
-    for row, color in zip(rows, colors * len(rows)):
+    for row, color in zip(rows, PLOT_COLORS * len(rows)):
         _plot_arch(row, c.cfg.compute, color, left, right)
     unit = dict(flops="TFLOP of training", seconds="CPU seconds of training")[c.cfg.compute]
     left.set(xlabel=unit, ylabel="bits per byte (validation)", title=f"mean of {c.cfg.seeds} seeds, ± standard error")
     right.set(xscale="log", xlabel="bytes written per CPU second", title="area of a point: memory of training")
     for axis in (left, right):
-        axis.grid(alpha=0.3)
+        axis.grid()
     handles, labels = left.get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside right upper", frameon=False)
     return fig

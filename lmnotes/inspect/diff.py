@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..core import *
 from ..inference.evaluation import *
+from ..plots import *
 from ..runs.config import *
 from ..runs.monitor import *
 from ..runs.replay import *
@@ -133,6 +134,7 @@ class RunDiff:
         return plot_two_runs([view.metrics for view in self.views], self.labels, self.first)
 
 # %% ../../nbs/inspect/79_diff.ipynb #30613374
+@plot_style
 def plot_two_runs(
     records,  # Records of both runs
     labels,  # Their names
@@ -141,7 +143,7 @@ def plot_two_runs(
     "Plot training and validation losses of two runs by step"
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.5), layout="constrained", sharey=True, facecolor="white")
+    fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.5), layout="constrained", sharey=True)
     plt.close(fig)  # The caller displays it
     key = loss_key([*records[0], *records[1]])
     for rs, label, style in zip(records, labels, ("-", "--")):
@@ -151,11 +153,11 @@ def plot_two_runs(
             ax.plot([r["step"] for r in points], [r[key] for r in points], style + mark, label=label, markersize=4)
     for ax, title in zip(axes, ("training", "validation")):
         if first:
-            ax.axvline(first["step"], color="black", linewidth=0.8, linestyle=":")
+            ax.axvline(first["step"], color=PLOT_GRAY, linewidth=0.8, linestyle=":")
         ax.set(xlabel="step", title=title)
-        ax.grid(alpha=0.3)
+        ax.grid()
     axes[0].set_ylabel("bits per byte" if key == "bpb" else "loss")
-    legend = axes[1].legend(fontsize=8)
+    legend = axes[1].legend()
     for text in legend.get_texts():
         text.set_parse_math(False)
     return fig

@@ -14,6 +14,7 @@ import torch
 from ..data.batches import *
 from ..inference.evaluation import *
 from ..nn.lm import eval_mode
+from ..plots import plot_style
 from ..untrusted import *
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def router_usage(
     return Table(rows)
 
 # %% ../../nbs/inspect/73_routing.ipynb #6ae9b975
+@plot_style
 def plot_router_usage(
     table,  # From `router_usage`
     title="Mean routing weight by domain",  # Title of the figure

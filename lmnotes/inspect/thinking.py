@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from ..data.batches import *
 from ..inference.evaluation import *
 from ..nn.lm import LM, eval_mode
+from ..plots import plot_style
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -169,6 +170,7 @@ THINKING_PANELS = dict(
 )
 
 # %% ../../nbs/inspect/74_thinking.ipynb #9ad7112d
+@plot_style
 def plot_thinking(
     rows,  # From `inspect_thinking`
     title="",  # Title of the figure
@@ -176,7 +178,7 @@ def plot_thinking(
     "Plot the effect of thinking steps by their number. Error bars are one standard error"
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(2, 3, figsize=(10, 5), layout="constrained", sharex=True)
+    fig, axes = plt.subplots(2, 3, figsize=(10, 6), layout="constrained", sharex=True)
     plt.close(fig)  # The caller displays it
     for ax, (key, (name, unit)) in zip(axes.flat, THINKING_PANELS.items()):
         for model, style in dict(trained="o-", untrained="s--").items():
@@ -184,7 +186,7 @@ def plot_thinking(
             error = [r.get(f"{key}_stderr", 0.0) for r in rs]  # A bar of length 0 is invisible
             ax.errorbar([r["steps"] for r in rs], [r[key] for r in rs], error, fmt=style, label=model, markersize=4)
         ax.set(title=name, ylabel=unit)
-        ax.grid(alpha=0.3)
+        ax.grid()
     for ax in axes[1]:
         ax.set_xlabel("thinking steps")
     axes[0, 0].legend()
