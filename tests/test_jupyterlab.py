@@ -108,7 +108,17 @@ def test_train_watch_and_stop_in_jupyterlab(tmp_path):
             return len(pictures) > 3
 
         until(page, drawn)
-        assert cell.locator(".jp-OutputArea-child").count() == 1
+        assert cell.locator(".jp-OutputArea-child").count() == 2  # A line, and under it the figure
+        line = cell.locator(".jp-OutputArea-output").first
+        earlier = line.inner_text()
+        assert re.fullmatch(r"step [\d,]+ of 1,000,000 \| \d+\w+ left", earlier.strip())
+        until(page, lambda: line.inner_text() != earlier)
+        images.first.click(button="right")
+        page.locator(".lm-Menu-itemLabel", has_text="Create New View for Cell Output").click()
+        beside = page.locator(".jp-LinkedOutputView")
+        until(page, lambda: beside.count() and beside.locator("img").count() and earlier not in beside.inner_text())
+        before = beside.locator("img").first.get_attribute("src")
+        until(page, lambda: beside.locator("img").first.get_attribute("src") != before)
         samples = tmp_path / "runs" / "seen" / "samples.jsonl"
         until(page, lambda: samples.exists() and len(samples.read_text().splitlines()) > 2)
         page.screenshot(path=tmp_path / "running.png")
@@ -129,7 +139,8 @@ def test_train_watch_and_stop_in_jupyterlab(tmp_path):
         page.screenshot(path=tmp_path / "stopped.png")
     cells = code_cells()
     (training,) = [c for c in cells if "lmnotes.run(" in "".join(c["source"])]
-    (output,) = training["outputs"]  # Regardless of the number of updates
+    line, output = training["outputs"]  # Regardless of the number of updates
+    assert re.fullmatch(r"step [\d,]+ of 1,000,000", "".join(line["data"]["text/plain"]))
     text = "".join(output["data"]["text/plain"])
     assert output["data"]["image/png"] and "interrupted at step" in text
     assert len(re.findall(r"step [\d,]+ \| 'The ", text)) >= 3  # Samples of the same prompt
