@@ -13,6 +13,7 @@ from lmnotes.data.tokenizer import ByteTokenizer
 from lmnotes.export.export import GENERATE_SCRIPT
 from lmnotes.inference.generation import GenerateConfig, TokenSampler, generate, generate_ids
 from lmnotes.inference.quantization import Int8Linear, quantize
+from lmnotes.models.gpt import GPT
 from lmnotes.nn.lm import LM, LMConfig, new_lm
 
 
@@ -161,3 +162,27 @@ def test_int8_weights_of_every_architecture(arch):
         found = small(x)
     assert (found - logits).norm() < 0.05 * logits.norm()
     assert len(generate_ids(small, x.tolist(), 20, temperature=0)[1]) == 20
+
+
+class NinesGPT(GPT):
+    "A GPT with its own `generate`"
+
+    def generate(self, x, n, sample_fn):
+        yield from (torch.full((len(x), 1), 9) for _ in range(n))
+
+
+class UncachedGPT(GPT):
+    "A GPT with its own `step`, whose state is the ids"
+
+    step = LM.step
+
+
+@pytest.mark.parametrize("cls", [NinesGPT, UncachedGPT])
+def test_a_subclass_that_overrides_generate_or_step_reads_prompts_of_different_lengths_with_it(cls):
+    torch.manual_seed(0)
+    lm = cls(GPT.Config(vocab_size=32, ctx_len=16, d_model=16, n_layers=1, n_heads=2))
+    for p in lm.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    prompts = [[1, 2, 3], [4] * 9, [5]]
+    alone = [generate_ids(lm, [p], 5, temperature=0)[0] for p in prompts]
+    assert generate_ids(lm, prompts, 5, temperature=0) == alone

@@ -148,11 +148,20 @@ class TokenSampler:
         return torch.searchsorted(total, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 # %% ../../nbs/inference/50_generation.ipynb #37d4de03
+_READING = "step", "generate", "new_cache", "hidden_states"
+
+
+def _can_join(lm, length):
+    "Can `lm` join states? Not if a subclass overrides methods that make or read them without its own `joins`"
+    depth = {name: next(i for i, c in enumerate(type(lm).__mro__) if name in vars(c)) for name in ("joins", *_READING)}
+    return depth["joins"] <= min(depth[name] for name in _READING) and lm.joins(length)
+
+
 def _group_rows(lm, prompts, n):
     "Return the numbers of the prompts in groups, one for each batch, the shorter prompts first"
     lengths = sorted({len(p) for p in prompts})
     groups = [[i for i, p in enumerate(prompts) if len(p) == length] for length in lengths]
-    return [sum(groups, [])] if groups and lm.joins(lengths[-1] + n) else groups
+    return [sum(groups, [])] if groups and _can_join(lm, lengths[-1] + n) else groups
 
 
 @torch.no_grad()

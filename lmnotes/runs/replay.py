@@ -135,7 +135,7 @@ def _check_data_record(s, info):
         for name in [name for name in known if name not in ("ids", "place") and found[name] != known[name]]:
             raise CheckpointError(f"run.json has {name}={known[name]!r} of the data, but it is {found[name]!r}")
 
-
+# %% ../../nbs/runs/69_replay.ipynb #91f7f54a
 def _setup_replay(start, end, place, device):
     "Return the `RunSetup` that trains an interval in the folder `place`"
     then, before = read_checkpoint_config(end), {}
@@ -149,6 +149,7 @@ def _setup_replay(start, end, place, device):
     changed = {name: value for name, value in params.items() if old.get(name, value) != value}
     changed.pop("steps" if params.get("epochs", "auto") != "auto" else "", None)
     given = dict(changed, resume=True, run="replay", out_dir=str(place), allow_change=" ".join({**changed, "data": 0}))
+    given["threads"] = torch.get_num_threads()  # Those of `_same_threads`: run.json has only the newest number
     s = RunSetup(*resolve_config(given, environ={}), place / "replay", device, None)
     s.cfg.steps = params.get("steps", s.cfg.steps)
     if s.data.fingerprint != then.get("data", s.data.fingerprint):

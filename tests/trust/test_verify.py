@@ -15,7 +15,7 @@ from lmnotes.runs.folder import fork
 from lmnotes.runs.replay import BIT_EXACT, MISMATCH, NOT_REPLAYED, OK, OTHER_ENVIRONMENT
 from lmnotes.runs.run import run
 from lmnotes.training.checkpoint import list_checkpoints
-from lmnotes.training.trainer import Hook
+from lmnotes.training.trainer import Hook, Trainer
 
 KEEP = TINY | dict(keep_every=10, keep=1)
 FEW = KEEP | dict(steps=20, save_every=5, keep_every=5)
@@ -463,6 +463,22 @@ def test_the_threads_of_the_run_are_used(r):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_every_interval_is_replayed_with_its_own_threads(workdir, monkeypatch):
+    "A run whose `threads` changed on resume has no mismatch, also where the number of threads changes the bits"
+    monkeypatch.chdir(workdir)
+    used, train_step = [], Trainer.train_step
+
+    def record_threads(trainer):
+        used.append(torch.get_num_threads())
+        return train_step(trainer)
+
+    run(hooks=[StopAtSteps(10)], view=False, **FEW | dict(threads=2))
+    run(resume=True, run="r", out_dir="runs", threads=1, view=False)
+    monkeypatch.setattr(Trainer, "train_step", record_threads)
+    assert verify("runs/r", replay=4).parts(BIT_EXACT) == [f"steps {n} to {n + 5}" for n in (0, 5, 10, 15)]
+    assert used == [2] * 10 + [1] * 10
 
 
 def test_the_command(r):
