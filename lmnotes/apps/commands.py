@@ -71,8 +71,9 @@ class WatchOptions:
 
 def watch_command(args) -> None:
     from lmnotes.runs.monitor import attach
+    from lmnotes.runs.terminal import watch
 
-    attach(args.run).follow(args.seconds)
+    watch(attach(args.run), args.seconds)
 
 # %% ../../nbs/apps/91_commands.ipynb #4fcae4d4
 @dataclass

@@ -376,7 +376,7 @@ class Sample(Hook):
                 return self.mark_done(t)
             if signals:
                 return
-            self.print_fn(f"step {t.step} | {(self.prompt + text)!r}")
+            self.print_fn(t.log_format.sample.format(step=t.step, text=self.prompt + text))
             if self.samples:
                 self.samples.append(step=t.step, split="sample", prompt=self.prompt, text=text)
         self.mark_done(t)

@@ -33,6 +33,7 @@ from .load import *
 from .machine import *
 from .monitor import is_headless, make_live_view
 from .setup import *
+from .terminal import make_progress
 from ..training.checkpoint import *
 from ..training.optim import *
 from ..training.saving import *
@@ -93,10 +94,12 @@ def run(
             return _dry_run(s, signals, log_format)
         folder = broadcast_from_rank0(take_run_folder(cfg) if rank == 0 else None)
         live = make_live_view(folder, log_format) if view and rank == 0 else None
+        bar = make_progress(folder, log_format) if view and rank == 0 and not live else None
+        shown, log_format = live or bar, bar.log_format if bar else log_format
         if rank == 0:
             note_run(folder)
         signals.announce = not (live and live.quiet)
-        with explain_lost_rank(folder), live.show() if live else nullcontext():
+        with explain_lost_rank(folder), shown.show() if shown else nullcontext():
             if r := load_finished(folder, cfg, origins):
                 if live:
                     live.screen.draw()
@@ -105,7 +108,7 @@ def run(
                 if r := load_finished(folder, cfg, origins):  # Another process finished it while this one waited
                     return r
                 s = RunSetup(cfg, origins, folder, device, print if rank == 0 else None, lock)
-                return _train_run(s, signals, [*hooks, live] if live else hooks, log_format, make_batches)
+                return _train_run(s, signals, [*hooks, shown] if shown else hooks, log_format, make_batches)
 
 # %% ../../nbs/runs/67_run.ipynb #5662e0ea
 class RecordSaves(Hook):

@@ -94,10 +94,11 @@ class Hook:
 class LogFormat:
     "Templates of the lines that a run prints"
 
-    # Log line. More fields: bpb, tokens, rows_per_s, grad_norm (NaN if unknown) and the model's own values
+    # Log line (empty: none). More fields: bpb, tokens, rows_per_s, grad_norm (NaN if unknown) and the model's own values
     train: str = "step {step}/{steps} | loss {loss:.4f}{bits} | lr {lr:.2e} | {tok_per_s:,.0f} tok/s | {left} left"
     # Evaluation line. More fields: ppl, bpb, tokens. `at_most` marks an upper bound, `loss_err` is ± the standard error
     val: str = "step {step} | val loss {at_most}{loss:.4f}{loss_err}{bits}{part}"
+    sample: str = "step {step} | {text!r}"  # Printed for a sample, with its prompt
     resumed: str = ""  # Printed when a run is resumed, after the usual first line (empty: no additional line)
     saved: str = "step {step} | saved {file}"  # Printed after `SaveWeights` has written a file
     # Warning for a step with a non-finite loss or gradient
@@ -385,9 +386,9 @@ class Log(Hook):
             return
         self.mark_done(t)
         record, extras = self._make_record(t)
-        if t.rank == 0:
-            if self.metrics:
-                self.metrics.append(**record, time=utc_now())
+        if t.rank == 0 and self.metrics:
+            self.metrics.append(**record, time=utc_now())
+        if t.rank == 0 and t.log_format.train:
             bits = f" | bpb {record['bpb']:.3f}" if "bpb" in record else ""
             values = {"bpb": math.nan, **record, **extras, "steps": self.steps or t.cfg.steps, "bits": bits}
             self.print_fn(t.log_format.train.format(**values))
