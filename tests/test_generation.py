@@ -177,8 +177,15 @@ class UncachedGPT(GPT):
     step = LM.step
 
 
-@pytest.mark.parametrize("cls", [NinesGPT, UncachedGPT])
-def test_a_subclass_that_overrides_generate_or_step_reads_prompts_of_different_lengths_with_it(cls):
+class SineGPT(GPT):
+    "A GPT with its own positions, for a `start` that is a number"
+
+    def embed_ids(self, x, start=0):
+        return self.embed(x) + torch.arange(start, start + x.shape[1]).sin()[:, None]
+
+
+@pytest.mark.parametrize("cls", [NinesGPT, UncachedGPT, SineGPT])
+def test_a_subclass_that_overrides_a_method_of_generation_reads_prompts_of_different_lengths_with_it(cls):
     torch.manual_seed(0)
     lm = cls(GPT.Config(vocab_size=32, ctx_len=16, d_model=16, n_layers=1, n_heads=2))
     for p in lm.parameters():

@@ -148,7 +148,7 @@ class TokenSampler:
         return torch.searchsorted(total, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 # %% ../../nbs/inference/50_generation.ipynb #37d4de03
-_READING = "step", "generate", "new_cache", "hidden_states"
+_READING = "step", "generate", "new_cache", "hidden_states", "embed_ids"
 
 
 def _can_join(lm, length):

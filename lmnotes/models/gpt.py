@@ -111,6 +111,7 @@ class GPT(Decoder):
 
     Config = GPTConfig
     presets = _PRESETS
+    joins = Decoder.joins  # Also with this `embed_ids`
 
     def __init__(self, cfg):
         super().__init__(cfg)

@@ -51,12 +51,14 @@ def use_threads(threads) -> None:  # A number, or `auto` for those of this proce
 
 # %% ../../nbs/runs/62_machine.ipynb #0271b91f
 def _time_step(trainer, threads):
-    "Return the seconds of the second of two steps with this number of threads"
+    "Return the least seconds of three steps with this number of threads, after one that is not timed"
     use_threads(threads)
-    trainer.train_step()
-    start = time.perf_counter()
-    trainer.train_step()
-    return time.perf_counter() - start
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        trainer.train_step()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
 
 
 def pick_threads(
@@ -69,7 +71,7 @@ def pick_threads(
     "Return the number of threads of a new run, or `auto` if it has the threads of this process"
     n = torch.get_num_threads()
     is_default = n == usable_cores() and "OMP_NUM_THREADS" not in os.environ and rank_and_world_size()[1] == 1
-    if not is_default or device != "cpu" or cfg.steps < 100 or n_params(lm) > 20_000_000:
+    if not is_default or n < 4 or device != "cpu" or cfg.steps < 100 or n_params(lm) > 20_000_000:
         return "auto"
     with torch.random.fork_rng(devices=[]), restore_threads():
         trainer = Trainer(deepcopy(lm), batches, replace(cfg, compile=False))
