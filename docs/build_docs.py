@@ -15,16 +15,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from configparser import ConfigParser
 from pathlib import Path
 
 import notebook_page
 import reference
 from finish import finish
 from names import Names
-from pages import as_on_a_terminal
+from pages import ROOT, as_on_a_terminal, settings
 
-ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 PROJECT_PAGES = ("CONTRIBUTING", "CHANGELOG", "SECURITY", "LOG", "docs/trust", "docs/renamed")
 RUNNABLE = ("train.md", "generate.md", "prepare.md", "compare.md")
@@ -40,13 +38,6 @@ REFERENCE = {  # Folder in nbs/ -> heading in the reference
     "apps": "Command line",
     "": "Core",
 }
-
-
-def settings():
-    "Return the DEFAULT section of settings.ini"
-    config = ConfigParser()
-    config.read(ROOT / "settings.ini")
-    return config["DEFAULT"]
 
 
 def addresses():

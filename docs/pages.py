@@ -3,10 +3,19 @@
 import base64
 import json
 import re
+from configparser import ConfigParser
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 FORMATS = ("text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/html", "text/latex", "text/plain")
 COLORS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def settings():
+    "Return the DEFAULT section of settings.ini"
+    config = ConfigParser()
+    config.read(ROOT / "settings.ini")
+    return config["DEFAULT"]
 
 
 def joined(text):

@@ -1,20 +1,15 @@
 """Write README.md and its pictures from nbs/index.ipynb and its saved outputs: `python docs/readme.py`."""
 
 import re
-from configparser import ConfigParser
-from pathlib import Path
 
-from pages import cell_markdown, read_notebook
+from pages import ROOT, cell_markdown, read_notebook, settings
 
-ROOT = Path(__file__).resolve().parent.parent
 NOTE = "<!-- Made from nbs/index.ipynb by docs/readme.py: edit the notebook, not this file. -->"
 
 
 def badges():
     "Return the badges, which only the README shows, because the site requests nothing from other servers"
-    config = ConfigParser()
-    config.read(ROOT / "settings.ini")
-    ini = config["DEFAULT"]
+    ini = settings()
     tests, docs = (f"{ini['git_url']}/actions/workflows/{name}.yml" for name in ("test", "docs"))
     shown = [
         f"[![Tests]({tests}/badge.svg)]({tests})",

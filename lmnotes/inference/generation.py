@@ -148,13 +148,15 @@ class TokenSampler:
         return torch.searchsorted(total, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 # %% ../../nbs/inference/50_generation.ipynb #37d4de03
-_READING = "step", "generate", "new_cache", "hidden_states", "embed_ids"
+_STATE_METHODS = "step", "generate", "new_cache", "hidden_states", "embed_ids"
 
 
 def _can_join(lm, length):
     "Can `lm` join states? Not if a subclass overrides methods that make or read them without its own `joins`"
-    depth = {name: next(i for i, c in enumerate(type(lm).__mro__) if name in vars(c)) for name in ("joins", *_READING)}
-    return depth["joins"] <= min(depth[name] for name in _READING) and lm.joins(length)
+    depth = {
+        name: next(i for i, c in enumerate(type(lm).__mro__) if name in vars(c)) for name in ("joins", *_STATE_METHODS)
+    }
+    return depth["joins"] <= min(depth[name] for name in _STATE_METHODS) and lm.joins(length)
 
 
 def _group_rows(lm, prompts, n):

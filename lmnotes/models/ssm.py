@@ -304,7 +304,5 @@ class SSM(LM):
         return True
 
     def join_states(self, states) -> list:
-        return [
-            SSMCache(*(torch.cat([vars(c)[name] for c in layer]) for name in ("conv", "scan")))
-            for layer in zip(*states)
-        ]
+        layers = zip(*states)
+        return [SSMCache(torch.cat([c.conv for c in layer]), torch.cat([c.scan for c in layer])) for layer in layers]

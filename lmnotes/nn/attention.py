@@ -185,7 +185,7 @@ class KVCache:
 
     def __init__(self, size):  # Number of positions to hold
         self.size, self.n_seen, self.k, self.v = size, 0, None, None
-        self.pads, self.mask = 0, None  # (B,1) and (B,1,1,size), set by `join`
+        self.pads, self.mask = 0, None  # (B,1) and (B,1,1,size), set by `join_caches`
 
     def __call__(self, k, v) -> tuple:  # (B,H,T,d) keys and values of new positions
         "Add new keys and values, and return (keys, values) to attend to, the new ones included"

@@ -7,11 +7,8 @@ __all__ = ['pick_dtype_of_run', 'restore_threads', 'use_threads', 'pick_threads'
 
 # %% ../../nbs/runs/62_machine.ipynb #cacfcd1f
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import replace
 
 import torch
 
@@ -50,32 +47,25 @@ def use_threads(threads) -> None:  # A number, or `auto` for those of this proce
         torch.set_num_threads(threads)
 
 # %% ../../nbs/runs/62_machine.ipynb #0271b91f
-def _time_step(trainer, threads):
-    "Return the least seconds of three steps with this number of threads, after one that is not timed"
-    use_threads(threads)
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        trainer.train_step()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
-
-
 def pick_threads(
     lm,  # The model. It is copied
     batches,  # `batches[step]` is a `Batch`
     cfg,  # `RunConfig`
     device,  # A torch device
-    time_step=_time_step,  # Function (trainer, threads) -> seconds
+    measure=seconds_per_train_step,  # Function (lm, batches, cfg, device, repeats) -> seconds
 ) -> "int | str":
     "Return the number of threads of a new run, or `auto` if it has the threads of this process"
     n = torch.get_num_threads()
     is_default = n == usable_cores() and "OMP_NUM_THREADS" not in os.environ and rank_and_world_size()[1] == 1
     if not is_default or n < 4 or device != "cpu" or cfg.steps < 100 or n_params(lm) > 20_000_000:
         return "auto"
-    with torch.random.fork_rng(devices=[]), restore_threads():
-        trainer = Trainer(deepcopy(lm), batches, replace(cfg, compile=False))
-        best = time_step(trainer, n)
-        while n > 1 and (seconds := time_step(trainer, n // 2)) < 0.9 * best:
+
+    def seconds_with(threads):
+        use_threads(threads)
+        return measure(lm, batches, cfg, device, 3)
+
+    with restore_threads():
+        best = seconds_with(n)
+        while n > 1 and (seconds := seconds_with(n // 2)) < 0.9 * best:
             n, best = n // 2, seconds
     return n

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from ..core import *
 from ..files import *
+from ..inference.evaluation import format_with_error
 from ..nn.lm import *
 from ..nn.lora import lora_layers
 from .config import *
@@ -235,8 +236,6 @@ def _announce_end(trainer, folder):
 
 def _results(trainer, folder):
     "Return the last validation result and the last sample of a run, as lines of text"
-    from lmnotes.inference.evaluation import format_with_error
-
     lines, last = [], trainer.counters.get("last", {})
     if "bpb" in last:
         lines.append(f"{folder.name}: validation {format_with_error(last, 'bpb', 'bpb_stderr')} bits per byte")

@@ -67,7 +67,6 @@ def _loss_curve(view, width, height):
 def progress_lines(
     view,  # `RunView`
     width,  # Columns of the terminal
-    step=None,  # Number of steps so far (None: of the last record)
     height=1,  # Lines of the loss curve
 ) -> "Group":
     "Return the bar, the loss curve and the figures of a run, for rich"
@@ -76,7 +75,7 @@ def progress_lines(
     from rich.table import Table
     from rich.text import Text
 
-    step = view.step if step is None else step
+    step = view.step
     bar = Table.grid(expand=True, padding=(0, 1))
     bar.add_column(no_wrap=True)
     bar.add_column(ratio=1)
@@ -118,23 +117,24 @@ class ShowProgress(Hook):
 
     def after_step(self, t) -> None:
         if t.step and time.perf_counter() >= self.next:
-            self.draw(t.step)
+            self.draw(t)
 
     def at_end(self, t) -> None:
-        self.draw(t.step)
+        self.draw(t)
         self.close()
 
-    def draw(self, step) -> None:
+    def draw(self, t) -> None:
         "Draw the progress again"
         from rich.live import Live
 
         start = time.perf_counter()
+        self.view.progress.update(t.step, t.cfg.steps)
         if self.live is None:
             options = dict(auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
             self.live = Live(console=self.console, **options)
             self.live.start()
             self.console.show_cursor(True)  # A killed process could not show it again
-        self.live.update(progress_lines(self.view.refresh(), self.console.width, step), refresh=True)
+        self.live.update(progress_lines(self.view.refresh(), self.console.width), refresh=True)
         now = time.perf_counter()
         self.next = now + max(0.2, 20 * (now - start))
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Dtype', 'STATE', 'COMPILE_SECONDS', 'COMPILE_GAIN', 'MAX_SKIPPED_STEPS', 'LN2', 'TrainConfig', 'Objective',
-           'rank_and_world_size', 'Hook', 'LogFormat', 'autocast', 'pick_compile', 'Trainer', 'format_duration', 'Log',
-           'init_distributed', 'broadcast_from_rank0', 'call_on_rank0_first']
+           'rank_and_world_size', 'Hook', 'LogFormat', 'autocast', 'seconds_per_train_step', 'pick_compile', 'Trainer',
+           'format_duration', 'Log', 'init_distributed', 'broadcast_from_rank0', 'call_on_rank0_first']
 
 # %% ../../nbs/training/41_trainer.ipynb #0fa51722
 import atexit
@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import time
+import timeit
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
@@ -156,6 +157,14 @@ COMPILE_SECONDS = 120  # Time to compile a step, at most
 COMPILE_GAIN = dict(cpu=0.05, cuda=0.3)  # Share of a step's time that compiling saves, at least
 
 
+def seconds_per_train_step(lm, batches, cfg, device="cpu", repeats=1) -> float:  # As for `pick_compile`
+    "Return the least time of `repeats` uncompiled steps of a copy of the model, after one that is not timed"
+    with torch.random.fork_rng(devices=[device] if str(device).startswith("cuda") else []):
+        trainer = Trainer(deepcopy(lm), batches, replace(cfg, compile=False), (), device)
+        trainer.train_step()
+        return min(timeit.repeat(trainer.train_step, number=1, repeat=repeats))
+
+
 def pick_compile(
     lm,  # The model. It is copied
     batches,  # `batches[step]` is a global `Batch`
@@ -170,12 +179,7 @@ def pick_compile(
         return False, "its gain is only known for one CPU or CUDA device"
     if not shutil.which(compiler):
         return False, f"there is no compiler {compiler}"
-    with torch.random.fork_rng(devices=[device] if kind == "cuda" else []):
-        copied = Trainer(deepcopy(lm), batches, replace(cfg, compile=False), (), device)
-        copied.train_step()
-        start = time.perf_counter()
-        copied.train_step()
-    saved = COMPILE_GAIN[kind] * cfg.steps * (time.perf_counter() - start)
+    saved = COMPILE_GAIN[kind] * cfg.steps * seconds_per_train_step(lm, batches, cfg, device)
     times = f"{format_duration(saved)}, and takes up to {format_duration(COMPILE_SECONDS)}"
     return saved > COMPILE_SECONDS, f"compiling saves about {times}"
 
