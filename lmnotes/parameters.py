@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PositiveInt', 'NonNegativeInt', 'PositiveFloat', 'NonNegativeFloat', 'Fraction', 'Probability', 'Threads', 'Auto',
            'All', 'IntOrAuto', 'FloatOrAuto', 'IntOrAll', 'ZERO_IN_FORMAT_1', 'BEFORE_RECORDED', 'Parameter',
-           'declared', 'describe_kind', 'kind_of', 'convert', 'check_declared', 'notebook_params', 'did_you_mean',
-           'replace_aliases', 'current_params']
+           'declared', 'is_switch', 'describe_kind', 'kind_of', 'convert', 'check_declared', 'notebook_params',
+           'did_you_mean', 'replace_aliases', 'current_params']
 
 # %% ../nbs/03_parameters.ipynb #14aef19e
 import difflib
@@ -73,6 +73,11 @@ _BOUNDS = {
     Le: lambda c: f"at most {c.le:g}",
     Lt: lambda c: f"below {c.lt:g}",
 }
+
+
+def is_switch(kind) -> bool:  # An annotation
+    "Return whether an annotation accepts True and False"
+    return any(k is bool for k, _ in _kinds(kind))
 
 
 def describe_kind(kind) -> str:  # An annotation

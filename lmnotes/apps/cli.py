@@ -57,9 +57,10 @@ def train_command(argv) -> int:
     from lmnotes.runs.config import ALIASES, DTYPE_ALIASES, HINTS, MODEL_PARAMS, PARAM_GROUPS, RunConfig
 
     model = [", ".join([name, *(alias for alias, n in ALIASES.items() if n == name)]) for name in MODEL_PARAMS]
-    flags = [alias for alias, name in ALIASES.items() if isinstance(getattr(RunConfig, name, ""), bool)]
-    flags += ["resume", *DTYPE_ALIASES]  # Tyro would not accept both `--resume` and `--resume auto`
-    words, aliased = take_aliases(argv, {*ALIASES, *MODEL_PARAMS, *HINTS, "resume"}, flags)
+    switches = {name for name, p in declared(RunConfig).items() if is_switch(p.kind)}
+    flags = {*switches, *(alias for alias, name in ALIASES.items() if name in switches), *DTYPE_ALIASES}
+    # Tyro would not accept both `--resume` and `--resume auto`
+    words, aliased = take_aliases(argv, {*ALIASES, *MODEL_PARAMS, *HINTS, *switches}, flags)
     explained = "", f"{declared(RunConfig)['model_args'].help} (or as options of their own: {'; '.join(model)})"
     named = RunConfig.arch, f"Architecture: {' | '.join(arch_names())}"
     options = options_of(RunConfig, _description("train"), ALIASES, model_args=explained, arch=named)

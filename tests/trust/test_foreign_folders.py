@@ -23,8 +23,9 @@ from lmnotes.data.tokenizer import BPETokenizer, ByteTokenizer
 from lmnotes.data.tokenizer_files import load_tokenizer
 from lmnotes.data.tokens import TokenWriter, open_tokens
 from lmnotes.nn.lm import new_lm
+from lmnotes.parameters import declared, describe_kind, is_switch
 from lmnotes.recipes.nanothink_checkpoints import read_checkpoint_file
-from lmnotes.runs.config import resolve_config, to_cli_flags
+from lmnotes.runs.config import RunConfig, resolve_config, to_cli_flags
 from lmnotes.runs.folder import last_run_name, resume_command
 from lmnotes.runs.load import load
 from lmnotes.training.checkpoint import find_checkpoint, list_checkpoints, save_checkpoint
@@ -182,6 +183,19 @@ def test_a_value_is_never_read_as_a_flag(monkeypatch, text):
     params = dict(prompt=text, lr=5e-5, steps=3, resume="auto", compile=False)
     assert cli.train_command(to_cli_flags(params)) == 0
     assert {name: vars(resolve_config(given, environ={})[0])[name] for name in params} == params
+
+
+def test_every_switch_is_a_flag(monkeypatch):
+    given = {}
+    monkeypatch.setattr("lmnotes.runs.run.run", lambda **params: given.update(params))
+    monkeypatch.setattr(cli, "_status_to_exit_code", lambda r: 0)
+    switches = {name: p for name, p in declared(RunConfig).items() if is_switch(p.kind)}
+    assert {"resume", "compile", "dry_run"} <= set(switches)
+    for name, parameter in switches.items():
+        for value in (True, False, *(["auto"] if "auto" in describe_kind(parameter.kind) else [])):
+            given.clear()
+            assert cli.train_command(to_cli_flags({name: value})) == 0
+            assert list(given) == [name] and vars(resolve_config(given, environ={})[0])[name] == value, (name, value)
 
 
 def test_names_that_are_not_utf8(tmp_path):
