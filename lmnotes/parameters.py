@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PositiveInt', 'NonNegativeInt', 'PositiveFloat', 'NonNegativeFloat', 'Fraction', 'Probability', 'Threads', 'Auto',
            'All', 'IntOrAuto', 'FloatOrAuto', 'IntOrAll', 'ZERO_IN_FORMAT_1', 'BEFORE_RECORDED', 'Parameter',
-           'declared', 'is_switch', 'describe_kind', 'kind_of', 'convert', 'check_declared', 'notebook_params',
+           'declared', 'describe_kind', 'is_switch', 'kind_of', 'convert', 'check_declared', 'notebook_params',
            'did_you_mean', 'replace_aliases', 'current_params']
 
 # %% ../nbs/03_parameters.ipynb #14aef19e
@@ -75,11 +75,6 @@ _BOUNDS = {
 }
 
 
-def is_switch(kind) -> bool:  # An annotation
-    "Return whether an annotation accepts True and False"
-    return any(k is bool for k, _ in _kinds(kind))
-
-
 def describe_kind(kind) -> str:  # An annotation
     "Describe the values that an annotation accepts, such as `auto or a number above 0`"
     texts = []
@@ -93,6 +88,11 @@ def describe_kind(kind) -> str:  # An annotation
         else:
             texts.append(" ".join([_NAMES[k], " and ".join(bounds)]).strip())
     return " or ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
+
+# %% ../nbs/03_parameters.ipynb #0df0541c
+def is_switch(kind) -> bool:  # An annotation
+    "Return whether an annotation accepts True and False"
+    return any(k is bool for k, _ in _kinds(kind))
 
 # %% ../nbs/03_parameters.ipynb #df4d7c80
 @cache

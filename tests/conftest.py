@@ -1,6 +1,7 @@
 """Fixtures of the process tests"""
 
 import shutil
+import sys
 
 import helpers
 import pytest
@@ -13,6 +14,15 @@ def check_no_processes_left():
     yield
     while STARTED:
         STARTED.pop().kill()
+
+
+@pytest.fixture(autouse=True)
+def forget_archs_of_tests():
+    "Forget the architectures that a test registers"
+    yield
+    known = vars(sys.modules["lmnotes.nn.lm"])["_ARCHS"] if "lmnotes.nn.lm" in sys.modules else {}
+    for name in [name for name, cls in known.items() if not cls.__module__.startswith("lmnotes.")]:
+        del known[name]
 
 
 @pytest.fixture(autouse=True, scope="module")
