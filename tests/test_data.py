@@ -1,5 +1,7 @@
 """Readers, tokenizers and token files, tested with damaged files, real data and a local HTTP server"""
 
+import ast
+import asyncio
 import hashlib
 import http.server
 import io
@@ -9,6 +11,7 @@ import threading
 import zipfile
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ import torch
 from lmnotes.core import DataError, TokenizerError, data_root
 from lmnotes.data import datasets
 from lmnotes.data.batches import DomainBalancedBatches
-from lmnotes.data.corpus import read_chunks, read_jsonl, to_bytes, to_text
+from lmnotes.data.corpus import Source, read_chunks, read_jsonl, read_source, to_bytes, to_text
 from lmnotes.data.datasets import get_corpus
 from lmnotes.data.prepare import tokenize_splits
 from lmnotes.data.splits import parts_of_split, split_documents
@@ -499,3 +502,19 @@ def test_the_place_of_a_named_corpus(tmp_path, monkeypatch):
     for name in ("train", "val"):
         np.arange(40, dtype=np.uint16).tofile(folder / f"{name}.bin")
     assert data_place(cfg, tmp_path) == "data/tinyshakespeare"
+
+
+def test_docstrings_are_those_that_python_finds():
+    folder, wrong, n = Path(asyncio.__file__).parent.parent, [], 0
+    for path in [p for name in ("asyncio", "email", "json", "unittest") for p in (folder / name).glob("*.py")]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        nodes = [
+            d
+            for d in ast.walk(tree)
+            if isinstance(d, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        ]
+        known = {" ".join((ast.get_docstring(d) or "").split()) for d in nodes}
+        for d in read_source(Source("docs", path, path.name, "docstrings")):
+            n += 1
+            wrong += [d.id] if not any(all(p in text for p in d.text.split("\n\n")) for text in known) else []
+    assert n > 200 and len(wrong) < 0.01 * n, wrong

@@ -148,7 +148,7 @@ def test_values_out_of_range_are_rejected_by_name(name):
                 check_parameters(NOTEBOOKS[name], {parameter: value})
 
 
-NO_TEXT = "is not one of pydocs, stdlib, tinyshakespeare, enwik8, wikitext-2"
+NO_TEXT = "is not one of docstrings, pydocs, stdlib, tinyshakespeare, enwik8, wikitext-2"
 MESSAGES = {  # {recipe: [(parameters, message)]}
     "tisslm": [
         (dict(CORPUS_PATH="nope"), f"CORPUS_PATH='nope' {NO_TEXT}"),

@@ -225,7 +225,7 @@ COMMANDS = {name: command for commands in COMMAND_GROUPS.values() for name, comm
 STREAMING = "generate", "watch"  # Commands that end when the program that reads their output ends
 
 # %% ../../nbs/apps/92_cli.ipynb #c74dbff2
-CORPORA = "pydocs", "stdlib", "tinyshakespeare", "enwik8", "wikitext-2"
+CORPORA = "docstrings", "pydocs", "stdlib", "tinyshakespeare", "enwik8", "wikitext-2"
 
 
 def arch_names() -> list:

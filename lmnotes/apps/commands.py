@@ -16,7 +16,7 @@ class PrepareOptions:
     "Tokenize text into a folder of token files, or into one file"
 
     out: str  # Folder to write, or a file such as corpus.bin
-    data: str = "pydocs"  # Corpus name, text file, folder or .jsonl
+    data: str = "docstrings"  # Corpus name, text file, folder or .jsonl
     tokenizer: str = "bpe:2048"  # bytes | chars | bpe:SIZE | bpe | gpt2 | path of a saved tokenizer
     data_dir: str = ""  # Folder of named corpora (empty: $LMNOTES_DATA, else data/)
     domains: str = ""  # Domains to use, separated by spaces (empty: all)

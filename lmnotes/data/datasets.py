@@ -55,19 +55,41 @@ def _is_utf8(path):
     return True
 
 
+def _modules(folder, corpus):
+    "Return the Python files in a folder, without tests, relative to it"
+    skipped, files = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}, []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in skipped]
+        files += [Path(parent, name).relative_to(folder) for name in names if name.endswith(".py")]
+    files.sort(key=lambda p: p.as_posix())
+    good = [p for p in files if _is_utf8(folder / p)]
+    if len(good) < len(files):
+        print(f"{corpus}: {len(files) - len(good)} of {len(files)} files in {folder} are not UTF-8 and are left out")
+    return good
+
+
 def _stdlib():
     "Return the sources of the standard library's modules, without tests, one document each"
     folder = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted((p.relative_to(folder) for p in folder.rglob("*.py")), key=lambda p: p.as_posix())
-    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = [p for p in files if not skipped.intersection(p.parts)]
-    good = [p for p in files if _is_utf8(folder / p)]
-    if len(good) < len(files):
-        print(f"stdlib: {len(files) - len(good)} of {len(files)} files are not UTF-8 and are left out")
-    return [Source("stdlib", folder / p, p.as_posix()) for p in good]
+    return [Source("stdlib", folder / p, p.as_posix()) for p in _modules(folder, "stdlib")]
+
+# %% ../../nbs/data/11_datasets.ipynb #b71f27a4
+def _docstrings():
+    "Return the sources of the docstrings of the standard library and of packages that lmnotes or torch needs"
+    folders = {"stdlib": Path(sysconfig.get_paths()["stdlib"])}
+    for package in ("numpy", "networkx", "sympy"):
+        if (spec := importlib.util.find_spec(package)) is None:
+            raise DataError(f"data='docstrings' needs {package}, which torch needs too. Run: pip install {package}")
+        folders[package] = Path(spec.origin).parent
+    found = {name: _modules(folder, "docstrings") for name, folder in folders.items()}
+    return [
+        Source("docstrings", folders[name] / p, f"{name}/{p.as_posix()}", "docstrings")
+        for name in found
+        for p in found[name]
+    ]
 
 # %% ../../nbs/data/11_datasets.ipynb #89543e1b
-BUILTIN = dict(pydocs=_pydocs, stdlib=_stdlib)
+BUILTIN = dict(docstrings=_docstrings, pydocs=_pydocs, stdlib=_stdlib)
 
 # %% ../../nbs/data/11_datasets.ipynb #a8224327
 class Download(NamedTuple):
@@ -334,7 +356,7 @@ def _resolve_all(data, data_dir, recursive, text_key):
     name, skipped = "+".join(name for name, _, _ in parts), [s for _, _, left_out in parts for s in left_out]
     found = {}
     for source in [s for _, sources, _ in parts for s in sources]:
-        if found.setdefault((source.path, source.member), source) is not source:
+        if found.setdefault((source.path, source.member, source.kind), source) is not source:
             skipped.append(SkippedFile(source.id, "given twice"))
     return name, list(found.values()), skipped
 
@@ -369,7 +391,7 @@ def _split_domains(domains, available):
 
 # %% ../../nbs/data/11_datasets.ipynb #2a6b33e9
 def get_corpus(
-    data="pydocs",  # Names, files, folders and globs, joined with `+` or in a list, or `bytes:PATH`
+    data="docstrings",  # Names, files, folders and globs, joined with `+` or in a list, or `bytes:PATH`
     data_dir="",  # Folder for named data and relative paths (empty: `data_root()`)
     domains="",  # Domains to use, separated by spaces or commas (empty: all)
     recursive=False,  # Read files in sub-folders too

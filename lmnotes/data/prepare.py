@@ -219,7 +219,7 @@ def tokenizer_folder_for(path) -> Path:
 # %% ../../nbs/data/16_prepare.ipynb #5d4febd3
 def prepare_data(
     out,  # Folder for train.bin, val.bin and tokenizer/, or one file such as corpus.bin
-    data="pydocs",  # Corpus, as in `get_corpus`
+    data="docstrings",  # Corpus, as in `get_corpus`
     tokenizer="bpe:2048",  # Tokenizer, as in `get_tokenizer`
     data_dir="",  # Folder for named data and relative paths (empty: `data_root()`)
     domains="",  # Domains to use, separated by spaces (empty: all)

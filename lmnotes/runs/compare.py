@@ -84,7 +84,7 @@ class CompareConfig:
     "Parameters of a comparison"
 
     archs: str = ""  # Architectures, separated by spaces (empty: all)
-    data: str = "pydocs"  # Corpus name, text file, folder or .jsonl
+    data: str = "docstrings"  # Corpus name, text file, folder or .jsonl
     data_dir: str = ""  # Folder of named corpora (empty: $LMNOTES_DATA, else data/)
     tokenizer: str = "bytes"  # Tokenizer of all architectures
     ctx_len: PositiveInt = 256  # Context window: tokens per sequence

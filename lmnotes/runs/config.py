@@ -44,7 +44,7 @@ class DataConfig:
     arch: str = "gpt"  # Architecture: gpt | rnn | ssm | bytepatch | diffusion | nanothink | ... (see lmnotes.archs())
     preset: str = ""  # Named configuration of the architecture
     model_args: str = ""  # Model configuration such as "n_layers=4 d_model=256", which overrides the preset
-    data: str = "pydocs"  # Corpus name, file, folder, glob or token files, or several joined with +
+    data: str = "docstrings"  # Corpus name, file, folder, glob or token files, or several joined with +
     data_dir: str = ""  # Folder of named corpora (empty: $LMNOTES_DATA, else data/)
     domains: str = ""  # Domains to use, separated by spaces or commas (empty: all)
     weights: str = ""  # Share of each domain in a batch, such as "books=3 web=1" (empty: equal with sampler domains)
