@@ -13,7 +13,7 @@ import hashlib
 import re
 import zipfile
 from collections.abc import Iterator
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -138,7 +138,7 @@ class Source(NamedTuple):
     domain: str  # Domain of its documents
     path: Path  # The file, or the zip archive that contains it
     id: str  # Prefix of its documents' ids
-    kind: str = "text"  # text, bytes (any bytes, not only UTF-8), topics, docstrings, or a key of `READABLE`
+    kind: str = "text"  # text, bytes (any bytes, not only UTF-8), topics, or a key of `READABLE`
     member: str = ""  # File to read in the archive if `path` is a zip archive
     part: str = ""  # train, val or test if the dataset defines its parts
     compression: str = ""  # Key of `COMPRESSIONS`
@@ -169,29 +169,8 @@ def _read_topics(f, name, text_key):
     yield from sorted(topics.items())
 
 
-_DOCSTRING = re.compile(r'(?:\A|:[ \t]*\n)\s*[rRuU]?"""(.*?)"""', re.S)  # First in a file or block
-_PROSE, _NO_LETTER = re.compile(r"[A-Z][a-z ][^=]{38,}[.:]"), re.compile(r"[^\w ]|[\d_]")
-
-
-@lru_cache(maxsize=1 << 14)  # A corpus is read several times: to count, to train a tokenizer, to encode
-def _find_docstrings(path, changed):
-    "Return (line, text) of the docstrings of a Python file that have at least 80 characters of prose, which we keep"
-    source, found = Path(path).read_text(encoding="utf-8"), []
-    for docstring in _DOCSTRING.finditer(source):
-        paragraphs = [" ".join(p.split()) for p in re.split(r"\n[ \t]*\n", docstring[1])]
-        text = "\n\n".join(p for p in paragraphs if _PROSE.fullmatch(p) and 10 * len(_NO_LETTER.findall(p)) <= len(p))
-        if len(text) >= 80:
-            found.append((source.count("\n", 0, docstring.start(1)) + 1, text))
-    return found
-
-
-def _read_docstrings(f, name, text_key):
-    "Yield (line, prose) of the docstrings of a Python file"
-    yield from _find_docstrings(name, Path(name).stat().st_mtime_ns)
-
-
 READERS = dict(jsonl=read_jsonl, json=read_json_array, csv=read_csv, tsv=read_tsv, topics=_read_topics)
-READERS |= dict(docstrings=_read_docstrings, parquet=read_parquet, arrow=read_arrow)
+READERS |= dict(parquet=read_parquet, arrow=read_arrow)
 READERS |= {kind: partial(read_csv, delimiter=DELIMITERS[kind]) for kind in ("ssv", "psv")}
 
 # %% ../../nbs/data/10_corpus.ipynb #74b3fa16

@@ -15,7 +15,7 @@ import sysconfig
 import urllib.error
 import urllib.request
 import zipfile
-from functools import lru_cache
+from functools import lru_cache, partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +29,7 @@ from lmnotes.core import (
     sha256_bytes,
     sha256_file,
     temporary_path,
+    write_atomic,
 )
 from .corpus import *
 from .folders import *
@@ -38,7 +39,7 @@ from ..files import open_for_append
 from ..untrusted import check_no_secrets, check_utf8
 
 # %% ../../nbs/data/11_datasets.ipynb #bf2d7f6c
-def _pydocs():
+def _pydocs(data_dir=""):
     "Return the source of Python's help topics, one document each"
     spec = importlib.util.find_spec("pydoc_data.topics")
     if spec is None or not Path(spec.origin).is_file():
@@ -68,25 +69,46 @@ def _modules(folder, corpus):
     return good
 
 
-def _stdlib():
+def _stdlib(data_dir=""):
     "Return the sources of the standard library's modules, without tests, one document each"
     folder = Path(sysconfig.get_paths()["stdlib"])
     return [Source("stdlib", folder / p, p.as_posix()) for p in _modules(folder, "stdlib")]
 
-# %% ../../nbs/data/11_datasets.ipynb #b71f27a4
-def _docstrings():
-    "Return the sources of the docstrings of the standard library and of packages that lmnotes or torch needs"
-    folders = {"stdlib": Path(sysconfig.get_paths()["stdlib"])}
+# %% ../../nbs/data/11_datasets.ipynb #2e25d2af
+_DOCSTRING = re.compile(r'(?:\A|:[ \t]*\n)\s*[rRuU]?"""(.*?)"""', re.S)  # First in a file or block
+_PROSE, _NO_LETTER = re.compile(r"[A-Z][a-z ][^=]{38,}[.:]"), re.compile(r"[^\w ]|[\d_]")
+
+
+def _find_prose(source):
+    "Yield the prose of each docstring in the source of a module, if it has at least 80 characters"
+    for docstring in _DOCSTRING.finditer(source):
+        paragraphs = [" ".join(p.split()) for p in re.split(r"\n[ \t]*\n", docstring[1])]
+        text = "\n\n".join(p for p in paragraphs if _PROSE.fullmatch(p) and 10 * len(_NO_LETTER.findall(p)) <= len(p))
+        if len(text) >= 80:
+            yield text
+
+# %% ../../nbs/data/11_datasets.ipynb #df27e667
+def _write_docstrings(path):
+    "Write the prose of the docstrings of the standard library, NumPy, NetworkX and SymPy to a JSON Lines file"
+    folders = [Path(sysconfig.get_paths()["stdlib"])]
     for package in ("numpy", "networkx", "sympy"):
         if (spec := importlib.util.find_spec(package)) is None:
             raise DataError(f"data='docstrings' needs {package}, which torch needs too. Run: pip install {package}")
-        folders[package] = Path(spec.origin).parent
-    found = {name: _modules(folder, "docstrings") for name, folder in folders.items()}
-    return [
-        Source("docstrings", folders[name] / p, f"{name}/{p.as_posix()}", "docstrings")
-        for name in found
-        for p in found[name]
-    ]
+        folders.append(Path(spec.origin).parent)
+    texts = set()
+    for module in [folder / p for folder in folders for p in _modules(folder, "docstrings")]:
+        texts.update(_find_prose(module.read_text(encoding="utf-8")))
+    lines = [json.dumps(dict(text=text)) + "\n" for text in sorted(texts, key=lambda t: sha256_bytes(t.encode()))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, "".join(lines))
+
+
+def _docstrings(data_dir=""):
+    "Return the source of the docstrings, after writing the file if it is missing"
+    path = data_root(data_dir) / "docstrings.jsonl"
+    if not path.is_file():
+        _write_docstrings(path)
+    return [Source("docstrings", path, path.name, "jsonl")]
 
 # %% ../../nbs/data/11_datasets.ipynb #89543e1b
 BUILTIN = dict(docstrings=_docstrings, pydocs=_pydocs, stdlib=_stdlib)
@@ -322,7 +344,7 @@ def _resolve_sources(data, data_dir, recursive, text_key):
     if data in BUILTIN or data in DOWNLOADS:
         if data in BUILTIN and Path(data).exists():
             print(f"data={data!r} is text that comes with Python. To read {Path(data).resolve()}, pass ./{data}")
-        return data, BUILTIN[data]() if data in BUILTIN else _named_sources(data, data_dir), []
+        return data, (BUILTIN.get(data) or partial(_named_sources, data))(data_dir), []
     if data.startswith("hf:") and not data.startswith("hf://"):
         return data[3:].rpartition("/")[2], _hub_sources(data[3:], data_dir, text_key), []
     _check_local(data)

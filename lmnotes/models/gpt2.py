@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..nn.attention import *
-from ..nn.blocks import check_heads
+from ..nn.blocks import *
 from ..nn.lm import *
 from ..nn.row_random import *
 
@@ -69,9 +69,10 @@ def _new_hf(cfg):
     return GPT2LMHeadModel(hf_config(cfg))
 
 
-def _hf_attention(module, q, k, v, mask, scaling, dropout=0.0, **unused):
-    "Compute causal attention with transformers' signature. transformers builds no mask for it"
-    return causal_attention(q, k, v, scale=scaling, dropout=dropout).transpose(1, 2), None
+def _hf_attention(module, q, k, v, mask, scaling, dropout=0.0, caches=None, **unused):
+    "Compute causal attention with transformers' signature, and our caches. transformers builds no mask for it"
+    attention_fn = make_causal_attention_fn(cache=caches and caches[module.layer_idx])
+    return attention_fn(q, k, v, scaling, dropout).transpose(1, 2).to(q.dtype), None
 
 
 class _Dropout(nn.Dropout):
@@ -101,6 +102,7 @@ _PRESETS = {
 _OTHER_NAMES = ((r".*\.attn\.(bias|masked_bias)", None), (r"model\.((transformer|lm_head)\..*)", r"\1"))
 
 # %% ../../nbs/models/33_gpt2.ipynb #0e9904ed
+# Long: the interface of a model, one class
 @arch("gpt2")
 class GPT2(LM):
     "GPT-2 of transformers under the interface of `LM`"
@@ -128,15 +130,17 @@ class GPT2(LM):
 
     @inference_step
     def step(self, x, state=None) -> tuple:
-        "Return logits (B,V) after new ids (B,k), and the state: the cache (None if it is invalid) and the last ids"
-        from transformers import DynamicCache
+        "Return logits (B,V) after new ids (B,k), and the state: the caches (none beyond the context) and the last ids"
+        caches, ids = state or ([KVCache(self.cfg.ctx_len) for _ in self.transformer.h], x[:, :0])
+        ids, positions = torch.cat([ids, x], 1)[:, -self.cfg.ctx_len :], torch.arange(x.shape[1], device=x.device)
+        if not caches or caches[0].n_seen + x.shape[1] > self.cfg.ctx_len:
+            return self(ids)[:, -1].float(), ([], ids)
+        positions = (caches[0].n_seen - caches[0].pads + positions).view(-1, x.shape[1])
+        h = self.transformer(x, position_ids=positions, caches=caches, use_cache=False).last_hidden_state
+        return self.lm_head(h[:, -1]).float(), (caches, ids)
 
-        cache, ids = state or (DynamicCache(config=self.transformer.config), x[:, :0])
-        ids = torch.cat([ids, x], 1)
-        if cache is None or ids.shape[1] > self.cfg.ctx_len:
-            cache, x = None, ids[:, -self.cfg.ctx_len :]
-        h = self.transformer(x, past_key_values=cache, use_cache=cache is not None).last_hidden_state
-        return self.lm_head(h[:, -1]).float(), (cache, x if cache is None else ids)
+    positions = property(lambda self: self.transformer.wpe)
+    joins, join_states = Decoder.joins, Decoder.join_states
 
 # %% ../../nbs/models/33_gpt2.ipynb #e1de6f21
 def to_hf(lm) -> "transformers.GPT2LMHeadModel":  # `GPT2` -> `GPT2LMHeadModel`
