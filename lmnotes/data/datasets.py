@@ -76,24 +76,26 @@ def _stdlib(data_dir=""):
 
 # %% ../../nbs/data/11_datasets.ipynb #2e25d2af
 _DOCSTRING = re.compile(r'(?:\A|:[ \t]*\n)\s*[rRuU]?"""(.*?)"""', re.S)  # First in a file or block
-_PROSE, _NO_LETTER = re.compile(r"[A-Z][a-z ][^=]{38,}[.:]"), re.compile(r"[^\w ]|[\d_]")
+_MARKUP = re.compile(r"[`*]|^ *\w+\n *-{3,}$", re.M)
+_PROSE = re.compile(r"[A-Z][a-z ](?!.*--)[A-Za-z0-9 ,.;:'\"()-]{38,}[.:]")
 
 
 def _find_prose(source):
     "Yield the prose of each docstring in the source of a module, if it has at least 80 characters"
     for docstring in _DOCSTRING.finditer(source):
-        paragraphs = [" ".join(p.split()) for p in re.split(r"\n[ \t]*\n", docstring[1])]
-        text = "\n\n".join(p for p in paragraphs if _PROSE.fullmatch(p) and 10 * len(_NO_LETTER.findall(p)) <= len(p))
-        if len(text) >= 80:
+        paragraphs = [" ".join(p.split()) for p in re.split(r"\n[ \t]*\n", _MARKUP.sub("", docstring[1]))]
+        if len(text := "\n\n".join(p for p in paragraphs if _PROSE.fullmatch(p))) >= 80:
             yield text
 
 # %% ../../nbs/data/11_datasets.ipynb #df27e667
 def _write_docstrings(path):
-    "Write the prose of the docstrings of the standard library, NumPy, NetworkX and SymPy to a JSON Lines file"
+    "Write the prose of the docstrings of the standard library and four packages to a JSON Lines file"
     folders = [Path(sysconfig.get_paths()["stdlib"])]
-    for package in ("numpy", "networkx", "sympy"):
+    for package in ("networkx", "numpy", "sympy", "torch"):
         if (spec := importlib.util.find_spec(package)) is None:
-            raise DataError(f"data='docstrings' needs {package}, which torch needs too. Run: pip install {package}")
+            raise DataError(
+                f"data='docstrings' needs {package}, which lmnotes or torch needs too. Run: pip install {package}"
+            )
         folders.append(Path(spec.origin).parent)
     texts = set()
     for module in [folder / p for folder in folders for p in _modules(folder, "docstrings")]:
