@@ -10,6 +10,7 @@ from pages import directives, fenced, joined, output_markdown, read_notebook
 
 FOLD = 25  # Cells with more lines are folded
 OUTPUT = "{ .text .shown }"
+BADGE = re.compile(r"\[!\[([^\]]+)\]\(https:[^)]+\)\]")  # The site requests no picture from other servers
 
 
 @dataclass
@@ -146,7 +147,7 @@ def code_blocks(cell, source_url):
 def cell_blocks(cell, picture, about, source_url):
     "Return the Markdown blocks of a cell. `about` is the default alternative text of its pictures"
     if cell["cell_type"] != "code":
-        return [joined(cell["source"])] if cell["cell_type"] == "markdown" else []
+        return [BADGE.sub(r"[\1]", joined(cell["source"]))] if cell["cell_type"] == "markdown" else []
     marks, _ = directives(joined(cell["source"]))
     if marks.keys() & {"hide", "default_exp", "exporti"} or marks.get("include") == "false":
         return []

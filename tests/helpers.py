@@ -248,6 +248,17 @@ def run_ranks(folder, world, function, *args, **kwargs):
     return [wait_for_exit(process) for process in processes]
 
 
+def page_blocks(path, kind="sh"):
+    "Return the code blocks of a kind in a page"
+    return re.findall(rf"^```{kind}\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def files_of_page(path):
+    "Return {name: content} of the files that a page asks its reader to save"
+    text = path.read_text(encoding="utf-8")
+    return dict(re.findall(r"^[^\n]* as `([\w.]+)`:\n\n```\w+\n(.*?)^```", text, re.M | re.S))
+
+
 def read_log(folder):
     "Return the output of the processes that worked in `folder`"
     return (Path(folder) / "log").read_text()

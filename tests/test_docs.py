@@ -198,6 +198,11 @@ def test_cells_of_a_table_have_their_titles_and_numbers_a_class():
     )
 
 
+def test_a_badge_becomes_a_link():
+    cell = dict(cell_type="markdown", source="[![Open](https://a.b/c.svg)](https://a.b/c) ![x](y.svg)")
+    assert notebook_page.cell_blocks(cell, None, "", {}) == ["[Open](https://a.b/c) ![x](y.svg)"]
+
+
 def test_notebook_without_a_title_is_rejected(tmp_path):
     (tmp_path / "x.ipynb").write_text('{"cells": [{"cell_type": "markdown", "metadata": {}, "source": "text"}]}')
     with pytest.raises(ValueError, match="must begin with `# Title`"):

@@ -22,7 +22,7 @@ def cells_of(path, kind=""):
 
 @each_notebook
 def test_a_notebook_is_short_and_defines_nothing_for_the_package(path):
-    assert 10 <= len(cells_of(path)) <= 25
+    assert 10 <= len(cells_of(path)) - 1 <= 25  # Without the cell that installs lmnotes on Colab
     assert not re.search(r"^#\| *(default_exp|export)", "\n".join(cell.source for cell in cells_of(path, "code")), re.M)
 
 

@@ -159,3 +159,21 @@ def test_watch_uses_the_whole_screen_until_the_run_ends(workdir, train_words):
     assert max(len(re.sub(r"\x1b\[[\d;?]*\w", "", line)) for line in screen.splitlines()) > 90
     assert "interrupted at step" in after and "sample at step" in after
     assert lmnotes.attach(folder).status == "interrupted"
+
+
+def test_sigterm_ends_watch_and_restores_the_screen(workdir, train_words):
+    words = ["train", *command_line_args(**CASE | dict(steps=100_000))]
+    process, folder = start_process(workdir, lmnotes_command, *words), workdir / "runs/r"
+    wait_until(lambda: (folder / "last").exists(), process)
+    watching = Terminal(workdir, "watch", "--run", "runs/r", "--seconds", "0.1", LMNOTES_OUT_DIR="runs")
+    wait_until(lambda: "running at step" in watching.read())
+    assert "\x1b[?1049h" in watching.text and "\x1b[?25l" in watching.text
+    watching.process.terminate()
+    wait_until(watching.has_ended)
+    watching.close()
+    assert wait_for_exit(watching.process) == 128 + 15
+    assert watching.text.rindex("\x1b[?1049l") > watching.text.rindex("\x1b[?1049h")
+    assert watching.text.rindex("\x1b[?25h") > watching.text.rindex("\x1b[?25l") and "Traceback" not in watching.text
+    assert process.exitcode is None and lmnotes.attach(folder).status == "running"
+    process.terminate()
+    wait_for_exit(process)

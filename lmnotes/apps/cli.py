@@ -281,14 +281,15 @@ def _check_arguments(argv):
         name = word.partition("=")[0] if "=" in word else before if before.startswith("-") else "an argument"
         check_no_secrets({hide_secrets(name): word})
 
-
+# %% ../../nbs/apps/92_cli.ipynb #3250a8fa
 def _program():
     "Return the words that start this program again"
-    if Path(sys.argv[0]).name == "__main__.py":
-        return shlex.join([sys.executable, "-m", "lmnotes"])
+    path = Path(sys.argv[0])
+    if path.suffix == ".py":
+        return shlex.join([sys.executable, *(["-m", "lmnotes"] if path.name == "__main__.py" else [sys.argv[0]])])
     return "lmnotes" if shutil.which("lmnotes") or Path(sys.argv[0]).name != "lmnotes" else shlex.quote(sys.argv[0])
 
-
+# %% ../../nbs/apps/92_cli.ipynb #a577d3d8
 def _run_command(name, argv):
     "Run a command, and return its exit code or that of its error"
     import torch

@@ -129,12 +129,13 @@ class ExportOptions:
     run: str = ""  # Run folder, or its name under checkpoints/ (empty: the most recent run)
     which: str = ""  # Checkpoint: best | last | interrupted | final (empty: the newest verified one)
     state_dict: str = ""  # Also save the weights with torch.save under this name, such as best_model.pth
+    format: str = "lmnotes"  # lmnotes: runs without lmnotes | transformers: opens with AutoModelForCausalLM
 
 
 def export_command(args) -> None:
     from lmnotes.export.export import export
 
-    print(export(args.run, args.to, args.which, args.state_dict))
+    print(export(args.run, args.to, args.which, args.state_dict, args.format))
 
 
 @dataclass

@@ -17,6 +17,7 @@ from pathlib import Path
 import lmnotes
 from ..core import *
 from .model_card import *
+from .transformers_format import *
 from ..files import *
 from ..nn.lm import *
 from ..nn.lora import merge_and_unload
@@ -142,8 +143,12 @@ if __name__ == "__main__":
 """
 
 # %% ../../nbs/export/81_export.ipynb #34ba8029
-def _write_model(r, lm, folder, state_dict):
-    "Write all files of an export except the manifest"
+def _save_curve(r, folder):
+    plot_metrics(r.metrics, r.folder.name).savefig(folder / "curve.png", dpi=120, metadata=dict(Software=None))
+
+
+def _write_model(r, lm, folder):
+    "Write the files of a folder that runs on its own"
     from safetensors.torch import save_file
 
     sources, packages = _collect_sources(lm)
@@ -154,7 +159,7 @@ def _write_model(r, lm, folder, state_dict):
     save_file(model_tensors(lm), folder / "model.safetensors", dict(format="pt"))
     write_json(folder / "config.json", config, durable=False)
     write_json(folder / "run.json", public_record(r.info), durable=False)
-    plot_metrics(r.metrics, r.folder.name).savefig(folder / "curve.png", dpi=120, metadata=dict(Software=None))
+    _save_curve(r, folder)
     files = {"README.md": model_card(r, lm, packages).encode(), "generate.py": GENERATE_SCRIPT.encode()}
     files["metrics.jsonl"] = "".join(json.dumps(m) + "\n" for m in r.metrics).encode()
     for name, data in {**files, **sources}.items():
@@ -163,8 +168,31 @@ def _write_model(r, lm, folder, state_dict):
     for name in lm.extra_files:
         if (r.folder / name).exists():
             shutil.copy2(r.folder / name, folder)
+
+# %% ../../nbs/export/81_export.ipynb #5ec7b198
+def _write_for_transformers(r, lm, folder):
+    "Write the files of a folder that transformers opens"
+    save_transformers(lm, r.tokenizer, folder)
+    _save_curve(r, folder)
+    (folder / "README.md").write_bytes(model_card(r, lm, library="transformers").encode())
+
+
+_FORMATS = dict(
+    lmnotes=("lmnotes.export", _write_model), transformers=("lmnotes.transformers", _write_for_transformers)
+)
+
+
+def _write_folder(r, lm, folder, format, state_dict):
+    "Write all files of an export and their hashes"
+    name, write_files = _FORMATS[format]
+    folder.mkdir(parents=True)
+    write_files(r, lm, folder)
     if state_dict:
         save_torch_file(merged_state_dict(lm), folder / state_dict)
+    hashes = {name: sha256_file(path) for name, path in list_files(folder).items()}
+    write_json(folder / EXPORT_MANIFEST, dict(format=name, files=hashes), durable=False)
+    for path in list_files(folder).values():
+        fsync_path(path)
 
 # %% ../../nbs/export/81_export.ipynb #bae581d2
 def list_files(folder) -> dict:
@@ -197,8 +225,11 @@ def export(
     folder,  # Folder to write
     which="",  # best | last | interrupted | final (empty: the `Run` as it is, or the newest verified checkpoint)
     state_dict="",  # Name of an additional file with the state dict, such as best_model.pth (.pt or .pth)
+    format="lmnotes",  # lmnotes: source code and a generation script | transformers: for AutoModelForCausalLM
 ) -> Path:  # The folder, absolute
-    "Export a model as a self-contained folder: weights, tokenizer, source code, generation script and model card"
+    "Export a model as a folder: weights, tokenizer, model card and what you need to generate text with them"
+    if format not in _FORMATS:
+        raise ValueError(f"format={format!r} is not one of {', '.join(_FORMATS)}")
     if state_dict and (Path(state_dict).name != state_dict or Path(state_dict).suffix not in (".pt", ".pth")):
         raise ValueError(f"state_dict={state_dict!r} is not the name of a .pt or .pth file, such as best_model.pth")
     folder = Path(folder).resolve()
@@ -212,12 +243,7 @@ def export(
     check_finite(model_tensors(lm), r.folder.name)
     tmp = temporary_path(folder)
     try:
-        tmp.mkdir(parents=True)
-        _write_model(r, lm, tmp, state_dict)
-        files = {name: sha256_file(path) for name, path in list_files(tmp).items()}
-        write_json(tmp / EXPORT_MANIFEST, dict(format="lmnotes.export", files=files), durable=False)
-        for path in list_files(tmp).values():
-            fsync_path(path)
+        _write_folder(r, lm, tmp, format, state_dict)
         replace_folder(tmp, folder)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)

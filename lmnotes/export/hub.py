@@ -80,7 +80,7 @@ def upload(
     repo,  # Repository on the Hub, owner/name
     dry_run=False,  # List the files without sending them (needs no network and no token)
     private=True,  # Create the repository as private (an existing one keeps its visibility)
-    message="",  # Commit message (empty: the model's name and step)
+    message="",  # Commit message (empty: the model's name, and its step if the folder has it)
 ) -> dict:  # {file: size in bytes}
     "Upload an exported model to the Hugging Face Hub, with the token of HF_TOKEN or a login"
     folder = Path(folder).resolve()
@@ -99,7 +99,8 @@ def upload(
     if not (token := get_token()):
         raise UploadError("no access token. Set HF_TOKEN or run `hf auth login` (a dry run needs no token)")
     _check_no_token(files, token)
-    step = read_json(folder / "config.json", CheckpointError)["step"]
-    url = _commit_files(files, repo, private, message or f"{folder.name}, step {step}", token)
+    step = read_json(folder / "config.json", CheckpointError).get("step")  # None in the format of transformers
+    name = folder.name if step is None else f"{folder.name}, step {step}"
+    url = _commit_files(files, repo, private, message or name, token)
     print(f"{total}: {url}")
     return sizes

@@ -61,9 +61,9 @@ def _metric_rows(metrics):
     return [*rows, ("measured on", f"{metrics['tokens']:,} tokens, the {part}")]
 
 # %% ../../nbs/export/80_model_card.ipynb #6cd574e7
-def _front_matter(title, lm, metrics, data):
+def _front_matter(title, lm, metrics, data, library):
     "Return the YAML front matter of a model card"
-    head = dict(library_name="lmnotes", pipeline_tag="text-generation", tags=["lmnotes", lm.arch])
+    head = dict(library_name=library, pipeline_tag="text-generation", tags=["lmnotes", lm.arch])
     if metrics.get("bpb") is not None:
         name = "bits per byte" + (" (upper bound)" if metrics.get("bound") else "")
         metric = dict(type="bits_per_byte", name=name, value=metrics["bpb"])
@@ -116,9 +116,8 @@ A small language model, trained with `lmnotes`.
 """
 
 # %% ../../nbs/export/80_model_card.ipynb #7b1b92f1
-CARD_TEMPLATE += """
-## Use it
-
+_USAGE = {}
+_USAGE["lmnotes"] = """
 ```sh
 pip install {packages}
 python generate.py "Once upon a time" --n 200
@@ -133,7 +132,23 @@ lm, tokenizer, config = load()
 `config.json` and `model.safetensors` are the model, `tokenizer/` is its tokenizer, and `lmnotes/` is the source code that loads them.
 `run.json` and `metrics.jsonl` are the record of the training run.
 
-The source code is under the [Apache License 2.0](https://www.apache.org/licenses/LICENSE-2.0). If you publish the weights, state their license by a line such as `license: mit` at the top of this page.
+The source code is under the [Apache License 2.0](https://www.apache.org/licenses/LICENSE-2.0).
+"""
+
+_USAGE["transformers"] = """
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, do_sample=True, max_new_tokens=100)[0]))
+```
+"""
+
+CARD_TEMPLATE += """
+## Use it
+{usage}
+If you publish the weights, state their license by a line such as `license: mit` at the top of this page.
 """
 
 # %% ../../nbs/export/80_model_card.ipynb #693951e2
@@ -162,7 +177,8 @@ def _sample(r):
 def model_card(
     r,  # A `Run`
     lm,  # Its model, adapters merged
-    packages,  # Names of the packages to install
+    packages=(),  # Names of the packages to install, for lmnotes
+    library="lmnotes",  # Library that the folder is for: lmnotes | transformers
 ) -> str:  # Text of README.md
     "Write the model card of a run: description, metrics, training command and usage"
     title, metrics, command = r.folder.name, validation_metrics_of(r), escape_terminal(retrain_command(r.info))
@@ -173,6 +189,7 @@ def model_card(
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0)),  # No line of the command ends it
         command=command,
         remarks=_remarks(r),
-        packages=" ".join(sorted(packages)),
+        usage=_USAGE[library].format(packages=" ".join(sorted(packages))),
     )
-    return _front_matter(title, lm, metrics, public_record(r.info)["data"]["what"]) + "\n" + card + _sample(r)
+    head = _front_matter(title, lm, metrics, public_record(r.info)["data"]["what"], library)
+    return head + "\n" + card + _sample(r)

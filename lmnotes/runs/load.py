@@ -165,6 +165,8 @@ def load(
         raise no_run_error(found, "to load")
     if found.is_file():
         folder, lm, info = _load_file(found, which, device, model_args)
+    elif is_for_transformers(found):
+        raise ValueError(f"{found}: a model for transformers. Open it with AutoModelForCausalLM, or load its run")
     elif is_export(found):
         folder, lm, info = _load_export(found, which, device, model_args)
     else:

@@ -38,8 +38,8 @@ def _initial_weights_source(cfg):
     if pretrained and not source:
         source = cfg.preset or pretrained[0]
     tried = [*paths_to_try(source), runs_folder(cfg.out_dir) / source] if source else []
-    for path in tried:  # A folder in Hugging Face's layout, neither a run nor a checkpoint
-        if (path / "config.json").is_file() and not (path / "manifest.json").exists():
+    for path in tried:
+        if is_for_transformers(path):
             return "pretrained", path
     if source in pretrained:
         return "pretrained", source

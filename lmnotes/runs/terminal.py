@@ -9,6 +9,7 @@ __all__ = ['terminal_console', 'block_chart', 'progress_lines', 'LinesAbove', 'S
 # %% ../../nbs/runs/66_terminal.ipynb #9dcbac28
 import io
 import math
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -175,6 +176,16 @@ def run_screen(view, width, height) -> "Group":  # `RunView`, columns and lines 
         parts.append(Panel(text, title=f"sample at step {r['step']:,}", height=min(8, height)))
     return Group(*parts)
 
+# %% ../../nbs/runs/66_terminal.ipynb #b6b05dd0
+@contextmanager
+def _exit_on_sigterm():
+    "Let SIGTERM end this program like `sys.exit`"
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
 
 def watch(view, seconds=2.0) -> None:  # `RunView`, and seconds between two redraws
     "Show a run until it has ended: on the whole screen of a terminal, elsewhere with a line per change"
@@ -183,7 +194,7 @@ def watch(view, seconds=2.0) -> None:  # `RunView`, and seconds between two redr
         return view.follow(seconds)
     from rich.live import Live
 
-    with suppress(KeyboardInterrupt):
+    with suppress(KeyboardInterrupt), _exit_on_sigterm():
         if view.refresh().status in ("starting", "running"):
             with Live(console=console, screen=True, auto_refresh=False) as live:
                 while view.refresh().status in ("starting", "running"):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPORT_MANIFEST', 'WEIGHT_KEYS', 'WRAPPERS', 'merged_state_dict', 'save_torch_file', 'SaveWeights', 'read_manifest',
-           'is_export', 'verify_export', 'load_initial_weights', 'tensor_bytes', 'hash_weights', 'load_submodule',
-           'freeze']
+           'is_export', 'is_for_transformers', 'verify_export', 'load_initial_weights', 'tensor_bytes', 'hash_weights',
+           'load_submodule', 'freeze']
 
 # %% ../../nbs/training/43_weights.ipynb #37fa71d4
 import fnmatch
@@ -107,17 +107,30 @@ def read_manifest(folder) -> dict:
             f"{folder}: not an exported model, because it has no {EXPORT_MANIFEST}. Create one with `export`"
         )
     manifest = read_json(path, CheckpointError)
-    files = manifest.get("files") if isinstance(manifest, dict) and manifest.get("format") == "lmnotes.export" else None
+    known = isinstance(manifest, dict) and manifest.get("format") in ("lmnotes.export", "lmnotes.transformers")
+    files = manifest.get("files") if known else None
     if not isinstance(files, dict):
         raise CheckpointError(f"{path}: not the manifest of an exported model. Export the run again")
     return files
 
 # %% ../../nbs/training/43_weights.ipynb #14f793ad
-def is_export(folder) -> bool:
-    "Return whether a folder is an exported model"
+def _is_export_for(folder, name):
+    "Return whether the manifest of a folder has the format `name`"
     path = Path(folder) / EXPORT_MANIFEST
     manifest = read_json(path, CheckpointError) if path.is_file() else None
-    return isinstance(manifest, dict) and manifest.get("format") == "lmnotes.export"
+    return isinstance(manifest, dict) and manifest.get("format") == name
+
+
+def is_export(folder) -> bool:
+    "Return whether a folder is an exported model that lmnotes opens"
+    return _is_export_for(folder, "lmnotes.export")
+
+
+def is_for_transformers(folder) -> bool:
+    "Return whether a folder holds a model in the format of transformers, exported by lmnotes or from elsewhere"
+    folder = Path(folder)
+    foreign = not (folder / EXPORT_MANIFEST).exists()
+    return (folder / "config.json").is_file() and (foreign or _is_export_for(folder, "lmnotes.transformers"))
 
 
 def verify_export(folder) -> Path:
