@@ -406,9 +406,7 @@ def new_lm_from_config(
 ) -> "LM":
     "Build the model that a file describes, with random weights"
     if arch not in archs():
-        raise CheckpointError(
-            f"{path}: does not name an architecture of lmnotes. Use a whole checkpoint, or run your own file"
-        )
+        raise CheckpointError(f"{path}: names no architecture of lmnotes. Use a whole checkpoint or run your own file")
     check_config_types(config, get_arch(arch).Config, path)
     check_config_types(lora or {}, LoRAConfig, path)
     changes = parse_model_args(arch, model_args)
