@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lmnotes.core import CheckpointError
 from lmnotes.data.batches import Batch
+from lmnotes.export.export import export
 from lmnotes.models.gpt2 import to_hf
 from lmnotes.nn.lm import n_params, new_lm
 from lmnotes.nn.lora import (
@@ -405,3 +406,35 @@ def train_with_weights(**params):
 def test_fewer_steps_than_done_are_rejected(base_run_folder, uninterrupted):
     code = run_in_process(base_run_folder, train, **TINY | dict(resume=True, steps=5, allow_change="steps"))
     assert code == 1 and "the run is already at step 40, past its end at step 5. Increase" in read_log(base_run_folder)
+
+
+# Weights come with their architecture and sizes
+
+
+SOURCES = {
+    "gpt": dict(model_args="d_model=16 n_layers=3 n_heads=2"),
+    "nanogpt": dict(preset="nanogpt", model_args="d_model=16 n_layers=1 n_heads=2"),
+    "rnn": dict(arch="rnn", model_args="d_model=16 cell=lstm"),
+    "ssm": dict(arch="ssm", model_args="d_model=16 n_layers=1 head_dim=8"),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_new_run_takes_architecture_and_sizes_from_its_initial_weights(workdir, monkeypatch, name):
+    monkeypatch.chdir(workdir)
+    source = run(**TINY | dict(steps=4, run="source") | SOURCES[name])
+    lm = export(source, "exported") and source.lm
+    few = {n: v for n, v in TINY.items() if n not in ("model_args", "ctx_len", "tokenizer")} | dict(steps=4)
+    for number, path in enumerate(("source", "exported", f"runs/source/{list_checkpoints(source.folder)[-1].name}")):
+        tuned = run(**few | dict(run=f"tuned{number}", init_from=path, lora_rank=2))
+        assert tuned.config.arch == lm.arch and tuned.lm.cfg == lm.cfg and tuned.lm.lora.rank == 2
+        assert tuned.tokenizer.fingerprint == source.tokenizer.fingerprint
+
+
+def test_given_values_take_precedence_over_those_of_the_initial_weights(workdir, monkeypatch):
+    monkeypatch.chdir(workdir)
+    run(**TINY | dict(steps=4, run="source"))
+    tuned = run(**TINY | dict(steps=4, init_from="source", model_args="dropout=0.3 softcap=0", ctx_len=8))
+    assert (tuned.lm.cfg.d_model, tuned.lm.cfg.dropout, tuned.lm.cfg.softcap, tuned.lm.cfg.ctx_len) == (16, 0.3, 0.0, 8)
+    with pytest.raises(CheckpointError, match="tensors"):
+        run(**TINY | dict(steps=4, run="other", init_from="source", arch="rnn", model_args="d_model=16"))

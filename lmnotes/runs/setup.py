@@ -7,7 +7,6 @@ __all__ = ['build_model', 'recorded_environment', 'environment_changes', 'descri
 
 # %% ../../nbs/runs/63_setup.ipynb #09de8ada
 import math
-import shlex
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..nn.lora import *
 from .config import *
 from .data import *
 from .folder import *
+from .initial_weights import *
 from .machine import *
 from ..training.checkpoint import *
 from ..training.optim import *
@@ -30,83 +30,6 @@ from ..training.saving import *
 from ..training.trainer import *
 from ..training.weights import *
 from ..untrusted import *
-
-# %% ../../nbs/runs/63_setup.ipynb #743ffa17
-def _initial_weights_source(cfg):
-    "Return (kind, source) of the initial weights: 'pretrained', 'checkpoint' (a run, checkpoint or file), 'parts', or '' for none"
-    pretrained, source = get_arch(cfg.arch).pretrained_names, cfg.init_from
-    if pretrained and not source:
-        source = cfg.preset or pretrained[0]
-    tried = [*paths_to_try(source), runs_folder(cfg.out_dir) / source] if source else []
-    for path in tried:
-        if is_for_transformers(path):
-            return "pretrained", path
-    if source in pretrained:
-        return "pretrained", source
-    if cfg.init_from in ("", "random"):
-        return "", ""
-    if path := next((p for p in tried if p.exists()), None):
-        return "checkpoint", path
-    if "=" in source:
-        return "parts", _parse_part_sources(cfg)
-    known = f"Pretrained names are {', '.join(pretrained)}" if pretrained else "Give the path of one"
-    raise CheckpointError(f"init_from={source!r}: there is no such run, checkpoint or file. {known}")
-
-# %% ../../nbs/runs/63_setup.ipynb #928b1dfa
-def _parse_part_sources(cfg):
-    "Parse `init_from` such as 'experts.transformer=checkpoints/tf table=checkpoints/tf:embed': [(part, path, part in it)]"
-    found = []
-    for item in shlex.split(cfg.init_from):
-        part, eq, source = item.partition("=")
-        whole, cut = _find_weights(source, cfg), source.rpartition(":")
-        path, inner = (whole, "") if whole else (_find_weights(cut[0], cfg), cut[2])
-        if not eq or not path:
-            raise CheckpointError(
-                f"init_from has {item!r}, but there is no such run, checkpoint or file. Write PART=PATH or PART=PATH:PART, "
-                "separated by spaces (quote a path with spaces), with PATH relative to checkpoints/ or to this folder"
-            )
-        found.append((part, path, inner))
-    return found
-
-
-def _find_weights(source, cfg):
-    "Return the path of a run, checkpoint or file, first under the folder of runs, or None"
-    candidates = (runs_folder(cfg.out_dir) / source, *paths_to_try(source))
-    return next((p for p in candidates if source and p.exists()), None)
-
-# %% ../../nbs/runs/63_setup.ipynb #c9908f32
-def _tokenizer_of_initial_weights(cfg, kind, source):
-    "Return the tokenizer of the initial weights, or None if there are none or it is unknown"
-    if kind == "pretrained" and not isinstance(source, Path):
-        return get_tokenizer(get_arch(cfg.arch).pretrained_tokenizer, None, cfg.data_dir)
-    if kind == "parts":
-        kind, source = "checkpoint", source[0][1]
-    folders = [source] if kind else []
-    if kind == "checkpoint":  # A run, or a folder or file in one
-        beside = run_folder_of_file(source) if source.is_file() else None
-        folders += [p / "tokenizer" for p in (source, *source.parents[:2], beside) if p and (p / "run.json").exists()]
-    found = next((f for f in folders if find_tokenizer_file(f)), None)
-    if kind == "pretrained" and not found and cfg.tokenizer == RunConfig.tokenizer:
-        raise TokenizerError(
-            f"{source}: these weights have no tokenizer. Put vocab.json and merges.txt there, or pass {format_params('tokenizer')}"
-        )
-    return load_tokenizer(found) if found else None
-
-# %% ../../nbs/runs/63_setup.ipynb #122c58e8
-def _initial_model(cfg, vocab_size):
-    "Return the model of a new run, with its initial weights"
-    args = {"vocab_size": vocab_size, "ctx_len": cfg.ctx_len, **parse_model_args(cfg.arch, cfg.model_args)}
-    kind, source = _initial_weights_source(cfg)
-    if kind == "pretrained":
-        if cfg.lr == "auto":
-            usual = format_params(lr=2e-4 if cfg.lora_rank else 2e-5, optimizer="adamw")
-            print(f"lr={peak_lr(cfg)} is meant for training from scratch. To fine-tune, try {usual}")
-        return get_arch(cfg.arch).pretrained(source, **args)
-    lm = new_lm(cfg.arch, cfg.preset, **args)
-    if kind == "parts":
-        for part in source:
-            load_submodule(lm, *part)
-    return load_initial_weights(lm, source) if kind == "checkpoint" else lm
 
 # %% ../../nbs/runs/63_setup.ipynb #8a045d01
 def build_model(
@@ -116,7 +39,7 @@ def build_model(
 ) -> "LM":
     "Build the model of a run. For a resumed run, use the configuration in its checkpoint"
     seed_torch(cfg.seed)
-    lm = new_lm_from_checkpoint(checkpoint_folder) if checkpoint_folder else _initial_model(cfg, vocab_size)
+    lm = new_lm_from_checkpoint(checkpoint_folder) if checkpoint_folder else initial_model(cfg, vocab_size)
     if (size := lm.cfg.vocab_size) < vocab_size:
         raise ValueError(f"vocab_size={size} in model_args is less than the tokenizer's {vocab_size}")
     if cfg.lora_rank and not lm.lora:
@@ -239,6 +162,9 @@ class RunSetup:
             if self.checkpoint_folder:
                 check_same_record(self.info, self.checkpoint_folder, cfg.allow_change)
             cfg, origins = _merge_saved_config(self.info, cfg, origins)
+        else:
+            use_model_of_source(cfg, origins)
+            use_fine_tuning_rate(cfg, origins)
         check_params(cfg, rank_and_world_size()[1])
         if not self.info:
             check_effects(cfg, origins)
@@ -305,7 +231,7 @@ class RunSetup:
     def _hash_initial_weights(self):
         "Return the SHA-256 of the initial weights (empty: they come from no file), which a run that starts over must find unchanged"
         recorded = (self.info or {}).get("initial_weights", "")
-        if self.checkpoint_folder or not _initial_weights_source(self.cfg)[0]:
+        if self.checkpoint_folder or not initial_weights_source(self.cfg)[0]:
             return recorded
         if (found := hash_weights(self.lm)) != recorded and recorded:
             raise CheckpointError(
@@ -316,7 +242,7 @@ class RunSetup:
 
     def _load_data_for_new_run(self, log_fn):
         "Load tokens and tokenizer of a new run, with the tokenizer of its initial weights"
-        cfg, (kind, source) = self.cfg, _initial_weights_source(self.cfg)
+        cfg, (kind, source) = self.cfg, initial_weights_source(self.cfg)
         is_given = self.origins["tokenizer"] != "default"
         learned = cfg.tokenizer.split(":")[0] in ("bytes", "chars", "bpe")
         if kind == "pretrained" and not isinstance(source, Path) and learned and is_given:  # Before any download
@@ -325,7 +251,7 @@ class RunSetup:
                 f"Leave out {format_params('tokenizer')}, or start from random weights: {format_params(init_from='random')}"
             )
         check_data_params(cfg, self.origins, self.folder)
-        trained_with = _tokenizer_of_initial_weights(cfg, kind, source)
+        trained_with = tokenizer_of_initial_weights(cfg, kind, source)
         data = load_data(cfg, None if is_given else trained_with, log_fn)
         if trained_with and trained_with.fingerprint != data.tokenizer.fingerprint:
             leave_out = f"Leave out {format_params('tokenizer')} to use that, or start"
