@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import reference
-from pages import directives, fenced, joined, output_markdown, read_notebook
+from pages import ROOT, directives, fenced, joined, output_markdown, read_notebook
 
 FOLD = 25  # Cells with more lines are folded
 OUTPUT = "{ .text .shown }"
+PARAM_GROUPS = reference.constant((ROOT / "lmnotes/runs/config.py").read_text(encoding="utf-8"), "PARAM_GROUPS")
 BADGE = re.compile(r"\[!\[([^\]]+)\]\(https:[^)]+\)\]")  # The site requests no picture from other servers
 
 
@@ -101,6 +102,15 @@ def table(parameters, first="Parameter"):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def parameter_tables(parameters):
+    "Return the tables of a parameters cell: in the groups of `lmnotes train --help` if it has exactly these parameters"
+    named = {p.name: p for p in parameters}
+    if sorted(named) != sorted(" ".join(PARAM_GROUPS.values()).split()):
+        return [table(parameters)]
+    tables = {heading: table([named[name] for name in names.split()]) for heading, names in PARAM_GROUPS.items()}
+    return [block for heading, rows in tables.items() for block in (f"**{heading.capitalize()}**", rows)]
+
+
 def folded(text, title):
     "Return a collapsed code block"
     body = "\n".join(f"    {line}".rstrip() for line in fenced(text, "python").split("\n"))
@@ -135,7 +145,7 @@ def code_blocks(cell, source_url):
     if reference.only_imports(code):
         return [folded(code, "Imports")]
     if "parameters" in cell["metadata"].get("tags", []):
-        return [table(reference.variables(code)), folded(code, "Source")]
+        return [*parameter_tables(reference.variables(code)), folded(code, "Source")]
     if is_exported(marks) and (names := reference.helpers(code)):
         return [folded(code, f"Source of {', '.join(names)}")]
     lines = code.count("\n") + 1

@@ -189,6 +189,16 @@ def variables(code):
     return fields(source.tree, source)
 
 
+def constant(code, name):
+    "Return the value of a literal that a module assigns to a name"
+    values = {node.targets[0].id: node.value for node in ast.parse(code).body if is_assignment(node)}
+    return ast.literal_eval(values[name])
+
+
+def is_assignment(node):
+    return isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+
+
 def only_imports(code):
     "Return whether a cell holds only imports and perhaps the re-exported names (`_all_`)"
     rest = [node for node in ast.parse(code).body if not isinstance(node, (ast.Import, ast.ImportFrom))]

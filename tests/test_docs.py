@@ -26,6 +26,8 @@ from browser import chromium, new_context, open_browser, watch
 from names import Names
 from pages import as_on_a_terminal, directives, fenced
 
+from lmnotes.runs.config import PARAM_GROUPS
+
 ROOT = Path(__file__).parent.parent
 
 # Parts: definitions of a cell
@@ -96,6 +98,18 @@ def test_tables_omit_empty_columns():
     assert lines[2] == r"| <code class='parameter'>width</code> | `int` | `1 << 4` | How wide; a \| b |"
     assert notebook_page.table(wide.members[1].parameters).startswith("| Parameter | Default | Description |")
     assert notebook_page.table(wide.members[0].parameters) == ""
+
+
+def test_parameters_of_a_run_are_in_the_groups_of_the_help():
+    notebook = notebook_page.read(ROOT / "nbs/train.ipynb", ROOT / "nbs")
+    page = notebook_page.page_text(notebook, lambda *picture: "", {}, "")
+    shown = re.findall(r"^\*\*(.+)\*\*$|^\| <code class='parameter'>(\w+)</code>", page, re.M)
+    expected = [
+        [(heading.capitalize(), ""), *(("", name) for name in names.split())] for heading, names in PARAM_GROUPS.items()
+    ]
+    assert shown == sum(expected, [])
+    cell = reference.variables("steps = 5  # How many\nother = 1  # Another")
+    assert notebook_page.parameter_tables(cell) == [notebook_page.table(cell)]
 
 
 def test_import_cells_are_recognized():
