@@ -20,6 +20,8 @@ setup(
     keywords=cfg["keywords"],
     url=cfg["git_url"],
     license="Apache-2.0",
+    # An editable install is then a path, which hides the folder `lmnotes` of a clone from Python in the folder above it
+    package_dir={"": "."},
     packages=find_packages(include=["lmnotes", "lmnotes.*"]),
     include_package_data=True,
     package_data={cfg["lib_path"]: ["py.typed"]},

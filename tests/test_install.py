@@ -12,13 +12,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    "Build a wheel from a copy of the project, so that no build folder here is used or left behind"
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def copy_project(source):
+    "Copy what an installation needs, so that no build folder here is used or left behind"
     for name in ("settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "lmnotes", source / "lmnotes", ignore=shutil.ignore_patterns("__pycache__"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    "Build a wheel from a copy of the project"
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    copy_project(source)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(target), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -80,3 +85,18 @@ print(new_lm("gpt", vocab_size=11, ctx_len=8, d_model=32, n_layers=1, n_heads=2)
     done = subprocess.run([sys.executable, "-c", code], cwd=elsewhere, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] == "11"
+
+
+def test_an_editable_install_works_in_the_folder_above_the_clone(tmp_path):
+    "There, Python sees the clone as a package without modules, which an installed package must hide"
+    clone, site = tmp_path / "lmnotes", tmp_path / "site"
+    for folder in (clone, site):
+        folder.mkdir()
+    copy_project(clone)
+    code = f"from setuptools.build_meta import build_editable; print(build_editable({str(site)!r}))"
+    built = subprocess.run([sys.executable, "-c", code], cwd=clone, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    shutil.unpack_archive(site / built.stdout.split()[-1], site, "zip")
+    code = f"import site; site.addsitedir({str(site)!r}); import lmnotes; print(lmnotes.__file__)"
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, env={}, capture_output=True, text=True)
+    assert done.stdout.strip() == str(clone / "lmnotes/__init__.py"), done.stderr
