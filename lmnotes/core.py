@@ -212,7 +212,7 @@ def pick_dtype(
 
 def describe_device(device, dtype, reason) -> str:
     "Format the device with its hardware, the dtype and the reason for the dtype as one log line"
-    cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    cpu = f"{platform.processor() or platform.machine()}, {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
     hardware = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu
     return f"device {device} ({hardware}), {dtype}: {reason}"
 

@@ -360,10 +360,11 @@ def describe_tokens(
     tokenizer=None,  # Tokenizer whose unknown characters to count, if it has an `unk_id`
 ) -> str:
     "Return documents, tokens, bytes per token and file size as one line"
-    size = tokens.path.stat().st_size
-    documents = "" if tokens.doc_starts is None else f"{len(tokens.doc_starts):,} documents, "
+    n_documents = 0 if tokens.doc_starts is None else len(tokens.doc_starts)
+    documents = f"{n_documents:,} document{'s' if n_documents > 1 else ''}, " if n_documents else ""
     ratio = "" if tokens.n_bytes is None else f", {tokens.n_bytes / len(tokens):.2f} bytes per token"
-    text = f"{name or tokens.path.name}: {documents}{len(tokens):,} tokens{ratio}, {size / 2**20:.2f} MiB"
+    mib = tokens.path.stat().st_size / 2**20
+    text = f"{name or tokens.path.name}: {documents}{len(tokens):,} tokens{ratio}, {mib:{'.2f' if mib >= 0.1 else '.2g'}} MiB"
     if tokenizer is not None and tokenizer.unk_id is not None:
         chunks = (tokens.ids[i : i + SCAN_CHUNK] for i in range(0, len(tokens), SCAN_CHUNK))
         text += f", {sum(int((ids == tokenizer.unk_id).sum()) for ids in chunks):,} unknown characters"

@@ -192,7 +192,7 @@ def archs() -> list:
 def get_arch(name) -> type:  # Name of an architecture
     "Return the model class that is registered under `name`"
     if name not in _ARCHS and name not in archs():
-        raise ValueError(f"arch={name!r} does not exist: {did_you_mean(name, _ARCHS)}. Run your own from its file")
+        raise ValueError(f"arch={name!r} does not exist: {did_you_mean(name, _ARCHS)} (run your own from its file)")
     return _ARCHS[name]
 
 # %% ../../nbs/nn/20_lm.ipynb #632efaca
