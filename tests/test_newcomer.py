@@ -32,6 +32,7 @@ import lmnotes
 from lmnotes.data.tokenizer import BPETokenizer
 from lmnotes.models.gpt2 import save_hf
 from lmnotes.nn.lm import new_lm
+from lmnotes.runs.config import RunConfig
 
 TASKS = {  # {task: (page, words in the block with its commands)}
     "train a model": ("docs/start/2_quickstart.md", "lmnotes train --run first --steps 60"),
@@ -120,7 +121,7 @@ def test_watch_a_run_from_a_second_terminal(project, tmp_path):
     wait_until((tmp_path / "reached").exists, process)
     (watched := tmp_path / "watched").touch()
     second = start_process(tmp_path, *function_of(watch), output=str(watched))
-    wait_until(lambda: "first: gpt on pydocs | running at step" in watched.read_text(), second)
+    wait_until(lambda: f"first: gpt on {RunConfig.data} | running at step" in watched.read_text(), second)
     (tmp_path / "go").touch()
     assert wait_for_exit(process) == wait_for_exit(second) == 0
     assert "done at step 60 of 60" in watched.read_text()
