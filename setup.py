@@ -27,7 +27,7 @@ setup(
     package_data={cfg["lib_path"]: ["py.typed"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=shlex.split(cfg["requirements"]),
-    extras_require={o: shlex.split(cfg[f"{o}_requirements"]) for o in ("lab", "store", "data", "dev")},
+    extras_require={o: shlex.split(cfg[f"{o}_requirements"]) for o in ("lab", "play", "store", "data", "dev")},
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     entry_points={

@@ -18,6 +18,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import torch
+import torch.nn.functional as F
 
 from ..core import *
 from ..nn.lm import LM, eval_mode
@@ -138,12 +139,18 @@ class TokenSampler:
             self.seen = torch.zeros(len(prompt), width, dtype=torch.bool).scatter_(1, prompt, True)[:, :n]
         return self.seen
 
-    def _sample(self, logits):
+    def probabilities(self, logits) -> torch.Tensor:  # (B,V) logits -> (B,V)
+        "Return the probabilities to sample from: after temperature, top-k, top-p and min-p"
+        if not self.temperature:
+            return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
         logits = _divide_logits(logits, self.temperature)
         logits = top_k(logits, self.top_k) if self.top_k else logits
         logits = top_p(logits, self.top_p) if self.top_p < 1 else logits
         logits = min_p(logits, self.min_p) if self.min_p else logits
-        total = logits.softmax(-1).double().cumsum(-1)
+        return logits.softmax(-1)
+
+    def _sample(self, logits):
+        total = self.probabilities(logits).double().cumsum(-1)
         u = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in self.generators]) * total[:, -1:]
         return torch.searchsorted(total, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 

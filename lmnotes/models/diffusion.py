@@ -88,6 +88,11 @@ class DiffusionBase(LM):
     def nll_is_upper_bound(self) -> bool:
         return self.cfg.objective == "masked" and self.cfg.block != 1
 
+    @property
+    def mask_id(self) -> "int | None":
+        "Id that marks a position whose id the model predicts. None: the noise is Gaussian, without masks"
+        return self.cfg.vocab_size if self.cfg.objective == "masked" else None
+
     def embed_ids(self, x, start=0) -> torch.Tensor:
         return self.text.embed_ids(x)
 

@@ -71,7 +71,7 @@ class Run:
         **sampling: "Unpack[SamplingParams]",  # temperature, top_k, top_p, min_p, repetition_penalty, seed
     ) -> Prompts:  # Text, or a list of texts, without the prompts
         "Generate text from a prompt, or a list of texts from several"
-        return generate(self.lm, self.tokenizer, self._default_prompt(prompts), n, stop, **sampling)
+        return generate(self.lm, self.tokenizer, self.default_prompt(prompts), n, stop, **sampling)
 
     @accept_aliases
     def stream(
@@ -82,7 +82,7 @@ class Run:
         **sampling: "Unpack[SamplingParams]",  # temperature, top_k, top_p, min_p, repetition_penalty, seed
     ) -> "Iterator[str]":
         "Yield generated text piece by piece"
-        return stream(self.lm, self.tokenizer, self._default_prompt(prompt), n, stop, **sampling)
+        return stream(self.lm, self.tokenizer, self.default_prompt(prompt), n, stop, **sampling)
 
     def print_generated(self, config) -> None:  # `GenerateConfig`
         "Print a prompt and its completion while it is generated"
@@ -93,11 +93,11 @@ class Run:
             print(shown(piece), end="", flush=True)
         print()
 
-    def _default_prompt(self, prompts):
+    def default_prompt(self, prompts):  # A text, or a list of texts
         "Replace an empty prompt by the start of a document, or of a line if the text has no documents"
         if isinstance(prompts, str):
             return prompts or self.info["data"].get("start", "")
-        return [self._default_prompt(p) for p in prompts]
+        return [self.default_prompt(p) for p in prompts]
 
     def evaluate(
         self,
