@@ -189,8 +189,9 @@ def describe_run(r) -> dict:
         notes += [f"{lm.arch} has no attention, so it has no heads to select."]
     if probabilities and not lm.causal:
         notes += ["This model fills masks in any order. Each probability is given the text on both sides."]
-    if not can_think:
-        notes += [f"{lm.arch} has no thinking steps."]
+    notes += [
+        f"Trained with {lm.cfg.thinking_steps} thinking steps." if can_think else f"{lm.arch} has no thinking steps."
+    ]
     name = dict(name=escape_terminal(r.folder.name, keep=""), arch=lm.arch, step=r.step, parameters=n_params(lm))
     parts = dict(probabilities=probabilities, attention=attention, causal=lm.causal)
     return name | parts | dict(thinking=lm.cfg.thinking_steps if can_think else None, notes=notes)

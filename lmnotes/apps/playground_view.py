@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STYLE', 'SCRIPT', 'missing_extra', 'answer_message', 'show_playground']
 
-# %% ../../nbs/apps/96_playground_view.ipynb #d4617857
+# %% ../../nbs/apps/96_playground_view.ipynb #db638db8
 from typing import TYPE_CHECKING
 
 from .playground import *
@@ -14,7 +14,7 @@ from ..untrusted import *
 if TYPE_CHECKING:
     import anywidget
 
-# %% ../../nbs/apps/96_playground_view.ipynb #bef97b73
+# %% ../../nbs/apps/96_playground_view.ipynb #02adc966
 # Long: one file for the browser
 STYLE = """/* CSS. Colors are oklch, so that a light and a dark color of the same hue have the same weight */
 .lmplay {
@@ -29,6 +29,7 @@ STYLE = """/* CSS. Colors are oklch, so that a light and a dark color of the sam
   --likely: light-dark(oklch(0.955 0.03 185), oklch(0.31 0.04 190));
   --unlikely: light-dark(oklch(0.8 0.135 50), oklch(0.48 0.13 40));
   --attended: light-dark(oklch(0.74 0.14 300), oklch(0.52 0.19 300));
+  --sampled: light-dark(oklch(0.72 0.15 60), oklch(0.76 0.14 65));
   --wrong: light-dark(oklch(0.5 0.17 25), oklch(0.78 0.12 25));
   --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
   position: relative;
@@ -45,6 +46,7 @@ body[data-jp-theme-light="false"] .lmplay, body.vscode-dark .lmplay { color-sche
 .lmplay h1 b { color: var(--accent); font-weight: inherit; }
 .lmplay .legend { display: flex; align-items: center; gap: 8px; color: var(--faint); font-size: 12.5px; }
 .lmplay .legend i { width: 110px; height: 10px; border-radius: 5px; background: linear-gradient(90deg in oklch, var(--likely), var(--unlikely)); border: 1px solid var(--line); }
+.lmplay .legend i ~ i { width: 10px; margin-left: 12px; background: var(--attended); }
 
 /* Controls */
 .lmplay .card { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 16px 18px; }
@@ -53,12 +55,12 @@ body[data-jp-theme-light="false"] .lmplay, body.vscode-dark .lmplay { color-sche
   font: inherit; color: inherit; background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 6px 9px;
 }
 .lmplay textarea { display: block; width: 100%; min-height: 62px; resize: vertical; font-family: var(--mono); font-size: 14px; }
-.lmplay .sliders { display: grid; grid-template-columns: repeat(auto-fill, minmax(138px, 1fr)); gap: 10px 22px; align-items: end; }
+.lmplay .sliders { display: grid; grid-template-columns: repeat(auto-fit, minmax(138px, 1fr)); gap: 10px 22px; align-items: end; }
 .lmplay label { display: block; font-size: 13px; color: var(--faint); }
 .lmplay label > span { display: flex; justify-content: space-between; gap: 8px; white-space: nowrap; }
 .lmplay output { color: var(--ink); font-variant-numeric: tabular-nums; font-weight: 600; }
 .lmplay input[type="range"] { display: block; width: 100%; height: 22px; margin: 2px 0 0; accent-color: var(--accent); cursor: pointer; }
-.lmplay input[type="number"] { width: 100%; padding: 3px 8px; }
+.lmplay input[type="number"] { width: 100%; padding: 0 8px; line-height: 24px; }
 .lmplay button { font: inherit; cursor: pointer; border-radius: 8px; border: 1px solid var(--line); background: var(--paper); color: inherit; padding: 3px 10px; }
 .lmplay button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); font-weight: 600; padding: 7px 18px; }
 .lmplay button:hover { filter: brightness(0.96); }
@@ -74,7 +76,7 @@ body[data-jp-theme-light="false"] .lmplay, body.vscode-dark .lmplay { color-sche
 .lmplay .parts select { display: block; width: 100%; margin-top: 2px; font-size: 13px; padding: 4px 6px; color: var(--ink); }
 .lmplay .notes { font-size: 12.5px; color: var(--faint); border-left: 3px solid var(--line); padding-left: 10px; }
 .lmplay .wrong { color: var(--wrong); }
-.lmplay .wrong:empty, .lmplay .notes:empty { display: none; }
+.lmplay :is(.wrong, .notes, .parts):empty { display: none; }
 .lmplay .tokens { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 16px; line-height: 1.85; min-height: 90px; transition: opacity 0.15s; }
 .lmplay [aria-busy="true"] .tokens { opacity: 0.55; }
 .lmplay .token {
@@ -97,15 +99,17 @@ body[data-jp-theme-light="false"] .lmplay, body.vscode-dark .lmplay { color-sche
   background: var(--card); border: 1px solid var(--line); box-shadow: 0 8px 30px light-dark(oklch(0.3 0.02 200 / 0.18), oklch(0 0 0 / 0.55));
 }
 .lmplay .tip[hidden] { display: none; }
-.lmplay .tip .titles, .lmplay .tip button { display: grid; grid-template-columns: minmax(60px, 92px) 1fr 52px 52px; gap: 8px; align-items: center; width: 100%; text-align: right; font-variant-numeric: tabular-nums; }
+.lmplay .tip .titles, .lmplay .tip button { display: grid; grid-template-columns: minmax(56px, 84px) 1fr 52px 62px; gap: 8px; align-items: center; width: 100%; text-align: right; font-variant-numeric: tabular-nums; }
 .lmplay .tip .titles { color: var(--faint); font-size: 11.5px; padding: 0 6px 3px; }
 .lmplay .tip button { border: 0; background: none; padding: 3px 6px; border-radius: 6px; font-size: 13px; }
 .lmplay .tip button:hover { background: var(--paper); filter: none; }
 .lmplay .tip button[aria-current="true"] { font-weight: 700; }
 .lmplay .tip code { font: inherit; font-family: var(--mono); text-align: left; overflow: hidden; text-overflow: ellipsis; white-space: pre; }
-.lmplay .meter { height: 9px; border-radius: 5px; background: light-dark(oklch(0.93 0.01 195), oklch(0.33 0.02 200)); position: relative; overflow: hidden; }
-.lmplay .meter i { position: absolute; inset: 0 auto 0 0; border-radius: 5px; background: var(--accent); width: calc(var(--p) * 100%); opacity: 0.45; }
-.lmplay .meter i + i { inset: 3px auto 3px 0; opacity: 1; }
+.lmplay .meter { display: grid; gap: 2px; }
+.lmplay .meter i { height: 5px; border-radius: 2px; background: var(--accent); width: max(1px, calc(var(--p) * 100%)); }
+.lmplay .meter i + i { background: var(--sampled); }
+.lmplay .titles i { display: inline-block; width: 7px; height: 7px; border-radius: 2px; margin-right: 4px; background: var(--accent); }
+.lmplay .titles span:last-child i { background: var(--sampled); }
 .lmplay .tip .hint { display: block; margin: 6px 6px 0; }
 
 /* The page of `lmnotes play` */
@@ -114,7 +118,7 @@ body.lmplay-page .lmplay { max-width: 1180px; margin: 0 auto; padding: 22px clam
 @media (prefers-reduced-motion: reduce) { .lmplay * { transition: none !important; } }
 """
 
-# %% ../../nbs/apps/96_playground_view.ipynb #d675c29b
+# %% ../../nbs/apps/96_playground_view.ipynb #4741d349
 # Long: one file for the browser
 SCRIPT = r"""/* JavaScript. Draws one or two runs. `ask` sends a request to `Playground.answer` and resolves to its answer. Texts of models are text nodes, never HTML */
 const SETTINGS = [
@@ -180,8 +184,8 @@ function makeTip(root) {
   element.addEventListener("pointerenter", () => clearTimeout(timer))
   element.addEventListener("pointerleave", hideSoon)
 
-  function line(item, current, choose) {
-    const meter = make("span", {className: "meter"}, make("i", {"--p": item.p}), make("i", {"--p": item.q}))
+  function line(item, current, most, choose) {
+    const meter = make("span", {className: "meter"}, make("i", {"--p": item.p / most}), make("i", {"--p": item.q / most}))
     const button = make("button", {type: "button", tabIndex: -1}, make("code", {}, item.text), meter, make("span", {}, percent(item.p)), make("span", {}, percent(item.q)))
     if (current) button.setAttribute("aria-current", "true")
     button.addEventListener("click", () => choose(current ? null : item.id))
@@ -192,9 +196,10 @@ function makeTip(root) {
     hide()
     if (token.p === undefined) return
     const items = [token, ...token.alternatives].sort((a, b) => b.p - a.p)
-    const titles = make("div", {className: "titles"}, make("span"), make("span"), make("span", {}, "model"), make("span", {}, "sampled"))
+    const most = Math.max(...items.flatMap(item => [item.p, item.q]), 1e-9)
+    const titles = make("div", {className: "titles"}, make("span"), make("span"), make("span", {}, make("i"), "model"), make("span", {}, make("i"), "sampled"))
     const hint = make("span", {className: "hint"}, `Rank ${token.rank}. Click on the token to sample another, or choose one here.`)
-    element.replaceChildren(titles, ...items.map(item => line(item, item === token, choose)), hint)
+    element.replaceChildren(titles, ...items.map(item => line(item, item === token, most, choose)), hint)
     element.hidden = false
     span.classList.add("shown")
     const [box, at, size] = [root.getBoundingClientRect(), span.getClientRects()[0], element.getBoundingClientRect()]
@@ -213,7 +218,7 @@ function makeColumn(app, run, number) {
   const reset = make("button", {type: "button", hidden: true}, "Undo my choices")
   const maps = choice("attention", attend), heads = choice("head", attend)
   const steps = run.thinking === null ? null : slider(
-    {title: "thinking steps", min: 0, max: Math.min(app.limits.thinking_steps, Math.max(8, 2 * run.thinking)), step: 1, show: v => v + (v === run.thinking ? " (trained)" : "")},
+    {title: "thinking steps", min: 0, max: Math.min(app.limits.thinking_steps, Math.max(8, 2 * run.thinking)), step: 1, show: v => v},
     run.thinking, () => update())
   const parts = make("div", {className: "parts"}, ...(run.attention ? [maps.element, heads.element] : []), ...(steps ? [steps.element] : []))
   const about = `${run.arch} · step ${run.step.toLocaleString("en")} · ${run.parameters.toLocaleString("en")} parameters`
@@ -287,9 +292,7 @@ function makeColumn(app, run, number) {
     }
   }
 
-  function unshade() {
-    text.classList.remove("attending")
-  }
+  const unshade = () => text.classList.remove("attending")
 
   /* Shade the tokens that the model attended to when it predicted token `i` */
   function shade(i) {
@@ -319,14 +322,12 @@ function makeColumn(app, run, number) {
   text.addEventListener("pointerover", event => {
     if (event.pointerType !== "touch" && position(event) >= 0) show(position(event))
   })
-  text.addEventListener("pointerleave", () => {
-    unshade()
-    app.tip.hideSoon()
-  })
-  text.addEventListener("focusout", () => {
-    unshade()
-    app.tip.hideSoon()
-  })
+  for (const leave of ["pointerleave", "focusout"]) {
+    text.addEventListener(leave, () => {
+      unshade()
+      app.tip.hideSoon()
+    })
+  }
   text.addEventListener("click", event => {
     const i = position(event)
     if (i < 0) return
@@ -369,7 +370,8 @@ export async function mount(root, ask) {
   const values = () => ({prompt: prompt.value, seed: Math.max(0, Math.floor(Number(seed.value) || 0)), ...Object.fromEntries(SETTINGS.map(({name}, i) => [name, sliders[i].value()]))})
   const app = {ask, limits, values, tip: makeTip(root)}
   const columns = runs.map((run, i) => makeColumn(app, run, i))
-  const legend = make("span", {className: "legend"}, "likely", make("i"), "unlikely")
+  const attended = runs.some(run => run.attention) ? [make("i"), "attended"] : []
+  const legend = make("span", {className: "legend"}, "likely", make("i"), "unlikely", ...attended)
   root.replaceChildren(
     make("div", {className: "bar"}, make("h1", {}, make("b", {}, "lmnotes"), " playground"), legend),
     make("div", {className: "card controls"}, prompt,
@@ -409,7 +411,7 @@ const page = document.getElementById("lmnotes-playground")
 if (page) mount(page, askServer)
 """
 
-# %% ../../nbs/apps/96_playground_view.ipynb #7daf6a3a
+# %% ../../nbs/apps/96_playground_view.ipynb #7fe2c3a7
 def missing_extra(package, extra) -> ValueError:
     "Return the error for a package that an extra of lmnotes installs"
     return ValueError(f"the playground needs the package {package}. Install it with: pip install 'lmnotes[{extra}]'")
