@@ -104,7 +104,8 @@ def generate_command(argv) -> int:
 class PlayOptions:
     "Options of `lmnotes play`, besides the runs"
 
-    prompt: str = ""  # First text of the page (empty: the start of a document)
+    prompt: str = ""  # First prompt on the page (empty: the start of a document)
+    n: int = 80  # First number of new tokens
     which: str = ""  # Checkpoint: best | last | interrupted | final (empty: the newest verified one)
     device: str = "auto"  # auto | cuda | mps | cpu
     quantize: str = ""  # int8: weights in 8 bits, about twice as fast on a CPU (empty: as trained)
@@ -120,7 +121,7 @@ def play_command(argv) -> int:
     from lmnotes.runs.load import load
 
     opened = [load(run, args.which, args.device, quantize=args.quantize) for run in args.run or [""]]
-    serve_playground(Playground(*opened, prompt=args.prompt), args.port)
+    serve_playground(Playground(*opened, prompt=args.prompt, n=args.n), args.port)
     return 0
 
 # %% ../../nbs/apps/92_cli.ipynb #033ad92d

@@ -166,8 +166,8 @@ def attention_rows(r, request) -> dict:  # A `Run` and an `AttentionRequest`
     m = maps[number].mean(0) if request.head < 0 else maps[number][min(request.head, len(maps[number]) - 1)]
     rows = (1000 * _weights_of_tokens(lm, m, T)).round().int().tolist()
     rows = [row[:i] if lm.causal else row for i, row in enumerate(rows)]
-    names = [f"attention {i} of {len(maps)}" + " (patches)" * (w.shape[1] < T) for i, w in enumerate(maps, 1)]
-    listed = [dict(name=name, heads=len(w)) for name, w in zip(names, maps)]
+    ends = [" of patches" * (w.shape[1] < T) + f", last {T} tokens" * (T < len(request.ids)) for w in maps]
+    listed = [dict(name=f"{i} of {len(maps)}{end}", heads=len(w)) for i, (w, end) in enumerate(zip(maps, ends), 1)]
     return dict(maps=listed, map=number, first=len(request.ids) - T, rows=rows)
 
 # %% ../../nbs/apps/95_playground.ipynb #662b74f1

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STYLE', 'SCRIPT', 'missing_extra', 'answer_message', 'show_playground']
 
-# %% ../../nbs/apps/96_playground_view.ipynb #db638db8
+# %% ../../nbs/apps/96_playground_view.ipynb #1b231dd7
 from typing import TYPE_CHECKING
 
 from .playground import *
@@ -14,7 +14,7 @@ from ..untrusted import *
 if TYPE_CHECKING:
     import anywidget
 
-# %% ../../nbs/apps/96_playground_view.ipynb #02adc966
+# %% ../../nbs/apps/96_playground_view.ipynb #8ae003ef
 # Long: one file for the browser
 STYLE = """/* CSS. Colors are oklch, so that a light and a dark color of the same hue have the same weight */
 .lmplay {
@@ -22,7 +22,7 @@ STYLE = """/* CSS. Colors are oklch, so that a light and a dark color of the sam
   --paper: light-dark(oklch(0.985 0.004 190), oklch(0.2 0.015 200));
   --card: light-dark(oklch(1 0 0), oklch(0.245 0.017 200));
   --ink: light-dark(oklch(0.25 0.02 200), oklch(0.93 0.01 190));
-  --faint: light-dark(oklch(0.5 0.02 200), oklch(0.72 0.02 195));
+  --faint: light-dark(oklch(0.5 0.02 200), oklch(0.77 0.02 195));
   --line: light-dark(oklch(0.9 0.01 195), oklch(0.35 0.02 200));
   --accent: light-dark(oklch(0.48 0.085 185), oklch(0.8 0.11 185));
   --on-accent: light-dark(oklch(1 0 0), oklch(0.2 0.03 190));
@@ -85,7 +85,7 @@ body[data-jp-theme-light="false"] .lmplay, body.vscode-dark .lmplay { color-sche
 }
 .lmplay .token.plain { background: none; }
 .lmplay .token:is(.plain:first-child) { cursor: default; color: var(--faint); }
-.lmplay .token.prompt { color: var(--faint); }
+.lmplay .token.prompt { font-style: italic; }
 .lmplay .token.first { border-left: 3px solid var(--accent); margin-left: 2px; padding-left: 2px; }
 .lmplay .token.chosen { text-decoration: underline 2px var(--accent); text-underline-offset: 4px; }
 .lmplay .token:hover, .lmplay .token.shown { box-shadow: 0 0 0 1.5px var(--ink); position: relative; }
@@ -118,7 +118,7 @@ body.lmplay-page .lmplay { max-width: 1180px; margin: 0 auto; padding: 22px clam
 @media (prefers-reduced-motion: reduce) { .lmplay * { transition: none !important; } }
 """
 
-# %% ../../nbs/apps/96_playground_view.ipynb #4741d349
+# %% ../../nbs/apps/96_playground_view.ipynb #143ac940
 # Long: one file for the browser
 SCRIPT = r"""/* JavaScript. Draws one or two runs. `ask` sends a request to `Playground.answer` and resolves to its answer. Texts of models are text nodes, never HTML */
 const SETTINGS = [
@@ -411,7 +411,7 @@ const page = document.getElementById("lmnotes-playground")
 if (page) mount(page, askServer)
 """
 
-# %% ../../nbs/apps/96_playground_view.ipynb #7fe2c3a7
+# %% ../../nbs/apps/96_playground_view.ipynb #720b686c
 def missing_extra(package, extra) -> ValueError:
     "Return the error for a package that an extra of lmnotes installs"
     return ValueError(f"the playground needs the package {package}. Install it with: pip install 'lmnotes[{extra}]'")
