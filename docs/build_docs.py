@@ -25,7 +25,7 @@ from pages import ROOT, as_on_a_terminal, settings
 
 NBS = ROOT / "nbs"
 PROJECT_PAGES = ("CONTRIBUTING", "CHANGELOG", "SECURITY", "LOG", "docs/trust", "docs/renamed")
-RUNNABLE = ("train.md", "generate.md", "prepare.md", "compare.md")
+RUNNABLE = ("train.md", "generate.md", "playground.md", "prepare.md", "compare.md")
 REFERENCE = {  # Folder in nbs/ -> heading in the reference
     "data": "Data",
     "nn": "Model building blocks",

@@ -85,7 +85,7 @@ def test_cleaning_keeps_the_parameters_tag(fresh):
         for path in (fresh / "nbs").rglob("*.ipynb")
         if any("parameters" in cell.metadata.get("tags", []) for cell in code_cells(path))
     ]
-    runnable = {"train", "prepare", "generate"} & {path.stem for path in NOTEBOOKS}
+    runnable = {"train", "prepare", "generate", "playground"} & {path.stem for path in NOTEBOOKS}
     assert runnable <= set(tagged)
 
 

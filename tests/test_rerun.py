@@ -31,6 +31,7 @@ model:
 CASES = {  # {notebook: values in its parameters cell}
     "train": TRAIN | dict(steps=6, log_every=2),
     "generate": dict(n=8),
+    "playground": dict(n=8),
     "prepare": dict(data="corpus", tokenizer="bytes", out="prepared"),
     "compare": COMPARE | dict(archs="bigram rnn", own_args="rnn: d_hidden=8", procs=1),
     "recipes/agiformer": AGIFORMER | dict(MAX_STEPS=6, VAL_INTERVAL=3, DATA="text.txt", FINAL_BATCHES=1),
@@ -40,8 +41,9 @@ CASES = {  # {notebook: values in its parameters cell}
     "recipes/text_only": dict(config="small.yaml", data="tokens.bin", max_steps=6),
     "recipes/tisslm": dict(VOCAB_SIZE=257, seq_len=16, batch_size=8, epochs=0.2, stride=16, CORPUS_PATH="texts"),
 }
+LOADING = "generate", "playground"  # They load a run, or train one if there is none
 RESULT = dict(prepare="tokens", compare="c")  # Name that the main cell of a notebook assigns, else r
-RESUME = {"generate": {}, "prepare": {}, "compare": {}}  # They need no parameter to continue
+RESUME = {"generate": {}, "playground": {}, "prepare": {}, "compare": {}}  # They need no parameter to continue
 
 
 class Session:
@@ -115,7 +117,7 @@ def check_cells(name):
     cost._step_seconds = lambda trainer, seconds: step_seconds(trainer, 0)
     fork_children()
     s = Session(name, **CASES[name])
-    if name == "generate":
+    if name in LOADING:
         os.environ.update({f"LMNOTES_{n.upper()}": str(value) for n, value in TRAIN.items()})
     if name == "recipes/train_mla":
         Session("recipes/pretrain_expert", **CASES["recipes/pretrain_expert"]).run(*range(7))
@@ -125,9 +127,9 @@ def check_cells(name):
     assert s.status == "done"
     known = {*s.names}
     s.restart()
-    if name in ("generate", "compare"):  # They train what is missing
+    if name in (*LOADING, "compare"):  # They train what is missing
         os.environ["LMNOTES_OUT_DIR"] = "stopped"
-        if name == "generate":
+        if name in LOADING:
             press_stop(Trainer, "fit", lambda t, *steps: True)
             with pytest.raises(CheckpointError, match="none has been saved"):
                 s.run(*s.cells)
@@ -156,7 +158,7 @@ def check_middle(s, known):
             assert e.name in known
             continue
         begun.append(start)
-        assert s.result not in s.names or s.status == "done" or s.name == "generate"  # Which loads the stopped run
+        assert s.result not in s.names or s.status == "done" or s.name in LOADING  # Which loads the stopped run
     assert s.parameters + 1 in begun
     assert s.main in begun or s.name.startswith("recipes/")
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAGE', 'HEADERS', 'FILES', 'MAX_BODY', 'refusal', 'make_app', 'serve_playground']
 
-# %% ../../nbs/apps/97_playground_server.ipynb #3a06b731
+# %% ../../nbs/apps/97_playground_server.ipynb #0bb817d5
 import json
 import socket
 from contextlib import suppress
@@ -18,7 +18,7 @@ from ..untrusted import *
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-# %% ../../nbs/apps/97_playground_server.ipynb #403b5121
+# %% ../../nbs/apps/97_playground_server.ipynb #dc05fcd5
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -48,7 +48,7 @@ FILES = {
 }
 MAX_BODY = 1 << 16  # Bytes of a request
 
-# %% ../../nbs/apps/97_playground_server.ipynb #fcb515b9
+# %% ../../nbs/apps/97_playground_server.ipynb #8fa7d069
 def refusal(headers) -> "tuple[int, str] | None":  # Headers of a request, with names in lower case
     "Return (status, sentence) for a request that does not come from our own page"
     own = f"http://{headers.get('host', '')}"
@@ -58,7 +58,7 @@ def refusal(headers) -> "tuple[int, str] | None":  # Headers of a request, with 
         return 415, "Send the request as application/json."
     return None
 
-# %% ../../nbs/apps/97_playground_server.ipynb #ca977719
+# %% ../../nbs/apps/97_playground_server.ipynb #f4638c54
 async def _read_body(request):
     "Return the value of a JSON body, or raise ValueError if it is too long or not JSON"
     body = b""
@@ -102,7 +102,7 @@ def make_app(playground) -> "Starlette":  # A `Playground`
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"], www_redirect=False)
     return Starlette(routes=routes, middleware=[hosts])
 
-# %% ../../nbs/apps/97_playground_server.ipynb #2953b024
+# %% ../../nbs/apps/97_playground_server.ipynb #346ef190
 def _listen(port):
     "Return a socket on loopback, or raise ValueError if the port is not free"
     listener = socket.socket()
@@ -128,6 +128,7 @@ def serve_playground(
     quiet = dict(log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2)
     server = uvicorn.Server(uvicorn.Config(app, lifespan="off", ws="none", loop="asyncio", **quiet))
     with _listen(port) as listener:
-        print(f"http://127.0.0.1:{listener.getsockname()[1]} (Ctrl+C ends it)", flush=True)
+        names = " and ".join(r.folder.name for r in playground.runs)
+        print(f"{names}: http://127.0.0.1:{listener.getsockname()[1]} (Ctrl+C ends the server)", flush=True)
         with suppress(KeyboardInterrupt):  # The server ends, and then passes the signal on
             server.run(sockets=[listener])

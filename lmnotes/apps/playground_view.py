@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STYLE', 'SCRIPT', 'missing_extra', 'answer_message', 'show_playground']
 
-# %% ../../nbs/apps/96_playground_view.ipynb #1b231dd7
+# %% ../../nbs/apps/96_playground_view.ipynb #073d60c0
 from typing import TYPE_CHECKING
 
 from .playground import *
@@ -14,7 +14,7 @@ from ..untrusted import *
 if TYPE_CHECKING:
     import anywidget
 
-# %% ../../nbs/apps/96_playground_view.ipynb #8ae003ef
+# %% ../../nbs/apps/96_playground_view.ipynb #09884473
 # Long: one file for the browser
 STYLE = """/* CSS. Colors are oklch, so that a light and a dark color of the same hue have the same weight */
 .lmplay {
@@ -118,7 +118,7 @@ body.lmplay-page .lmplay { max-width: 1180px; margin: 0 auto; padding: 22px clam
 @media (prefers-reduced-motion: reduce) { .lmplay * { transition: none !important; } }
 """
 
-# %% ../../nbs/apps/96_playground_view.ipynb #143ac940
+# %% ../../nbs/apps/96_playground_view.ipynb #a2c79343
 # Long: one file for the browser
 SCRIPT = r"""/* JavaScript. Draws one or two runs. `ask` sends a request to `Playground.answer` and resolves to its answer. Texts of models are text nodes, never HTML */
 const SETTINGS = [
@@ -411,7 +411,7 @@ const page = document.getElementById("lmnotes-playground")
 if (page) mount(page, askServer)
 """
 
-# %% ../../nbs/apps/96_playground_view.ipynb #720b686c
+# %% ../../nbs/apps/96_playground_view.ipynb #dfae5a07
 def missing_extra(package, extra) -> ValueError:
     "Return the error for a package that an extra of lmnotes installs"
     return ValueError(f"the playground needs the package {package}. Install it with: pip install 'lmnotes[{extra}]'")
