@@ -10,7 +10,7 @@ __all__ = ['MAX_PROMPT', 'MAX_NEW', 'MAX_TOKENS', 'MAX_THINKING', 'N_ALTERNATIVE
 # %% ../../nbs/apps/95_playground.ipynb #4d9c3125
 import threading
 import warnings
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
@@ -101,7 +101,7 @@ def describe_tokens(lm, tokenizer, ids, sampler) -> list:  # A model, its tokeni
     return plain[:1] + [_token(tokenizer, *row) for row in zip(ids[1:], log_p, sampled)]
 
 # %% ../../nbs/apps/95_playground.ipynb #71124b1a
-def thinking(lm, steps):  # A model, and a number of thinking steps (None: as trained)
+def thinking(lm, steps) -> AbstractContextManager:  # A model, and a number of thinking steps (None: as trained)
     "Return a context manager in which the model has this number of thinking steps"
     if steps is None:
         return nullcontext()
@@ -122,7 +122,7 @@ def _sample_other(lm, ids, other_than, sampler):
     log_p[:, other_than] = -torch.inf
     return sampler.reset(torch.tensor([ids]))(log_p).tolist()
 
-
+# %% ../../nbs/apps/95_playground.ipynb #626533eb
 def continue_text(r, request) -> dict:  # A `Run` and a `TextRequest`
     "Return the tokens of a text, and how many of them are the prompt's and how many were given"
     lm, tokenizer = r.lm, r.tokenizer

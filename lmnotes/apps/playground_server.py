@@ -71,7 +71,7 @@ async def _read_body(request):
     except (ValueError, RecursionError):
         raise ValueError("the request is not JSON") from None
 
-
+# %% ../../nbs/apps/97_playground_server.ipynb #5258b16c
 def make_app(playground) -> "Starlette":  # A `Playground`
     "Return the application that serves the page and answers its requests"
     try:

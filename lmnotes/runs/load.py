@@ -93,7 +93,7 @@ class Run:
             print(shown(piece), end="", flush=True)
         print()
 
-    def default_prompt(self, prompts):  # A text, or a list of texts
+    def default_prompt(self, prompts: Prompts) -> Prompts:  # A text, or a list of texts
         "Replace an empty prompt by the start of a document, or of a line if the text has no documents"
         if isinstance(prompts, str):
             return prompts or self.info["data"].get("start", "")
