@@ -32,7 +32,6 @@ STYLE = """/* CSS. Colors are oklch, so that a light and a dark color of the sam
   --sampled: light-dark(oklch(0.72 0.15 60), oklch(0.76 0.14 65));
   --wrong: light-dark(oklch(0.5 0.17 25), oklch(0.78 0.12 25));
   --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  position: relative;
   color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif;
 }
@@ -95,10 +94,9 @@ body[data-jp-theme-light="false"] .lmplay, body.vscode-dark .lmplay { color-sche
 
 /* The alternatives of a token */
 .lmplay .tip {
-  position: absolute; z-index: 9; width: min(330px, calc(100% - 8px)); padding: 10px 12px; border-radius: 12px; font-size: 13px;
+  position: fixed; inset: auto; margin: 0; width: min(330px, calc(100vw - 16px)); padding: 10px 12px; border-radius: 12px; font-size: 13px; color: var(--ink);
   background: var(--card); border: 1px solid var(--line); box-shadow: 0 8px 30px light-dark(oklch(0.3 0.02 200 / 0.18), oklch(0 0 0 / 0.55));
 }
-.lmplay .tip[hidden] { display: none; }
 .lmplay .tip .titles, .lmplay .tip button { display: grid; grid-template-columns: minmax(56px, 84px) 1fr 52px 62px; gap: 8px; align-items: center; width: 100%; text-align: right; font-variant-numeric: tabular-nums; }
 .lmplay .tip .titles { color: var(--faint); font-size: 11.5px; padding: 0 6px 3px; }
 .lmplay .tip button { border: 0; background: none; padding: 3px 6px; border-radius: 6px; font-size: 13px; }
@@ -170,11 +168,11 @@ function choice(title, changed) {
 
 /* The box with the alternatives of the token under the pointer or the focus */
 function makeTip(root) {
-  const element = make("div", {className: "tip", hidden: true, role: "group", "aria-label": "alternatives"})
+  const element = make("div", {className: "tip", popover: "manual", role: "group", "aria-label": "alternatives"})
   let timer
   const hide = () => {
     clearTimeout(timer)
-    element.hidden = true
+    if (element.matches(":popover-open")) element.hidePopover()
     root.querySelectorAll(".token.shown").forEach(token => token.classList.remove("shown"))
   }
   const hideSoon = () => {
@@ -183,6 +181,7 @@ function makeTip(root) {
   }
   element.addEventListener("pointerenter", () => clearTimeout(timer))
   element.addEventListener("pointerleave", hideSoon)
+  window.addEventListener("scroll", hide, {capture: true, passive: true})
 
   function line(item, current, most, choose) {
     const meter = make("span", {className: "meter"}, make("i", {"--p": item.p / most}), make("i", {"--p": item.q / most}))
@@ -200,12 +199,12 @@ function makeTip(root) {
     const titles = make("div", {className: "titles"}, make("span"), make("span"), make("span", {}, make("i"), "model"), make("span", {}, make("i"), "sampled"))
     const hint = make("span", {className: "hint"}, `Rank ${token.rank}. Click on the token to sample another, or choose one here.`)
     element.replaceChildren(titles, ...items.map(item => line(item, item === token, most, choose)), hint)
-    element.hidden = false
+    element.showPopover() // In the top layer, where no scrolling area cuts it off
     span.classList.add("shown")
-    const [box, at, size] = [root.getBoundingClientRect(), span.getClientRects()[0], element.getBoundingClientRect()]
-    const above = at.bottom + size.height + 8 > window.innerHeight && at.top - size.height - 8 > 0
-    element.style.left = `${Math.max(4, Math.min(at.left - box.left - 14, box.width - size.width - 4))}px`
-    element.style.top = `${(above ? at.top - size.height - 5 : at.bottom + 5) - box.top}px`
+    const [at, size] = [span.getClientRects()[0], element.getBoundingClientRect()]
+    const above = at.bottom + size.height + 8 > innerHeight && at.top - size.height - 8 > 0
+    element.style.left = `${Math.max(8, Math.min(at.left - 14, document.documentElement.clientWidth - size.width - 8))}px`
+    element.style.top = `${above ? at.top - size.height - 5 : at.bottom + 5}px`
   }
   return {element, show, hide, hideSoon}
 }
