@@ -295,6 +295,7 @@ def test_keys_move_choose_and_sample(page):
     for _ in range(8):
         page.keyboard.press("ArrowRight")
     assert len(shown_alternatives(page)) == 6
+    assert re.match(r"1: .+ %\. 2: ", column.locator(".token:focus").get_attribute("aria-description"))
     wanted = page.locator(".tip button:not([aria-current]) code").nth(1).inner_text()
     page.keyboard.press("2")
     column.locator(".token.chosen").wait_for()

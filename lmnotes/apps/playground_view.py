@@ -201,6 +201,7 @@ function makeTip(root) {
     element.replaceChildren(titles, ...items.map(item => line(item, item === token, most, choose)), hint)
     element.showPopover() // In the top layer, where no scrolling area cuts it off
     span.classList.add("shown")
+    span.setAttribute("aria-description", token.alternatives.map((other, i) => `${i + 1}: ${other.text}, ${percent(other.p)}`).join(". "))
     const [at, size] = [span.getClientRects()[0], element.getBoundingClientRect()]
     const above = at.bottom + size.height + 8 > innerHeight && at.top - size.height - 8 > 0
     element.style.left = `${Math.max(8, Math.min(at.left - 14, document.documentElement.clientWidth - size.width - 8))}px`
@@ -211,7 +212,7 @@ function makeTip(root) {
 
 /* One run: its text, its attention and its number of thinking steps */
 function makeColumn(app, run, number) {
-  let tokens = [], given = 0, prefix = null, clicks = 0, attention = null, waiting = null, busy = false
+  let tokens = [], prompt = "", prefix = null, clicks = 0, attention = null, waiting = null, busy = false
   const text = make("div", {className: "tokens", role: "group", "aria-label": `text of ${run.name}`})
   const wrong = make("p", {className: "wrong", role: "alert"}), summary = make("span", {"aria-live": "polite"})
   const reset = make("button", {type: "button", hidden: true}, "Undo my choices")
@@ -230,10 +231,10 @@ function makeColumn(app, run, number) {
 
   /* Generate the text again. `start` are the ids that it begins with (null: the prompt), `other` an id to avoid after them */
   function update(start = prefix, other = null) {
-    if (start === null) clicks = 0
+    if (start === null) [clicks, prompt] = [0, app.values().prompt]
     prefix = start
     const values = app.values()
-    waiting = {...values, ...thinking(), seed: values.seed + clicks, prefix, other_than: other}
+    waiting = {...values, prompt, ...thinking(), seed: values.seed + clicks, prefix, other_than: other}
     if (!busy) work()
   }
 
@@ -269,7 +270,7 @@ function makeColumn(app, run, number) {
       return make("span", {className: names.filter(Boolean).join(" "), role: "button", tabIndex: -1, "aria-label": label, "--surprise": surprise(token.p ?? 1)}, token.readable.replaceAll("\n", "↵\n"))
     }))
     if (text.children.length) text.children[Math.max(0, Math.min(focused, tokens.length - 1))].tabIndex = 0
-    if (focused >= 0) text.children[Math.min(focused, tokens.length - 1)]?.focus()
+    if (focused >= 0) text.children[Math.min(focused, tokens.length - 1)]?.focus({preventScroll: true})
     const fresh = tokens.slice(answer.n_prompt).filter(token => token.p !== undefined)
     const bits = fresh.reduce((sum, token) => sum - Math.log2(Math.max(token.p, 1e-30)), 0) / fresh.length
     summary.textContent = `${tokens.length - answer.n_prompt} new tokens` + (fresh.length ? ` · ${bits.toFixed(2)} bits per token` : "") + (answer.ended ? " · the text ends here" : "") + (clicks ? ` · seed ${app.values().seed + clicks}` : "")
