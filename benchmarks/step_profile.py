@@ -7,6 +7,7 @@ profiler. The shares come from PyTorch's profiler, which adds time to every oper
 from common import interleave, load_corpus, min_cpu, parse_options, report, build_parts  # isort: skip
 from torch.profiler import ProfilerActivity, profile
 
+from lmnotes.plots import PLOT_STYLE
 from lmnotes.training.trainer import Trainer
 
 GROUPS = {  # Name: the beginnings of the names of its kernels
@@ -61,20 +62,22 @@ def shares(step, repeats):
 
 def draw(rows, path):
     "Draw the parts of each step as one bar"
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     names = ["products", "attention", *(g for g in GROUPS if g not in ("products", "attention"))]
     names += ["other kernels", "outside kernels"]
-    figure = Figure((9, 4.5), layout="constrained")
-    axes, left = figure.subplots(), [0.0] * len(rows)
-    for name in names:
-        widths = [float(row.get(name, 0.0)) for row in rows]
-        axes.barh([row["model"] for row in rows], widths, left=left, label=name)
-        left = [a + b for a, b in zip(left, widths)]
-    axes.invert_yaxis()
-    axes.set_xlabel("CPU milliseconds of a step")
-    axes.legend()
-    figure.savefig(path, transparent=True)
+    with rc_context(PLOT_STYLE | {"svg.hashsalt": "step_profile"}):
+        figure = Figure((9, 4.5), layout="constrained")
+        axes, left = figure.subplots(), [0.0] * len(rows)
+        for name in names:
+            widths = [float(row.get(name, 0.0)) for row in rows]
+            axes.barh([row["model"] for row in rows], widths, left=left, label=name)
+            left = [a + b for a, b in zip(left, widths)]
+        axes.invert_yaxis()
+        axes.set_xlabel("CPU milliseconds of a step")
+        axes.legend()
+        figure.savefig(path, metadata={"Date": None})
 
 
 def main():
