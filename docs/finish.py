@@ -13,7 +13,8 @@ CELL = re.compile(r"<(t[hd])[^>]*>(.*?)</\1>", re.S)
 NUMBER = re.compile(r"[≤≥]? ?[+-]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?( ± [\d.]+)?( ?[x%])?")
 WORD = re.compile(r"(?<!\S)(?=\S*[^\w\s])\S{2,}")
 UNIT = re.compile(r"(?<=\d) (?=(?:x|%|µs|ms|s|kB|MB|GB|M)\b)| (?=± )|(?<=±) ")
-LONG = 24  # Longer words may break between the parts of a path
+CODE = re.compile(r"(<pre.*?</pre>)|(<code[^>]*>)([^<]*)(</code>)", re.S)
+LONG = 24  # Longer words may break between the parts of a path or of a list
 
 
 def mathml(formula):
@@ -28,18 +29,15 @@ def plain(cell):
     return html.unescape(re.sub(r"<[^>]+>", "", cell)).strip()
 
 
-def unbroken(cell):
-    "Keep a value with its error or unit whole, and the options, paths and names in code, which browsers break after hyphens"
+def unbroken(page):
+    "Keep the options, paths and names in code whole, which browsers break after hyphens"
 
     def word(found):
         if len(found[0]) > LONG:
-            return re.sub(r"(::|/)", r"\1<wbr>", found[0])
+            return re.sub(r"(::|[/,])", r"\1<wbr>", found[0])
         return f'<span class="word">{found[0]}</span>'
 
-    def code(found):
-        return found[1] + WORD.sub(word, found[2]) + found[3]
-
-    return UNIT.sub("\u00a0", re.sub(r"(<code[^>]*>)([^<]*)(</code>)", code, cell))
+    return CODE.sub(lambda code: code[1] or code[2] + WORD.sub(word, code[3]) + code[4], page)
 
 
 def table(found):
@@ -56,7 +54,7 @@ def table(found):
             i = next(position)
             kind = ' class="number"' if i < len(numbers) and numbers[i] else ""
             label = f" data-label={quoteattr(titles[i])}" if found[1] == "td" and titles[i] else ""
-            return f"<{found[1]}{kind}{label}>{unbroken(found[2])}</{found[1]}>"
+            return f"<{found[1]}{kind}{label}>{UNIT.sub(chr(160), found[2])}</{found[1]}>"
 
         return CELL.sub(cell, row)
 
@@ -65,4 +63,4 @@ def table(found):
 
 def finish(text, page, names):
     "Return a finished page"
-    return names.in_code(TABLE.sub(table, FORMULA.sub(mathml, text)), page)
+    return names.in_code(unbroken(TABLE.sub(table, FORMULA.sub(mathml, text))), page)

@@ -4,9 +4,10 @@ import html
 import os
 import re
 
-# Inline code that is not a link yet, links to files, Python code in a finished page, and the names in that code
+# Inline code that is not a link yet, links to files in Markdown and in HTML, Python code in a finished page, and the names in that code
 SPAN = re.compile(r"(?<![`\[])(`+)(?!`)(.+?)(?<!`)\1(?![`\]])")
 FILE_LINK = re.compile(r"\]\(([\w./-]+?)(?:\.ipynb)?\)")
+HTML_LINK = re.compile(r'(?<=href=")([\w./-]+)\.ipynb(?=")')
 CODE = re.compile(r'(<div class="language-python highlight">)(.*?)(</code></pre>)', re.S)
 NAME = re.compile(r'(?<!<span class="o">\.</span>)<span class="(?:n|ne)">(\w+)</span>(?=(<span class="p">\()?)')
 
@@ -76,8 +77,7 @@ class Names:
         def to_page(link):
             folder = os.path.dirname(page)
             paths = [os.path.normpath(f"{base}/{link[1]}") for base in (f"nbs/{folder}", ".", "nbs", f"docs/{folder}")]
-            target = next((self.pages[path] for path in paths if path in self.pages), None)
-            return f"]({relative(target, page)})" if target else link[0]
+            return next((relative(self.pages[path], page) for path in paths if path in self.pages), None)
 
         lines = []
         fence = ""
@@ -86,7 +86,9 @@ class Names:
             if mark and (not fence or mark[1] == fence):
                 fence = "" if fence else mark[1]
             elif not fence and not line.startswith(("    ", "#")):
-                line = FILE_LINK.sub(to_page, SPAN.sub(linked, line))
+                line = SPAN.sub(linked, line)
+                line = FILE_LINK.sub(lambda link: f"]({target})" if (target := to_page(link)) else link[0], line)
+                line = HTML_LINK.sub(lambda link: (to_page(link) or link[0]).replace(".md", ".html"), line)
             lines.append(line)
         return "\n".join(lines)
 

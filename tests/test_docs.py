@@ -148,6 +148,8 @@ def names():
         ("[`volume`](x) `no/such.py`", "a.md", "[`volume`](x) `no/such.py`"),
         ("[next](models/10_b.ipynb)", "a.md", "[next](models/b.md)"),
         ("[back](../00_a.ipynb)", "models/b.md", "[back](../a.md)"),
+        ('<a href="models/10_b.ipynb">', "a.md", '<a href="models/b.html">'),
+        ('<a href="models/no.ipynb">', "a.md", '<a href="models/no.ipynb">'),
         ("[all](docs/results.md)", "index.md", "[all](results.md)"),
         ("[all](../results.md)", "guides/c.md", "[all](../results.md)"),
         (
@@ -196,11 +198,19 @@ def test_formulas_become_mathml_and_code_keeps_its_dollars():
     assert "$HOME" in convert("```\necho $HOME $x$\n```") and "<math" not in convert("```\n$x$\n```")
 
 
+def test_words_of_code_stay_whole_outside_of_blocks():
+    text = "<p><code>--quick</code>, <code>a=1,b=2,c=3,d=4,e=5,f=6,g=7</code></p><pre><code>--quick</code></pre>"
+    assert finish.unbroken(text) == (
+        '<p><code><span class="word">--quick</span></code>, <code>a=1,<wbr>b=2,<wbr>c=3,<wbr>d=4,<wbr>e=5,<wbr>f=6,<wbr>g=7</code></p>'
+        "<pre><code>--quick</code></pre>"
+    )
+
+
 def test_cells_of_a_table_have_their_titles_and_numbers_a_class():
     text = """<table><thead><tr><th>Name</th><th>Bits</th><th>Note</th></tr></thead><tbody>
         <tr><td><code>x --long-name</code></td><td>≤ 1,971.5 ± 0.008</td><td>2 x</td></tr>
         <tr><td>y</td><td></td><td>as <code>tests/test_longer.py::test_b</code></td></tr></tbody></table>"""
-    shown = finish.TABLE.sub(finish.table, text)
+    shown = finish.unbroken(finish.TABLE.sub(finish.table, text))
     assert '<th class="number">Bits</th><th>Note</th>' in shown
     assert (
         '<td class="number" data-label="Bits">≤ 1,971.5\u00a0±\u00a00.008</td><td data-label="Note">2\u00a0x</td>'
