@@ -134,13 +134,13 @@ class Site:
         title_of = {notebook.page: notebook.title for notebook in self.notebooks}
         chapters = {}
         for page, title in title_of.items():
-            if page not in ("index.md", *RUNNABLE):
+            if page not in ("index.md", "gallery.md", *RUNNABLE):
                 chapters.setdefault(page.rpartition("/")[0], []).append({title: page})
         tabs = {
             "Get started": [{"Home": "index.md"}, *titles("start"), *({title_of[page]: page} for page in RUNNABLE)],
             "Learn": [*titles("learn"), *chapters.get("learn", [])],
             "How-to": titles("howto"),
-            "Architectures": chapters["models"],
+            "Architectures": [{title_of["gallery.md"]: "gallery.md"}, *chapters["models"]],
             "Results": "results.md",
             "Reference": [{title: chapters[folder]} for folder, title in REFERENCE.items()],
             "Migration guides": titles("guides", "Migrating from "),

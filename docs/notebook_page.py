@@ -24,6 +24,7 @@ class Notebook:
     title: str  # Heading of the first cell
     lead: str  # Subtitle: the `> …` line of the first cell
     module: str  # Exported module: `lmnotes.models.gpt`. Empty if it exports none
+    hide: str  # Parts of the page to hide, such as `[navigation, toc]`: the `- hide: …` line of the first cell
     cells: list  # Cells, each with the definitions it exports in `defines`
 
     @property
@@ -46,12 +47,13 @@ def read(path, nbs):
     if not head:
         raise ValueError(f"{path}: the first cell must begin with `# Title` and `> subtitle`, found {first[:40]!r}")
     rest = re.sub(r"\A(- \w+: .*\n?)+", "", first[head.end() :])
+    hide = re.search(r"^- hide: (.+)$", first, re.M)
     modules = [re.search(r"^#\| *default_exp (\S+)", joined(cell["source"]), re.M) for cell in cells]
     module = next((f"lmnotes.{match[1]}" for match in modules if match), "")
     cells = [dict(cell, defines=defined(cell)) for cell in [dict(cells[0], source=rest), *cells[1:]]]
     number_anchors([definition for cell in cells for definition in cell["defines"]])
     name = f"{nbs.name}/{inside.with_suffix('').as_posix()}"
-    return Notebook(path, name, page, head[1].strip(), head[2].strip(), module, cells)
+    return Notebook(path, name, page, head[1].strip(), head[2].strip(), module, hide[1] if hide else "", cells)
 
 
 def is_exported(marks):
@@ -192,11 +194,12 @@ def heading(cell, before):
 
 def page_text(notebook, picture, source_url, blob_url):
     "Return the page of a notebook. `picture(bytes, ending)` stores an image and returns its path"
-    front = f"---\ntitle: {json.dumps(notebook.title)}\ndescription: {json.dumps(notebook.lead)}\n---"
+    front = f"title: {json.dumps(notebook.title)}\ndescription: {json.dumps(notebook.lead)}\n"
+    front += f"hide: {notebook.hide}\n" if notebook.hide else ""
     where = f"Notebook [`{notebook.name}`]({blob_url}/{notebook.name}.ipynb)"
     where += f" · module `{notebook.module}`" if notebook.module else ""
     blocks = [
-        front,
+        f"---\n{front}---",
         f"# {notebook.title}",
         f"{notebook.lead}\n{{ .lead }}",
         f"{where}\n{{ .where data-search-exclude }}",

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import sys
 import time
@@ -9,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import pytest
 import torch
 from helpers import (
@@ -27,13 +30,13 @@ from lmnotes.apps.cli import run_notebook
 from lmnotes.core import seed_torch
 from lmnotes.data.batches import Batch
 from lmnotes.files import JsonlLog
-from lmnotes.inspect.comparison import comparison_results, comparison_table
+from lmnotes.inspect.comparison import SHARES, comparison_results, comparison_table
 from lmnotes.nn.lm import archs, get_arch, new_lm
 from lmnotes.runs import compare as comparing
 from lmnotes.runs.compare import ArchMeasurement, CompareConfig, Comparison, compare, count_flops
 from lmnotes.training.trainer import Trainer
 
-NOTEBOOK = ROOT / "nbs/compare.ipynb"
+NOTEBOOK, GALLERY = ROOT / "nbs/compare.ipynb", ROOT / "nbs/gallery.ipynb"
 TINY = dict(
     archs="gpt rnn",
     data="corpus",
@@ -322,7 +325,46 @@ def notebook(**params):
     return 0 if len(names["c"].finished_runs("gpt")) == 1 else 1
 
 
+def gallery(folder):
+    "Run the cells of the notebook `gallery` with the parameters of a small comparison in a folder, and write its page"
+    fork_children()
+    names = {}
+    for cell in nbformat.read(GALLERY, 4).cells:
+        if cell.cell_type == "code":
+            exec(cell.source, names)
+        if "parameters" in cell.metadata.get("tags", []):
+            names |= TINY | dict(own_args="", out_dir=str(folder))
+    page = names["comparison_gallery"](names["c"], names["ideas"], ROOT / "nbs/pictures").html
+    Path("page.html").write_text(page)
+    return 0
+
+
+def test_the_gallery_shows_finished_runs_and_trains_missing_ones(workdir, uninterrupted):
+    shutil.copytree(uninterrupted, workdir / "c")
+    shutil.rmtree(workdir / "c/gpt-1")
+    before = (workdir / "c/rnn-0/run.json").stat().st_mtime_ns
+    assert run_in_process(workdir, gallery, "c") == 0, read_log(workdir)
+    assert (workdir / "c/rnn-0/run.json").stat().st_mtime_ns == before
+    assert numbers(workdir / "c") == numbers(uninterrupted)
+    page = (workdir / "page.html").read_text()
+    assert page.count('class="sample"') == 2 * len(SHARES)
+    assert page.count("<img") == 4  # A curve and a diagram of each architecture
+    for row in comparison_results(Comparison(uninterrupted)):
+        assert f"<b>{row['bpb']:.3f} ± {row['error']:.3f}</b> bits per byte, {row['n_params']:,} parameters" in page
+
+
+def test_the_gallery_has_an_idea_and_a_diagram_of_each_architecture():
+    names = {}
+    exec(next(cell.source for cell in nbformat.read(GALLERY, 4).cells if "ideas = " in cell.source), names)
+    assert {*names["ideas"]} == {*archs()}
+    for name, (notebook, idea) in names["ideas"].items():
+        assert f'@arch(\\"{name}\\")' in (ROOT / "nbs" / notebook).read_text(encoding="utf-8")
+        assert re.fullmatch(r"[A-Z].+[.]", idea) and (ROOT / f"nbs/pictures/{name}.svg").exists()
+
+
 def test_notebook_parameters_match_compare():
     cell, defaults = recipe_parameters(NOTEBOOK), asdict(CompareConfig())
     assert list(cell) == list(defaults)
     assert {n for n in cell if cell[n] != defaults[n]} == {"own_args"}
+    shown = recipe_parameters(GALLERY)
+    assert shown == {n: cell[n] for n in shown}

@@ -10,7 +10,7 @@ from matplotlib.text import Text
 from lmnotes.inference.evaluation import Table
 from lmnotes.inspect import comparison
 from lmnotes.inspect.attention import plot_attention
-from lmnotes.inspect.comparison import plot_comparison
+from lmnotes.inspect.comparison import plot_comparison, plot_panel
 from lmnotes.inspect.diff import plot_two_runs
 from lmnotes.inspect.routing import plot_router_usage
 from lmnotes.inspect.thinking import plot_thinking
@@ -34,6 +34,7 @@ FIGURES = dict(
     metrics=lambda: plot_metrics(METRICS, "A title\nof two lines", ["step 1 | a sample"], steps=100),
     empty=lambda: plot_metrics([], "A title", steps=100),
     comparison=lambda: plot_comparison(Comparison()),
+    panel=lambda: plot_panel([RESULT | dict(name="gpt"), RESULT | dict(name="rnn")], "rnn"),
     attention=lambda: plot_attention([torch.rand(2, 12, 12)] * 2, [f"word {i}" for i in range(12)]),
     routing=lambda: plot_router_usage(Table([dict(domain="sea", a=0.25, b=0.75), dict(domain="hills", a=0.5, b=0.5)])),
     thinking=lambda: plot_thinking(THINKING, "A title"),

@@ -147,7 +147,7 @@ def comparison_run_params(cfg, arch, seed=0, steps=1000) -> dict:  # `CompareCon
     data = {name: vars(cfg)[name] for name in "data data_dir tokenizer ctx_len batch_size orthogonalization".split()}
     every = math.ceil(steps / cfg.evals)
     fixed = dict(init_from="random", dtype="float32", device="cpu", eval_batches="all", keep=1)
-    schedule = dict(steps=steps, eval_every=every, save_every=every, sample_every=steps)
+    schedule = dict(steps=steps, eval_every=every, save_every=every, sample_every=math.ceil(steps / 4))
     model = dict(arch=arch, model_args=model_args_for(cfg, arch), seed=seed)
     return data | fixed | schedule | model | dict(run=f"{arch}-{seed}", out_dir=cfg.out_dir)
 
