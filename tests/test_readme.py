@@ -64,7 +64,7 @@ def test_the_first_run(project, size):
     assert text
     assert (project / "checkpoints/first/run.json").is_file()
     texts = [run(["bash", "-c", line], project, **size).stdout for line in OF_FIRST]
-    assert len(texts) == 2 and texts[0].startswith("The ") and "bpb" in texts[1]
+    assert len(texts) == 2 and texts[0].startswith("The") and "bpb" in texts[1]
 
 
 def test_the_last_run_is_resumed(project):

@@ -266,7 +266,7 @@ EXAMPLES = {  # {command: {command line: explanation}}
         "lmnotes train --run first": "a small GPT in one to three minutes on two CPU cores",
         "lmnotes train --data my_texts/ --arch ssm --steps 2000": "another architecture on your own text files",
     },
-    "generate": {'lmnotes generate --run first --prompt "The "': "continue a text"},
+    "generate": {'lmnotes generate --run first --prompt "The"': "continue a text"},
     "play": {"lmnotes play --run first": "a page with sliders and the alternatives of each token"},
     "evaluate": {"lmnotes evaluate --run first": "bits per byte on the validation data"},
 }
