@@ -110,7 +110,7 @@ def test_train_a_model_and_use_it(project):
     done = record(project / "checkpoints/first")
     assert (done["status"], done["step"], done["config"]["arch"]) == ("done", 60, "gpt")
     text, table = run_task("use it", project).printed
-    assert text.startswith("The ") and len(text) > 20 and "bpb" in table
+    assert text.startswith("The") and len(text) > 20 and "bpb" in table
 
 
 def test_watch_a_run_from_a_second_terminal(project, tmp_path):
@@ -154,7 +154,7 @@ def test_train_your_own_architecture(project):
     for name, code in files_of_page(ROOT / "docs/howto/9_own_architecture.md").items():
         (project / name).write_text(code, encoding="utf-8")
     done = run_task("train your own architecture", project, SMALL)
-    assert done.printed[1].startswith("The ") and record(done.runs / "mine")["config"]["arch"] == "average"
+    assert done.printed[1].startswith("The") and record(done.runs / "mine")["config"]["arch"] == "average"
     check = (
         "import average\nfrom lmnotes.nn.lm import check_contract\ncheck_contract('average', vocab_size=11, ctx_len=8)"
     )
@@ -188,7 +188,7 @@ def test_open_a_model_in_transformers(project):
     assert run_in_process(project, run_program, code) == 0, read_log(project)
     r = lmnotes.load(runs / "nano")
     n = int(re.search(r"max_new_tokens=(\d+)", code)[1])
-    assert "The " + r.generate("The ", n, temperature=0) in read_log(project)
+    assert "The" + r.generate("The", n, temperature=0) in read_log(project)
 
 
 def test_compare_two_runs(project):
