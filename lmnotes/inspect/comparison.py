@@ -265,5 +265,6 @@ def comparison_gallery(
         notebook, idea = (ideas or {}).get(name) or ("", get_arch(name).__doc__ if name in archs() else "")
         cards.append(_card(c, row, notebook, idea, Path(pictures) / f"{name}.svg"))
     lines = "\n".join(cards)
-    page = f'<div class="gallery"><div class="panels">{"".join(links)}</div>\n{lines}\n</div>'
+    text = f"<p>All models learned from the text <code>{escape_html(Path(c.cfg.data).name)}</code>.</p>"
+    page = f'<div class="gallery">{text}<div class="panels">{"".join(links)}</div>\n{lines}\n</div>'
     return HtmlDisplay(_GALLERY_STYLE + page, f"Gallery of {', '.join(row['name'] for row in rows)}")
