@@ -592,11 +592,11 @@ def test_contrast_in_both_color_schemes(page, home, name):
 
 @pytest.mark.parametrize("page", ["dark"], indirect=True)
 @pytest.mark.parametrize(("name", "kind"), [("training/optim", ".figure"), ("results", "[src*=step_profile]")])
-def test_figures_have_a_light_background_in_dark_mode(page, home, name, kind):
+def test_figures_show_the_page_behind_them_in_dark_mode(page, home, name, kind):
     page.goto(f"{home}{name}.html")
     assert page.locator("body").get_attribute("data-md-color-scheme") == "slate"
     picture = page.locator(f"article img{kind}").first
-    assert picture.evaluate("e => getComputedStyle(e).backgroundColor") == "rgb(255, 255, 255)"
+    assert picture.evaluate("e => getComputedStyle(e).backgroundColor") == "rgba(0, 0, 0, 0)"
     assert picture.evaluate("e => e.complete && e.naturalWidth") > 100
     assert picture.get_attribute("alt")
 
@@ -610,7 +610,7 @@ def phone(browser, home):
 
 
 @pytest.mark.parametrize(
-    "name", ["index", "results", "models/gpt", "guides/nanothink", "trust", "runs/config", "compare"]
+    "name", ["index", "results", "models/gpt", "guides/nanothink", "trust", "runs/config", "compare", "gallery"]
 )
 def test_a_phone_shows_cards_and_scrolls_only_down(phone, home, name):
     phone.goto(f"{home}{name}.html")
