@@ -46,7 +46,7 @@ TASKS = {  # {task: (page, words in the block with its commands)}
     "open a model in transformers": ("docs/howto/7_export.md", "--format transformers"),
     "compare two runs": ("docs/howto/5_compare.md", "lmnotes diff"),
 }
-SMALL = dict(LMNOTES_BATCH_SIZE="2", LMNOTES_CTX_LEN="32", LMNOTES_EVAL_BATCHES="2", LMNOTES_DEVICE="cpu")
+SMALL = dict(LMNOTES_BATCH_SIZE="8", LMNOTES_CTX_LEN="32", LMNOTES_EVAL_BATCHES="2", LMNOTES_DEVICE="cpu")
 TINY = SMALL | dict(LMNOTES_MODEL_ARGS="d_model=32 n_layers=1")
 
 
