@@ -19,6 +19,7 @@ from lmnotes.apps.playground import MAX_NEW, AttentionRequest, Playground, TextR
 from lmnotes.apps.playground_server import FILES, HEADERS
 from lmnotes.apps.playground_view import SCRIPT, STYLE, answer_message, show_playground
 from lmnotes.data.tokenizer import ByteTokenizer, CharTokenizer
+from lmnotes.inspect.attention import attention_maps
 from lmnotes.inspect.tokens import has_probabilities, token_text
 from lmnotes.nn.lm import new_lm
 from lmnotes.runs.load import Run
@@ -104,6 +105,19 @@ def check_attention(r, ids):
         assert max(map(sum, found["rows"])) > 300
 
 
+@pytest.mark.parametrize("name, query", {"gpt": 8, "masked diffusion": 9, "bytepatch": 8, "next tokens": 8}.items())
+def test_attention_is_that_of_the_position_that_predicts_a_token(name, query):
+    r, ids = make_run(name), list(range(60, 76))
+    maps = attention_maps(r.lm, torch.tensor(ids))
+    for number, m in enumerate(maps):
+        row = attention_rows(r, AttentionRequest(ids, map=number, head=1))["rows"][9]
+        if len(m[1]) == 4:  # Of patches: the bytes 8 to 11 come after the patch with the bytes 4 to 7
+            expected = m[1, 1].repeat_interleave(4)
+        else:
+            expected = m[1, query]
+        assert row == (1000 * expected[: len(row)]).round().int().tolist()
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if name != "embeddings"])
 def test_a_click_keeps_what_is_before_the_token_and_samples_another(name):
     r = make_run(name)
@@ -184,11 +198,11 @@ def test_damaged_weights_and_unknown_characters_are_sentences():
 def folder(tmp_path_factory, corpus):
     "Return a folder with the runs `r`, a gpt, and `patches`, a bytepatch"
     work = tmp_path_factory.mktemp("play")
-    small = TINY | dict(data=str(corpus), out_dir=str(work / "runs"), steps=5, accum=1, lr=0.02, view=False)
+    small = TINY | dict(data=str(corpus), out_dir=str(work / "runs"), steps=60, accum=1, lr=0.03, view=False)
     small |= dict(eval_every=0, sample_every=0, save_every=0)
     lmnotes.run(**small)
     patches = "d_model=16 d_byte=16 n_layers=1 n_heads=2 ngram_rows=64"
-    lmnotes.run(**small | dict(run="patches", arch="bytepatch", model_args=patches))
+    lmnotes.run(**small | dict(run="patches", steps=5, arch="bytepatch", model_args=patches))
     return work
 
 
@@ -236,10 +250,10 @@ def texts(page, selector):
 
 
 def shown_alternatives(page):
-    "Return (token, probability) of each line of the box"
+    "Return {token: (probability of the model, probability after the sliders)} of the box"
     page.locator(".tip").wait_for()
     lines = [line.inner_text().split("\n") for line in page.locator(".tip button").all()]
-    return [(line[0], float(line[1].strip("<% ")) / 100) for line in lines]
+    return {text: tuple(float(p.strip("<% ")) / 100 for p in numbers) for text, *numbers in lines}
 
 
 def test_two_runs_show_the_text_of_the_same_prompt(page, folder):
@@ -252,18 +266,21 @@ def test_two_runs_show_the_text_of_the_same_prompt(page, folder):
 
 def test_hovering_shows_five_alternatives_with_the_probabilities_of_the_model(page, folder):
     r = lmnotes.load(folder / "runs/r")
-    tokens = continue_text(r, TextRequest("wave", n=12))["tokens"]
+    tokens = continue_text(r, TextRequest("wave", n=12, temperature=0.2))["tokens"]
+    page.get_by_role("slider", name="temperature").fill("0.2")
+    page.locator(".tokens").first.filter(has_text="".join(token["readable"] for token in tokens)).wait_for()
+    until_idle(page)
     page.locator(".token").nth(12).hover()
     shown = shown_alternatives(page)
     current = page.locator(".tip button[aria-current]").inner_text().split("\n")[0]
     assert current == token_text(r.tokenizer, tokens[12]["id"]) and len(shown) == 6
     with torch.no_grad():
-        p = r.lm(torch.tensor([[token["id"] for token in tokens[:12]]]))[0, -1].softmax(-1)
-    of_text = {token_text(r.tokenizer, i): p[i].item() for i in range(256)}
-    assert all(abs(of_text[text] - shown_p) < 0.006 for text, shown_p in shown)
-    others = sorted((of_text[text] for text, _ in shown if text != current), reverse=True)
-    best = sorted((value for text, value in of_text.items() if text != current), reverse=True)
-    assert others == best[:5]
+        logits = r.lm(torch.tensor([[token["id"] for token in tokens[:12]]]))[0, -1]
+    p, q = ({token_text(r.tokenizer, i): v for i, v in enumerate((logits / t).softmax(-1).tolist())} for t in (1, 0.2))
+    assert all(abs(p[text] - a) < 0.006 and abs(q[text] - b) < 0.006 for text, (a, b) in shown.items())
+    assert max(abs(p[text] - q[text]) for text in shown) > 0.02
+    others = sorted((p[text] for text in shown if text != current), reverse=True)
+    assert others == sorted((value for text, value in p.items() if text != current), reverse=True)[:5]
 
 
 def test_a_click_samples_another_token_and_a_choice_takes_one(page):
@@ -360,6 +377,8 @@ def test_text_is_readable_on_a_phone_in_both_schemes(browser, address, scheme):
     page.goto(address)
     until_idle(page)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    lightness = page.locator(".card").first.evaluate("e => getComputedStyle(e).backgroundColor.match(/[\\d.]+/)[0]")
+    assert (float(lightness) < 0.5) == (scheme == "dark")
     token = page.locator(".token").nth(9)
     token.tap()
     box = page.locator(".tip").bounding_box()
