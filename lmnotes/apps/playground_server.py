@@ -109,9 +109,10 @@ def _listen(port):
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(("127.0.0.1", port))
-    except (OSError, OverflowError) as e:
+        listener.listen()  # So that a page that opens at once waits
+    except (OSError, OverflowError):
         listener.close()
-        raise ValueError(f"port={port} is not available ({e}). Pass another one, or 0 for any free port") from None
+        raise ValueError(f"port={port} is not available. Pass another one, or 0 for any free port") from None
     return listener
 
 
