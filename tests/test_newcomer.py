@@ -38,13 +38,13 @@ TASKS = {  # {task: (page, words in the block with its commands)}
     "train a model": ("docs/start/2_quickstart.md", "lmnotes train --run first --steps 60"),
     "use it": ("docs/start/2_quickstart.md", "lmnotes generate"),
     "watch a run from a second terminal": ("docs/start/2_quickstart.md", "lmnotes watch"),
-    "train on your own text": ("docs/howto/1_own_data.md", "--run mine "),
-    "resume": ("docs/howto/2_resume.md", "--run first --resume\n"),
-    "train longer": ("docs/howto/2_resume.md", "--run first --resume --steps"),
-    "train your own architecture": ("docs/howto/9_own_architecture.md", "python average.py"),
-    "fine-tune GPT-2 with LoRA": ("docs/howto/3_fine_tune.md", "--init-from gpt2 "),
-    "open a model in transformers": ("docs/howto/7_export.md", "--format transformers"),
-    "compare two runs": ("docs/howto/5_compare.md", "lmnotes diff"),
+    "train on your own text": ("docs/howto/01_own_data.md", "--run mine "),
+    "resume": ("docs/howto/02_resume.md", "--run first --resume\n"),
+    "train longer": ("docs/howto/02_resume.md", "--run first --resume --steps"),
+    "train your own architecture": ("docs/howto/11_own_architecture.md", "python average.py"),
+    "fine-tune GPT-2 with LoRA": ("docs/howto/03_fine_tune.md", "--init-from gpt2 "),
+    "open a model in transformers": ("docs/howto/08_export.md", "--format transformers"),
+    "compare two runs": ("docs/howto/06_compare.md", "lmnotes diff"),
 }
 SMALL = dict(LMNOTES_BATCH_SIZE="8", LMNOTES_CTX_LEN="32", LMNOTES_EVAL_BATCHES="2", LMNOTES_DEVICE="cpu")
 TINY = SMALL | dict(LMNOTES_MODEL_ARGS="d_model=32 n_layers=1")
@@ -151,7 +151,7 @@ def test_resume_gives_the_same_bits_and_then_train_longer(project, tmp_path):
 
 
 def test_train_your_own_architecture(project):
-    for name, code in files_of_page(ROOT / "docs/howto/9_own_architecture.md").items():
+    for name, code in files_of_page(ROOT / "docs/howto/11_own_architecture.md").items():
         (project / name).write_text(code, encoding="utf-8")
     done = run_task("train your own architecture", project, SMALL)
     assert done.printed[1].startswith("The") and record(done.runs / "mine")["config"]["arch"] == "average"
@@ -183,7 +183,7 @@ def test_fine_tune_gpt2_with_lora(project):
 
 def test_open_a_model_in_transformers(project):
     runs = run_task("open a model in transformers", project).runs
-    (code,) = [code for code in page_blocks(ROOT / "docs/howto/7_export.md", "python") if "transformers" in code]
+    (code,) = [code for code in page_blocks(ROOT / "docs/howto/08_export.md", "python") if "transformers" in code]
     (project / "log").unlink()
     assert run_in_process(project, run_program, code) == 0, read_log(project)
     r = lmnotes.load(runs / "nano")
