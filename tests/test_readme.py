@@ -12,6 +12,8 @@ import nbformat
 import pytest
 from helpers import lmnotes_command, read_log, run_in_process
 
+from lmnotes.runs.config import RunConfig
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINES = re.findall(r"^lmnotes (?:train|watch|evaluate|generate) .*", README, re.M)
@@ -100,7 +102,7 @@ def test_the_shell(project, size, run_others):
     first, *others = SHELL
     printed = [run_in_shell(first, project, **size)] + [run_others(line, project, **size) for line in others]
     assert "done at step 50 of 50" in printed[0]
-    assert "small: gpt on pydocs | done at step 50 of 50" in printed[1]
+    assert f"small: gpt on {RunConfig.data} | done at step 50 of 50" in printed[1]
     assert "bpb" in printed[2]
     assert printed[3].startswith("The")
 
