@@ -15,7 +15,7 @@ import sysconfig
 import urllib.error
 import urllib.request
 import zipfile
-from functools import lru_cache, partial
+from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -346,7 +346,7 @@ def _resolve_sources(data, data_dir, recursive, text_key):
     if data in BUILTIN or data in DOWNLOADS:
         if data in BUILTIN and Path(data).exists():
             print(f"data={data!r} is text that comes with Python. To read {Path(data).resolve()}, pass ./{data}")
-        return data, (BUILTIN.get(data) or partial(_named_sources, data))(data_dir), []
+        return data, BUILTIN[data](data_dir) if data in BUILTIN else _named_sources(data, data_dir), []
     if data.startswith("hf:") and not data.startswith("hf://"):
         return data[3:].rpartition("/")[2], _hub_sources(data[3:], data_dir, text_key), []
     _check_local(data)
