@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_PROMPT', 'MAX_NEW', 'MAX_TOKENS', 'MAX_THINKING', 'N_ALTERNATIVES', 'REQUESTS', 'TextRequest', 'AttentionRequest',
-           'read_request', 'describe_tokens', 'thinking', 'continue_text', 'attention_rows', 'describe_run',
-           'Playground']
+           'read_request', 'tokens_with_alternatives', 'use_thinking_steps', 'continue_text', 'attention_rows',
+           'describe_run', 'Playground']
 
 # %% ../../nbs/apps/95_playground.ipynb #4d9c3125
 import threading
@@ -82,14 +82,15 @@ def _readable(tokenizer, i):
 
 def _token(tokenizer, i, log_p, sampled):
     "Return a token of a text, from its (V,) log-probabilities and the probabilities that the sampler uses"
-    row, q = token_row(tokenizer, i, log_p, N_ALTERNATIVES + 1), dict(enumerate(sampled.tolist()))
-    others = [(j, p) for j, p in row["best"] if j != i][:N_ALTERNATIVES]
-    others = [dict(id=j, text=token_text(tokenizer, j), p=p, q=q.get(j, 0.0)) for j, p in others]
-    measured = dict(p=row["p"], q=q.get(i, 0.0), rank=row["rank"])
+    row = token_row(tokenizer, i, log_p, N_ALTERNATIVES + 1)
+    p = dict(row["best"]) | {i: row["p"]}
+    q = {j: sampled[j].item() if j < len(sampled) else 0.0 for j in p}  # The sampler never uses ids without a text
+    others = [dict(id=j, text=token_text(tokenizer, j), p=p[j], q=q[j]) for j in p if j != i][:N_ALTERNATIVES]
+    measured = dict(p=p[i], q=q[i], rank=row["rank"])
     return dict(id=i, text=row["text"], readable=_readable(tokenizer, i), **measured, alternatives=others)
 
 
-def describe_tokens(lm, tokenizer, ids, sampler) -> list:  # A model, its tokenizer, ids, and a `TokenSampler`
+def tokens_with_alternatives(lm, tokenizer, ids, sampler) -> list:  # A model, its tokenizer, ids, and a `TokenSampler`
     "Return a dict for each token of a text. The first token and those of a model without probabilities have no `p`"
     plain = [dict(id=i, text=token_text(tokenizer, i), readable=_readable(tokenizer, i)) for i in ids]
     if len(ids) < 2 or not has_probabilities(lm):
@@ -101,7 +102,9 @@ def describe_tokens(lm, tokenizer, ids, sampler) -> list:  # A model, its tokeni
     return plain[:1] + [_token(tokenizer, *row) for row in zip(ids[1:], log_p, sampled)]
 
 # %% ../../nbs/apps/95_playground.ipynb #71124b1a
-def thinking(lm, steps) -> AbstractContextManager:  # A model, and a number of thinking steps (None: as trained)
+def use_thinking_steps(
+    lm, steps
+) -> AbstractContextManager:  # A model, and a number of thinking steps (None: as trained)
     "Return a context manager in which the model has this number of thinking steps"
     if steps is None:
         return nullcontext()
@@ -134,12 +137,12 @@ def continue_text(r, request) -> dict:  # A `Run` and a `TextRequest`
     if len(prompt) + request.n > MAX_TOKENS:
         raise ValueError(f"{len(prompt):,} tokens of the prompt and {request.n} new ones are more than {MAX_TOKENS:,}")
     _check_ids(lm, [*ids, request.other_than or 0])
-    with thinking(lm, request.thinking_steps):
+    with use_thinking_steps(lm, request.thinking_steps):
         if request.other_than is not None:
             ids += _sample_other(lm, ids, request.other_than, TokenSampler(**settings))
         n = max(0, len(prompt) + request.n - len(ids))
         new = generate_ids(lm, [ids], n, tokenizer.eot_id, **settings)[0]
-        tokens = describe_tokens(lm, tokenizer, ids + new, TokenSampler(**settings))
+        tokens = tokens_with_alternatives(lm, tokenizer, ids + new, TokenSampler(**settings))
     sizes = dict(n_prompt=len(prompt), n_given=len(ids), ended=len(new) < n)
     return dict(tokens=tokens, **sizes, warnings=[escape_terminal(w.message) for w in found])
 
@@ -160,7 +163,7 @@ def attention_rows(r, request) -> dict:  # A `Run` and an `AttentionRequest`
     _check_ids(lm, request.ids)
     if not T:
         raise ValueError("ids=[] is no text. Pass at least one id")
-    with thinking(lm, request.thinking_steps):
+    with use_thinking_steps(lm, request.thinking_steps):
         maps = attention_maps(lm, torch.tensor(request.ids[-T:]))
     number = min(request.map, len(maps) - 1)
     m = maps[number].mean(0) if request.head < 0 else maps[number][min(request.head, len(maps[number]) - 1)]
@@ -215,7 +218,9 @@ class Playground:
         ask, number, values = request.get("ask"), request.get("run", 0), request.get("values", {})
         if ask == "runs":
             limits = dict(n=MAX_NEW, thinking_steps=MAX_THINKING)
-            return dict(runs=[describe_run(r) for r in self.runs], settings=asdict(self.settings), limits=limits)
+            with self.lock:
+                runs = [describe_run(r) for r in self.runs]
+            return dict(runs=runs, settings=asdict(self.settings), limits=limits)
         if not isinstance(ask, str) or ask not in REQUESTS or not isinstance(values, dict):
             raise ValueError(f"a request has ask='runs', {' or '.join(map(repr, REQUESTS))}, and values as an object")
         if type(number) is not int or not 0 <= number < len(self.runs):

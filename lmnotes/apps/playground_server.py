@@ -129,7 +129,7 @@ def serve_playground(
     quiet = dict(log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2)
     server = uvicorn.Server(uvicorn.Config(app, lifespan="off", ws="none", loop="asyncio", **quiet))
     with _listen(port) as listener:
-        names = " and ".join(r.folder.name for r in playground.runs)
+        names = " and ".join(escape_terminal(r.folder.name, keep="") for r in playground.runs)
         print(f"{names}: http://127.0.0.1:{listener.getsockname()[1]} (Ctrl+C ends the server)", flush=True)
         with suppress(KeyboardInterrupt):  # The server ends, and then passes the signal on
             server.run(sockets=[listener])
