@@ -68,17 +68,17 @@ def _gpt_to_hf(lm):
     return model
 
 # %% ../../nbs/export/80_transformers_format.ipynb #fd3d8a4c
-_CONVERSIONS = dict(gpt=_gpt_to_hf, gpt2=to_hf)
+_CONVERSIONS = {GPT: _gpt_to_hf, GPT2: to_hf}
 
 
 def to_transformers(
     lm,  # A model without adapters
 ) -> "transformers.GPT2LMHeadModel":
     "Return a model of transformers that computes the same logits, or raise `ValueError` if there is none"
-    if type(lm) not in (GPT, GPT2):
+    if type(lm) not in _CONVERSIONS:
         known = "gpt2, and gpt with a preset such as nanogpt"
         raise ValueError(f"transformers has no architecture {lm.arch!r}. It can open {known}. Use format='lmnotes'")
-    return _CONVERSIONS[lm.arch](lm).eval()
+    return _CONVERSIONS[type(lm)](lm).eval()
 
 # %% ../../nbs/export/80_transformers_format.ipynb #3d904450
 def _bytes_to_hf():
