@@ -177,14 +177,15 @@ def plot_panel(
 
     fig, ax = plt.subplots(figsize=(2.8, 2.1), layout="constrained")
     plt.close(fig)  # The caller displays it
-    for row in sorted(rows, key=lambda row: row["name"] == name):  # Its own curve above the others
-        is_own = row["name"] == name
-        color, style = (PLOT_COLORS[0], dict(linewidth=2.5)) if is_own else (PLOT_GRAY, dict(linewidth=1, alpha=0.5))
-        _plot_curve(ax, row, compute, color, **style)
-    steps, means, _ = zip(*row["curve"])
-    each = row[compute] / row["steps"] / _UNITS[compute][1]
-    points = [(step * each, _interpolate(step, steps, means)) for step in (share * row["steps"] for share in SHARES)]
-    ax.plot(*zip(*[point for point in points if point[1]]), "o", color=PLOT_COLORS[0], markersize=5)
+    (own,) = (row for row in rows if row["name"] == name)
+    for row in rows:
+        if row is not own:
+            _plot_curve(ax, row, compute, PLOT_GRAY, linewidth=1, alpha=0.5)
+    _plot_curve(ax, own, compute, PLOT_COLORS[0], linewidth=2.5)  # Above the others
+    steps, means, _ = zip(*own["curve"])
+    each = own[compute] / own["steps"] / _UNITS[compute][1]
+    points = [(step * each, _interpolate(step, steps, means)) for step in (share * own["steps"] for share in SHARES)]
+    ax.plot(*zip(*[point for point in points if point[1] is not None]), "o", color=PLOT_COLORS[0], markersize=5)
     ax.set(xlabel=_UNITS[compute][0], ylabel="bits per byte")
     ax.locator_params(nbins=5)
     ax.grid()
@@ -239,7 +240,7 @@ _GALLERY_STYLE = """<style>
 
 def _card(c, row, notebook, idea, diagram):
     "Return one architecture as HTML"
-    name, error = escape_html(row["name"]), f" ± {row['error']:.3f}" if row["seeds"] > 1 else ""
+    name, error = escape_html(row["name"], attribute=True), f" ± {row['error']:.3f}" if row["seeds"] > 1 else ""
     facts = f"<b>{upper_bound_mark(row)}{row['bpb']:.3f}{error}</b> bits per byte, {row['n_params']:,} parameters, "
     facts += f"{row['steps'] * c.cfg.batch_size * c.cfg.ctx_len:,} tokens read in {row['steps']:,} steps"
     title = f'<a href="{notebook}">{name}</a>' if notebook else name
@@ -252,7 +253,7 @@ def _card(c, row, notebook, idea, diagram):
 # %% ../../nbs/inspect/77_comparison.ipynb #d43e85e2
 def comparison_gallery(
     c,  # A `Comparison`
-    ideas=None,  # {architecture: (address of its notebook, its idea in one sentence)}
+    ideas=None,  # {architecture: (address of its notebook, its idea as HTML)}
     pictures="",  # Folder with diagrams such as gpt.svg
 ) -> HtmlDisplay:
     "Show the curve, samples and diagram of each architecture, the best first"
