@@ -116,7 +116,7 @@ def use_model_of_source(cfg, origins) -> None:  # `RunConfig` of a new run, and 
     default, given = asdict(get_arch(arch).Config()), parse_model_args(arch, cfg.model_args)
     new = {n: config[n] for n in default if config.get(n, default[n]) != default[n] and n not in given}
     ctx_len, _ = new.pop("ctx_len", default["ctx_len"]), new.pop("vocab_size", None)
-    cfg.model_args = " ".join([*(f"{n}={v}" for n, v in new.items() if " " not in str(v)), cfg.model_args]).strip()
+    cfg.model_args = " ".join([*(f"{n}={str(v).replace(' ', ',')}" for n, v in new.items()), cfg.model_args]).strip()
     cfg.ctx_len = ctx_len if origins["ctx_len"] == "default" else cfg.ctx_len
 
 # %% ../../nbs/runs/62_initial_weights.ipynb #c2a61496
