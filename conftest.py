@@ -50,11 +50,8 @@ SLOWEST = "exactness_matrix ranks readme fresh_or_resume nanothink_recipe compar
 SLOWEST += (
     " guides text_only signals papermill_train resume_auto power_cuts kills damaged_runs foreign_data disk_errors"
 )
-SHORTER = (
-    "nbs/train.ipynb",
-    "nbs/generate.ipynb",
-    "nbs/playground.ipynb",
-)  # `-m nightly` trains as the README says, in tests/test_readme.py
+# `-m nightly` trains as the README says, in tests/test_readme.py
+SHORTER = "nbs/train.ipynb", "nbs/generate.ipynb", "nbs/playground.ipynb"
 SHORT = dict(LMNOTES_STEPS="40", LMNOTES_BATCH_SIZE="2", LMNOTES_MODEL_ARGS="d_model=64 n_layers=2 n_heads=2")
 
 

@@ -1,4 +1,4 @@
-"""A newcomer does nine tasks with the commands of the pages, at most two for each, in a folder that holds nothing else."""
+"""A newcomer does each task with the commands of its page, at most two, in a folder that holds only settings.ini and README.md."""
 
 import json
 import re
@@ -93,7 +93,7 @@ def run_task(task, folder, environ=TINY):
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    "Return a folder with a run `first`, a text and a small GPT-2, which needs no download"
+    "Return a folder with the run `first`, an empty data folder and a text, README.md"
     folder = tmp_path_factory.mktemp("project")
     for name in ("settings.ini", "README.md"):
         shutil.copy(ROOT / name, folder)
