@@ -104,8 +104,8 @@ def generate_command(argv) -> int:
 class PlayOptions:
     "Options of `lmnotes play`, besides the runs"
 
-    prompt: str = ""  # First prompt on the page (empty: the start of a document)
-    n: int = 80  # First number of new tokens
+    prompt: str = ""  # Initial prompt (empty: the start of a document)
+    n: int = 80  # Initial number of new tokens
     which: str = ""  # Checkpoint: best | last | interrupted | final (empty: the newest verified one)
     device: str = "auto"  # auto | cuda | mps | cpu
     quantize: str = ""  # int8: weights in 8 bits, about twice as fast on a CPU (empty: as trained)

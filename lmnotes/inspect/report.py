@@ -36,9 +36,8 @@ def summarize_run(r) -> Table:  # A `Run`
         "tokens per second": round(train[-1]["tok_per_s"]) if train else "",
         "folder": r.folder.name,
     }
-    return Table(
-        dict(item=k, value=v) for k, v in rows.items() if v != ""
-    )  # A run that was stopped early has few values
+    # A run that was stopped early has few values
+    return Table(dict(item=k, value=v) for k, v in rows.items() if v != "")
 
 # %% ../../nbs/inspect/76_report.ipynb #c85fdee0
 def inspect_run(
