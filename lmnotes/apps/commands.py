@@ -129,7 +129,7 @@ class ExportOptions:
     run: str = ""  # Run folder, or its name under checkpoints/ (empty: the most recent run)
     which: str = ""  # Checkpoint: best | last | interrupted | final (empty: the newest verified one)
     state_dict: str = ""  # Also save the weights with torch.save under this name, such as best_model.pth
-    format: str = "lmnotes"  # lmnotes: runs without lmnotes | transformers: opens with AutoModelForCausalLM
+    format: str = "lmnotes"  # lmnotes: with its own source code | transformers: for AutoModelForCausalLM
 
 
 def export_command(args) -> None:
