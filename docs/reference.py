@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import re
 import tokenize
 from dataclasses import dataclass, field
@@ -50,7 +51,9 @@ class Source:
         self.notes = {token.start[0]: token.string.lstrip("# ").rstrip() for token in found}
 
     def text(self, node):
-        "Return the source of an expression on one line"
+        "Return the source of an expression on one line, with the parts of a string joined"
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.end_lineno > node.lineno:
+            return json.dumps(node.value, ensure_ascii=False)
         return " ".join(ast.get_source_segment(self.code, node).split()) if node else ""
 
     def note(self, node):
