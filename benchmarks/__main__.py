@@ -95,7 +95,8 @@ def main():
 
         threads = os.environ.get("OMP_NUM_THREADS", "1")
         machine = f"{environment()['cpu_model']}, {threads} thread{'s' * (threads != '1')}, {datetime.date.today()}"
-        text = f"{machine}. A ratio has the quartiles of its rounds in brackets.\n\n{table(speeds, chosen)}"
+        note = "A ratio is that of the least times. The quartiles of single rounds are in brackets, and it can lie outside them"
+        text = f"{machine}. {note}.\n\n{table(speeds, chosen)}"
         print(f"\n{text}")
         if args.write:
             write_results(text)
