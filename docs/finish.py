@@ -14,6 +14,8 @@ NUMBER = re.compile(r"[≤≥]? ?[+-]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?( ± [\d.]+)?(
 WORD = re.compile(r"(?<!\S)(?=\S*[^\w\s])\S{2,}")
 UNIT = re.compile(r"(?<=\d) (?=(?:x|%|µs|ms|s|kB|MB|GB|M)\b)| (?=± )|(?<=±) ")
 CODE = re.compile(r"(<pre.*?</pre>)|(<code[^>]*>)([^<]*)(</code>)", re.S)
+SHELL = re.compile(r'<div class="language-(?:sh|bash|text) highlight">.*?</pre>', re.S)
+OPTION = re.compile(r"(<[^>]*>)|(?<![\w-])--[\w-]+")
 LONG = 24  # Longer words may break between the parts of a path or of a list
 
 
@@ -37,6 +39,10 @@ def unbroken(page):
             return re.sub(r"(::|[/,])", r"\1<wbr>", found[0])
         return f'<span class="word">{found[0]}</span>'
 
+    def option(found):
+        return found[1] or f'<span class="word">{found[0]}</span>'
+
+    page = SHELL.sub(lambda block: OPTION.sub(option, block[0]), page)
     return CODE.sub(lambda code: code[1] or code[2] + WORD.sub(word, code[3]) + code[4], page)
 
 
