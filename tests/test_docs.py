@@ -206,6 +206,18 @@ def test_words_of_code_stay_whole_outside_of_blocks():
     )
 
 
+def test_options_stay_whole_in_commands():
+    block = '<div class="language-{} highlight"><pre><code id="a--b">lmnotes {} b-c</code></pre></div>'
+    whole = '<span class="word">--init-from</span>'
+    assert finish.unbroken(block.format("sh", "--init-from")) == block.format("sh", whole)
+    assert finish.unbroken(block.format("python", "--init-from")) == block.format("python", "--init-from")
+
+
+def test_the_parts_of_a_default_string_are_joined():
+    (field,) = reference.variables('own: str = (\n    "rnn: n_layers=1; "\n    "ssm: n_layers=6"\n)  # Overrides')
+    assert field.default == '"rnn: n_layers=1; ssm: n_layers=6"' and field.comment == "Overrides"
+
+
 def test_cells_of_a_table_have_their_titles_and_numbers_a_class():
     text = """<table><thead><tr><th>Name</th><th>Bits</th><th>Note</th></tr></thead><tbody>
         <tr><td><code>x --long-name</code></td><td>≤ 1,971.5 ± 0.008</td><td>2 x</td></tr>
