@@ -92,9 +92,15 @@ def tokenizer_of_initial_weights(
 # %% ../../nbs/runs/62_initial_weights.ipynb #8e8bfff3
 def _recorded_model(path):
     "Return (architecture, configuration) of a run, checkpoint, exported model or file in a run folder, or ('', {})"
-    folder = (run_folder_of_file(path) or path.parent) if path.is_file() else path
+    is_file = path.is_file()
+    folder = (run_folder_of_file(path) or path.parent) if is_file else path
     path = next(iter(list_checkpoints(folder)[-1:]), folder) / "config.json"
-    saved = read_json(path, CheckpointError) if path.is_file() else None
+    try:
+        saved = read_json(path, CheckpointError) if path.is_file() else None
+    except CheckpointError:
+        if not is_file:  # A file needs no config.json
+            raise
+        saved = None
     saved = saved if isinstance(saved, dict) else {}
     config = saved.get("config")
     return saved.get("arch", saved.get("model_type", "")), config if isinstance(config, dict) else {}
