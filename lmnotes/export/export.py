@@ -19,6 +19,7 @@ from ..core import *
 from .model_card import *
 from .transformers_format import *
 from ..files import *
+from ..inference.quantization import Int8Linear
 from ..nn.lm import *
 from ..nn.lora import merge_and_unload
 from ..runs.load import *
@@ -239,6 +240,8 @@ def export(
     r = run if isinstance(run, Run) and not which else load(run.folder if isinstance(run, Run) else run, which, "cpu")
     if r.status == "dry_run" or not (r.folder / "run.json").exists():
         raise ValueError(f"{r.folder.name}: there is no such run on the disk (a dry run saves nothing). Train it first")
+    if any(isinstance(module, Int8Linear) for module in r.lm.modules()):
+        raise ValueError(f"{r.folder.name} is open with weights in 8 bits. Load it without quantize to export it")
     lm = merge_and_unload(r.lm) if r.lm.lora else r.lm
     check_finite(model_tensors(lm), r.folder.name)
     tmp = temporary_path(folder)
