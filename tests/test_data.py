@@ -519,3 +519,9 @@ def test_docstrings_are_those_that_python_finds():
             n += 1
             wrong += [found] if not any(all(p in text for p in found.split("\n\n")) for text in known) else []
     assert n > 200 and len(wrong) < 0.01 * n, wrong
+
+
+def test_docstrings_are_written_again_if_their_file_is_empty(tmp_path):
+    (tmp_path / "docstrings.jsonl").touch()
+    get_corpus("docstrings", tmp_path)
+    assert (tmp_path / "docstrings.jsonl").read_text().count("\n") > 1000

@@ -106,9 +106,9 @@ def _write_docstrings(path):
 
 
 def _docstrings(data_dir=""):
-    "Return the source of the docstrings, after writing the file if it is missing"
+    "Return the source of the docstrings, after writing the file if it is missing or empty"
     path = data_root(data_dir) / "docstrings.jsonl"
-    if not path.is_file():
+    if not path.is_file() or not path.stat().st_size:
         _write_docstrings(path)
     return [Source("docstrings", path, path.name, "jsonl")]
 
