@@ -47,7 +47,7 @@ def take_aliases(
     while rest:
         word = rest.pop(0)
         name, equals, value = word[2:].replace("-", "_").partition("=")
-        if word.startswith("--no-") and name[3:] in flags:
+        if word.startswith("--no-") and name[3:] in flags and not equals:
             given[name[3:]] = "false"
         elif not word.startswith("--") or name not in aliases:
             words.append(word)
