@@ -103,7 +103,8 @@ def _recorded_model(path):
         saved = None
     saved = saved if isinstance(saved, dict) else {}
     config = saved.get("config")
-    return saved.get("arch", saved.get("model_type", "")), config if isinstance(config, dict) else {}
+    other = "" if is_file else saved.get("model_type", "")  # Only a whole folder is read like one of transformers
+    return saved.get("arch", other), config if isinstance(config, dict) else {}
 
 
 def use_model_of_source(cfg, origins) -> None:  # `RunConfig` of a new run, and {parameter: origin of its value}
