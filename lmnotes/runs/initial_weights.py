@@ -106,7 +106,7 @@ def _recorded_model(path):
     other = "" if is_file else saved.get("model_type", "")  # Only a whole folder is read like one of transformers
     return saved.get("arch", other), config if isinstance(config, dict) else {}
 
-
+# %% ../../nbs/runs/62_initial_weights.ipynb #409c1bdc
 def use_model_of_source(cfg, origins) -> None:  # `RunConfig` of a new run, and {parameter: origin of its value}
     "Set the architecture, its configuration and `ctx_len` to those of the initial weights, unless you have set them"
     if cfg.init_from in ("", "random") or "recipe" in (origins["arch"], origins["model_args"]):
