@@ -14,7 +14,7 @@ GIT_URL = settings()["git_url"]
 ADDRESS = (
     f"https://colab.research.google.com/{GIT_URL.replace('https://github.com', 'github')}/blob/{settings()['branch']}"
 )
-BADGE = f"\n\n[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({ADDRESS}/%s)\n\n"
+LINK = f"\n\n[Open in Colab]({ADDRESS}/%s)\n\n"
 
 
 def cells(name):
@@ -28,7 +28,7 @@ def install_cell(name):
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_begins_with_a_link_to_itself_and_the_shared_install_cell(name):
-    assert BADGE % name in cells(name)[0].source + "\n\n"
+    assert LINK % name in cells(name)[0].source + "\n\n"
     assert install_cell(name) == install_cell(NOTEBOOKS[0]) and f"git+{GIT_URL}" in install_cell(name)
 
 

@@ -145,8 +145,8 @@ def test_train_watch_and_stop_in_jupyterlab(tmp_path):
     assert output["data"]["image/png"] and "interrupted at step" in text
     assert len(re.findall(r"step [\d,]+ \| 'The ", text)) >= 3  # Samples of the same prompt
     for cell in cells[
-        2:
-    ]:  # After imports and parameters: the cells before the training, the training, and the cells after it
+        3:
+    ]:  # After the installing cell, imports and parameters: those before the training, the training, and those after it
         assert cell["outputs"], cell["source"]
     kinds = {kind for c in cells for o in c["outputs"] for kind in o.get("data", {})}
     assert not any("widget" in kind for kind in kinds)

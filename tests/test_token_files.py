@@ -205,9 +205,12 @@ def test_the_table_names_files_documents_and_shares(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "params, message",
     [
-        (dict(data_dir="texts"), "data_dir='texts' has no effect on data='pydocs'.*pass data='texts'"),
+        (dict(data_dir="texts"), "data_dir='texts' has no effect on data='docstrings'.*pass data='texts'"),
         (dict(data_dir="texts", domains="sea"), "data_dir='texts' has no effect"),
-        (dict(text_key="body"), "text_key='body' has no effect on data='pydocs', which is text that comes with Python"),
+        (
+            dict(text_key="body"),
+            "text_key='body' has no effect on data='docstrings', which is text that comes with Python",
+        ),
         (
             dict(data="a.txt", token_dtype="int32"),
             "token_dtype='int32' has no effect on data='a.txt', which is plain text",

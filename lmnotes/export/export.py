@@ -183,15 +183,19 @@ _FORMATS = dict(
 )
 
 
-def _write_folder(r, lm, folder, format, state_dict):
-    "Write all files of an export and their hashes"
-    name, write_files = _FORMATS[format]
-    folder.mkdir(parents=True)
-    write_files(r, lm, folder)
+def _write_files(r, lm, folder, format, state_dict):
+    "Write all files of an export except its manifest"
+    _FORMATS[format][1](r, lm, folder)
     if state_dict:
         save_torch_file(merged_state_dict(lm), folder / state_dict)
+
+
+def _write_folder(r, lm, folder, format, state_dict):
+    "Write all files of an export and their hashes"
+    folder.mkdir(parents=True)
+    _write_files(r, lm, folder, format, state_dict)
     hashes = {name: sha256_file(path) for name, path in list_files(folder).items()}
-    write_json(folder / EXPORT_MANIFEST, dict(format=name, files=hashes), durable=False)
+    write_json(folder / EXPORT_MANIFEST, dict(format=_FORMATS[format][0], files=hashes), durable=False)
     for path in list_files(folder).values():
         fsync_path(path)
 

@@ -126,6 +126,7 @@ def plot_comparison(
 ) -> "matplotlib.figure.Figure":  # A matplotlib figure
     "Plot bits per byte by compute, and by generation speed and memory"
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     rows = comparison_results(c)
     fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4), layout="constrained", sharey=True)
@@ -138,6 +139,9 @@ def plot_comparison(
         title=f"mean of {c.cfg.seeds} seeds, ± standard error",
     )
     right.set(xscale="log", xlabel="bytes written per CPU second", title="area of a point: memory of training")
+    right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.xaxis.set_major_formatter("{x:,.0f}")
+    right.xaxis.set_minor_formatter("")
     for axis in (left, right):
         axis.grid()
     handles, labels = left.get_legend_handles_labels()
@@ -195,7 +199,7 @@ def plot_panel(
 def _image(data, alt):
     "Return an SVG as an HTML image"
     address = base64.b64encode(data).decode()
-    return f'<img src="data:image/svg+xml;base64,{address}" alt="{escape_html(alt, attribute=True)}">'
+    return f'<img src="data:image/svg+xml;base64,{escape_html(address, attribute=True)}" alt="{escape_html(alt, attribute=True)}">'
 
 
 def _figure_svg(fig):
@@ -240,15 +244,17 @@ _GALLERY_STYLE = """<style>
 
 def _card(c, row, notebook, idea, diagram):
     "Return one architecture as HTML"
-    name, error = escape_html(row["name"], attribute=True), f" ± {row['error']:.3f}" if row["seeds"] > 1 else ""
-    facts = f"<b>{upper_bound_mark(row)}{row['bpb']:.3f}{error}</b> bits per byte, {row['n_params']:,} parameters, "
-    facts += f"{row['steps'] * c.cfg.batch_size * c.cfg.ctx_len:,} tokens read in {row['steps']:,} steps"
-    title = f'<a href="{notebook}">{name}</a>' if notebook else name
-    parts = [f'<h3 id="{name}">{title}</h3><p>{idea}</p><p>{facts}</p>']
-    for share, text in _samples(c, row["name"]):
+    name, error = row["name"], f" ± {row['error']:.3f}" if row["seeds"] > 1 else ""
+    cell = f"<b>{escape_html(upper_bound_mark(row))}{row['bpb']:.3f}{escape_html(error)}</b> bits per byte, {row['n_params']:,} parameters, "
+    cell += f"{row['steps'] * c.cfg.batch_size * c.cfg.ctx_len:,} tokens read in {row['steps']:,} steps"
+    title = (
+        f'<a href="{escape_html(notebook, attribute=True)}">{escape_html(name)}</a>' if notebook else escape_html(name)
+    )
+    parts = [f'<h3 id="{escape_html(name, attribute=True)}">{title}</h3><p>{idea}</p><p>{cell}</p>']
+    for share, text in _samples(c, name):
         parts.append(f'<p class="share">After {share:.0%} of the training:</p><div class="sample">{text}</div>')
-    picture = _image(diagram.read_bytes(), f"Diagram of {row['name']}") if diagram.exists() else ""
-    return f'<div class="card"><div>{"".join(parts)}</div><div class="diagram">{picture}</div></div>'
+    body = _image(diagram.read_bytes(), f"Diagram of {name}") if diagram.exists() else ""
+    return f'<div class="card"><div>{"".join(parts)}</div><div class="diagram">{body}</div></div>'
 
 # %% ../../nbs/inspect/77_comparison.ipynb #d43e85e2
 def comparison_gallery(
@@ -261,11 +267,11 @@ def comparison_gallery(
     for row in rows:
         name = row["name"]
         panel = _figure_svg(plot_panel(rows, name, c.cfg.compute))
-        curve = _image(panel, f"Bits per byte by compute, {name} in color and the others in gray")
-        links.append(f'<a href="#{escape_html(name, attribute=True)}"><b>{escape_html(name)}</b>{curve}</a>')
-        notebook, idea = (ideas or {}).get(name) or ("", get_arch(name).__doc__ if name in archs() else "")
+        cell = _image(panel, f"Bits per byte by compute, {name} in color and the others in gray")
+        links.append(f'<a href="#{escape_html(name, attribute=True)}"><b>{escape_html(name)}</b>{cell}</a>')
+        notebook, idea = (ideas or {}).get(name) or ("", escape_html(get_arch(name).__doc__) if name in archs() else "")
         cards.append(_card(c, row, notebook, idea, Path(pictures) / f"{name}.svg"))
-    lines = "\n".join(cards)
+    listed = "\n".join(cards)
     text = f"<p>All models learned from the text <code>{escape_html(Path(c.cfg.data).name)}</code>.</p>"
-    page = f'<div class="gallery">{text}<div class="panels">{"".join(links)}</div>\n{lines}\n</div>'
+    page = f'<div class="gallery">{text}<div class="panels">{"".join(links)}</div>\n{listed}\n</div>'
     return HtmlDisplay(_GALLERY_STYLE + page, f"Gallery of {', '.join(row['name'] for row in rows)}")

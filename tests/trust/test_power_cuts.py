@@ -308,8 +308,8 @@ def recorded_exports(run, root, monkeypatch):
     some = {name: (ROOT / name).read_bytes() for name in ("lmnotes/core.py", "lmnotes/nn/lm.py", "lmnotes/nn/lora.py")}
     monkeypatch.setattr(export_module, "_collect_sources", lambda lm: (some, set()))
     recorder, ends, versions = Recorder(root, monkeypatch), [], []
-    write = recorder.as_writes(export_module._write_model, lambda r, lm, folder, state_dict: folder)
-    monkeypatch.setattr(export_module, "_write_model", write)
+    write = recorder.as_writes(export_module._write_files, lambda r, lm, folder, format, state_dict: folder)
+    monkeypatch.setattr(export_module, "_write_files", write)
     for name in ("old.pt", "new.pt", "newer.pt"):
         export_module.export(run, root / "model", state_dict=name)
         ends.append(len(recorder.operations))

@@ -749,9 +749,7 @@ SOURCES.pop("_modidx.py")
 RICH = {"inference/evaluation.py:Table", "inspect/tokens.py:HtmlDisplay", "runs/monitor.py:RunView"}
 RICH |= {"apps/doctor.py:Checkup", "inspect/diff.py:RunDiff", "inspect/verify.py:Verification"}
 # HTML fragments of inspect, made by functions that escape
-FRAGMENTS = (
-    "_MONO _BOX style hue red green blue strength span head cell c i size body faint listed before text title".split()
-)
+FRAGMENTS = "_MONO _BOX style hue red green blue strength span head cell c i size body faint listed before text title idea".split()
 # Attributes and modules whose names are computed, none of them from a file
 COMPUTED = {
     "__init__.py": {
