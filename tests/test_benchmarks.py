@@ -28,6 +28,7 @@ SLOW = (
     "guides.py",
     "memory.py",
     "mixture.py",
+    "muon.py",
     "peak_memory.py",
     "prepare.py",
     "ten_minutes.py",
