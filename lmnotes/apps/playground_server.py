@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from .playground import *
 from .playground_view import *
+from ..data.formats import missing_package
 from ..untrusted import *
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def make_app(playground) -> "Starlette":  # A `Playground`
         from starlette.responses import JSONResponse, Response
         from starlette.routing import Route
     except ImportError:
-        raise missing_extra("starlette", "play") from None
+        raise missing_package("starlette", "the playground", "play") from None
 
     async def send_file(request):
         content, kind = FILES[request.url.path]
@@ -125,7 +126,7 @@ def serve_playground(
     try:
         import uvicorn
     except ImportError:
-        raise missing_extra("uvicorn", "play") from None
+        raise missing_package("uvicorn", "the playground", "play") from None
     quiet = dict(log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2)
     server = uvicorn.Server(uvicorn.Config(app, lifespan="off", ws="none", loop="asyncio", **quiet))
     with _listen(port) as listener:

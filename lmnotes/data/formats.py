@@ -281,9 +281,9 @@ FREE_BYTES = 1 << 28
 _XZ_MEMORY = 1 << 28  # Bytes that the decoder of xz may use
 
 
-def missing_package(package, what) -> "DataError":
-    "Return the error for a file that needs a package of the extra `data`"
-    return DataError(f"{what} needs the package {package}. Install it with: pip install 'lmnotes[data]'")
+def missing_package(package, what, extra="data") -> "DataError":
+    "Return the error for something that needs a package, which an extra of lmnotes installs"
+    return DataError(f"{what} needs the package {package}. Install it with: pip install 'lmnotes[{extra}]'")
 
 # %% ../../nbs/data/09_formats.ipynb #e28dbf52
 def _xz_pieces(f):
